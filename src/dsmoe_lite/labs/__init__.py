@@ -1,0 +1,1 @@
+"""What readers and instructors need around the chapters: copies, checks, parameters."""

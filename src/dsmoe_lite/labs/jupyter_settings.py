@@ -1,0 +1,39 @@
+"""JupyterLab as the course wants it, written into this environment and nowhere else."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dsmoe_lite.files import write_json
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    # A chapter's .py source opens as the notebook it is.
+    "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}},
+    # No pop-ups about news or new versions, and no request for them.
+    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+def overrides_path(prefix: Path | None = None) -> Path:
+    """Where JupyterLab reads an environment's own defaults."""
+    return (prefix or Path(sys.prefix)) / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
+
+
+def write_settings(path: Path) -> bool:
+    """Merge SETTINGS into the file at `path`, whatever else it holds kept; return whether it changed."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    after = dict(before)
+    for plugin, values in SETTINGS.items():
+        after[plugin] = {**before.get(plugin, {}), **values}
+    if after == before:
+        return False
+    write_json(path, after)
+    return True
+
+
+if __name__ == "__main__":
+    write_settings(overrides_path())
