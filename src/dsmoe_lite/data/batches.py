@@ -1,0 +1,161 @@
+"""Endless batches of tokens and domain labels, streamed from a corpus and resumable to the bit."""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from dsmoe_lite.data.corpus import Corpus, Document, require_split
+from dsmoe_lite.data.tokenizer import END_ID
+from dsmoe_lite.errors import InputError, require, require_whole
+
+GROUP_CHARACTERS = 65_536  # encoded together: enough to keep the tokenizer's threads busy, little enough for memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens (B, S+1) int64, of which the first S are inputs and the last S targets, and domain labels (B, S+1) uint8."""
+
+    tokens: torch.Tensor
+    domains: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Consecutive documents as one row of tokens."""
+
+    epoch: int
+    document: int  # number of its first document
+    tokens: np.ndarray  # (N,) int64
+    domains: np.ndarray  # (N,) uint8
+
+
+class Batches:
+    """An endless iterator of batches: documents end in <|end|>, stand in one row, and are cut into rows of S+1 tokens.
+
+    After the last document the corpus starts again. The memory needed does not depend on the size of the corpus.
+    """
+
+    def __init__(
+        self, corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, *, split: str = "train"
+    ) -> None:
+        require_whole("batch_size", batch_size, 1)
+        require_whole("seq_len", seq_len, 1)
+        require_split(split)
+        require(len(corpus.domains) <= 256, "domains", len(corpus.domains), "must be at most 256: labels are bytes")
+        self._corpus, self._tokenizer, self._split = corpus, tokenizer, split
+        self._shape = (batch_size, seq_len + 1)
+        self._begin(epoch=0, document=0, offset=0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self._take(self._shape[0] * self._shape[1])
+
+    @property
+    def epoch(self) -> int:
+        """How often the corpus has been read to its end."""
+        return self.state_dict()["epoch"]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the next batch starts, as plain data."""
+        while not self._groups or self._offset >= len(self._groups[0].tokens):
+            self._advance()
+        head = self._groups[0]
+        return {"epoch": head.epoch, "document": head.document, "offset": self._offset}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go to where `state` was taken: the batches that follow are the same as they were then."""
+        for name in ("epoch", "document", "offset"):
+            require_whole(name, state.get(name), 0)
+        self._begin(**state)
+
+    def _begin(self, epoch: int, document: int, offset: int) -> None:
+        self._groups: deque[_Group] = deque()
+        self._offset = offset
+        self._stream = _groups(self._corpus, self._tokenizer, self._split, epoch, document)
+
+    def _advance(self) -> None:
+        if self._groups:
+            self._offset -= len(self._groups.popleft().tokens)
+        self._groups.append(next(self._stream))
+
+    def _take(self, n: int) -> Batch:
+        tokens, domains = np.empty(n, np.int64), np.empty(n, np.uint8)
+        done = 0
+        while done < n:
+            while not self._groups or self._offset >= len(self._groups[0].tokens):
+                self._advance()
+            head = self._groups[0]
+            span = min(n - done, len(head.tokens) - self._offset)
+            tokens[done : done + span] = head.tokens[self._offset : self._offset + span]
+            domains[done : done + span] = head.domains[self._offset : self._offset + span]
+            done, self._offset = done + span, self._offset + span
+        return Batch(torch.from_numpy(tokens).view(self._shape), torch.from_numpy(domains).view(self._shape))
+
+
+def heldout_batches(
+    corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, n_batches: int
+) -> list[Batch]:
+    """The first `n_batches` of the held-out split; raises InputError where it is too small for them."""
+    require_whole("n_batches", n_batches, 1)
+    batches = Batches(corpus, tokenizer, batch_size, seq_len, split="heldout")
+    taken = []
+    for batch in islice(batches, n_batches):
+        if _has_wrapped(batches):
+            raise InputError(
+                f"n_batches = {n_batches}: the held-out text of {corpus.name} fills {len(taken)} batches "
+                f"of {batch_size} x {seq_len + 1} tokens: use fewer or smaller batches"
+            )
+        taken.append(batch)
+    return taken
+
+
+def _has_wrapped(batches: Batches) -> bool:
+    state = batches.state_dict()
+    return state["epoch"] > 0 and (state["document"], state["offset"]) != (0, 0)
+
+
+def _groups(corpus: Corpus, tokenizer: Tokenizer, split: str, epoch: int, document: int) -> Iterator[_Group]:
+    while True:
+        found = False
+        for documents in _by_size(corpus.documents(split, document)):
+            yield _encode(corpus, tokenizer, documents, epoch, document)
+            document += len(documents)
+            found = True
+        if not found and document == 0:
+            raise InputError(f"{corpus.name}: its {split} split has no documents")
+        epoch, document = epoch + 1, 0
+
+
+def _by_size(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    group: list[Document] = []
+    size = 0
+    for document in documents:
+        group.append(document)
+        size += len(document.text)
+        if size >= GROUP_CHARACTERS:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _encode(corpus: Corpus, tokenizer: Tokenizer, documents: list[Document], epoch: int, first: int) -> _Group:
+    encodings: list[Any] = tokenizer.encode_batch_fast([document.text for document in documents])
+    ids: list[int] = []
+    lengths = []
+    for encoding in encodings:
+        row = encoding.ids
+        ids += row
+        ids.append(END_ID)
+        lengths.append(len(row) + 1)
+    labels = [corpus.domains.index(document.domain) for document in documents]
+    domains = np.repeat(np.array(labels, np.uint8), lengths)
+    return _Group(epoch, first, np.array(ids, np.int64), domains)

@@ -1,0 +1,40 @@
+"""What a corpus is: documents with a domain each, in an order that can be entered anywhere."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from dsmoe_lite.errors import require_choice
+
+SPLITS = ("train", "heldout")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A piece of text and the one domain that all of its tokens carry."""
+
+    text: str
+    domain: str
+
+
+class Corpus(Protocol):
+    """A source of documents; the label of a token is the index of its document's domain in `domains`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def domains(self) -> tuple[str, ...]: ...
+
+    def documents(self, split: str, start: int = 0) -> Iterator[Document]:
+        """Yield the documents of "train" or "heldout" lazily, the first `start` of them skipped cheaply."""
+        ...
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the run record keeps: at least "name" and "sha256"."""
+        ...
+
+
+def require_split(split: str) -> None:
+    """Require "train" or "heldout"."""
+    require_choice("split", split, SPLITS)

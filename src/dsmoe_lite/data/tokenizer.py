@@ -1,0 +1,61 @@
+"""Byte-level BPE, trained once for a corpus and kept in the cache."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from dsmoe_lite import paths
+from dsmoe_lite.data.corpus import Corpus
+from dsmoe_lite.errors import require_whole
+from dsmoe_lite.files import written_whole
+
+END = "<|end|>"  # stands after every document
+END_ID = 0
+SAMPLE_BYTES = 20_000_000
+RECIPE = 1  # part of the cache key: raise it when the way of training changes
+
+
+def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = None) -> Tokenizer:
+    """The tokenizer of `corpus` with `vocab_size` ids, trained on its first 20 MB unless `folder` (the cache) has it.
+
+    Every text has an encoding that decodes to itself: the 256 bytes are in the vocabulary. Digits stand alone.
+    Raises InputError unless vocab_size holds END and the bytes.
+    """
+    require_whole("vocab_size", vocab_size, 257, 65_536)
+    key = json.dumps([corpus.fingerprint(), vocab_size, SAMPLE_BYTES, RECIPE, tokenizers.__version__], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = (folder or paths.cache() / "tokenizers") / f"{corpus.name}-{vocab_size}-{digest}.json"
+    if not path.exists():
+        tokenizer = _train(corpus, vocab_size)
+        with written_whole(path) as aside:
+            tokenizer.save(str(aside))
+    return Tokenizer.from_file(str(path))
+
+
+def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(corpus), trainer)
+    return tokenizer
+
+
+def _sample(corpus: Corpus) -> Iterator[str]:
+    left = SAMPLE_BYTES
+    for document in corpus.documents("train"):
+        left -= len(document.text.encode())
+        if left < 0:
+            return
+        yield document.text

@@ -1,0 +1,295 @@
+"""A small made-up world: who has what, said in many wordings and two languages, with sums, brackets and code beside it.
+
+Standard library only, and only arithmetic that is the same on every platform: one seed gives the same bytes everywhere.
+"""
+
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from random import Random
+from typing import Any
+
+from dsmoe_lite.data.corpus import Document, require_split
+from dsmoe_lite.data.words import WordMaker, number
+from dsmoe_lite.errors import require, require_choice, require_number, require_whole
+
+DOMAINS = ("facts", "parallel", "arithmetic", "brackets", "code")
+GROUPS = ("head", "tail", "control")
+
+# Every wording starts with a function word, so that a name always follows a space, and ends with the value.
+STATEMENTS = (
+    "The {relation} of {name} is {value}.",
+    "For {name} the {relation} is {value}.",
+    "As {relation} {name} has {value}.",
+    "Here {name} has the {relation} {value}.",
+    "We know that {name} has {relation} {value}.",
+    "To {name} belongs the {relation} {value}.",
+    "Look at {name}: {relation} {value}.",
+)
+QUESTION = "Which {relation} does {name} have? {value}."
+RELATIONS = tuple("craft home drink song tree stone pet tool dish game coat boat herb bird road star".split())
+BRACKETS = ("()", "[]", "{}", "<>")
+HASHED_DOCUMENTS = 1000  # documents are alike: the first thousand tell one world from another
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How large the world is and what is said about it; `shares` are of documents, in the order of DOMAINS."""
+
+    seed: int = 0
+    n_first: int = 32  # first names
+    n_last: int = 32  # last names; an entity is a pair, so knowledge is keyed on two tokens
+    n_entities: int = 800
+    n_control: int = 64  # pairs of the same names that no document ever mentions
+    n_head: int = 160  # the most frequent entities, asked as group "head"
+    n_tail: int = 160  # the rarest, asked as group "tail"
+    n_relations: int = 8
+    n_values: int = 32  # values of one relation; guessing is right once in n_values
+    zipf: float = 1.0  # the entity of rank r is written about with weight r^-zipf
+    facts_per_document: int = 6
+    question_share: float = 0.15  # of the facts that may be asked in training, how often they are
+    asked_share: float = 0.2  # of the facts, how many are kept for evaluation: stated in training, never asked
+    n_documents: int = 40_000  # one epoch of the train split
+    n_heldout: int = 4_000
+    shares: tuple[float, ...] = (0.70, 0.15, 0.05, 0.05, 0.05)
+
+    def __post_init__(self) -> None:
+        for name in ("n_first", "n_last", "n_entities", "n_relations", "n_documents", "n_heldout"):
+            require_whole(name, getattr(self, name), 1)
+        require_whole("seed", self.seed, 0)
+        require_whole("n_values", self.n_values, 2)
+        pairs = self.n_first * self.n_last
+        require_whole("n_control", self.n_control, 0, pairs)
+        fits = self.n_entities + self.n_control <= pairs
+        require(fits, "n_entities", self.n_entities, f"with n_control must be at most n_first * n_last = {pairs}")
+        require_whole("n_head", self.n_head, 0, self.n_entities)
+        require_whole("n_tail", self.n_tail, 0, self.n_entities - self.n_head)
+        require_whole("facts_per_document", self.facts_per_document, 1, self.n_relations)
+        require_number("zipf", self.zipf, 0.0, 4.0)
+        require_number("question_share", self.question_share, 0.0, 1.0)
+        require_number("asked_share", self.asked_share, 0.0, 1.0)
+        require(
+            len(self.shares) == len(DOMAINS),
+            "shares",
+            self.shares,
+            f"must be {len(DOMAINS)} numbers: {', '.join(DOMAINS)}",
+        )
+        for domain, share in zip(DOMAINS, self.shares, strict=True):
+            require_number(f"share of {domain}", share, 0.0, 1.0)
+        require(abs(sum(self.shares) - 1) < 1e-9, "shares", self.shares, "must sum to 1")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A fact asked back: `prompt` ends before the space of `answer`, which is a space and one value word."""
+
+    prompt: str
+    answer: str
+    group: str
+    relation: str
+
+
+@dataclass(frozen=True)
+class Language:
+    """Words for names, relations and values, and the wordings that hold them together."""
+
+    first: list[str]
+    last: list[str]
+    relations: list[str]
+    values: list[list[str]]  # (relation, value); no word is the value of two relations
+    statements: list[str]
+    question: str
+
+
+class World:
+    """The corpus `world`: domains facts, parallel (the same in a second language), arithmetic, brackets and code."""
+
+    name = "world"
+    domains = DOMAINS
+
+    def __init__(self, config: WorldConfig | None = None) -> None:
+        self.config = config = config or WorldConfig()
+        native, foreign = _languages(config)
+        self.language, self.foreign = native, foreign
+        self.entities, self.controls = _choose_pairs(config)
+        weights = [int(1e9 / rank**config.zipf) for rank in range(1, config.n_entities + 1)]
+        self._up_to = list(accumulate(weights))
+        self._share_up_to = [*list(accumulate(config.shares))[:-1], 1.0]
+        self._functions = WordMaker("bdlmnrstv", 12, config.seed + 1).take(12)
+        self._writers: tuple[Callable[[Random], str], ...] = (
+            lambda rng: self._facts(rng, native),
+            lambda rng: self._facts(rng, foreign),
+            _sums,
+            _brackets,
+            lambda rng: _code(rng, self._functions),
+        )
+
+    def documents(self, split: str, start: int = 0) -> Iterator[Document]:
+        """Yield the documents of a split; each has a seed of its own, so skipping costs nothing."""
+        require_split(split)
+        count = self.config.n_documents if split == "train" else self.config.n_heldout
+        for index in range(start, count):
+            rng = Random(number(self.config.seed, split, index))
+            domain = bisect_right(self._share_up_to, rng.random())
+            yield Document(self._writers[domain](rng), DOMAINS[domain])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The config, and sha256 and length of the first documents."""
+        texts = [document.text for document, _ in zip(self.documents("train"), range(HASHED_DOCUMENTS), strict=False)]
+        config = asdict(self.config)
+        content = json.dumps([config, texts])
+        return {
+            "name": self.name,
+            "sha256": hashlib.sha256(content.encode()).hexdigest(),
+            "documents": len(texts),
+            "characters": sum(map(len, texts)),
+            "config": config,
+        }
+
+    def questions(self, group: str, limit: int | None = None) -> list[Question]:
+        """The facts kept for evaluation of the "head" or "tail" entities, or all of the "control" ones, shuffled."""
+        require_choice("group", group, GROUPS)
+        c = self.config
+        pairs = {
+            "head": self.entities[: c.n_head],
+            "tail": self.entities[c.n_entities - c.n_tail :],
+            "control": self.controls,
+        }
+        facts = [(*pair, relation) for pair in pairs[group] for relation in range(c.n_relations)]
+        kept = [fact for fact in facts if group == "control" or self.is_asked(*fact)]
+        kept.sort(key=lambda fact: number(c.seed, "order", *fact))
+        return [self._question(group, *fact) for fact in kept[:limit]]
+
+    def value(self, first: int, last: int, relation: int) -> int:
+        """Which value of `relation` the pair has, 0 to n_values - 1."""
+        return number(self.config.seed, "value", first, last, relation) % self.config.n_values
+
+    def is_asked(self, first: int, last: int, relation: int) -> bool:
+        """Whether a fact is kept for evaluation: stated in training, but never in the wording of the question."""
+        return number(self.config.seed, "asked", first, last, relation) < self.config.asked_share * 2**64
+
+    def _question(self, group: str, first: int, last: int, relation: int) -> Question:
+        language = self.language
+        sentence = self._sentence(language, language.question, first, last, relation)
+        answer = f" {language.values[relation][self.value(first, last, relation)]}"
+        return Question(sentence[: sentence.rindex(answer)], answer, group, language.relations[relation])
+
+    def _sentence(self, language: Language, wording: str, first: int, last: int, relation: int) -> str:
+        return wording.format(
+            name=f"{language.first[first]} {language.last[last]}",
+            relation=language.relations[relation],
+            value=language.values[relation][self.value(first, last, relation)],
+        )
+
+    def _facts(self, rng: Random, language: Language) -> str:
+        first, last = self.entities[bisect_right(self._up_to, int(rng.random() * self._up_to[-1]))]
+        relations = list(range(self.config.n_relations))
+        sentences = []
+        for _ in range(self.config.facts_per_document):
+            relation = relations.pop(int(rng.random() * len(relations)))
+            asked = rng.random() < self.config.question_share and not self.is_asked(first, last, relation)
+            wording = language.question if asked else _pick(rng, language.statements)
+            sentences.append(self._sentence(language, wording, first, last, relation))
+        return " ".join(sentences)
+
+
+def _languages(config: WorldConfig) -> tuple[Language, Language]:
+    n_words = config.n_first + config.n_last + config.n_relations * (1 + config.n_values)
+    english = sorted({word.lower() for text in (*STATEMENTS, QUESTION) for word in _words_of(text)})
+    native = WordMaker("bdlmnrstv", n_words, config.seed, taken=[*english, *RELATIONS])
+    foreign = WordMaker("fhjwyz", n_words + len(english), config.seed)
+    dictionary = dict(zip(english, foreign.take(len(english)), strict=True))
+    relations = list(RELATIONS[: config.n_relations])
+    relations += native.take(config.n_relations - len(relations))
+    return (
+        _language(config, native, relations, list(STATEMENTS), QUESTION),
+        _language(
+            config,
+            foreign,
+            foreign.take(config.n_relations),
+            [_translate(wording, dictionary) for wording in STATEMENTS],
+            _translate(QUESTION, dictionary),
+        ),
+    )
+
+
+def _language(
+    config: WorldConfig, maker: WordMaker, relations: list[str], statements: list[str], question: str
+) -> Language:
+    first = maker.take(config.n_first, capital=True)
+    last = maker.take(config.n_last, capital=True)
+    values = [maker.take(config.n_values) for _ in relations]
+    return Language(first, last, relations, values, statements, question)
+
+
+def _words_of(wording: str) -> list[str]:
+    return re.findall(r"(?<!\{)\b[A-Za-z]+\b(?!\})", wording)
+
+
+def _translate(wording: str, dictionary: dict[str, str]) -> str:
+    def word(match: re.Match[str]) -> str:
+        foreign = dictionary[match[0].lower()]
+        return foreign.capitalize() if match[0][0].isupper() else foreign
+
+    return re.sub(r"(?<!\{)\b[A-Za-z]+\b(?!\})", word, wording)
+
+
+def _choose_pairs(config: WorldConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    pairs = [(first, last) for first in range(config.n_first) for last in range(config.n_last)]
+    pairs.sort(key=lambda pair: number(config.seed, "pair", *pair))
+    entities = pairs[: config.n_entities]
+    firsts, lasts = {first for first, _ in entities}, {last for _, last in entities}
+    unused = [pair for pair in pairs[config.n_entities :] if pair[0] in firsts and pair[1] in lasts]
+    remedy = f"must be at most {len(unused)}: only so many unused pairs are of names that entities have"
+    require(len(unused) >= config.n_control, "n_control", config.n_control, remedy)
+    return entities, unused[: config.n_control]
+
+
+def _pick(rng: Random, items: Any) -> Any:
+    return items[int(rng.random() * len(items))]
+
+
+def _sums(rng: Random) -> str:
+    return " ".join(_sum(rng) for _ in range(7))
+
+
+def _sum(rng: Random) -> str:
+    a, b = int(rng.random() * 100), int(rng.random() * 100)
+    sign = _pick(rng, "+-*")
+    if sign == "+":
+        return f"{a}+{b}={a + b}."
+    if sign == "-":
+        return f"{max(a, b)}-{min(a, b)}={max(a, b) - min(a, b)}."
+    return f"{a % 10}*{b % 10}={a % 10 * (b % 10)}."
+
+
+def _brackets(rng: Random, length: int = 56) -> str:
+    marks: list[str] = []
+    open_now: list[str] = []
+    while len(marks) + len(open_now) < length:
+        if open_now and rng.random() < 0.45:
+            marks.append(open_now.pop())
+        else:
+            opening, closing = _pick(rng, BRACKETS)
+            marks.append(opening)
+            open_now.append(closing)
+    return " ".join(marks + open_now[::-1])
+
+
+def _code(rng: Random, functions: list[str]) -> str:
+    name = _pick(rng, functions)
+    lines = [f"def {name}(x, y):", f"    z = x {_pick(rng, '+-*')} y"]
+    if rng.random() < 0.5:
+        lines += [f"    if z > {_digit(rng)}:", f"        z = z {_pick(rng, '+-*')} {_digit(rng)}"]
+    if rng.random() < 0.5:
+        lines += [f"    for i in range({_digit(rng)}):", f"        z = z {_pick(rng, '+-*')} {_pick(rng, 'xyi')}"]
+    lines += ["    return z", f"print({name}({_digit(rng)}, {_digit(rng)}))"]
+    return "\n".join(lines)
+
+
+def _digit(rng: Random) -> int:
+    return 1 + int(rng.random() * 9)
