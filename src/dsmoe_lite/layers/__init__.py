@@ -1,0 +1,1 @@
+"""The pieces of a Transformer with experts, from the ground up."""

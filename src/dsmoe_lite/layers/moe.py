@@ -1,0 +1,34 @@
+"""One mixture-of-experts layer: route, dispatch, compute, combine, add the shared experts."""
+
+from torch import Tensor, nn
+
+from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.layers.dispatch import combine, dispatch
+from dsmoe_lite.layers.experts import Experts
+from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.layers.router import Router, Routing
+
+
+class MoELayer(nn.Module):
+    """y = sum over shared FFN_i(x) + sum over the chosen g_i FFN_i(x) (DeepSeekMoE Eq 9, arXiv:2401.06066).
+
+    The residual connection is the block's, so a token whose every expert is full passes through unchanged.
+    """
+
+    def __init__(self, d_model: int, config: MoEConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.router = Router(d_model, config, vocab_size)
+        self.experts = Experts(config.n_routed_experts, d_model, config.expert_width, config.backend)
+        shared = config.n_shared_experts * config.expert_width  # their sum is one FFN of the widths together
+        self.shared = SwiGLU(d_model, shared) if shared else None
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x (B, S, D), token_ids (B, S) for hash routing -> y (B, S, D) and the Routing of the T = B * S tokens."""
+        B, S, _ = x.shape
+        flat = x.flatten(0, 1)  # (T, D)
+        routing = self.router(flat, (B, S), None if token_ids is None else token_ids.flatten())
+        sent = dispatch(flat, routing)
+        y = combine(self.experts(sent.x_sorted, sent.ends), sent, routing.gates)
+        if self.shared is not None:
+            y = y + self.shared(flat)
+        return y.view_as(x), routing

@@ -1,0 +1,1 @@
+"""What a router did: metrics of a Routing."""

@@ -1,0 +1,243 @@
+"""One readable training loop: AdamW, warm-up and cosine decay, clipping, checkpoints that resume exactly."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from dsmoe_lite.checkpoint import load_training, save_training
+from dsmoe_lite.config import to_dict
+from dsmoe_lite.data.batches import Batches
+from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
+from dsmoe_lite.files import write_json
+from dsmoe_lite.interrupts import stop_requested
+from dsmoe_lite.layers.balance import gshard_loss, switch_loss, z_loss
+from dsmoe_lite.model import Output, Transformer
+from dsmoe_lite.progress import progress
+from dsmoe_lite.provenance import provenance
+from dsmoe_lite.routing.metrics import drop_rate, max_vio
+
+BALANCE_LOSSES = {"gshard": gshard_loss, "switch": switch_loss}
+ROUTING_EVERY = 20  # steps between two entries of balance figures
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. A step sees batch_size * grad_accum sequences of seq_len tokens."""
+
+    steps: int
+    batch_size: int = 16
+    seq_len: int = 64
+    grad_accum: int = 1
+    lr: float = 3e-3
+    warmup_steps: int = 50
+    final_lr_share: float = 0.1  # the cosine ends at this share of lr
+    weight_decay: float = 0.1  # on matrices; not on norms, nor on the router
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0
+    balance_loss: str = "switch"
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    checkpoint_every: int = 0  # steps; 0: only when the run ends or is interrupted
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "seq_len", "grad_accum"):
+            require_whole(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "checkpoint_every", "seed"):
+            require_whole(name, getattr(self, name), 0, 2**31 - 1)
+        for name in ("lr", "grad_clip"):
+            require_number(name, getattr(self, name), 0.0, open_low=True)
+        for name in ("weight_decay", "balance_weight", "z_weight"):
+            require_number(name, getattr(self, name), 0.0)
+        for name in ("final_lr_share", "beta1", "beta2"):
+            require_number(name, getattr(self, name), 0.0, 1.0)
+        require_choice("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
+        require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class Run:
+    """What a training run leaves: one loss a step, balance figures every 20 steps, time and progress."""
+
+    losses: list[float] = field(default_factory=list)  # next-token cross-entropy in nats, balance losses not included
+    routing: list[dict[str, float]] = field(default_factory=list)  # step, max_vio, drop_rate: means over MoE layers
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps taken."""
+        return len(self.losses)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens a second of wall clock."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: Path | None = None) -> Run:
+    """Train `model` in place and return its Run; with `folder`, keep checkpoints there and go on from the last one.
+
+    An interrupt ends training after the current step: the model keeps what it has learnt and a line says so.
+    Raises RunError when the loss is not finite or another process works in `folder`, InputError when `folder` holds a
+    run with other settings.
+    """
+    optimizer = make_optimizer(model, config)
+    torch.manual_seed(config.seed)
+    with _own(folder), stop_requested() as stop:
+        run = _resume(folder, model, optimizer, batches, config)
+        bar = progress(total=config.steps, initial=run.steps_done, desc="training", unit="step")
+        model.train()
+        started, cpu_started, seconds, cpu_seconds = (
+            time.perf_counter(),
+            time.process_time(),
+            run.seconds,
+            run.cpu_seconds,
+        )
+        for step in range(run.steps_done, config.steps):
+            loss = _step(model, optimizer, batches, config, step, run)
+            if not math.isfinite(loss):
+                raise RunError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
+            run.losses.append(loss)
+            run.tokens += config.batch_size * config.grad_accum * config.seq_len
+            run.seconds = seconds + time.perf_counter() - started
+            run.cpu_seconds = cpu_seconds + time.process_time() - cpu_started
+            bar.update()
+            bar.set_postfix_str(f"loss {loss:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
+            due = config.checkpoint_every and run.steps_done % config.checkpoint_every == 0
+            if folder and (due or stop.is_set() or run.steps_done == config.steps):
+                save_training(
+                    folder / "checkpoint.safetensors", model, optimizer, vars(run) | {"batches": batches.state_dict()}
+                )
+            if stop.is_set():
+                break
+        bar.close()
+    if run.steps_done < config.steps:
+        print(f"Stopped after step {run.steps_done} of {config.steps}: the model keeps what it has learnt so far.")
+    return run
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the rate of `step` (from 0): linear warm-up, then a cosine down to final_lr_share * lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+
+
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only, the router's left out."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and ".router." not in name]
+    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or ".router." in name]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def balance_terms(output: Output, config: TrainConfig) -> Tensor:
+    """Return the weighted balance and z losses of every MoE layer, summed; 0 for a dense model."""
+    total = output.logits.new_zeros((), dtype=torch.float32)
+    for routing in output.routings:
+        if config.balance_weight:
+            total = total + config.balance_weight * BALANCE_LOSSES[config.balance_loss](routing)
+        if config.z_weight:
+            total = total + config.z_weight * z_loss(routing)
+    return total
+
+
+def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) -> dict[str, Any]:
+    """Return the JSON-able record of a run: configs, seeds, curve, speed, versions, commit, and `facts`."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": to_dict(model.config),
+        "train": to_dict(config),
+        "finished": run.steps_done == config.steps,
+        "tokens": run.tokens,
+        "seconds": round(run.seconds, 3),
+        "cpu_seconds": round(run.cpu_seconds, 3),
+        "tokens_per_second": round(run.tokens_per_second, 1),
+        "losses": [round(loss, 5) for loss in run.losses],
+        "routing": run.routing,
+        **facts,
+        "provenance": provenance(),
+    }
+
+
+def _step(
+    model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig, step: int, run: Run
+) -> float:
+    device = model.embed.weight.device
+    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    mean_loss = 0.0
+    for _ in range(config.grad_accum):
+        tokens = next(batches).tokens.to(device, non_blocking=True)  # (B, S + 1)
+        with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+            output = model(tokens[:, :-1])
+            loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+        ((loss + balance_terms(output, config)) / config.grad_accum).backward()
+        mean_loss += loss.item() / config.grad_accum
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if output.routings and step % ROUTING_EVERY == 0:
+        n = len(output.routings)
+        vio, dropped = sum(map(max_vio, output.routings)) / n, sum(map(drop_rate, output.routings)) / n
+        run.routing.append({"step": step, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4)})
+    return mean_loss
+
+
+@contextmanager
+def _own(folder: Path | None) -> Iterator[None]:
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RunError(f"{folder}: another process is training in this folder; wait for it or choose another") from None
+
+
+def _resume(
+    folder: Path | None, model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig
+) -> Run:
+    if folder is None:
+        return Run()
+    settings = json.loads(
+        json.dumps({"model": to_dict(model.config), "train": to_dict(config), "data": batches.describe()})
+    )
+    kept = folder / "settings.json"
+    if not kept.is_file():
+        write_json(kept, settings)
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    for part, values in settings.items():
+        for name, value in values.items():
+            require(
+                before[part].get(name) == value,
+                f"{part}.{name}",
+                value,
+                f"{folder} holds a run with {before[part].get(name)!r}; choose another folder",
+            )
+    checkpoint = folder / "checkpoint.safetensors"
+    if not checkpoint.is_file():
+        return Run()
+    state = load_training(checkpoint, model, optimizer)
+    batches.load_state_dict(state.pop("batches"))
+    return Run(**state)
