@@ -40,7 +40,7 @@ def run_padded(x_sorted: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down:
     expert = torch.repeat_interleave(torch.arange(E, device=counts.device), counts)  # (N,)
     starts = counts.cumsum(0) - counts
     place = expert * C + torch.arange(len(expert), device=counts.device) - starts[expert]  # (N,) row in (E*C, D)
-    x = x_sorted.new_zeros(E * C, x_sorted.shape[1]).index_copy(0, place, x_sorted).view(E, C, -1)
+    x = x_sorted.new_zeros(E * C, x_sorted.shape[1]).index_copy(0, place, x_sorted).view(E, C, x_sorted.shape[1])
     hidden = F.silu(x @ gate.mT) * (x @ up.mT)  # (E, C, F)
     return (hidden @ down.mT).flatten(0, 1)[place]
 

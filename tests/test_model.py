@@ -1,0 +1,144 @@
+"""The whole model against transformers' Llama with copied weights, and generation."""
+
+import pytest
+import torch
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.model import Transformer, generate
+
+CONFIG = ModelConfig(97, 32, 3, AttentionConfig(4, 8), 48, max_seq_len=40)
+MOE = ModelConfig(
+    97, 32, 3, AttentionConfig(4, 8), 48, MoEConfig(8, 2, 16, n_shared_experts=1), n_dense_layers=1, max_seq_len=40
+)
+
+
+def llama_with_weights_of(model: Transformer) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    c = model.config
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=c.vocab_size,
+            hidden_size=c.d_model,
+            intermediate_size=c.ffn_width,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.attention.n_heads,
+            head_dim=c.attention.head_dim,
+            max_position_embeddings=c.max_seq_len,
+            rms_norm_eps=c.norm_eps,
+            rope_theta=c.attention.rope_theta,
+            attn_implementation="eager",
+        )
+    )
+    names = {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+        "attention.query": "self_attn.q_proj",
+        "attention.key": "self_attn.k_proj",
+        "attention.value": "self_attn.v_proj",
+        "attention.output": "self_attn.o_proj",
+        "ffn.gate": "mlp.gate_proj",
+        "ffn.up": "mlp.up_proj",
+        "ffn.down": "mlp.down_proj",
+    }
+    weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    weights["lm_head.weight"] = model.head.weight
+    for layer, block in enumerate(model.blocks):
+        for ours, theirs in names.items():
+            weights[f"model.layers.{layer}.{theirs}.weight"] = block.get_submodule(ours).weight
+    llama.load_state_dict({name: value.detach().clone() for name, value in weights.items()})
+    return llama
+
+
+def test_dense_model_equals_llama_forward_and_backward() -> None:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(weight, std=0.2)
+    model = model.double()
+    model.cos, model.sin = model.cos.float(), model.sin.float()  # Llama's tables are float32
+    llama = llama_with_weights_of(model).double()
+    tokens = torch.randint(0, 97, (2, 33))
+    mine, theirs = model(tokens).logits, llama(tokens).logits
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # limited by the float32 rotation tables
+    loss = torch.nn.functional.cross_entropy
+    loss(mine[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    loss(theirs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    torch.testing.assert_close(model.embed.weight.grad, llama.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6)
+    down = model.blocks[1].get_submodule("ffn.down").weight
+    torch.testing.assert_close(down.grad, llama.model.layers[1].mlp.down_proj.weight.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MOE], ids=["dense", "experts"])
+def test_no_token_sees_the_future(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config).eval()
+    tokens = torch.randint(0, 97, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12] = (changed[0, 12] + 1) % 97
+    before, after = model(tokens).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def test_one_routing_for_each_layer_of_experts() -> None:
+    output = Transformer(MOE)(torch.randint(0, 97, (2, 10)))
+    assert [r.topk_ids.shape for r in output.routings] == [(20, 2)] * 2
+    assert Transformer(CONFIG)(torch.randint(0, 97, (2, 10))).routings == ()
+
+
+def test_greedy_generation_follows_argmax_and_is_repeatable_when_drawn() -> None:
+    torch.manual_seed(0)
+    model, tokens = Transformer(CONFIG).train(), torch.randint(0, 97, (2, 6))
+    said = generate(model, tokens, 5)
+    assert said.shape == (2, 11)
+    assert torch.equal(said[:, :6], tokens)
+    for i in range(6, 11):
+        assert torch.equal(said[:, i], model(said[:, :i]).logits[:, -1].argmax(dim=-1))
+    assert model.training
+    one, two = (
+        generate(model, tokens, 8, temperature=1.0, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+    )
+    assert torch.equal(one, two)
+    assert not torch.equal(one, generate(model, tokens, 8, temperature=1.0, generator=torch.Generator().manual_seed(6)))
+    assert generate(model, torch.randint(0, 97, (1, 39)), 4).shape == (1, 43)
+
+
+def test_too_long_a_sequence_is_refused() -> None:
+    with pytest.raises(InputError, match=r"sequence length = 41: must be at most max_seq_len = 40"):
+        Transformer(CONFIG)(torch.zeros(1, 41, dtype=torch.int64))
+
+
+def test_config_round_trip() -> None:
+    assert from_dict(ModelConfig, to_dict(MOE)) == MOE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_k": 9}, "top_k = 9: must be at most n_routed_experts = 8"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"top_k": True}, "top_k = True"),
+        ({"capacity_factor": float("nan")}, "capacity_factor = nan"),
+        ({"capacity_factor": 0.0}, "capacity_factor = 0.0"),
+        ({"scoring_func": "sigmoidal"}, "scoring_func = 'sigmoidal': must be one of softmax, hash"),
+        ({"scoring_func": "hash"}, "top_k = 2: must be 1"),
+        ({"top_k": 1, "norm_topk_prob": True}, "norm_topk_prob = True"),
+        ({"top_k": 3, "second_choice": "random"}, "second_choice = 'random'"),
+        ({"expert_with": 3}, "expert_with"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_when_made(change: dict, message: str) -> None:
+    values = to_dict(MOE)
+    values["moe"] |= change
+    with pytest.raises(InputError, match=message):
+        from_dict(ModelConfig, values)
+
+
+def test_odd_head_dim_is_refused() -> None:
+    with pytest.raises(InputError, match="head_dim = 7: must be even"):
+        AttentionConfig(4, 7)
