@@ -1,0 +1,167 @@
+"""Parameters, FLOPs and KV cache of a config, counted from its numbers alone: no weight is built.
+
+A matrix from a to b channels has a*b weights (no biases anywhere in this package), and a token that passes through it
+costs 2*a*b FLOPs forward and twice that backward: 6 FLOPs a weight in training. The rest is knowing which weights a
+token meets.
+"""
+
+from dataclasses import dataclass, fields
+
+from dsmoe_lite.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of one component: those that exist, and those that one token meets."""
+
+    total: int
+    active: int
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.total + other.total, self.active + other.active)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model by component; everything that is stored is counted once, norms and router too.
+
+    Papers leave different things out of "activated parameters", so there are three names for it: `active_all` (all but
+    the experts a token did not choose), `active_no_input_embed` (also without the input embedding, which is a look-up
+    and no product) and `active_no_embed` (also without the output head). A tied embedding works as head, and so only
+    the last leaves it out.
+    """
+
+    embed_in: Count
+    lm_head: Count  # 0 when tied: the weights are embed_in's
+    attention: Count
+    dense_ffn: Count
+    router: Count  # 0 for hash routing: a table is no parameter
+    routed_experts: Count
+    shared_experts: Count
+    norms: Count
+
+    def rows(self) -> dict[str, Count]:
+        """Component name -> Count, in the order in which a token meets them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def ffn(self) -> Count:
+        """All FFN weights, dense or experts, no router: the "expert params" of DeepSeekMoE's Tables 2, 8 and 9."""
+        return self.dense_ffn + self.routed_experts + self.shared_experts
+
+    @property
+    def total(self) -> int:
+        return sum(count.total for count in self.rows().values())
+
+    @property
+    def active_all(self) -> int:
+        return sum(count.active for count in self.rows().values())
+
+    @property
+    def active_no_input_embed(self) -> int:
+        tied = self.lm_head.active == 0
+        return self.active_all - (0 if tied else self.embed_in.active)
+
+    @property
+    def active_no_embed(self) -> int:
+        return self.active_all - self.embed_in.active - self.lm_head.active
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count the parameters of `config` by component, total and active."""
+    D, L = config.d_model, config.n_layers
+    embedding = config.vocab_size * D
+    moe_layers = sum(config.is_moe_layer(layer) for layer in range(L))
+    router = routed = shared = Count(0, 0)
+    if config.moe is not None:
+        moe = config.moe
+        expert = swiglu(D, moe.expert_width)
+        router = always(moe_layers * (0 if moe.scoring_func == "hash" else D * moe.n_routed_experts))
+        routed = Count(moe_layers * moe.n_routed_experts * expert, moe_layers * moe.top_k * expert)
+        shared = always(moe_layers * moe.n_shared_experts * expert)
+    return Parameters(
+        embed_in=always(embedding),
+        lm_head=always(0 if config.tie_embeddings else embedding),
+        attention=always(L * 4 * D * attention_width(config)),  # queries, keys, values, output
+        dense_ffn=always((L - moe_layers) * swiglu(D, config.ffn_width)),
+        router=router,
+        routed_experts=routed,
+        shared_experts=shared,
+        norms=always((2 * L + 1) * D),  # before attention and FFN in each block, and once at the end
+    )
+
+
+def always(parameters: int) -> Count:
+    """A component that every token meets."""
+    return Count(parameters, parameters)
+
+
+def swiglu(d_model: int, width: int) -> int:
+    """Weights of one SwiGLU FFN or expert: gate and up (D to F) and down (F to D)."""
+    return 3 * d_model * width
+
+
+def attention_width(config: ModelConfig) -> int:
+    """Channels of all heads together."""
+    return config.attention.n_heads * config.attention.head_dim
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """FLOPs of one training sequence (forward and backward) by component."""
+
+    seq_len: int
+    attention: int  # the four projections
+    attention_scores: int  # queries with keys, weights with values
+    dense_ffn: int
+    router: int  # small; not in `total`, as the papers leave it out
+    routed_experts: int
+    shared_experts: int
+    lm_head: int
+
+    def rows(self) -> dict[str, int]:
+        """Component name -> FLOPs, the router's included."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seq_len"}
+
+    @property
+    def total(self) -> int:
+        """What DeepSeekMoE's tables print: everything but the router."""
+        return sum(self.rows().values()) - self.router
+
+    @property
+    def forward_per_token(self) -> int:
+        """A third of training (backward costs twice forward), over the tokens."""
+        return self.total // (3 * self.seq_len)
+
+
+def training_flops(config: ModelConfig, seq_len: int) -> TrainingFlops:
+    """Count the training FLOPs of one sequence of `seq_len` tokens.
+
+    F = s [6 L (4 d^2 + 8 d^2 m) + 12 L d s + 6 V d], with m the activated FFN weights over 8 d^2. No paper prints it;
+    it gives the rows "FLOPs per 2K/4K Tokens" of DeepSeekMoE (arXiv:2401.06066), Tables 1 to 6, and its core is
+    DeepSeek LLM (arXiv:2401.02954), Equation 2. Here 4 d^2 and 8 d^2 m are the config's real widths. All s^2 scores
+    are counted, also those that the causal mask hides; embedding look-up, norms and router are not.
+    """
+    met = parameters(config)
+    per_weight = 6 * seq_len
+    return TrainingFlops(
+        seq_len=seq_len,
+        attention=per_weight * met.attention.active,
+        attention_scores=12 * config.n_layers * attention_width(config) * seq_len**2,
+        dense_ffn=per_weight * met.dense_ffn.active,
+        router=per_weight * met.router.active,
+        routed_experts=per_weight * met.routed_experts.active,
+        shared_experts=per_weight * met.shared_experts.active,
+        lm_head=per_weight * config.vocab_size * config.d_model,  # tied or not, the product is done
+    )
+
+
+def formula_flops(*, n_layers: int, d_model: int, vocab_size: int, ffn_units: float, seq_len: int) -> float:
+    """The same F from the five numbers a paper prints: L, d, V, m (in standard FFNs of 8 d^2 weights) and s."""
+    L, d, V, m, s = n_layers, d_model, vocab_size, ffn_units, seq_len
+    return s * (6 * L * (4 * d**2 + 8 * d**2 * m) + 12 * L * d * s + 6 * V * d)
+
+
+def kv_cache_elements(config: ModelConfig) -> int:
+    """Numbers cached for one token: a key and a value of every head in every layer, 2 L H d_head."""
+    return 2 * config.n_layers * attention_width(config)

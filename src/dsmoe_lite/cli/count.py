@@ -1,0 +1,104 @@
+"""`dsmoe count`: parameters, FLOPs and cache of presets or config files, without building a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from dsmoe_lite.accounting import Count, Parameters, TrainingFlops, kv_cache_elements, parameters, training_flops
+from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.presets import preset
+
+
+@click.command(name="count")
+@click.argument("names", nargs=-1, required=True, metavar="NAME|CONFIG.yaml...")
+@click.option(
+    "--seq-len", type=click.IntRange(min=1), help="Tokens of a sequence; by default the config's max_seq_len."
+)
+@json_option
+def command(names: tuple[str, ...], seq_len: int | None, as_json: bool) -> None:
+    """Count parameters, training FLOPs and cache; several models stand side by side."""
+    configs = {name: load_config(name) for name in names}
+    models = {name: count(config, seq_len or config.max_seq_len) for name, config in configs.items()}
+    if as_json:
+        click.echo(json.dumps([{"name": name, **counts} for name, counts in models.items()], indent=1))
+        return
+    if len(models) == 1:
+        for name, counts in models.items():
+            rows = [
+                row | {"share": round(row["share"], 4), "training_flops": float(row["training_flops"])}
+                for row in counts["components"]
+            ]
+            print_rows(rows, as_json=False, title=f"{name}, by component (FLOPs below leave out the router's)")
+    print_rows(_side_by_side(models), as_json=False)
+
+
+def load_config(name: str) -> ModelConfig:
+    """The preset of that name, or the ModelConfig in a .yaml file; raises InputError."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return preset(name)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must hold the fields of a ModelConfig (vocab_size: 1024, ...)")
+    try:
+        return from_dict(ModelConfig, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
+    """Every count of one config as plain data, for a sequence of `seq_len` tokens."""
+    counted, flops = parameters(config), training_flops(config, seq_len)
+    return {
+        "seq_len": seq_len,
+        "total": counted.total,
+        "active_all": counted.active_all,
+        "active_no_input_embed": counted.active_no_input_embed,
+        "active_no_embed": counted.active_no_embed,
+        "ffn_total": counted.ffn.total,
+        "ffn_active": counted.ffn.active,
+        "training_flops": flops.total,  # without the router's, as in the papers
+        "forward_flops_per_token": flops.forward_per_token,
+        "kv_cache_elements_per_token": kv_cache_elements(config),
+        "components": _components(counted, flops),
+    }
+
+
+def _components(counted: Parameters, flops: TrainingFlops) -> list[dict[str, Any]]:
+    weights, work = counted.rows(), flops.rows()
+    names = list(weights)
+    names.insert(names.index("attention") + 1, "attention_scores")  # work without weights
+    counts = {name: weights.get(name, Count(0, 0)) for name in names}
+    return [
+        {
+            "component": name,
+            "total": count.total,
+            "active": count.active,
+            "share": count.total / counted.total,
+            "training_flops": work.get(name, 0),
+        }
+        for name, count in counts.items()
+    ]
+
+
+def _side_by_side(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a quantity, one column a model; several models are also compared by component."""
+    columns = {name: {key: counts[key] for key in counts if key != "components"} for name, counts in models.items()}
+    if len(models) > 1:
+        for name, counts in models.items():
+            columns[name] |= {f"{row['component']} params": row["total"] for row in counts["components"]}
+            del columns[name]["attention_scores params"]
+    quantities = next(iter(columns.values()))
+    return [{"quantity": key, **{name: column[key] for name, column in columns.items()}} for key in quantities]

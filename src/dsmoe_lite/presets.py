@@ -1,0 +1,76 @@
+"""Models by name: the course's own sizes, and the nine validation models of DeepSeekMoE.
+
+The validation models are those of DeepSeekMoE (arXiv:2401.06066), Tables 1, 2, 8 and 9; Section 4.1 and Table 7 give
+their sizes. The paper gives a standard FFN 8 d^2 parameters, in SwiGLU a width of 8/3 d = 3413.33: widths here are
+that times the relative expert size, to the nearest whole channel. It gives the vocabulary as 8K: 8192 here. It drops
+no token in these runs, so none of them has a capacity, and GShard's second choice is always sent.
+
+Capacity of the course sizes: GShard prints C = 2N/(G E), which is the fair share T*K/E of its two choices and hence a
+capacity factor of 1.0 in this package, where any imbalance drops tokens. The course takes 1.25 in training and 2.0
+outside it, the numbers of ST-MoE (arXiv:2202.08906).
+"""
+
+from dataclasses import replace
+from difflib import get_close_matches
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.errors import InputError
+
+_VALIDATION = ModelConfig(
+    vocab_size=8192,
+    d_model=1280,
+    n_layers=9,
+    attention=AttentionConfig(n_heads=10, head_dim=128),
+    ffn_width=3413,
+    max_seq_len=2048,
+    init_std=0.006,
+)
+_GSHARD = MoEConfig(n_routed_experts=16, top_k=2, expert_width=3413, norm_topk_prob=True)
+
+_COURSE = ModelConfig(
+    vocab_size=1024,
+    d_model=64,
+    n_layers=2,
+    attention=AttentionConfig(n_heads=4, head_dim=16),
+    ffn_width=128,
+    max_seq_len=256,
+)
+_COURSE_GSHARD = MoEConfig(
+    n_routed_experts=16,
+    top_k=2,
+    expert_width=128,
+    norm_topk_prob=True,
+    second_choice="random",
+    capacity_factor=1.25,
+    eval_capacity_factor=2.0,
+)
+
+PRESETS = {
+    "course-dense": _COURSE,
+    "course-dense-x2": replace(_COURSE, ffn_width=256),  # as many active FFN weights as course-gshard
+    "course-gshard": replace(_COURSE, moe=_COURSE_GSHARD),
+    "course-switch": replace(_COURSE, moe=replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")),
+    "course-hash": replace(_COURSE, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")),
+    "dense-0.2B": _VALIDATION,
+    "hash-2.0B": replace(
+        _VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413, scoring_func="hash")
+    ),
+    "switch-2.0B": replace(_VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413)),
+    "gshard-2.0B": replace(_VALIDATION, moe=_GSHARD),
+    "deepseekmoe-2B": replace(
+        _VALIDATION, moe=MoEConfig(n_routed_experts=63, top_k=7, expert_width=853, n_shared_experts=1)
+    ),
+    "gshard-x1.2": replace(_VALIDATION, moe=replace(_GSHARD, expert_width=4096)),
+    "gshard-x1.5": replace(_VALIDATION, moe=replace(_GSHARD, expert_width=5120)),
+    # The paper's 4 and 16 experts that are always on: their sum is one FFN of 4 and 16 times the width.
+    "dense-x4": replace(_VALIDATION, ffn_width=13653),
+    "dense-x16": replace(_VALIDATION, ffn_width=54613),
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The config of that name; raises InputError naming the closest presets when there is none."""
+    if name in PRESETS:
+        return PRESETS[name]
+    close = get_close_matches(name, PRESETS, n=4, cutoff=0.4)
+    raise InputError(f"preset = {name!r}: there is none; {'close' if close else 'all'}: {', '.join(close or PRESETS)}")

@@ -1,0 +1,318 @@
+"""Counts against what the papers print, against a loop over matrices, and against the model itself."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmoe_lite import published
+from dsmoe_lite.accounting import formula_flops, kv_cache_elements, parameters, training_flops
+from dsmoe_lite.cli import main
+from dsmoe_lite.cli.count import command
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.presets import PRESETS, preset
+
+PUBLISHED = published.load()
+PRINTED = [(name, entry) for name, model in PUBLISHED["models"].items() for entry in model["printed"]]
+COURSE = ["course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"]
+
+
+def as_printed(value: float, text: str) -> str:
+    """`value` in the unit and with the decimals of a printed figure: (4.333e12, "4.3T") -> "4.3T"."""
+    decimals, unit = re.fullmatch(r"\d+\.?(\d*)([BT])", text).groups()
+    return f"{value / {'B': 1e9, 'T': 1e12}[unit]:.{len(decimals)}f}{unit}"
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        pytest.param(*case, id=f"{case[0]}-{case[1]['quantity']}")
+        for case in PRINTED
+        if case[1]["quantity"] != "pile_loss"
+    ],
+)
+def test_printed_figures_of_the_validation_models(name: str, entry: dict[str, str]) -> None:
+    counted = parameters(preset(name))
+    values = {
+        "total": [counted.total],
+        # one decimal cannot tell the three conventions apart at this size
+        "active": [counted.active_all, counted.active_no_input_embed, counted.active_no_embed],
+        "expert_total": [counted.ffn.total],
+        "expert_active": [counted.ffn.active],
+        "flops_2k": [training_flops(preset(name), 2048).total],
+    }[entry["quantity"]]
+    assert {as_printed(value, entry["text"]) for value in values} == {entry["text"]}
+
+
+def test_only_one_convention_gives_the_activated_size_of_16b() -> None:
+    entry = PUBLISHED["activated_convention"]
+    counted = parameters(from_dict(ModelConfig, entry["config"]))
+    assert as_printed(counted.total, entry["total"]) == entry["total"] == "16.4B"
+    assert as_printed(counted.active_all, entry["active"]) == entry["active"] == "2.8B"
+    assert as_printed(counted.active_no_input_embed, "2.8B") == "2.6B"
+    assert as_printed(counted.active_no_embed, "2.8B") == "2.4B"
+
+
+@pytest.mark.parametrize("row", PUBLISHED["flops"]["rows"], ids=lambda row: row["model"])
+def test_flops_rows(row: dict) -> None:
+    numbers = {key: row[key] for key in ("n_layers", "d_model", "vocab_size", "ffn_units", "seq_len")}
+    # Table 6's 585.6T is the one figure the formula misses, by 0.02%; published.json says so.
+    expected = "585.5T" if row["model"] == "DeepSeekMoE 145B" else row["text"]
+    assert as_printed(formula_flops(**numbers), row["text"]) == expected
+
+
+def test_every_entry_names_a_known_source() -> None:
+    papers = set(PUBLISHED["sources"])
+
+    def visit(value: object) -> int:
+        if isinstance(value, list):
+            return sum(visit(item) for item in value)
+        if not isinstance(value, dict):
+            return 0
+        for key in ("source", "inputs_from"):
+            assert set(re.findall(r"arXiv:\d+\.\d+", value.get(key, ""))) <= papers
+        return ("source" in value) + sum(visit(item) for item in value.values())
+
+    assert visit(PUBLISHED) > len(PRINTED)
+    listed = [entry for key in ("discrepancies", "shared_experts", "combinations") for entry in PUBLISHED[key]]
+    for entry in [*listed, *PUBLISHED["flops"]["rows"], *(entry for _, entry in PRINTED)]:
+        assert entry["source"].strip()
+
+
+def test_combinations() -> None:
+    for entry in PUBLISHED["combinations"]:
+        assert math.comb(entry["n"], entry["k"]) == entry["value"]
+
+
+def matrices(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Every weight of the model, written out: (component, shape, met by token 0)."""
+    D, A = config.d_model, config.attention.n_heads * config.attention.head_dim
+    found = [("embed_in", (config.vocab_size, D), True), ("norms", (D,), True)]
+    if not config.tie_embeddings:
+        found.append(("lm_head", (D, config.vocab_size), True))
+    for layer in range(config.n_layers):
+        found += [("norms", (D,), True)] * 2 + [("attention", (D, A), True)] * 3 + [("attention", (A, D), True)]
+        if config.moe is None or layer < config.n_dense_layers:
+            found += [("dense_ffn", shape, True) for shape in ((D, config.ffn_width),) * 2 + ((config.ffn_width, D),)]
+            continue
+        F = config.moe.expert_width
+        if config.moe.scoring_func != "hash":
+            found.append(("router", (config.moe.n_routed_experts, D), True))
+        for expert in range(config.moe.n_routed_experts):
+            found += [("routed_experts", shape, expert < config.moe.top_k) for shape in ((D, F), (D, F), (F, D))]
+        for _ in range(config.moe.n_shared_experts):
+            found += [("shared_experts", shape, True) for shape in ((D, F), (D, F), (F, D))]
+    return found
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> ModelConfig:
+    small = st.integers(1, 9)
+    moe = None
+    if draw(st.booleans()):
+        experts = draw(st.integers(1, 7))
+        hashed = draw(st.booleans())
+        moe = MoEConfig(
+            n_routed_experts=experts,
+            top_k=1 if hashed else draw(st.integers(1, experts)),
+            expert_width=draw(small),
+            n_shared_experts=draw(st.integers(0, 3)),
+            scoring_func="hash" if hashed else "softmax",
+        )
+    layers = draw(st.integers(1, 5))
+    return ModelConfig(
+        vocab_size=draw(small),
+        d_model=draw(small),
+        n_layers=layers,
+        attention=AttentionConfig(n_heads=draw(small), head_dim=2 * draw(small)),
+        ffn_width=draw(small),
+        moe=moe,
+        n_dense_layers=draw(st.integers(0, layers)),
+        tie_embeddings=draw(st.booleans()),
+    )
+
+
+@given(configs())
+def test_parameters_equal_a_loop_over_matrices(config: ModelConfig) -> None:
+    counted = parameters(config)
+    weights = matrices(config)
+    for name, count in counted.rows().items():
+        assert count.total == sum(math.prod(shape) for part, shape, _ in weights if part == name)
+        assert count.active == sum(math.prod(shape) for part, shape, met in weights if part == name and met)
+    assert counted.total == sum(math.prod(shape) for _, shape, _ in weights)
+    assert counted.active_all == sum(math.prod(shape) for _, shape, met in weights if met)
+    assert counted.active_no_embed <= counted.active_no_input_embed <= counted.active_all <= counted.total
+    table = config.vocab_size * config.d_model
+    assert counted.active_all - counted.active_no_input_embed == (0 if config.tie_embeddings else table)
+    assert counted.active_all - counted.active_no_embed == (table if config.tie_embeddings else 2 * table)
+
+
+@given(configs(), st.integers(1, 20))
+def test_training_flops_equal_a_loop_over_products(config: ModelConfig, seq_len: int) -> None:
+    forward = 0  # a multiplication and an addition for every weight and token, and for every entry of the scores
+    for part, shape, met in matrices(config):
+        if met and part not in ("embed_in", "norms", "router"):
+            forward += 2 * seq_len * math.prod(shape)
+    if config.tie_embeddings:
+        forward += 2 * seq_len * config.vocab_size * config.d_model
+    for _ in range(config.n_layers * config.attention.n_heads):
+        forward += 2 * (2 * seq_len * seq_len * config.attention.head_dim)
+    flops = training_flops(config, seq_len)
+    assert flops.total == 3 * forward
+    assert flops.total + flops.router == sum(flops.rows().values())
+    assert flops.forward_per_token * seq_len == forward
+
+
+@given(configs(), st.integers(1, 20))
+def test_training_flops_generalise_the_formula(config: ModelConfig, seq_len: int) -> None:
+    D = config.d_model
+    square = replace(config, attention=AttentionConfig(n_heads=D, head_dim=2), d_model=2 * D, n_dense_layers=0)
+    moe = square.moe
+    width = square.ffn_width if moe is None else (moe.top_k + moe.n_shared_experts) * moe.expert_width
+    numbers = {key: getattr(square, key) for key in ("n_layers", "d_model", "vocab_size")}
+    units = 3 * width / (8 * square.d_model)
+    expected = formula_flops(**numbers, ffn_units=units, seq_len=seq_len)
+    assert training_flops(square, seq_len).total == pytest.approx(expected, rel=1e-12)
+
+
+@given(configs())
+def test_one_more_expert_a_token_is_one_more_active_expert(config: ModelConfig) -> None:
+    if config.moe is None or config.moe.scoring_func == "hash" or config.moe.top_k == config.moe.n_routed_experts:
+        return
+    before = parameters(config)
+    after = parameters(replace(config, moe=replace(config.moe, top_k=config.moe.top_k + 1)))
+    expert = 3 * config.d_model * config.moe.expert_width
+    assert after.active_all - before.active_all == (config.n_layers - config.n_dense_layers) * expert
+    assert after.total == before.total
+
+
+def test_kv_cache_is_a_key_and_a_value_for_each_head_and_layer() -> None:
+    assert kv_cache_elements(preset("dense-0.2B")) == 9 * 10 * 128 * 2 == 23_040
+    assert kv_cache_elements(preset("course-gshard")) == 2 * 4 * 16 * 2
+
+
+def test_course_presets_are_comparable() -> None:
+    """Same everything but the FFN; the wide dense model has the active FFN weights of two experts."""
+    dense, wide, gshard, switch, hashed = (parameters(preset(name)) for name in COURSE)
+    assert {(c.embed_in, c.lm_head, c.attention, c.norms) for c in (dense, wide, gshard, switch, hashed)} == {
+        (dense.embed_in, dense.lm_head, dense.attention, dense.norms)
+    }
+    assert gshard.ffn.active == wide.ffn.active == 2 * dense.ffn.active
+    assert switch.ffn.active == hashed.ffn.active == dense.ffn.active
+    assert gshard.ffn.total == switch.ffn.total == hashed.ffn.total == 16 * dense.ffn.total
+
+
+def component(parameter: str) -> str:
+    """The component a parameter of the model belongs to, by its name."""
+    for word, name in {
+        "norm": "norms",
+        "router": "router",
+        "shared": "shared_experts",
+        "experts": "routed_experts",
+        "embed": "embed_in",
+        "head": "lm_head",
+        "attention": "attention",
+        "ffn": "dense_ffn",
+    }.items():
+        if word in parameter:
+            return name
+    raise AssertionError(f"{parameter}: unknown component")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_model_has_the_parameters_that_are_counted(name: str, tied: bool) -> None:
+    import torch
+
+    from dsmoe_lite.model import Transformer
+
+    config = replace(preset(name), tie_embeddings=tied)
+    with torch.device("meta"):
+        model = Transformer(config)
+    found = dict.fromkeys(parameters(config).rows(), 0)
+    for parameter, tensor in model.named_parameters():
+        found[component(parameter)] += tensor.numel()
+    assert found == {part: count.total for part, count in parameters(config).rows().items()}
+
+
+def test_an_unknown_preset_names_the_close_ones() -> None:
+    with pytest.raises(InputError, match=r"^preset = 'gshard-2B': there is none; close: .*gshard-2\.0B"):
+        preset("gshard-2B")
+    with pytest.raises(InputError, match=r"all: course-dense, .*dense-x16$"):
+        preset("#")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(command, arguments, env={"COLUMNS": "200"}, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_count_prints_a_table_by_component() -> None:
+    output = run("gshard-2.0B")
+    routed = next(line for line in output.splitlines() if "routed_experts" in line)
+    assert "1,887,252,480" in routed  # 9 layers x 16 experts x 3 x 1280 x 3413
+    assert "0.9593" in routed  # of 1,967,415,040
+    # 2048 x (54 x (4 x 1280^2 + 6 x 1280 x 3413) + 108 x 1280 x 2048 + 6 x 8192 x 1280)
+    assert "4,332,265,144,320" in output
+
+
+def test_count_puts_models_side_by_side() -> None:
+    header, *_ = (line for line in run("course-dense", "course-gshard").splitlines() if "course" in line)
+    assert header.index("course-dense") < header.index("course-gshard")
+
+
+def test_count_as_json() -> None:
+    dense, gshard = json.loads(run("course-dense", "course-gshard", "--json", "--seq-len", "100"))
+    assert (dense["name"], gshard["name"]) == ("course-dense", "course-gshard")
+    assert dense["seq_len"] == 100
+    # 2 layers of 4 x 64 x 64 + 3 x 64 x 128 weights and a head of 1024 x 64; scores: 12 x 2 x 64 x 100^2
+    assert dense["training_flops"] == 600 * (2 * (16_384 + 24_576) + 65_536) + 15_360_000
+    router = next(row for row in gshard["components"] if row["component"] == "router")
+    assert (router["total"], router["training_flops"]) == (2 * 16 * 64, 600 * 2 * 16 * 64)
+
+
+def test_count_reads_a_config_file(tmp_path) -> None:
+    path = tmp_path / "small one.yaml"
+    path.write_text(
+        "{vocab_size: 10, d_model: 8, n_layers: 1, attention: {n_heads: 2, head_dim: 4}, ffn_width: 16}",
+        encoding="utf-8",
+    )
+    (only,) = json.loads(run(str(path), "--json"))
+    assert only["total"] == 2 * 80 + 4 * 64 + 3 * 128 + 3 * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("gshrd-2.0B", None, "gshard-2.0B"),
+        ("absent.yaml", None, "No such file"),
+        ("bad.yaml", b"a: [", "is not YAML"),
+        ("latin.yaml", "a: é".encode("latin-1"), "is not UTF-8"),
+        ("list.yaml", b"- 1", "must hold the fields"),
+        ("empty.yaml", b"", "must hold the fields"),
+        ("field.yaml", b"{vocab: 3}", "ModelConfig"),
+        (
+            "value.yaml",
+            b"{vocab_size: 0, d_model: 8, n_layers: 1, ffn_width: 1, attention: {n_heads: 1, head_dim: 2}}",
+            "vocab_size = 0",
+        ),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(name, content, words, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        main(["count", name])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
