@@ -1,5 +1,6 @@
 """Endless batches of tokens and domain labels, streamed from a corpus and resumable to the bit."""
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,6 +63,16 @@ class Batches:
     def epoch(self) -> int:
         """How often the corpus has been read to its end."""
         return self.state_dict()["epoch"]
+
+    def describe(self) -> dict[str, Any]:
+        """What the batches are made of, as plain data: a run resumes only on the same."""
+        vocabulary = self._tokenizer.to_str().encode()
+        return {
+            "corpus": self._corpus.fingerprint(),
+            "tokenizer_sha256": hashlib.sha256(vocabulary).hexdigest(),
+            "split": self._split,
+            "shape": list(self._shape),
+        }
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch starts, as plain data."""

@@ -1,7 +1,7 @@
 """Pronounceable made-up words, the same for the same seed everywhere."""
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import product
 
 VOWELS = "aeiou"
@@ -19,32 +19,27 @@ def shuffled(items: Collection[str], *key: object) -> list[str]:
     return sorted(items, key=lambda item: number(*key, item))
 
 
-class WordMaker:
-    """Makes words of open syllables, never the same twice.
+def make_words(consonants: str, n: int, *key: object, taken: Collection[str] = ()) -> list[str]:
+    """`n` different words of two or more open syllables, none of them in `taken`.
 
-    Few syllables are used for few words: a byte-pair tokenizer then needs few merges on its way to whole words.
+    As few syllables as will do are used: a byte-pair tokenizer then needs few merges on its way to whole words.
     """
-
-    def __init__(self, consonants: str, n_words: int, seed: int, taken: Collection[str] = ()) -> None:
-        starts = shuffled([c + v for c, v in product(consonants, VOWELS)], seed, "starts", consonants)
-        ends = shuffled([c + v for c, v in product(consonants, LAST_VOWELS)], seed, "ends", consonants)
-        parts: Sequence[Sequence[str]] = [starts, ends]
-        while _combinations(parts) < n_words + len(taken):
-            parts = [starts, *parts]
-        width = 1
-        while _combinations([part[:width] for part in parts]) < 1.5 * n_words + len(taken) and width < len(starts):
+    starts = _syllables(consonants, VOWELS, *key, "starts")
+    ends = _syllables(consonants, LAST_VOWELS, *key, "ends")
+    taken, length, width = set(taken), 2, 1
+    while True:
+        if len(starts[:width]) ** (length - 1) * len(ends[:width]) >= n:
+            parts = [starts[:width]] * (length - 1) + [ends[:width]]
+            words = {"".join(word) for word in product(*parts)} - taken
+            if len(words) >= n:
+                return shuffled(words, *key, "words")[:n]
+        if width < len(starts):
             width += 1
-        words = {"".join(word) for word in product(*(part[:width] for part in parts))}
-        self._left = shuffled(words - set(taken), seed, "words")
-
-    def take(self, n: int, *, capital: bool = False) -> list[str]:
-        """The next `n` words."""
-        words, self._left = self._left[:n], self._left[n:]
-        return [word.capitalize() for word in words] if capital else words
+        else:
+            length, width = length + 1, 2
 
 
-def _combinations(parts: Sequence[Sequence[str]]) -> int:
-    count = 1
-    for part in parts:
-        count *= len(part)
-    return count
+def _syllables(consonants: str, vowels: str, *key: object) -> list[str]:
+    """All syllables, each consonant once before any comes twice: few syllables then still sound unlike each other."""
+    first, then = shuffled(consonants, *key), shuffled(vowels, *key)
+    return [c + then[(turn + i) % len(then)] for turn in range(len(then)) for i, c in enumerate(first)]

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from dsmoe_lite.data.corpus import Document, require_split
-from dsmoe_lite.data.words import WordMaker, number
+from dsmoe_lite.data.words import make_words, number
 from dsmoe_lite.errors import require, require_choice, require_number, require_whole
 
 DOMAINS = ("facts", "parallel", "arithmetic", "brackets", "code")
@@ -32,6 +32,8 @@ STATEMENTS = (
 )
 QUESTION = "Which {relation} does {name} have? {value}."
 RELATIONS = tuple("craft home drink song tree stone pet tool dish game coat boat herb bird road star".split())
+WORD = re.compile(r"(?<![{\w])[A-Za-z]+(?![}\w])")  # a word of a wording, not a {place}
+NATIVE, FOREIGN = "bdlmnrstv", "fhjwyz"  # the consonants of the two languages' made-up words
 BRACKETS = ("()", "[]", "{}", "<>")
 HASHED_DOCUMENTS = 1000  # documents are alike: the first thousand tell one world from another
 
@@ -119,7 +121,7 @@ class World:
         weights = [int(1e9 / rank**config.zipf) for rank in range(1, config.n_entities + 1)]
         self._up_to = list(accumulate(weights))
         self._share_up_to = [*list(accumulate(config.shares))[:-1], 1.0]
-        self._functions = WordMaker("bdlmnrstv", 12, config.seed + 1).take(12)
+        self._functions = make_words(NATIVE, 6, config.seed, "functions")
         self._writers: tuple[Callable[[Random], str], ...] = (
             lambda rng: self._facts(rng, native),
             lambda rng: self._facts(rng, foreign),
@@ -198,44 +200,34 @@ class World:
 
 
 def _languages(config: WorldConfig) -> tuple[Language, Language]:
-    n_words = config.n_first + config.n_last + config.n_relations * (1 + config.n_values)
-    english = sorted({word.lower() for text in (*STATEMENTS, QUESTION) for word in _words_of(text)})
-    native = WordMaker("bdlmnrstv", n_words, config.seed, taken=[*english, *RELATIONS])
-    foreign = WordMaker("fhjwyz", n_words + len(english), config.seed)
-    dictionary = dict(zip(english, foreign.take(len(english)), strict=True))
-    relations = list(RELATIONS[: config.n_relations])
-    relations += native.take(config.n_relations - len(relations))
-    return (
-        _language(config, native, relations, list(STATEMENTS), QUESTION),
-        _language(
-            config,
-            foreign,
-            foreign.take(config.n_relations),
-            [_translate(wording, dictionary) for wording in STATEMENTS],
-            _translate(QUESTION, dictionary),
-        ),
-    )
+    english = sorted({word.lower() for wording in (*STATEMENTS, QUESTION) for word in WORD.findall(wording)})
+    invented = make_words(NATIVE, max(0, config.n_relations - len(RELATIONS)), config.seed, "relations")
+    relations = [*RELATIONS, *invented][: config.n_relations]
+    dictionary = make_words(FOREIGN, len(english) + config.n_relations, config.seed, "dictionary")
+    translations = dict(zip(english, dictionary, strict=False))
+    native = _language(config, NATIVE, relations, [*STATEMENTS, QUESTION], [*english, *relations])
+    wordings = [_translate(wording, translations) for wording in (*STATEMENTS, QUESTION)]
+    foreign = _language(config, FOREIGN, dictionary[len(english) :], wordings, dictionary)
+    return native, foreign
 
 
 def _language(
-    config: WorldConfig, maker: WordMaker, relations: list[str], statements: list[str], question: str
+    config: WorldConfig, sounds: str, relations: list[str], wordings: list[str], taken: list[str]
 ) -> Language:
-    first = maker.take(config.n_first, capital=True)
-    last = maker.take(config.n_last, capital=True)
-    values = [maker.take(config.n_values) for _ in relations]
-    return Language(first, last, relations, values, statements, question)
+    n, n_values = config.n_first, config.n_values
+    names = make_words(sounds, n + config.n_last, config.seed, "names", taken=taken)
+    words = make_words(sounds, len(relations) * n_values, config.seed, "values", taken=[*taken, *names])
+    values = [words[start : start + n_values] for start in range(0, len(words), n_values)]
+    capital = [name.capitalize() for name in names]
+    return Language(capital[:n], capital[n:], relations, values, wordings[:-1], wordings[-1])
 
 
-def _words_of(wording: str) -> list[str]:
-    return re.findall(r"(?<!\{)\b[A-Za-z]+\b(?!\})", wording)
-
-
-def _translate(wording: str, dictionary: dict[str, str]) -> str:
+def _translate(wording: str, translations: dict[str, str]) -> str:
     def word(match: re.Match[str]) -> str:
-        foreign = dictionary[match[0].lower()]
+        foreign = translations[match[0].lower()]
         return foreign.capitalize() if match[0][0].isupper() else foreign
 
-    return re.sub(r"(?<!\{)\b[A-Za-z]+\b(?!\})", word, wording)
+    return WORD.sub(word, wording)
 
 
 def _choose_pairs(config: WorldConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
