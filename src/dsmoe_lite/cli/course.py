@@ -1,0 +1,22 @@
+"""`dsmoe course`: every chapter, and the table of times."""
+
+import click
+
+from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.errors import RunError
+from dsmoe_lite.labs.course import machine, run_course
+
+
+@click.command(name="course")
+@click.option("--profile", type=click.Choice(["smoke", "cpu", "gpu"]), default="cpu", show_default=True)
+@json_option
+def command(profile: str, as_json: bool) -> None:
+    """Run every chapter in the book's order and print its wall and CPU seconds."""
+    outcomes = run_course(profile)
+    rows = [{"chapter": o.chapter, "wall s": o.wall_s, "CPU s": o.cpu_s, "ended": not o.failure} for o in outcomes]
+    print_rows(rows, as_json=as_json, title=f"profile {profile}; {machine()}")
+    failed = [outcome for outcome in outcomes if outcome.failure]
+    for outcome in failed:
+        click.echo(outcome.failure, err=True)
+    if failed:
+        raise RunError(f"{len(failed)} of {len(outcomes)} chapters failed: {', '.join(o.chapter for o in failed)}")

@@ -1,0 +1,27 @@
+"""`dsmoe run 02 -p top_k=1 -p profile=smoke`."""
+
+from pathlib import Path
+
+import click
+
+from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.labs.order import find_chapter
+from dsmoe_lite.labs.parameters import parse_assignments
+from dsmoe_lite.labs.run import chapter_schema, run_chapter
+
+
+@click.command(name="run")
+@click.argument("chapter")
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be given several times.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder or .ipynb file to write to.  [default: runs/]")
+@json_option
+def command(chapter: str, assignments: tuple[str, ...], out: Path | None, as_json: bool) -> None:
+    """Run CHAPTER (02, gshard...) with parameters into a notebook of its own, and print what it reports."""
+    notebook = find_chapter(chapter)
+    run = run_chapter(notebook, parse_assignments(chapter_schema(notebook), assignments), out)
+    if as_json:
+        print_rows([{"notebook": str(run.notebook), "parameters": run.parameters, "result": run.result}], as_json=True)
+        return
+    click.echo(str(run.notebook))
+    if run.result:
+        print_rows([{"result": name, "value": value} for name, value in run.result.items()], as_json=False)

@@ -1,0 +1,56 @@
+"""A pytest plugin: how `pytest --nbval` compares the three kinds of cells.
+
+No tag: exactly, pictures apart. `trained`: what the cell says, not its charts and reported values. `measured`, and
+cells whose reference shows a widget: executed, not compared. stderr is never compared; exceptions always fail.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from dsmoe_lite.labs.results import MIME
+
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+NUMERIC = (MIME, "application/vnd.vega", "image/")  # prefixes of what holds digits of a training
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With --nbval: this interpreter as kernel, no progress bars, and the history that a reader's session has."""
+    if not config.getoption("nbval", default=False):
+        return
+    from nbval.kernel import RunningKernel  # type: ignore[import-untyped]
+
+    os.environ["TQDM_DISABLE"] = "1"
+    config.option.nbval_current_env = True
+    RunningKernel.execute_cell_input = _execute_with_history  # `check_parameters` reads the history
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Set each cell's comparison by its tags and its reference."""
+    for item in items:
+        if hasattr(item, "cell") and hasattr(item, "compare_outputs"):
+            _set_comparison(item)
+
+
+def _set_comparison(item: Any) -> None:
+    item.parent.skip_compare = (*item.parent.skip_compare, "stderr")
+    tags = item.cell.metadata.get("tags", [])
+    if "measured" in tags or any(WIDGET_VIEW in output.get("data", {}) for output in item.cell.outputs):
+        item.options["check"] = False
+    elif "trained" in tags:
+        compare = item.compare_outputs
+        item.compare_outputs = lambda test, ref: compare(list(_without_numbers(test)), list(_without_numbers(ref)))
+
+
+def _without_numbers(outputs: Iterable[Any]) -> Iterator[Any]:
+    """Outputs as they are, charts and reported values by their kind alone: a missing one is still noticed."""
+    for output in outputs:
+        kinds = [kind for kind in output.get("data", {}) if kind.startswith(NUMERIC)]
+        yield {"output_type": output.output_type, "data": dict.fromkeys(kinds, "not compared")} if kinds else output
+
+
+def _execute_with_history(kernel: Any, cell_input: str, allow_stdin: bool | None = None) -> str:
+    message: str = kernel.kc.execute(cell_input, store_history=True, allow_stdin=allow_stdin, stop_on_error=False)
+    return message

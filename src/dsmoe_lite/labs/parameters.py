@@ -1,0 +1,184 @@
+"""A chapter's knobs: the typed, commented `parameters` cell is their schema.
+
+    top_k: int = 2  # experts a token visits: 1..4
+    profile: str = "cpu"  # size of the run: smoke | cpu | gpu
+    sentence: str = "the cat"  # text to colour: 1..400 characters
+    shared: bool = True  # one expert is always on
+
+After the last colon stands the range (`low..high`, both included; for text, of its length) or the choices.
+A bool needs neither.
+"""
+
+import ast
+import difflib
+import io
+import re
+import tokenize
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from dsmoe_lite.errors import InputError, require
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool}
+KINDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+RANGE = re.compile(r"(?P<low>[^\s.]\S*?)\.\.(?P<high>\S+)(?: .+)?")
+FORM = "write `name: type = value  # help: low..high` or `# help: this | that`"
+INJECTED = "# Parameters"  # first line of the cell that papermill adds
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One knob: `choices`, or `low` and `high` (both included; of the length, for text)."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+    choices: tuple[Any, ...] = ()
+    low: float | None = None
+    high: float | None = None
+
+    def describe(self) -> str:
+        """What a value may be, in words for an error line."""
+        if self.type == "bool":
+            return KINDS["bool"]
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        unit = " characters" if self.type == "str" else ""
+        return f"{KINDS[self.type]}, {self.low}..{self.high}{unit}"
+
+
+def read_schema(source: str) -> dict[str, Parameter]:
+    """Read the parameters cell `source`; raise InputError naming the line that is not a typed, commented parameter."""
+    try:
+        statements = ast.parse(source).body
+    except SyntaxError as error:
+        raise InputError(f"parameters cell, line {error.lineno}: {FORM}") from None
+    comments, schema = _comments(source), {}
+    for statement in statements:
+        parameter = _read(statement, comments.get(statement.end_lineno or 0, ""))
+        check(parameter, parameter.default)
+        schema[parameter.name] = parameter
+    return schema
+
+
+def find(schema: Mapping[str, Parameter], name: str) -> Parameter:
+    """The parameter called `name`; an unknown name raises InputError with the nearest and all known ones."""
+    if name in schema:
+        return schema[name]
+    near = difflib.get_close_matches(name, schema, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(f"unknown parameter {name}: {hint}this chapter has {', '.join(schema)}")
+
+
+def check(parameter: Parameter, value: Any) -> Any:
+    """Return `value` (a whole number as float where the type is float); raise InputError where it does not fit."""
+    name, remedy = parameter.name, f"must be {parameter.describe()}"
+    if parameter.type == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    require(type(value) is TYPES[parameter.type], name, value, remedy)
+    if parameter.choices:
+        require(value in parameter.choices, name, value, remedy)
+    else:
+        size = len(value) if parameter.type == "str" else value
+        require(parameter.low <= size <= parameter.high, name, value, remedy)  # type: ignore[operator]
+    return value
+
+
+def parse_value(parameter: Parameter, text: str) -> Any:
+    """Turn command-line `text` into a checked value."""
+    return check(parameter, _convert(parameter.type, text, text))
+
+
+def parse_assignments(schema: Mapping[str, Parameter], assignments: Iterable[str]) -> dict[str, Any]:
+    """Turn `name=value` strings into checked values; a name given twice raises InputError."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise InputError(f"-p {assignment}: write -p name=value")
+        parameter = find(schema, name.strip())
+        require(parameter.name not in values, parameter.name, text, "is given twice")
+        values[parameter.name] = parse_value(parameter, text)
+    return values
+
+
+def check_parameters(namespace: MutableMapping[str, Any]) -> None:
+    """Check a chapter's parameters as they stand now: call `check_parameters(globals())` in the cell after them.
+
+    The schema is read from the session's own history, so it also holds after a reader's edit and after papermill's
+    injection; an injected name that the schema lacks raises InputError.
+    """
+    history = list(namespace.get("In", []))
+    start = next((i for i, source in enumerate(history) if _is_parameters_cell(source)), None)
+    if start is None:
+        raise InputError("no parameters cell has run in this session: run the notebook from its top")
+    schema = read_schema(history[start])
+    for source in history[start + 1 :]:
+        for name in _injected_names(source):
+            find(schema, name)
+    for name, parameter in schema.items():
+        namespace[name] = check(parameter, namespace.get(name))
+
+
+def _read(statement: ast.stmt, comment: str) -> Parameter:
+    match statement:
+        case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id=kind), value=ast.expr() as value):
+            pass
+        case _:
+            raise InputError(f"parameters cell, line {statement.lineno}: {FORM}")
+    require(kind in TYPES, name, kind, f"must have one of the types {', '.join(TYPES)}")
+    try:
+        default = ast.literal_eval(value)
+    except ValueError:
+        raise InputError(f"parameter {name}: its default must be a literal") from None
+    if kind == "bool":
+        require(bool(comment), name, default, f"needs a comment: {FORM}")
+        return Parameter(name, kind, default, comment, choices=(True, False))
+    help_text, colon, spec = comment.rpartition(": ")
+    require(bool(colon), name, default, f"needs a comment with its range: {FORM}")
+    if " | " in spec:
+        choices = tuple(_convert(kind, choice.strip(), default, name) for choice in spec.split(" | "))
+        return Parameter(name, kind, default, help_text, choices=choices)
+    bounds = RANGE.fullmatch(spec)
+    require(bounds is not None, name, spec, FORM)
+    number = "int" if kind == "str" else kind
+    low, high = (_convert(number, bounds[end], spec, name) for end in ("low", "high"))  # type: ignore[index]
+    require(low <= high, name, spec, "the range is empty")
+    return Parameter(name, kind, default, help_text, low=low, high=high)
+
+
+def _convert(kind: str, text: str, shown: Any, name: str = "") -> Any:
+    try:
+        if kind == "bool":
+            return {"true": True, "false": False}[text.lower()]
+        return TYPES[kind](text)
+    except (KeyError, ValueError):
+        if not name:
+            return text  # `check` names the type that was expected
+        raise InputError(f"{name} = {shown!r}: {text!r} is not {KINDS[kind]}") from None
+
+
+def _comments(source: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return {token.start[0]: token.string.lstrip("# ").strip() for token in tokens if token.type == tokenize.COMMENT}
+
+
+def _body(source: str) -> list[ast.stmt]:
+    try:
+        return ast.parse(source).body
+    except SyntaxError:
+        return []
+
+
+def _is_parameters_cell(source: str) -> bool:
+    typed = {s.target.id for s in _body(source) if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
+    return {"profile", "seed"} <= typed
+
+
+def _injected_names(source: str) -> list[str]:
+    if not source.lstrip().startswith(INJECTED + "\n"):
+        return []
+    targets = [target for s in _body(source) if isinstance(s, ast.Assign) for target in s.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

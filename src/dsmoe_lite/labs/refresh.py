@@ -1,0 +1,129 @@
+"""Reference outputs: the one way by which notebooks/*.ipynb are written. Twice in a row changes no byte."""
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from dsmoe_lite.errors import RunError
+from dsmoe_lite.files import write_text
+from dsmoe_lite.progress import progress
+
+LIMIT = 1_000_000  # bytes of a notebook
+WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
+
+
+def refresh_chapter(source: Path, *, measure: bool = False) -> bool:
+    """Execute the percent script `source` and write the .ipynb beside it; return whether that file changed.
+
+    Outputs of `measured` cells stay as stored, as long as their source is the same, unless `measure`. A cell that fails
+    or a notebook over 1 MB raises RunError and leaves the old file.
+    """
+    import jupytext
+    import nbformat
+
+    target = source.with_suffix(".ipynb")
+    notebook = jupytext.read(source)
+    _fix_metadata(notebook, source.stem)
+    _execute(notebook, source.stem)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = _joined([out for out in cell.outputs if out.get("name") != "stderr"])
+    if not measure and target.exists():
+        _keep_measured(notebook, nbformat.read(target, as_version=4))
+    text = nbformat.writes(_renumber_widgets(notebook)) + "\n"
+    size = len(text.encode())
+    if size > LIMIT:
+        raise RunError(f"{source.stem}: {size:,} bytes with outputs, over the limit of {LIMIT:,}; {_largest(notebook)}")
+    changed = not target.exists() or target.read_text(encoding="utf-8") != text
+    if changed:
+        write_text(target, text)
+    return changed
+
+
+def _execute(notebook: Any, name: str) -> None:
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    from dsmoe_lite.labs import kernel
+
+    with tempfile.TemporaryDirectory(prefix="dsmoe-refresh-") as folder:
+        client = NotebookClient(
+            notebook,
+            kernel_name=kernel.NAME,
+            kernel_manager_class=kernel.OwnKernelManager,
+            timeout=None,
+            record_timing=False,
+            store_widget_state=True,
+            resources={"metadata": {"path": folder}},
+        )
+        client.reset_execution_trackers()
+        # cell by cell, not client.execute(): that one turns Ctrl-C into a dead kernel
+        with client.setup_kernel():
+            for index, cell in enumerate(progress(notebook.cells, desc=name, unit="cell", disable=None)):
+                try:
+                    client.execute_cell(cell, index)
+                except CellExecutionError as error:
+                    where = f"{name}: cell In [{cell.execution_count}]"
+                    raise RunError(f"{where} stopped with {error.ename}: {error.evalue}") from None
+                except DeadKernelError:
+                    raise RunError(f"{name}: the kernel died (out of memory?)") from None
+            client.set_widgets_metadata()
+
+
+def _fix_metadata(notebook: Any, name: str) -> None:
+    """What no run changes: the kernel's name, the cells' ids, no pairing and no version of Python."""
+    from dsmoe_lite.labs import kernel
+
+    notebook.metadata.clear()
+    notebook.metadata["kernelspec"] = dict(kernel.METADATA)
+    notebook.metadata["language_info"] = {
+        "name": "python",
+        "file_extension": ".py",
+        "mimetype": "text/x-python",
+        "pygments_lexer": "ipython3",
+        "codemirror_mode": {"name": "ipython", "version": 3},
+    }
+    notebook.nbformat, notebook.nbformat_minor = 4, 5
+    number = name.partition("_")[0]
+    for index, cell in enumerate(notebook.cells):
+        cell["id"] = f"{number}-{index:03d}"
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Neighbouring pieces of one stream as one: where a kernel splits them depends on timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
+            joined[-1].text += output.text
+        else:
+            joined.append(output)
+    return joined
+
+
+def _keep_measured(notebook: Any, stored: Any) -> None:
+    """Give every `measured` cell the outputs that the same source has in `stored`, first to first."""
+    outputs = defaultdict(list)
+    for cell in stored.cells:
+        if "measured" in cell.metadata.get("tags", []):
+            outputs[cell.source].append(cell.outputs)
+    for cell in notebook.cells:
+        if "measured" in cell.metadata.get("tags", []) and outputs[cell.source]:
+            cell.outputs = outputs[cell.source].pop(0)
+
+
+def _renumber_widgets(notebook: Any) -> Any:
+    """Replace the widgets' random ids by their order of creation, wherever they stand."""
+    import nbformat
+
+    state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    text = json.dumps(notebook)
+    for number, model_id in enumerate(state):
+        text = text.replace(model_id, f"{number:032x}")
+    return nbformat.from_dict(json.loads(text))
+
+
+def _largest(notebook: Any) -> str:
+    cell = max(notebook.cells, key=lambda cell: len(json.dumps(cell)))
+    return f"the largest cell, {len(json.dumps(cell)):,} bytes, begins with {cell.source.splitlines()[0]!r}"

@@ -1,0 +1,97 @@
+"""A small course of one chapter, so that what runs chapters is tested without training anything."""
+
+from pathlib import Path
+
+import pytest
+
+from dsmoe_lite import paths
+
+HEADER = """\
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # A small chapter
+
+# %% tags=["parameters"]
+profile: str = "cpu"  # size of the run: smoke | cpu | gpu
+seed: int = 0  # seed of weights and data order: 0..2147483647
+top_k: int = 2  # experts a token visits: 1..4
+capacity_factor: float = 1.25  # slots over the fair share: 0.5..8.0
+
+# %%
+from dsmoe_lite.labs import check_parameters
+
+check_parameters(globals())
+"""
+
+CELLS = """
+# %%
+import sys
+import time
+
+print("top_k", top_k, "capacity", capacity_factor)
+print("a warning", file=sys.stderr)
+
+# %% tags=["trained"]
+from dsmoe_lite.labs import claim
+
+claim("loss", 3 + top_k / 3, (3.0, 5.0))
+
+# %% tags=["measured"]
+time.time()
+
+# %%
+import ipywidgets
+
+ipywidgets.IntSlider(value=top_k)
+
+# %%
+from dsmoe_lite.progress import progress
+
+for step in progress(range(3)):
+    print(step)
+"""
+
+BOOK = """\
+title: Small
+toc: {format: jb-book, root: notebooks/03_small, chapters: []}
+"""
+
+
+class Course:
+    """A repository in a folder with a space in its name; `write` gives it a chapter."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.notebooks, self.runs = root, root / "notebooks", root / "runs"
+        self.notebooks.mkdir(parents=True)
+        (root / "book.yml").write_text(BOOK, encoding="utf-8")
+
+    def write(self, cells: str = CELLS, name: str = "03_small") -> Path:
+        """Write the chapter's .py and, unexecuted, its .ipynb; return the .ipynb."""
+        import jupytext
+
+        source = self.notebooks / f"{name}.py"
+        source.write_text(HEADER + cells, encoding="utf-8")
+        jupytext.write(jupytext.read(source), source.with_suffix(".ipynb"))
+        return source.with_suffix(".ipynb")
+
+    def files(self) -> set[str]:
+        """Every file under the root."""
+        return {str(path.relative_to(self.root)) for path in self.root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
+    """A small course that the package takes for its own repository."""
+    small = Course(tmp_path / "a course")
+    monkeypatch.setattr(paths, "REPOSITORY", small.root)
+    monkeypatch.setattr(paths, "NOTEBOOKS", small.notebooks)
+    monkeypatch.setattr(paths, "RUNS", small.runs)
+    monkeypatch.setattr(paths, "WORK", small.root / "work")
+    return small
