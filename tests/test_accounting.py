@@ -293,7 +293,10 @@ def test_count_reads_a_config_file(tmp_path) -> None:
     [
         ("gshrd-2.0B", None, "gshard-2.0B"),
         ("absent.yaml", None, "No such file"),
-        ("bad.yaml", b"a: [", "is not YAML"),
+        ("bad.yaml", b"a: 1\nb: [", "is not YAML: expected the node content, but found '<stream end>' in line 2"),
+        ("control.yaml", b"a: \x01", "is not YAML"),
+        ("date.yaml", b"a: 2001-99-99", "is not YAML: month must be in 1..12"),
+        ("fields.yaml", b"{1: 2}", "ModelConfig"),
         ("latin.yaml", "a: é".encode("latin-1"), "is not UTF-8"),
         ("list.yaml", b"- 1", "must hold the fields"),
         ("empty.yaml", b"", "must hold the fields"),

@@ -3,7 +3,7 @@
 The validation models are those of DeepSeekMoE (arXiv:2401.06066), Tables 1, 2, 8 and 9; Section 4.1 and Table 7 give
 their sizes. The paper gives a standard FFN 8 d^2 parameters, in SwiGLU a width of 8/3 d = 3413.33: widths here are
 that times the relative expert size, to the nearest whole channel. It gives the vocabulary as 8K: 8192 here. It drops
-no token in these runs, so none of them has a capacity, and GShard's second choice is always sent.
+no token in these runs: none of them has a capacity here, and the second choice of its GShard is always sent.
 
 Capacity of the course sizes: GShard prints C = 2N/(G E), which is the fair share T*K/E of its two choices and hence a
 capacity factor of 1.0 in this package, where any imbalance drops tokens. The course takes 1.25 in training and 2.0

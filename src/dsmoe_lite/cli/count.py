@@ -48,7 +48,10 @@ def load_config(name: str) -> ModelConfig:
         raise InputError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}: is not YAML: {error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold the fields of a ModelConfig (vocab_size: 1024, ...)")
