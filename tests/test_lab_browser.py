@@ -1,0 +1,237 @@
+"""Readers' path: the real JupyterLab of `dsmoe lab` in headless Chromium, in a folder with a space in its name."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from dsmoe_lite import paths
+from dsmoe_lite.machine import find_chromium
+
+CHAPTERS = sorted(path.name for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+QUIET = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+)
+WHOLE_NOTEBOOK_IN_PAGE = '{"windowingMode": "none"}'  # so that cells out of sight can be counted too
+MINUTE = 60_000  # milliseconds, Playwright's unit
+
+
+@dataclass(frozen=True)
+class Lab:
+    address: str
+    repository: Path
+    process: subprocess.Popen
+
+    def url(self, path: str) -> str:
+        """The address of a file in a workspace of its own, so that no test sees another's tabs."""
+        start, token = self.address.split("/lab/tree/")[0], self.address.split("?")[1]
+        return f"{start}/lab/workspaces/{re.sub('[^a-z0-9]', '', path)}/tree/{path}?{token}"
+
+
+def tiny_notebook() -> nbformat.NotebookNode:
+    chart = {
+        "data": {"values": [{"expert": "e0", "load": 3}, {"expert": "e1", "load": 1}]},
+        "mark": "bar",
+        "encoding": {"x": {"field": "expert", "type": "nominal"}, "y": {"field": "load", "type": "quantitative"}},
+        "width": 200,
+    }
+    draw = f"from IPython.display import display\ndisplay({{'application/vnd.vegalite.v5+json': {chart}}}, raw=True)"
+    cells = [
+        new_markdown_cell("# Tiny"),
+        new_code_cell('profile = "cpu"', metadata={"tags": ["parameters"]}),
+        new_code_cell("import sys\nprint(profile, sys.executable)"),
+        new_code_cell(draw),
+    ]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
+
+
+def set_profile(copy: Path, profile: str) -> None:
+    notebook = nbformat.read(copy, as_version=4)
+    (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    cell.source, changed = re.subn(r'^profile(.*?)= "\w+"', rf'profile\1= "{profile}"', cell.source, flags=re.MULTILINE)
+    assert changed == 1
+    nbformat.write(notebook, copy)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    from playwright.sync_api import sync_playwright
+
+    chromium = find_chromium()
+    if chromium is None:
+        missing = "chromium not found: apt install chromium"
+        if "browser" in os.environ.get("DSMOE_REQUIRE", "").split(","):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """`dsmoe lab` on a copy of the chapters, so that a test touches neither work/ nor the reader's Jupyter."""
+    home = tmp_path_factory.mktemp("home")
+    repository = tmp_path_factory.mktemp("lab") / "with space"
+    notebooks = repository / "notebooks"
+    shutil.copytree(paths.NOTEBOOKS, notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    nbformat.write(tiny_notebook(), notebooks / "99_tiny.ipynb")
+    (notebooks / "99_tiny.py").write_text("# %% [markdown]\n# # Tiny\n\n# %%\n1 + 1\n", encoding="utf-8")
+    (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
+    settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text(WHOLE_NOTEBOOK_IN_PAGE, encoding="utf-8")
+
+    program = (
+        "import sys; from pathlib import Path; from dsmoe_lite import paths; r = Path(sys.argv[1]); "
+        "paths.REPOSITORY, paths.NOTEBOOKS, paths.WORK = r, r / 'notebooks', r / 'work'; "
+        "from dsmoe_lite.cli import main; main(['lab'])"
+    )
+    environment = {
+        **os.environ,
+        "CI": "true",  # no display: the address is printed and no browser opens
+        "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home / "settings"),
+        "JUPYTER_CONFIG_DIR": str(home / "config"),
+        "JUPYTER_DATA_DIR": str(home / "data"),
+        "IPYTHONDIR": str(home / "ipython"),
+    }
+    log = (home / "log").open("w", encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(repository)], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("JupyterLab: "):
+                yield Lab(line.removeprefix("JupyterLab: ").strip(), repository, process)
+                break
+        else:
+            pytest.fail(f"no address was printed: {(home / 'log').read_text(encoding='utf-8')}")
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def opened(browser, lab: Lab, path: str):
+    """A page with `path` open as a notebook whose kernel is ready, and the hosts that the page asks."""
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    hosts: set[str | None] = set()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.goto(lab.url(path))
+    page.locator(".jp-Notebook").wait_for(timeout=MINUTE)
+    page.locator(".jp-StatusBar-Widget").get_by_text("| Idle").wait_for(timeout=MINUTE)
+    return page, hosts
+
+
+def run_all(page, timeout: int) -> None:
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
+    page.wait_for_function(f"{prompts}.some(text => text.includes('*'))", timeout=MINUTE)
+    page.wait_for_function(f"!{prompts}.some(text => text.includes('*'))", timeout=timeout)
+
+
+def assert_no_pop_up(page) -> None:
+    assert page.locator(".jp-Dialog, .Toastify__toast").all_inner_texts() == []
+
+
+def code_cells(copy: Path) -> list[nbformat.NotebookNode]:
+    return [
+        cell for cell in nbformat.read(copy, as_version=4).cells if cell.cell_type == "code" and cell.source.strip()
+    ]
+
+
+def run_top_to_bottom(browser, lab: Lab, name: str, screenshot: Path, timeout: int) -> list[nbformat.NotebookNode]:
+    """Run the copy of a chapter in the browser as a reader would; return its code cells as saved."""
+    copy = lab.repository / "work" / name
+    set_profile(copy, "smoke")
+    page, hosts = opened(browser, lab, f"work/{name}")
+    assert_no_pop_up(page)
+    run_all(page, timeout)
+    page.keyboard.press("Control+s")
+    page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=MINUTE)
+    cells = code_cells(copy)
+    errors = [out.get("evalue") for cell in cells for out in cell.outputs if out.output_type == "error"]
+    assert errors == []
+    assert all(cell.execution_count for cell in cells)
+    assert_charts_drawn(page, cells)
+    assert_no_pop_up(page)
+    assert hosts <= {"localhost", "127.0.0.1", None}  # None: data and blob addresses
+    height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
+    page.set_viewport_size({"width": 1400, "height": min(200 + height, 12_000)})
+    page.screenshot(path=screenshot)
+    page.close()
+    return cells
+
+
+def assert_charts_drawn(page, cells: list[nbformat.NotebookNode]) -> None:
+    charts = sum("vegalite" in kind for cell in cells for out in cell.outputs for kind in out.get("data", {}))
+    drawn = page.locator(".jp-OutputArea-output .vega-embed").locator("svg.marks, canvas.marks")
+    page.wait_for_timeout(1000)  # the last chart is drawn after its cell is done
+    assert drawn.count() == charts
+    sizes = [box for box in (mark.bounding_box() for mark in drawn.all()) if box]
+    assert all(box["width"] > 50 and box["height"] > 20 for box in sizes)
+
+
+def test_tiny_notebook_runs_in_this_environment(browser, lab: Lab, tmp_path: Path) -> None:
+    cells = run_top_to_bottom(browser, lab, "99_tiny.ipynb", tmp_path / "tiny.png", MINUTE)
+    assert cells[1].outputs[0].text == f"smoke {sys.executable}\n"
+    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n.startswith("02") else [pytest.mark.slow]) for n in CHAPTERS]
+)
+def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, tmp_path: Path) -> None:
+    run_top_to_bottom(browser, lab, name, tmp_path / f"{name}.png", 5 * MINUTE)
+
+
+def test_py_source_opens_as_a_notebook(browser, lab: Lab) -> None:
+    page, _ = opened(browser, lab, "notebooks/99_tiny.py")
+    assert page.locator(".jp-Notebook h1").inner_text().startswith("Tiny")
+    assert page.locator(".jp-CodeCell").count() == 1
+    assert_no_pop_up(page)
+    page.close()
+
+
+def test_reference_outputs_stay_as_they_were(browser, lab: Lab) -> None:
+    for name in CHAPTERS:
+        assert (lab.repository / "notebooks" / name).read_bytes() == (paths.NOTEBOOKS / name).read_bytes()
+
+
+def test_address_needs_its_token_and_listens_on_this_machine_only(lab: Lab) -> None:
+    import psutil
+    import requests
+
+    parts = urlsplit(lab.address)
+    assert requests.get(f"http://{parts.netloc}/api/contents", timeout=20).status_code == 403
+    listening = [c for c in psutil.Process(lab.process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
+    assert {c.laddr.ip for c in listening if c.laddr.port == parts.port} == {"127.0.0.1"}
+
+
+def test_term_stops_server_and_kernels(lab: Lab) -> None:  # last in this file: nothing can follow it
+    import psutil
+
+    kernels = psutil.Process(lab.process.pid).children(recursive=True)
+    lab.process.send_signal(signal.SIGTERM)
+    assert lab.process.wait(timeout=30) == 0
+    assert psutil.wait_procs(kernels, timeout=10)[1] == []
