@@ -1,0 +1,17 @@
+"""Every chart of the course, by name; each takes plain rows and returns an Altair chart with title and description."""
+
+from dsmoe_lite.viz.comparison import model_comparison, parameter_split
+from dsmoe_lite.viz.curves import capacity_curve, training_curves
+from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
+from dsmoe_lite.viz.tokens import token_routing
+
+__all__ = [
+    "capacity_curve",
+    "domain_heatmap",
+    "expert_load",
+    "model_comparison",
+    "parameter_split",
+    "router_probabilities",
+    "token_routing",
+    "training_curves",
+]

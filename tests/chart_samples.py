@@ -1,0 +1,77 @@
+"""One small chart of every kind, from made-up numbers; run as a script it prints their bundles' stable part."""
+
+import json
+import math
+import random
+from typing import Any
+
+from dsmoe_lite.viz import charts, renderer
+
+EXPERTS = 8
+DOMAINS = ("facts", "arithmetic", "brackets", "code", "language B")
+MODELS = ("dense", "dense, 2x width", "GShard top-2", "Switch top-1")
+
+
+def curve_rows(n_models: int, seeds: int, steps: int) -> list[dict[str, Any]]:
+    draw = random.Random(0)
+    falling = [2 + 5 * math.exp(-step / 40) for step in range(steps)]
+    return [
+        {"model": f"model {m}", "seed": seed, "step": step, "loss": falling[step] + 0.1 * m + draw.random()}
+        for m in range(n_models)
+        for seed in range(seeds)
+        for step in range(steps)
+    ]  # fmt: skip
+
+
+def routing(tokens: int, layers: int, k: int = 2) -> list[dict[str, Any]]:
+    draw = random.Random(1)
+    return [
+        {
+            "topk_ids": [draw.sample(range(EXPERTS), k) for _ in range(tokens)],
+            "gates": [[0.9 - 0.2 * i for i in range(k)] for _ in range(tokens)],
+            "kept": [[draw.random() > 0.2 for _ in range(k)] for _ in range(tokens)],
+        }
+        for _ in range(layers)
+    ]
+
+
+def every_chart() -> dict[str, Any]:
+    draw = random.Random(2)
+    split = [
+        {"model": model, "component": part, "total": 1e6 * (i + 1), "active": 5e5 * (i + 1), "flops": 1e6 * (i + 1)}
+        for model in MODELS
+        for i, part in enumerate(("embeddings", "attention", "router", "experts", "shared experts", "output head"))
+    ]
+    results = [
+        {"model": model, "metric": metric, "value": 1 + 0.1 * i + 0.01 * draw.random(), "seed": seed}
+        for metric in ("held-out loss", "recall, head", "recall, tail", "tokens/s over dense")
+        for i, model in enumerate(MODELS)
+        for seed in range(3)
+    ]
+    capacity = [
+        {"model": model, "capacity_factor": c, "drop_rate": math.exp(-2 * c) / (i + 1), "loss": 2 + math.exp(-c)}
+        for i, model in enumerate(MODELS)
+        for c in (0.5, 1.0, 1.5, 2.0)
+    ]
+    null = [2 / EXPERTS] * EXPERTS
+    shares = [{"domain": d, "expert": e, "share": draw.random() / 2} for d in DOMAINS for e in range(EXPERTS)]
+    history = [{"step": 50 * s, "expert": e, "load": draw.random()} for s in range(10) for e in range(EXPERTS)]
+    text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
+    return {
+        "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
+        "training_curves, one": charts.training_curves(curve_rows(1, 1, 20)),
+        "training_curves, many": charts.training_curves(curve_rows(7, 2, 200)),
+        "parameter_split": charts.parameter_split(split),
+        "model_comparison": charts.model_comparison(results),
+        "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15], capacity=25),
+        "expert_load, 64": charts.expert_load([draw.random() for _ in range(64)]),
+        "expert_load, history": charts.expert_load(history, capacity=0.6),
+        "domain_heatmap": charts.domain_heatmap(shares, null=null),
+        "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.05, 0.05, 0.05, 0.05], [0, 1], token=" of"),
+        "capacity_curve": charts.capacity_curve(capacity),
+        "token_routing": charts.token_routing(text, routing(len(text), 4)),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: renderer.stable(chart.to_dict()) for name, chart in every_chart().items()}))

@@ -1,0 +1,276 @@
+"""Charts: drawn, described, readable, narrow, small, and the same in every run."""
+
+import base64
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import altair as alt
+import chart_samples
+import numpy as np
+import pytest
+import vl_convert
+from PIL import Image
+
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.viz import charts, curves, parts, renderer, theme, tokens
+
+NAMES = list(chart_samples.every_chart())
+
+
+@pytest.fixture(scope="module")
+def specs():
+    return {name: chart.to_dict() for name, chart in chart_samples.every_chart().items()}
+
+
+@pytest.fixture(scope="module")
+def bundles(specs):
+    return {name: renderer.bundle(spec) for name, spec in specs.items()}
+
+
+def svg(spec):
+    return vl_convert.vegalite_to_svg(spec, vl_version=renderer.VEGALITE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drawn_narrow_and_small(bundles, name):
+    data, metadata = bundles[name]
+    assert set(data) == {renderer.MIME, "image/png", "text/plain"}
+    assert data[renderer.MIME]["$schema"].endswith("/v5.json")
+    picture = svg(data[renderer.MIME])
+    width = float(re.search(r'width="([\d.]+)"', picture)[1])
+    assert 200 < width <= theme.MAX_WIDTH
+    assert metadata["image/png"]["width"] == pytest.approx(width, abs=1)
+    png = base64.b64decode(data["image/png"])
+    image = Image.open(io.BytesIO(png))
+    assert image.mode == "P"
+    assert len(image.convert("RGB").getcolors(1 << 24)) > 8  # something is drawn
+    assert len(png) < 75 * 1024
+    assert len(json.dumps(data, indent=1)) < 150 * 1024  # one element a line, as nbformat writes it
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_described_and_nothing_too_small(bundles, name):
+    data, _ = bundles[name]
+    assert len(data["text/plain"]) >= 30
+    assert data["text/plain"] == data[renderer.MIME]["description"]
+    assert data[renderer.MIME]["title"]["text"]
+    sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', svg(data[renderer.MIME]))]
+    assert min(sizes) >= theme.SMALLEST_TEXT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_colour_outside_the_theme(bundles, name):
+    found = {colour.upper() for colour in re.findall(r"#[0-9a-fA-F]{6}", json.dumps(bundles[name][0][renderer.MIME]))}
+    assert found <= set(theme.LIGHT.values())
+
+
+def test_same_bytes_in_every_process():
+    here = Path(__file__).parent
+    outputs = [
+        subprocess.run([sys.executable, "chart_samples.py"], cwd=here, env={**os.environ, "PYTHONHASHSEED": seed},
+                       capture_output=True, check=True).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert outputs[0] == outputs[1]
+    assert json.loads(outputs[0]).keys() == set(NAMES)
+
+
+def test_names_do_not_depend_on_charts_made_before_nor_on_the_last_digit():
+    def spec(value):
+        chart = alt.Chart(alt.Data(values=[{"a": value, "b": "param_1"}])).mark_point().encode(x="a:Q", text="b:N")
+        pick = alt.selection_point()
+        return renderer.stable((chart.add_params(pick).transform_filter(pick) | chart).to_dict())
+
+    one, other = spec(0.123456789), spec(0.12345678)
+    assert one == other
+    assert one["params"][0]["name"] == "param_1"
+    assert one["params"][0]["views"] == ["view_1"]
+    assert one["hconcat"][0]["name"] == "view_1"
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"),
+    [(0.123456, 0.1235), (123456.7, 123500), (1e-12 / 3, 3.333e-13), (float("nan"), None), (float("inf"), None),
+     (7, 7), (True, True), (2.0, 2)],
+)  # fmt: skip
+def test_numbers_keep_four_digits(number, kept):
+    spec = renderer.stable({"data": {"values": [{"a": number}]}})
+    assert spec["data"]["values"][0]["a"] == kept
+    assert type(spec["data"]["values"][0]["a"]) is type(kept)
+
+
+@pytest.mark.parametrize("description", [None, "", "too short", 40 * " "])
+def test_a_chart_without_description_is_refused(description):
+    chart = alt.Chart(alt.Data(values=[{"a": 1}])).mark_point().encode(x="a:Q").to_dict()
+    if description is not None:
+        chart["description"] = description
+    with pytest.raises(InputError, match="description"):
+        renderer.bundle(chart)
+
+
+def test_enable_displays_through_the_renderer():
+    before = alt.renderers.active
+    try:
+        renderer.enable()
+        data, _ = charts.expert_load([1, 2, 3])._repr_mimebundle_()
+        assert renderer.MIME in data
+    finally:
+        alt.renderers.enable(before)
+
+
+def luminance(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("colours", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
+def test_text_and_marks_can_be_read(colours):
+    for role in ("ink", "muted", "label1", "label2", "label3", "label4"):
+        assert contrast(colours[role], colours["card"]) >= 4.5, role
+    for role in ("line1", "line2", "line3", "line4", "starved", "overloaded"):
+        assert contrast(colours[role], colours["card"]) >= 3, role
+    for i in range(1, 9):
+        assert contrast(colours["on_fill"], colours[f"fill{i}"]) >= 4.5, i
+    stops = [colours[f"ramp{i}"] for i in range(1, 6)]
+    for hundredth in range(101):
+        place = hundredth / 100
+        text = colours["on_deep"] if place > theme.DEEP_FROM else colours["on_pale"]
+        assert contrast(text, between(stops, place)) >= 4.5, place
+
+
+def between(stops, place):
+    left = min(int(place * 4), 3)
+    share = place * 4 - left
+    mixed = [
+        round(int(stops[left][i : i + 2], 16) * (1 - share) + int(stops[left + 1][i : i + 2], 16) * share)
+        for i in (1, 3, 5)
+    ]
+    return "#" + "".join(f"{part:02X}" for part in mixed)
+
+
+def test_each_role_has_one_colour_so_that_themes_can_be_swapped():
+    assert theme.LIGHT.keys() == theme.DARK.keys()
+    for colours in (theme.LIGHT, theme.DARK):
+        assert len(set(colours.values())) == len(colours)
+        assert all(re.fullmatch("#[0-9A-F]{6}", colour) for colour in colours.values())
+    stops = [luminance(theme.LIGHT[f"ramp{i}"]) for i in range(1, 6)]
+    assert all(a > b for a, b in itertools.pairwise(stops))
+    stops = [luminance(theme.DARK[f"ramp{i}"]) for i in range(1, 6)]
+    assert all(a < b for a, b in itertools.pairwise(stops))
+
+
+def test_long_runs_are_thinned_and_averaged():
+    rows = [{"model": "m", "seed": 0, "step": step, "loss": float(step % 2)} for step in range(3000)]
+    spec = charts.training_curves(rows).to_dict()
+    drawn = spec["layer"][0]["data"]["values"] if "data" in spec["layer"][0] else spec["data"]["values"]
+    assert len(drawn) == curves.POINTS
+    assert {point["mean"] for point in drawn} == {0.5}  # 20 steps a bin, half of them 1
+
+
+def test_band_spans_the_seeds():
+    rows = [{"model": "m", "seed": seed, "step": 0, "loss": loss} for seed, loss in enumerate((1.0, 2.0, 6.0))]
+    point = curves._over_seeds(rows, "loss")["m"][0]
+    assert (point["low"], point["mean"], point["high"]) == (1.0, 3.0, 6.0)
+
+
+def test_interval_is_students():
+    mean, half = parts.mean_and_half_width([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / 3**0.5)  # s = 1, t(0.975, 2) = 4.303
+    assert parts.mean_and_half_width([5.0]) == (5.0, None)
+
+
+def test_labels_move_apart_and_stay_inside():
+    moved = parts.spread([1.0, 1.0, 1.1, 9.0], 1.0, 0.0, 10.0)
+    assert all(b - a >= 1.0 - 1e-9 for a, b in itertools.pairwise(sorted(moved)))
+    assert moved[3] == 9.0
+    crowded = parts.spread([9.9, 9.95, 10.0], 1.0, 0.0, 10.0)
+    assert max(crowded) <= 10.0
+    assert sorted(crowded) == crowded
+    assert all(b - a >= 1.0 - 1e-9 for a, b in itertools.pairwise(crowded))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(7e6, "7M"), (7_020_000, "7.02M"), (0.3, "0.300"), (2, "2"), (128, "128"), (0, "0"), (1500, "1.50k")],
+)
+def test_short_numbers(value, text):
+    assert parts.short(value) == text
+
+
+def test_loads_are_over_the_mean():
+    spec = charts.expert_load(np.array([10, 30, 20, 0])).to_dict()
+    rows = next(v for v in all_values(spec) if "state" in v[0])
+    assert [row["load"] for row in rows] == [10 / 15, 2.0, 20 / 15, 0.0]
+    assert [row["state"] for row in rows] == ["fair", "overloaded", "fair", "starved"]
+    assert "1 starved, 1 overloaded, highest 2.00" in spec["description"]
+
+
+def all_values(node):
+    if isinstance(node, dict):
+        if (
+            "values" in node
+            and isinstance(node["values"], list)
+            and node["values"]
+            and isinstance(node["values"][0], dict)
+        ):
+            yield node["values"]
+        for value in node.values():
+            yield from all_values(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from all_values(value)
+
+
+def test_tokens_wrap_inside_the_line_without_overlap():
+    words = ["Norvania", " is", " a", " country", "\n", "and", " so", " on"] * 10
+    cells = tokens._layout(words)
+    for row in range(1 + max(cell["row"] for cell in cells)):
+        line = [cell for cell in cells if cell["row"] == row]
+        assert all(a["x2"] <= b["x"] for a, b in itertools.pairwise(line))
+        assert all(cell["x2"] <= tokens.LINE for cell in line if cell["token"] != "↵")
+    assert cells[5]["row"] == cells[4]["row"] + 1  # a line break in the text breaks the line
+
+
+def test_a_dropped_token_is_struck_out_and_not_filled():
+    layer = {"topk_ids": [[3, 1], [3, -1]], "gates": [[0.7, 0.3], [0.8, 0.0]], "kept": [[False, True], [True, False]]}
+    spec = charts.token_routing(["drop", "keep"], [layer], focus=3).to_dict()
+    picture = svg(renderer.stable(spec))
+    assert "×e3 e1" in picture
+    struck = svg(
+        renderer.stable(charts.token_routing(["a", "b"], [{**layer, "kept": [[True] * 2] * 2}], focus=3).to_dict())
+    )
+    assert picture.count("stroke-dasharray") == 1
+    assert struck.count("stroke-dasharray") == 0
+    assert 'fill="rgb(244, 247, 250)"' in picture or theme.LIGHT["ramp1"].lower() in picture.lower()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: charts.training_curves([]), "at least one row"),
+        (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
+        (lambda: charts.expert_load([]), "at least one expert"),
+        (lambda: charts.token_routing([], []), "tokens"),
+        (lambda: charts.token_routing(["a"] * 81, []), "tokens"),
+        (lambda: charts.token_routing(["a"], [{"topk_ids": [[0], [1]], "gates": [[1.0]]}]), "topk_ids"),
+        (lambda: charts.domain_heatmap([{"domain": "d", "expert": 3, "share": 0.1}], null=[0.1]), "null has 1"),
+        (lambda: charts.router_probabilities([0.5, 0.5], [2], token="a"), "chosen"),
+        (lambda: charts.parameter_split([{"model": "m", "component": i, "total": 1} for i in range(9)]), "components"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
