@@ -294,11 +294,29 @@ def test_bad_input_leaves_nothing_behind(course, capsys, arguments, said):
 def test_a_failed_cell_is_named_and_the_notebook_kept_apart(course, capsys):
     course.write('\n# %%\nprint("so far")\n\n# %%\nraise ValueError("no good\\nat all")\n')
     assert exit_status("run", "03") == EXIT_FAILURE
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
     assert re.search(r"03_small: cell In \[4\] stopped with ValueError: no good; kept as .*\.failed\.ipynb", message)
     (kept,) = course.runs.iterdir()
     assert kept.name.endswith(".failed.ipynb")
     assert "so far" in kept.read_text(encoding="utf-8")
+
+
+def test_a_failure_leaves_the_earlier_result(course, capsys):
+    course.write("\n# %%\nprint(1)\n")
+    assert exit_status("run", "03") == 0
+    (good,) = course.runs.iterdir()
+    before = good.read_bytes()
+    course.write("\n# %%\nimport os\n\nos._exit(9)\n")
+    assert exit_status("run", "03") == EXIT_FAILURE
+    assert "the kernel died" in capsys.readouterr().err
+    assert good.read_bytes() == before
+
+
+def test_a_damaged_chapter_is_bad_input(course, capsys):
+    course.write().write_text('{"cells": [', encoding="utf-8")
+    assert exit_status("run", "03") == EXIT_INPUT
+    assert "is not a notebook any more" in capsys.readouterr().err
 
 
 def test_bad_input_found_by_the_chapter_exits_as_bad_input(course, capsys):
@@ -428,9 +446,9 @@ def test_nbval_compares_by_kind_of_cell(course):
         "IntSlider": ("value=2", "value=3"),
     }
     _change(target, course.notebooks / "allowed.ipynb", allowed)
-    forbidden = {"claim(": (r"inside \[3", "inside [2"), "capacity": ("1.25", "1.5"), "progress": ("2", "3")}
+    forbidden = {"claim(": (r"inside \[3", "inside [2"), "sys.stderr": ("1.25", "1.5"), "progress": ("2", "3")}
     _change(target, course.notebooks / "forbidden.ipynb", forbidden)
-    _change(target, course.notebooks / "missing.ipynb", {"claim(": (re.escape(MIME), "text/html")})
+    _change(target, course.notebooks / "missing.ipynb", {"claim(": (re.escape(MIME), "application/json")})
     target.unlink()
     report = subprocess.run([*PYTEST, "--nbval", str(course.notebooks), "-rA"], capture_output=True, text=True, cwd="/")
     failed = sorted(re.findall(r"^FAILED .*?(\w+\.ipynb::Cell \d)", report.stdout, re.MULTILINE))

@@ -14,6 +14,8 @@ def command(profile: str, as_json: bool) -> None:
     """Run every chapter in the book's order and print its wall and CPU seconds."""
     outcomes = run_course(profile)
     rows = [{"chapter": o.chapter, "wall s": o.wall_s, "CPU s": o.cpu_s, "ended": not o.failure} for o in outcomes]
+    if as_json:
+        rows = [{**row, "profile": profile, "machine": machine()} for row in rows]
     print_rows(rows, as_json=as_json, title=f"profile {profile}; {machine()}")
     failed = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failed:

@@ -48,7 +48,7 @@ def _without_numbers(outputs: Iterable[Any]) -> Iterator[Any]:
     """Outputs as they are, charts and reported values by their kind alone: a missing one is still noticed."""
     for output in outputs:
         kinds = [kind for kind in output.get("data", {}) if kind.startswith(NUMERIC)]
-        yield {"output_type": output.output_type, "data": dict.fromkeys(kinds, "not compared")} if kinds else output
+        yield type(output)({**output, "data": dict.fromkeys(kinds, "not compared")}) if kinds else output
 
 
 def _execute_with_history(kernel: Any, cell_input: str, allow_stdin: bool | None = None) -> str:

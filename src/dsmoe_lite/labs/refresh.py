@@ -106,7 +106,7 @@ def _keep_measured(notebook: Any, stored: Any) -> None:
     """Give every `measured` cell the outputs that the same source has in `stored`, first to first."""
     outputs = defaultdict(list)
     for cell in stored.cells:
-        if "measured" in cell.metadata.get("tags", []):
+        if "measured" in cell.metadata.get("tags", []) and cell.execution_count is not None:
             outputs[cell.source].append(cell.outputs)
     for cell in notebook.cells:
         if "measured" in cell.metadata.get("tags", []) and outputs[cell.source]:

@@ -35,7 +35,11 @@ def chapter_schema(chapter: Path) -> dict[str, Parameter]:
     """The parameters of the notebook at `chapter`; one without a parameters cell raises InputError."""
     import nbformat
 
-    for cell in nbformat.read(chapter, as_version=4).cells:
+    try:
+        cells = nbformat.read(chapter, as_version=4).cells
+    except (ValueError, nbformat.ValidationError):
+        raise InputError(f"{chapter} is not a notebook any more: restore it from the repository") from None
+    for cell in cells:
         if "parameters" in cell.metadata.get("tags", []):
             return read_schema(cell.source)
     raise InputError(f"{chapter.name} has no cell tagged parameters")

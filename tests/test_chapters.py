@@ -1,0 +1,122 @@
+"""Every chapter: its two files agree, its form holds, and it runs with parameters that are not its own."""
+
+import re
+from collections import Counter
+from itertools import combinations
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+from dsmoe_lite import paths
+from dsmoe_lite.labs.order import chapters
+from dsmoe_lite.labs.parameters import check, find
+from dsmoe_lite.labs.refresh import LIMIT
+from dsmoe_lite.labs.run import chapter_schema, run_chapter
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
+KINDS = {"trained", "measured"}  # an untagged cell is exact
+OTHER_TAGS = {"parameters", "hide-input", "hide-cell", "hide-output", "remove-input", "remove-cell", "remove-output"}
+ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from run to run
+
+OTHER = {"profile": "smoke", "seed": 1}  # what the quick run of every chapter is given
+FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
+    "02": [{"seed": 2, "top_k": 1}, {"seed": 3, "top_k": 2}, {"seed": 4, "capacity_factor": 0.5}],
+}
+SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
+
+each_chapter = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def test_there_are_chapters_and_the_book_has_them_all():
+    assert NOTEBOOKS
+    assert sorted(chapters()) == NOTEBOOKS
+    assert [path.stem for path in sorted(paths.NOTEBOOKS.glob("[0-9]*.py"))] == [path.stem for path in NOTEBOOKS]
+
+
+@each_chapter
+def test_source_and_notebook_agree(notebook):
+    def cells(read):
+        return [(cell.cell_type, cell.source, tags(cell)) for cell in read.cells]
+
+    source = notebook.with_suffix(".py")
+    assert cells(jupytext.read(source)) == cells(nbformat.read(notebook, as_version=4))
+    assert "jupytext_version" not in source.read_text(encoding="utf-8")
+
+
+@each_chapter
+def test_notebook_is_small_and_valid(notebook):
+    assert notebook.stat().st_size <= LIMIT
+    nbformat.validate(nbformat.read(notebook, as_version=4))
+
+
+@each_chapter
+def test_parameters_have_ranges_and_profile_and_seed(notebook):
+    schema = chapter_schema(notebook)
+    assert schema["profile"].choices == ("smoke", "cpu", "gpu")
+    assert schema["profile"].default == "cpu"
+    assert (schema["seed"].type, schema["seed"].low, schema["seed"].high) == ("int", 0, 2**31 - 1)
+    assert all(parameter.help for parameter in schema.values())
+    assert sum("parameters" in tags(cell) for cell in code_cells(notebook)) == 1
+
+
+@each_chapter
+def test_parameters_are_checked_in_the_cell_after_them(notebook):
+    sources = [cell.source for cell in code_cells(notebook)]
+    index = next(i for i, cell in enumerate(code_cells(notebook)) if "parameters" in tags(cell))
+    assert "check_parameters(globals())" in sources[index + 1]
+
+
+@each_chapter
+def test_cells_are_of_the_three_kinds(notebook):
+    cells = code_cells(notebook)
+    assert {tag for cell in cells for tag in tags(cell)} <= KINDS | OTHER_TAGS
+    kinds = Counter(next(iter(KINDS & set(tags(cell))), "exact") for cell in cells)
+    assert all(len(KINDS & set(tags(cell))) <= 1 for cell in cells)
+    assert kinds["exact"] > 0, kinds
+    claims = [cell for cell in cells if re.search(r"^\s*claim\(", cell.source, re.MULTILINE)]
+    assert all("trained" in tags(cell) for cell in claims)
+    assert claims or not kinds["trained"], "trained cells, and no claim holds their result to an interval"
+
+
+@each_chapter
+def test_every_cell_ran_in_order_without_error(notebook):
+    cells = [cell for cell in code_cells(notebook) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [o for cell in cells for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+@each_chapter
+def test_compared_outputs_hold_no_addresses(notebook):
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            assert "measured" in tags(cell) or not ADDRESS.search(text), text
+
+
+@each_chapter
+def test_it_runs_in_smoke_with_another_seed(notebook, tmp_path):
+    run = run_chapter(notebook, OTHER, tmp_path)
+    assert run.notebook.stat().st_size <= LIMIT
+    assert paths.RUNS not in run.notebook.parents
+
+
+@pytest.mark.slow
+@each_chapter
+def test_three_further_parameter_sets_give_three_results(notebook, tmp_path):
+    schema = chapter_schema(notebook)
+    results = []
+    for values in FURTHER.get(notebook.name[:2], SEEDS):
+        checked = {name: check(find(schema, name), value) for name, value in {"profile": "smoke", **values}.items()}
+        results.append(run_chapter(notebook, checked, tmp_path).result)
+    if any("trained" in tags(cell) for cell in code_cells(notebook)):
+        assert all(one != other for one, other in combinations(results, 2)), results
