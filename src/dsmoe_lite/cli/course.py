@@ -16,7 +16,9 @@ def command(profile: str, as_json: bool) -> None:
     rows = [{"chapter": o.chapter, "wall s": o.wall_s, "CPU s": o.cpu_s, "ended": not o.failure} for o in outcomes]
     if as_json:
         rows = [{**row, "profile": profile, "machine": machine()} for row in rows]
-    print_rows(rows, as_json=as_json, title=f"profile {profile}; {machine()}")
+    else:
+        click.echo(f"profile {profile}; {machine()}")
+    print_rows(rows, as_json=as_json)
     failed = [outcome for outcome in outcomes if outcome.failure]
     for outcome in failed:
         click.echo(outcome.failure, err=True)

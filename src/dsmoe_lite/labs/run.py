@@ -100,7 +100,7 @@ def _target(chapter: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     if out.suffix == ".ipynb":
         target = out
     else:
-        spelled = "".join(f"-{re.sub('[^A-Za-z0-9.+_-]+', '_', f'{n}={v}')}" for n, v in sorted(parameters.items()))
+        spelled = "".join(f"-{re.sub('[^A-Za-z0-9.+=_-]+', '_', f'{n}={v}')}" for n, v in sorted(parameters.items()))
         stamp = hashlib.sha256(json.dumps(dict(parameters), sort_keys=True).encode()).hexdigest()[:8]
         target = out / f"{chapter.stem}{spelled[:NAME_LENGTH]}-{stamp}.ipynb"
     require(paths.NOTEBOOKS.resolve() not in target.parents, "out", str(out), "a chapter is never run in place")
