@@ -20,7 +20,7 @@ GROUP_CHARACTERS = 65_536  # encoded together: enough to keep the tokenizer's th
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens (B, S+1) int64, of which the first S are inputs and the last S targets, and domain labels (B, S+1) uint8."""
+    """Tokens (B, S+1) int64, the first S inputs and the last S targets, and domain labels (B, S+1) uint8."""
 
     tokens: torch.Tensor
     domains: torch.Tensor
@@ -111,13 +111,11 @@ class Batches:
         return Batch(torch.from_numpy(tokens).view(self._shape), torch.from_numpy(domains).view(self._shape))
 
 
-def heldout_batches(
-    corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, n_batches: int
-) -> list[Batch]:
+def heldout_batches(corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, n_batches: int) -> list[Batch]:
     """The first `n_batches` of the held-out split; raises InputError where it is too small for them."""
     require_whole("n_batches", n_batches, 1)
     batches = Batches(corpus, tokenizer, batch_size, seq_len, split="heldout")
-    taken = []
+    taken: list[Batch] = []
     for batch in islice(batches, n_batches):
         if _has_wrapped(batches):
             raise InputError(

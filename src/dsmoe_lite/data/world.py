@@ -20,18 +20,19 @@ from dsmoe_lite.errors import require, require_choice, require_number, require_w
 DOMAINS = ("facts", "parallel", "arithmetic", "brackets", "code")
 GROUPS = ("head", "tail", "control")
 
-# Every wording starts with a function word, so that a name always follows a space, and ends with the value.
+# Every wording starts with a function word, so that a name always follows a space; values come after their entity.
 STATEMENTS = (
     "The {relation} of {name} is {value}.",
-    "For {name} the {relation} is {value}.",
     "As {relation} {name} has {value}.",
-    "Here {name} has the {relation} {value}.",
-    "We know that {name} has {relation} {value}.",
     "To {name} belongs the {relation} {value}.",
-    "Look at {name}: {relation} {value}.",
+    "Here {name} has {facts}.",
+    "For {name} we know {facts}.",
+    "Look at {name}: {facts}.",
 )
+FACT = "{relation} {value}"  # one of {facts}
+MOST_FACTS = 4  # in one sentence
 QUESTION = "Which {relation} does {name} have? {value}."
-RELATIONS = tuple("craft home drink song tree stone pet tool dish game coat boat herb bird road star".split())
+RELATIONS = ("craft", "home", "drink", "song", "tree", "stone", "pet", "tool")  # more are made up
 WORD = re.compile(r"(?<![{\w])[A-Za-z]+(?![}\w])")  # a word of a wording, not a {place}
 NATIVE, FOREIGN = "bdlmnrstv", "fhjwyz"  # the consonants of the two languages' made-up words
 BRACKETS = ("()", "[]", "{}", "<>")
@@ -45,19 +46,19 @@ class WorldConfig:
     seed: int = 0
     n_first: int = 32  # first names
     n_last: int = 32  # last names; an entity is a pair, so knowledge is keyed on two tokens
-    n_entities: int = 800
+    n_entities: int = 512
     n_control: int = 64  # pairs of the same names that no document ever mentions
-    n_head: int = 160  # the most frequent entities, asked as group "head"
-    n_tail: int = 160  # the rarest, asked as group "tail"
+    n_head: int = 128  # the most frequent entities, asked as group "head"
+    n_tail: int = 128  # the rarest, asked as group "tail"
     n_relations: int = 8
     n_values: int = 32  # values of one relation; guessing is right once in n_values
-    zipf: float = 1.0  # the entity of rank r is written about with weight r^-zipf
-    facts_per_document: int = 6
+    zipf: float = 0.75  # the entity of rank r is written about with weight r^-zipf
+    facts_per_document: int = 8
     question_share: float = 0.15  # of the facts that may be asked in training, how often they are
     asked_share: float = 0.2  # of the facts, how many are kept for evaluation: stated in training, never asked
     n_documents: int = 40_000  # one epoch of the train split
     n_heldout: int = 4_000
-    shares: tuple[float, ...] = (0.70, 0.15, 0.05, 0.05, 0.05)
+    shares: tuple[float, ...] = (0.77, 0.08, 0.05, 0.05, 0.05)
 
     def __post_init__(self) -> None:
         for name in ("n_first", "n_last", "n_entities", "n_relations", "n_documents", "n_heldout"):
@@ -176,26 +177,32 @@ class World:
 
     def _question(self, group: str, first: int, last: int, relation: int) -> Question:
         language = self.language
-        sentence = self._sentence(language, language.question, first, last, relation)
+        sentence = self._sentence(language, language.question, first, last, [relation])
         answer = f" {language.values[relation][self.value(first, last, relation)]}"
         return Question(sentence[: sentence.rindex(answer)], answer, group, language.relations[relation])
 
-    def _sentence(self, language: Language, wording: str, first: int, last: int, relation: int) -> str:
-        return wording.format(
-            name=f"{language.first[first]} {language.last[last]}",
-            relation=language.relations[relation],
-            value=language.values[relation][self.value(first, last, relation)],
-        )
+    def _sentence(self, language: Language, wording: str, first: int, last: int, relations: list[int]) -> str:
+        name = f"{language.first[first]} {language.last[last]}"
+        facts = [
+            {
+                "relation": language.relations[relation],
+                "value": language.values[relation][self.value(first, last, relation)],
+            }
+            for relation in relations
+        ]
+        return wording.format(name=name, facts=", ".join(FACT.format(**fact) for fact in facts), **facts[0])
 
     def _facts(self, rng: Random, language: Language) -> str:
         first, last = self.entities[bisect_right(self._up_to, int(rng.random() * self._up_to[-1]))]
-        relations = list(range(self.config.n_relations))
+        left = list(range(self.config.n_relations))
+        chosen = [left.pop(int(rng.random() * len(left))) for _ in range(self.config.facts_per_document)]
         sentences = []
-        for _ in range(self.config.facts_per_document):
-            relation = relations.pop(int(rng.random() * len(relations)))
-            asked = rng.random() < self.config.question_share and not self.is_asked(first, last, relation)
+        while chosen:
+            asked = rng.random() < self.config.question_share and not self.is_asked(first, last, chosen[0])
             wording = language.question if asked else _pick(rng, language.statements)
-            sentences.append(self._sentence(language, wording, first, last, relation))
+            n = 1 + int(rng.random() * MOST_FACTS) if "{facts}" in wording else 1
+            sentences.append(self._sentence(language, wording, first, last, chosen[:n]))
+            chosen = chosen[n:]
         return " ".join(sentences)
 
 
