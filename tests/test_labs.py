@@ -1,4 +1,4 @@
-"""What runs chapters: parameters, results, claims, exercises, run, course, refresh and nbval's rules."""
+"""What runs chapters: parameters, results, claims, exercises, run, course."""
 
 import json
 import os
@@ -12,14 +12,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dsmoe_lite import paths
 from dsmoe_lite.cli import main
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.errors import InputError
 from dsmoe_lite.labs import check_exercise, claim, predict
 from dsmoe_lite.labs.order import chapters, find_chapter
 from dsmoe_lite.labs.parameters import check, check_parameters, find, parse_assignments, parse_value, read_schema
-from dsmoe_lite.labs.refresh import refresh_chapter
-from dsmoe_lite.labs.results import MIME, read_result
 from dsmoe_lite.labs.run import run_chapter
 
 CELL = """\
@@ -35,16 +32,6 @@ sentence: str = (
 )  # text to colour: 1..6 characters
 """
 EXIT_INPUT, EXIT_FAILURE, EXIT_STOPPED = 2, 1, 130
-PYTEST = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-c",
-    str(paths.REPOSITORY / "pyproject.toml"),
-    "-p",
-    "no:cacheprovider",
-    "-q",
-]
 
 
 def exit_status(*arguments: str) -> int:
@@ -387,75 +374,3 @@ def test_course_prints_times_and_ends_1_on_a_failure(course, capsys):
     printed = capsys.readouterr()
     assert "CPU threads" in printed.out
     assert "ZeroDivisionError" in printed.err
-
-
-# refresh and nbval
-
-
-def test_refresh_twice_changes_no_byte(course):
-    source = course.write().with_suffix(".py")
-    assert refresh_chapter(source)
-    target = source.with_suffix(".ipynb")
-    first = target.read_bytes()
-    assert not refresh_chapter(source)
-    assert target.read_bytes() == first
-    notebook = nbformat.read(target, as_version=4)
-    nbformat.validate(notebook)
-    assert read_result(target) == {"loss": 3.667}
-    widgets = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
-    assert sorted(widgets) == [f"{number:032x}" for number in range(len(widgets))]
-    assert len(widgets) >= 3  # slider, layout, style
-    text = first.decode()
-    assert "a warning\\n" not in text
-    assert "it/s" not in text
-    assert sys.version.split()[0] not in text
-    assert refresh_chapter(source, measure=True)
-    assert target.read_bytes() != first
-
-
-def test_refresh_refuses_a_large_notebook_and_a_failing_cell(course):
-    target = course.write('\n# %%\nprint("x" * 1_100_000)\n')
-    before = target.read_bytes()
-    with pytest.raises(RunError, match=r"over the limit of 1,000,000.*print"):
-        refresh_chapter(target.with_suffix(".py"))
-    assert target.read_bytes() == before
-    target = course.write("\n# %%\n1 / 0\n")
-    before = target.read_bytes()
-    with pytest.raises(RunError, match=r"cell In \[3\] stopped with ZeroDivisionError"):
-        refresh_chapter(target.with_suffix(".py"))
-    assert target.read_bytes() == before
-
-
-def _change(path: Path, copy: Path, changes: dict[str, tuple[str, str]]) -> None:
-    """Copy the notebook, editing stored outputs: the cell whose source holds a key has `old` replaced by `new`."""
-    notebook = nbformat.read(path, as_version=4)
-    for part, (old, new) in changes.items():
-        (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and part in cell.source]
-        text = json.dumps(cell.outputs)
-        assert re.search(old, text), (part, text)
-        cell.outputs = nbformat.from_dict(json.loads(re.sub(old, new, text)))
-    nbformat.write(notebook, copy)
-
-
-def test_nbval_compares_by_kind_of_cell(course):
-    target = course.write()
-    refresh_chapter(target.with_suffix(".py"))
-    allowed = {
-        "claim(": ("3.667", "3.668"),
-        "time.time()": (r"\d{9}", "123456789"),
-        "IntSlider": ("value=2", "value=3"),
-    }
-    _change(target, course.notebooks / "allowed.ipynb", allowed)
-    forbidden = {"claim(": (r"inside \[3", "inside [2"), "sys.stderr": ("1.25", "1.5"), "progress": ("2", "3")}
-    _change(target, course.notebooks / "forbidden.ipynb", forbidden)
-    _change(target, course.notebooks / "missing.ipynb", {"claim(": (re.escape(MIME), "application/json")})
-    target.unlink()
-    report = subprocess.run([*PYTEST, "--nbval", str(course.notebooks), "-rA"], capture_output=True, text=True, cwd="/")
-    failed = sorted(re.findall(r"^FAILED .*?(\w+\.ipynb::Cell \d)", report.stdout, re.MULTILINE))
-    assert failed == [
-        "forbidden.ipynb::Cell 2",
-        "forbidden.ipynb::Cell 3",
-        "forbidden.ipynb::Cell 6",
-        "missing.ipynb::Cell 3",
-    ]
-    assert "17 passed" in report.stdout  # 7 cells in each of three notebooks, less the four
