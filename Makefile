@@ -6,9 +6,11 @@ STAMP := .venv/.installed
 MOVED := $(shell [ -f $(STAMP) ] && [ "$$(cat $(STAMP))" != "$$(pwd -P)" ] && echo moved)
 PYTEST := $(PY) -m pytest tests notebooks --nbval -n 2 --dist loadfile
 
+PINS := $(if $(NEWEST),--upgrade,-c constraints.txt)
+
 export PYTHON
 
-.PHONY: help setup lab test test-all everything-but-tests course book refresh lint clean uninstall moved
+.PHONY: help setup lab test test-all before-tests course book refresh lint clean uninstall moved
 .NOTPARALLEL:
 
 help:
@@ -29,7 +31,7 @@ setup: $(STAMP)
 # The stamp holds the folder it was made in and is written last: a failed, killed or moved installation starts again.
 $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	@rm -f $(STAMP)
-	@if ! $(PY) -c '' 2>/dev/null; then \
+	@if ! $(PY) -c 'import pip' 2>/dev/null; then \
 	  in_range='import sys; v = sys.version_info; print("%d.%d.%d" % v[:3]); sys.exit(not (3, 11) <= v[:2] <= (3, 13))'; \
 	  if [ -n "$$PYTHON" ]; then set -- "$$PYTHON"; else set -- python3 python3.13 python3.12 python3.11; fi; \
 	  found=''; seen=''; \
@@ -44,17 +46,17 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	  "$$found" -m venv --clear .venv || { \
 	    echo "$$found cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }; \
 	fi
-	@echo 'Installing the packages into .venv: a few minutes; about 400 MB to download with a CPU build of torch,'
-	@echo '  several GB where pip finds a CUDA build (README, "What is installed", says how to choose)'
+	@echo 'Installing the packages into .venv: a few minutes; about 440 MB to download with a CPU build of torch,'
+	@echo '  several GB with a CUDA build (README.md, "What is installed", says how to choose)'
 	@what='.[course,book,test]'; \
 	if command -v uv >/dev/null 2>&1; then \
 	  of_pip() { printenv "$$2" || $(PY) -m pip config get "global.$$1" 2>/dev/null || true; }; \
 	  : "$${UV_FIND_LINKS:=$$(of_pip find-links PIP_FIND_LINKS | tr -s ' \n' ',,')}"; \
 	  : "$${UV_EXTRA_INDEX_URL:=$$(of_pip extra-index-url PIP_EXTRA_INDEX_URL | tr -s '\n' ' ')}"; \
 	  export UV_FIND_LINKS UV_EXTRA_INDEX_URL; \
-	  uv pip install -q --index-strategy unsafe-best-match --python $(PY) -c constraints.txt -e "$$what"; \
+	  uv pip install -q --index-strategy unsafe-best-match --python $(PY) $(PINS) -e "$$what"; \
 	else \
-	  $(PY) -m pip --disable-pip-version-check install -qq --no-warn-script-location -c constraints.txt -e "$$what"; \
+	  $(PY) -m pip --disable-pip-version-check install -qq --no-warn-script-location $(PINS) -e "$$what"; \
 	fi
 	@$(PY) -m dsmoe_lite.labs.jupyter_settings
 	@pwd -P > $(STAMP)
@@ -78,14 +80,15 @@ lint: setup
 	@$(PY) -m mypy
 	@$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))'
 
-everything-but-tests: setup lint
+before-tests: setup lint
+	@$(PY) -c 'from dsmoe_lite.machine import find_chromium as f; f() or print("no chromium: its tests are skipped (apt install chromium)")'
 	@$(PY) -m dsmoe_lite book
 
 # pytest comes last, so that its summary closes the output; it fails when it finds no test.
-test: everything-but-tests
+test: before-tests
 	@$(PYTEST) -m 'not slow'
 
-test-all: everything-but-tests
+test-all: before-tests
 	@$(PYTEST)
 
 clean:

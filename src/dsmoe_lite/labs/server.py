@@ -13,12 +13,13 @@ from dsmoe_lite.errors import InputError
 from dsmoe_lite.labs.jupyter_settings import overrides_path, write_settings
 
 PORT = 8888  # Jupyter's own; the next free one is taken where it is in use
+CONTAINER_MARK = Path("/.dockerenv")
 
 
 def has_display() -> bool:
     """Whether a browser opened here would be seen by who types here."""
     environ = os.environ
-    if environ.get("CI") or environ.get("container") or Path("/.dockerenv").exists():
+    if environ.get("CI") or environ.get("container") or CONTAINER_MARK.exists():
         return False
     if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):
         return True

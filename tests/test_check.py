@@ -1,0 +1,199 @@
+"""`dsmoe check`, the guard of the chapters, readers' copies: what a reader meets before the first cell."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from dsmoe_lite import machine
+from dsmoe_lite.cli.check import command
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.labs import guard, jupyter_settings, server, work
+
+
+def rows() -> dict[str, dict[str, str | None]]:
+    result = CliRunner().invoke(command, ["--json"])
+    assert result.exit_code == 0, result.output
+    return {row["part"]: row for row in json.loads(result.output)}
+
+
+def program(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PATH with nothing on it but what a test puts into the folder."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(machine, "MAC_CHROME", "none")
+    return folder
+
+
+def test_names_what_is_here() -> None:
+    import torch
+
+    found = rows()
+    assert found["Python"]["found"] == sys.version.split()[0]
+    assert found["torch"]["found"] == torch.__version__
+    assert found["course packages"]["found"] == "all installed"
+    assert found["profile"]["found"] == ("gpu" if torch.cuda.is_available() else "cpu")
+
+
+def test_bare_machine_gets_remedies(bare: Path) -> None:
+    found = rows()
+    assert found["profile"]["found"] == "cpu"
+    for part in ("GPU", "g++", "chromium"):
+        assert found[part]["found"] is None
+        assert found[part]["how to get it"]
+
+
+def test_gpu_decides_the_profile(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program(bare, "nvidia-smi", "echo 'NVIDIA H200, 143771 MiB'")
+    monkeypatch.setattr(machine, "torch_cuda", lambda: "12.8")
+    assert rows()["GPU"] == {"part": "GPU", "found": "NVIDIA H200, 143771 MiB", "how to get it": ""}
+    assert rows()["profile"]["found"] == "gpu"
+    monkeypatch.setattr(machine, "torch_cuda", lambda: None)
+    assert "CPU build" in str(rows()["GPU"]["found"])
+    assert "CUDA build" in str(rows()["GPU"]["how to get it"])
+    assert rows()["profile"]["found"] == "cpu"
+
+
+def test_broken_driver_is_no_gpu(bare: Path) -> None:
+    program(bare, "nvidia-smi", "echo 'no devices were found'; exit 6")
+    assert rows()["GPU"]["found"] is None
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = machine.version
+    monkeypatch.setattr(machine, "version", lambda name: None if name in ("torch", "altair", "sphinx") else there(name))
+    found = rows()
+    assert found["torch"]["found"] is None
+    assert found["torch"]["how to get it"] == "make setup"
+    assert found["course packages"]["found"] is None
+    assert found["course packages"]["how to get it"] == "torch, altair not installed: make setup"  # sphinx: book's
+
+
+def test_works_without_torch_and_imports_neither_it_nor_a_notebook_package() -> None:
+    script = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from dsmoe_lite.cli import main\n"
+        "try: main(['check'])\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        "heavy = {'altair', 'IPython', 'jupyterlab', 'numpy'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
+
+
+def test_guard_passes_what_is_there_and_names_what_is_not() -> None:
+    guard.need("json", "pathlib")
+    with pytest.raises(InputError) as caught:
+        guard.need("json", "no_such_package", "nor_this.one")
+    line = str(caught.value)
+    assert "no_such_package, nor_this.one" in line
+    assert "make setup" in line
+    assert sys.executable in line
+    assert "json" not in line
+    assert "\n" not in line
+
+
+def test_guard_shows_one_line_in_a_notebook() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    cell = new_code_cell("from dsmoe_lite.labs.guard import need\nneed('torchh')")
+    notebook: nbformat.NotebookNode = new_notebook(cells=[cell])
+    with pytest.raises(CellExecutionError):
+        NotebookClient(notebook, timeout=60).execute()
+    (output,) = notebook.cells[0].outputs
+    assert len(output["traceback"]) == 1
+    assert "needs torchh" in output["traceback"][0]
+
+
+def test_copies_are_made_once_and_renewed_on_request(course) -> None:
+    chapter = course.write()
+    (course.notebooks / "images").mkdir()
+    (course.notebooks / "images" / "one.svg").write_text("<svg/>", encoding="utf-8")
+    before = chapter.read_bytes()
+    folder = course.root / "work"
+    assert work.copy_chapters(course.notebooks, folder) == []
+    copy = folder / chapter.name
+    assert (folder / "images" / "one.svg").read_text(encoding="utf-8") == "<svg/>"
+    assert "jupytext" not in json.loads(copy.read_text(encoding="utf-8"))["metadata"]
+
+    copy.write_text(copy.read_text(encoding="utf-8").replace("A small chapter", "My notes"), encoding="utf-8")
+    assert work.copy_chapters(course.notebooks, folder) == []
+    assert "My notes" in copy.read_text(encoding="utf-8")
+
+    chapter.write_text(chapter.read_text(encoding="utf-8").replace("A small chapter", "A better one"), encoding="utf-8")
+    (line,) = work.copy_chapters(course.notebooks, folder)
+    assert chapter.name in line
+    assert "dsmoe lab --fresh 03" in line
+    assert "My notes" in copy.read_text(encoding="utf-8")
+
+    kept = [work.renew(chapter, folder) for _ in range(2)]
+    assert [path.name for path in kept if path] == ["03_small.ipynb.bak", "03_small.ipynb.bak2"]
+    assert kept[0] is not None
+    assert "My notes" in kept[0].read_text(encoding="utf-8")
+    assert "A better one" in copy.read_text(encoding="utf-8")
+    assert before != chapter.read_bytes()
+    assert work.copy_chapters(course.notebooks, folder) == []
+
+
+def test_a_broken_copy_is_left_alone(course) -> None:
+    chapter = course.write()
+    copy = course.root / "work" / chapter.name
+    copy.parent.mkdir()
+    copy.write_text("not a notebook", encoding="utf-8")
+    assert work.copy_chapters(course.notebooks, copy.parent) == []
+    assert copy.read_text(encoding="utf-8") == "not a notebook"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["07"], "07"), (["--fresh", "07"], "07"), (["--port", "80"], "at least 1024"), (["--port", "many"], "many")],
+)
+def test_lab_refuses_bad_input_in_one_line(course, capfd, arguments: list[str], words: str) -> None:
+    from dsmoe_lite.cli import main
+
+    course.write()
+    with pytest.raises(SystemExit) as end:
+        main(["lab", *arguments])
+    assert end.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CI", "container", "DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(server, "CONTAINER_MARK", Path("/nonexistent"))
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not server.has_display()
+    monkeypatch.setenv("DISPLAY", ":0")
+    assert server.has_display()
+    monkeypatch.setenv("CI", "true")
+    assert not server.has_display()
+
+
+def test_settings_keep_what_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "overrides.json"
+    path.write_text('{"mine": {"a": 1}, "@jupyterlab/docmanager-extension:plugin": {"autosave": false}}')
+    assert jupyter_settings.write_settings(path)
+    assert not jupyter_settings.write_settings(path)
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    assert settings["mine"] == {"a": 1}
+    assert settings["@jupyterlab/docmanager-extension:plugin"] == {
+        "autosave": False,
+        "defaultViewers": {"python": "Jupytext Notebook"},
+    }
+    assert os.listdir(tmp_path) == ["overrides.json"]
