@@ -47,7 +47,7 @@ class MoEConfig:
     n_shared_experts: int = 0  # each of width F, gate 1
     scoring_func: str = "softmax"
     norm_topk_prob: bool = False  # gates divided by their sum over the K chosen
-    second_choice: str = "all"  # "random": GShard keeps the second expert with probability min(1, 2 * gate), in training
+    second_choice: str = "all"  # "random": in training, keep the second expert with probability min(1, 2 * gate)
     capacity_factor: float | None = None  # slots an expert has, over its fair share T*K/E; None: no token is dropped
     eval_capacity_factor: float | None = None  # the same outside training
     backend: str = "auto"

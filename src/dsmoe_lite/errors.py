@@ -29,7 +29,8 @@ def require_number(name: str, value: Any, low: float, high: float = float("inf")
     """Require a finite number in [low, high], or in (low, high] with `open_low`. NaN never passes."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     above = number and (value > low if open_low else value >= low)
-    bound = f"{'above' if open_low else 'of at least'} {low:g}" + ("" if high == float("inf") else f" and at most {high:g}")
+    upper = "" if high == float("inf") else f" and at most {high:g}"
+    bound = f"{'above' if open_low else 'of at least'} {low:g}{upper}"
     require(bool(above and value <= high and value != float("inf")), name, value, f"must be a finite number {bound}")
 
 

@@ -13,6 +13,7 @@ COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> holds `co
     "run": "Run one chapter with parameters into runs/.",
     "course": "Run every chapter and print the table of times.",
     "train": "Train a model from a config file.",
+    "experiment": "Run what a named grid of runs is still missing.",
     "bench": "Measure ratios in one process.",
     "count": "Count parameters, FLOPs and cache of a preset or config.",
     "check": "Print what this machine has and the profile it would use.",

@@ -1,0 +1,1 @@
+"""Speeds as ratios of things measured in one process, turn by turn."""

@@ -1,0 +1,27 @@
+"""dsmoe experiment: run what a named grid is still missing."""
+
+import os
+
+import click
+
+from dsmoe_lite.cli.tables import json_option, print_rows
+
+
+@click.command(help="Run what is missing of a named grid of runs, recorded in data/runs/.")
+@click.argument("name")
+@click.option("--processes", default=os.cpu_count() or 1, show_default=True, help="Runs side by side.")
+@click.option("--plan", is_flag=True, help="Only list what is missing.")
+@json_option
+def command(name: str, processes: int, plan: bool, as_json: bool) -> None:
+    """Train every missing (model, seed) of grid NAME; killed at any point, the next call goes on."""
+    from dsmoe_lite.experiments import missing, run_missing
+    from dsmoe_lite.job import run_job
+
+    todo = missing(name)
+    if not todo:
+        click.echo(f"{name}: every run is recorded.")
+    elif plan:
+        print_rows([{"model": model, "seed": seed} for model, seed in todo], as_json=as_json, title=f"{name}: missing")
+    else:
+        for model, seed in run_missing(name, processes, run_job):
+            click.echo(f"recorded {model}, seed {seed}")

@@ -1,0 +1,30 @@
+"""dsmoe train: one model from one config file."""
+
+from pathlib import Path
+
+import click
+
+from dsmoe_lite.cli.tables import json_option, print_rows
+
+
+@click.command(help="Train the model that a YAML file describes; run it again to go on after a stop.")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/<name of the config file>.")
+@json_option
+def command(config: Path, out: Path | None, as_json: bool) -> None:
+    """Train, evaluate, and leave checkpoint, model and record in the run folder."""
+    from dsmoe_lite.job import read_job, run_job
+    from dsmoe_lite.paths import RUNS
+
+    folder = out or RUNS / config.stem
+    record = run_job(read_job(config), folder)
+    rows = [
+        {
+            "run": str(folder),
+            "finished": record["finished"],
+            "held-out loss": record["heldout_loss"],
+            **{f"recall {group}": share for group, share in record["recall"].items()},
+            "tokens/s": record["tokens_per_second"],
+        }
+    ]
+    print_rows(rows, as_json=as_json, title="Training run")

@@ -1,0 +1,91 @@
+"""Named grids of runs, recorded one file a run in data/runs/; only what is missing is run."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from dsmoe_lite.data.world import WorldConfig
+from dsmoe_lite.errors import InputError, require_whole
+from dsmoe_lite.files import write_json
+from dsmoe_lite.job import CorpusConfig, Job
+from dsmoe_lite.paths import DATA
+from dsmoe_lite.presets import preset
+from dsmoe_lite.progress import progress
+from dsmoe_lite.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Models by preset, each trained with every seed, all else equal."""
+
+    models: tuple[str, ...]
+    seeds: tuple[int, ...]
+    train: TrainConfig
+    corpus: CorpusConfig
+
+    def job(self, model: str, seed: int) -> Job:
+        """The run of one model and one seed; the seed draws the weights and picks which documents are read."""
+        world = replace(self.corpus.world, stream=seed)
+        return Job(preset(model), replace(self.train, seed=seed), replace(self.corpus, world=world))
+
+
+GRIDS = {
+    # Chapter 02: the dense FFN of one width and of two, and three routers over the same 16 experts.
+    "neighbours": Grid(
+        models=("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"),
+        seeds=(0, 1, 2, 3, 4),
+        train=TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance_weight=0.01),
+        corpus=CorpusConfig(world=WorldConfig()),
+    ),
+}
+
+
+def grid(name: str) -> Grid:
+    """The grid of that name; raises InputError naming the known ones."""
+    if name in GRIDS:
+        return GRIDS[name]
+    close = get_close_matches(name, GRIDS, n=3) or list(GRIDS)
+    raise InputError(f"experiment = {name!r}: there is none; try {', '.join(close)}")
+
+
+def record_path(name: str, model: str, seed: int) -> Path:
+    """Where the record of one run lies."""
+    return DATA / "runs" / name / f"{model}-seed{seed}.json"
+
+
+def missing(name: str) -> list[tuple[str, int]]:
+    """The (model, seed) pairs of a grid that have no record yet, seed by seed."""
+    plan = grid(name)
+    pairs = ((model, seed) for seed in plan.seeds for model in plan.models)
+    return [pair for pair in pairs if not record_path(name, *pair).is_file()]
+
+
+def run_missing(name: str, processes: int, run: Callable[[Job], dict[str, Any]]) -> Iterator[tuple[str, int]]:
+    """Run what is missing in processes of one thread each; yield each pair as its record is written."""
+    require_whole("processes", processes, 1)
+    todo, plan = missing(name), grid(name)
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_quiet_thread) as pool,
+        progress(total=len(todo), desc=name, unit="run") as bar,
+    ):
+        waiting = {pool.submit(run, plan.job(*pair)): pair for pair in todo}
+        try:
+            for done in as_completed(waiting):
+                write_json(record_path(name, *waiting[done]), done.result())
+                bar.update()
+                yield waiting[done]
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _one_quiet_thread() -> None:
+    import torch
+
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)

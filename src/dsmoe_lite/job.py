@@ -1,0 +1,113 @@
+"""A whole run from one description: model, corpus, tokenizer, training, evaluation, record."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dsmoe_lite.checkpoint import save_model
+from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.corpus import Corpus
+from dsmoe_lite.data.folder import Folder
+from dsmoe_lite.data.hub import Hub
+from dsmoe_lite.data.stdlib import Stdlib
+from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import GROUPS, World, WorldConfig
+from dsmoe_lite.errors import InputError, require, require_choice, require_whole
+from dsmoe_lite.evaluate import heldout_loss, recall
+from dsmoe_lite.files import write_json
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.presets import preset
+from dsmoe_lite.train import TrainConfig, run_record, train
+
+CORPORA = ("world", "stdlib", "folder", "hub")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which text: `world` with its own settings, `stdlib`, `folder` with a path, `hub` with a data set's name."""
+
+    kind: str = "world"
+    world: WorldConfig = field(default_factory=WorldConfig)
+    path: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        require_choice("kind", self.kind, CORPORA)
+        require(self.kind != "folder" or self.path != "", "path", self.path, "kind = 'folder' needs the folder's path")
+        require(self.kind != "hub" or self.name != "", "name", self.name, "kind = 'hub' needs the data set's name")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides a run. The model's vocabulary is set by the tokenizer that is trained on the corpus."""
+
+    model: ModelConfig
+    train: TrainConfig
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    vocab_size: int = 1024
+    n_heldout_batches: int = 16
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        require_whole("vocab_size", self.vocab_size, 257)
+        require_whole("n_heldout_batches", self.n_heldout_batches, 1)
+        require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
+        require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
+
+
+def read_job(path: Path) -> Job:
+    """Read a job from YAML or JSON; `model` may be a preset's name. InputError names what is wrong."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict) or "model" not in values:
+        raise InputError(f"{path}: must be a mapping with at least `model` and `train`")
+    if isinstance(values["model"], str):
+        return from_dict(Job, values | {"model": vars(preset(values["model"]))})
+    return from_dict(Job, values)
+
+
+def make_corpus(config: CorpusConfig) -> Corpus:
+    """Return the corpus a config names."""
+    if config.kind == "world":
+        return World(config.world)
+    if config.kind == "stdlib":
+        return Stdlib()
+    return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
+
+
+def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
+    """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json."""
+    corpus = make_corpus(job.corpus)
+    tokenizer = load_tokenizer(corpus, job.vocab_size)
+    torch.manual_seed(job.train.seed)
+    model = build_model(job, tokenizer.get_vocab_size())
+    batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
+    run = train(model, batches, job.train, folder=folder)
+    held_out = heldout_loss(
+        model, heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches), corpus.domains
+    )
+    known: dict[str, float] = {}
+    if isinstance(corpus, World):
+        known = recall(model, tokenizer, [q for group in GROUPS for q in corpus.questions(group)])
+    facts = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
+    facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
+    record = run_record(run, model, job.train, **facts)
+    if folder is not None:
+        save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())
+        write_json(folder / "record.json", record)
+    return record
+
+
+def build_model(job: Job, vocab_size: int) -> Transformer:
+    """Return the job's model on its device, weights drawn from torch's current random state."""
+    device = job.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Transformer(replace(job.model, vocab_size=vocab_size)).to(device)
