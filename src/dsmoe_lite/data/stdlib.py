@@ -2,11 +2,12 @@
 
 import hashlib
 import io
+import os
 import platform
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from dsmoe_lite.errors import RunError
 DOMAINS = ("code", "docstring", "comment")
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 DOCUMENT_CHARACTERS = 2000
+ENDS_STATEMENT = (tokenize.NEWLINE, tokenize.COMMENT)
 FILES_MIXED = 32  # files whose documents are shuffled together, so that a batch is not of one file
 
 
@@ -31,8 +33,7 @@ class Stdlib:
 
     def __init__(self) -> None:
         self._root = Path(sysconfig.get_path("stdlib"))
-        names = sorted(path.relative_to(self._root).as_posix() for path in self._root.rglob("*.py"))
-        names = [name for name in names if not LEFT_OUT & set(name.split("/"))]
+        names = sorted(_sources(self._root))
         if not names:
             raise RunError(f"{self._root}: no sources of the standard library here")
         heldout = {name for name in names if number("heldout", name) % 10 == 0}
@@ -80,16 +81,22 @@ class Stdlib:
             return file.read()
 
 
+def _sources(root: Path) -> Iterator[str]:
+    for place, folders, names in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in LEFT_OUT]
+        yield from (Path(place, name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
+
+
 def split_source(source: str) -> list[Document]:
     """Python source as documents of at most 2000 characters (or one line): its code, its docstrings, its comments."""
     parts: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
-    lines = source.splitlines(keepends=True)
+    lines = [*io.StringIO(source), ""]
     done = (1, 0)
     for domain, token in _apart(source):
         parts["code"].append(_between(lines, done, token.start))
         parts[domain].append(token.string + "\n")
         done = token.end
-    parts["code"].append(_between(lines, done, (len(lines) + 1, 0)))
+    parts["code"].append(_between(lines, done, (len(lines), 0)))
     texts = {domain: "".join(pieces) for domain, pieces in parts.items()}
     texts["code"] = "".join(line.rstrip() + "\n" for line in texts["code"].splitlines() if line.strip())
     return [Document(text, domain) for domain in DOMAINS for text in _cut(texts[domain])]
@@ -98,10 +105,11 @@ def split_source(source: str) -> list[Document]:
 def _apart(source: str) -> Iterator[tuple[str, tokenize.TokenInfo]]:
     """The comments, and the strings that are the first statement of a file or a block."""
     before = tokenize.INDENT
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    for token, after in pairwise(tokens):
         if token.type == tokenize.COMMENT:
             yield "comment", token
-        elif token.type == tokenize.STRING and before == tokenize.INDENT and token.line.strip().endswith(token.string):
+        elif token.type == tokenize.STRING and before == tokenize.INDENT and after.type in ENDS_STATEMENT:
             yield "docstring", token
         if token.type not in (tokenize.COMMENT, tokenize.NL):
             before = token.type
@@ -111,8 +119,7 @@ def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> 
     (first, left), (last, right) = start, end
     if first == last:
         return lines[first - 1][left:right]
-    tail = lines[last - 1][:right] if last <= len(lines) else ""
-    return "".join([lines[first - 1][left:], *lines[first : last - 1], tail])
+    return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])
 
 
 def _cut(text: str) -> Iterator[str]:
