@@ -7,6 +7,9 @@ from typing import Any
 class InputError(ValueError):
     """Bad input: the message names the thing, its value and what would be right. The CLI exits with status 2."""
 
+    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of the frames
+        return [str(self)]
+
 
 class RunError(RuntimeError):
     """Good input, but the work failed (disk full, a run folder in use). The CLI exits with status 1."""

@@ -1,5 +1,6 @@
 """Named grids of runs, recorded one file a run in data/runs/; only what is missing is run."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -9,7 +10,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.data.world import WorldConfig
 from dsmoe_lite.errors import InputError, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
@@ -29,9 +29,9 @@ class Grid:
     corpus: CorpusConfig
 
     def job(self, model: str, seed: int) -> Job:
-        """The run of one model and one seed; the seed draws the weights and picks which documents are read."""
-        world = replace(self.corpus.world, stream=seed)
-        return Job(preset(model), replace(self.train, seed=seed), replace(self.corpus, world=world))
+        """The run of one model and one seed; the seed draws the weights and sets where reading starts."""
+        start = seed * self.corpus.world.n_documents // len(self.seeds)
+        return Job(preset(model), replace(self.train, seed=seed), self.corpus, first_document=start)
 
 
 GRIDS = {
@@ -40,7 +40,7 @@ GRIDS = {
         models=("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"),
         seeds=(0, 1, 2, 3, 4),
         train=TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance_weight=0.01),
-        corpus=CorpusConfig(world=WorldConfig()),
+        corpus=CorpusConfig(),
     ),
 }
 
@@ -63,6 +63,17 @@ def missing(name: str) -> list[tuple[str, int]]:
     plan = grid(name)
     pairs = ((model, seed) for seed in plan.seeds for model in plan.models)
     return [pair for pair in pairs if not record_path(name, *pair).is_file()]
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    """The records of a grid's finished runs, model by model, each with `model_name` and `seed` beside what it holds."""
+    plan, found = grid(name), []
+    for model in plan.models:
+        for seed in plan.seeds:
+            path = record_path(name, model, seed)
+            if path.is_file():
+                found.append({"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))})
+    return found
 
 
 def run_missing(name: str, processes: int, run: Callable[[Job], dict[str, Any]]) -> Iterator[tuple[str, int]]:

@@ -49,11 +49,13 @@ class Job:
     train: TrainConfig
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     vocab_size: int = 1024
+    first_document: int = 0  # where in the corpus training starts to read
     n_heldout_batches: int = 16
     device: str = "auto"
 
     def __post_init__(self) -> None:
         require_whole("vocab_size", self.vocab_size, 257)
+        require_whole("first_document", self.first_document, 0)
         require_whole("n_heldout_batches", self.n_heldout_batches, 1)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
@@ -89,6 +91,7 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     torch.manual_seed(job.train.seed)
     model = build_model(job, tokenizer.get_vocab_size())
     batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
+    batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})
     run = train(model, batches, job.train, folder=folder)
     held_out = heldout_loss(
         model, heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches), corpus.domains
@@ -96,7 +99,8 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     known: dict[str, float] = {}
     if isinstance(corpus, World):
         known = recall(model, tokenizer, [q for group in GROUPS for q in corpus.questions(group)])
-    facts = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
+    facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
+    facts["first_document"] = job.first_document
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:

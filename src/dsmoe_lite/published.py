@@ -14,3 +14,9 @@ def load() -> dict[str, Any]:
     if values.get("schema_version") != 1:
         raise RunError(f"{path}: schema_version = {values.get('schema_version')!r}: this package reads version 1")
     return values
+
+
+def printed(model: str, quantity: str) -> str:
+    """The figure as printed for one of the nine validation models; raises KeyError when the paper prints none."""
+    figures: dict[str, str] = {entry["quantity"]: entry["text"] for entry in load()["models"][model]["printed"]}
+    return figures[quantity]

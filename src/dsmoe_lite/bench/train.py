@@ -41,16 +41,15 @@ def _llama(config: ModelConfig) -> torch.nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ModuleNotFoundError:
         raise RunError("transformers is not installed: run `make setup`, or `pip install transformers`") from None
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.d_model,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.n_layers,
-            num_attention_heads=config.attention.n_heads,
-            head_dim=config.attention.head_dim,
-            max_position_embeddings=config.max_seq_len,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.d_model,
+        intermediate_size=config.ffn_width,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.attention.n_heads,
+        head_dim=config.attention.head_dim,
+        max_position_embeddings=config.max_seq_len,
+        use_cache=False,
     )
+    llama._attn_implementation = "sdpa"  # the same attention kernel as ours
+    return LlamaForCausalLM(llama)

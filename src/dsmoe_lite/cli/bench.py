@@ -13,9 +13,10 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 @json_option
 def command(what: str, rounds: int, as_json: bool) -> None:
     """Print a row for each contender."""
-    if what == "layer":
-        from dsmoe_lite.bench.layer import bench_layer as bench
-    else:
-        from dsmoe_lite.bench.train import bench_train as bench
-    rows = bench(rounds)
-    print_rows(rows, as_json=as_json, title=f"dsmoe bench {what}: medians of {rounds} turns, ratios to the first row")
+    from dsmoe_lite.bench.layer import bench_layer
+    from dsmoe_lite.bench.train import bench_train
+
+    measured = {"layer": bench_layer, "train": bench_train}[what](rounds)
+    print_rows(
+        measured, as_json=as_json, title=f"dsmoe bench {what}: medians of {rounds} turns, ratios to the first row"
+    )

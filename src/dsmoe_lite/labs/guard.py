@@ -9,9 +9,6 @@ from dsmoe_lite.errors import InputError
 class MissingPackageError(InputError):
     """A chapter was opened in a Python without the packages it imports."""
 
-    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of the frames
-        return [str(self)]
-
 
 def need(*modules: str) -> None:
     """Raise MissingPackageError, in one line with the remedy, unless this Python can import every one of `modules`."""
