@@ -148,7 +148,7 @@ class World:
         return {
             "name": self.name,
             "sha256": hashlib.sha256(content.encode()).hexdigest(),
-            "documents": len(texts),
+            "hashed_documents": len(texts),
             "characters": sum(map(len, texts)),
             "config": config,
         }
