@@ -200,6 +200,12 @@ def test_broken_state_is_refused(shelf, tokenizer, state):
         Batches(shelf, tokenizer, 1, 4).load_state_dict(state)
 
 
+@pytest.mark.parametrize("state", [{"document": 1, "offset": 99_999}, {"document": 61, "offset": 0}])
+def test_state_of_another_corpus_is_refused(shelf, tokenizer, state):
+    with pytest.raises(InputError, match="belongs to another corpus or tokenizer"):
+        Batches(shelf, tokenizer, 1, 4).load_state_dict({"epoch": 0, **state})
+
+
 def test_heldout_is_its_own_split(shelf, tokenizer):
     stream = expected_stream(shelf, tokenizer, "heldout")
     for batch in heldout_batches(shelf, tokenizer, 2, 9, 4):

@@ -1,7 +1,6 @@
 """Endless batches of tokens and domain labels, streamed from a corpus and resumable to the bit."""
 
 import hashlib
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -76,37 +75,40 @@ class Batches:
 
     def state_dict(self) -> dict[str, int]:
         """Where the next batch starts, as plain data."""
-        while not self._groups or self._offset >= len(self._groups[0].tokens):
-            self._advance()
-        head = self._groups[0]
-        return {"epoch": head.epoch, "document": head.document, "offset": self._offset}
+        group = self._unread()
+        return {"epoch": group.epoch, "document": group.document, "offset": self._offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where `state` was taken: the batches that follow are the same as they were then."""
+        """Go to where `state` was taken: the batches that follow are the same as they were then.
+
+        Raises InputError for a state that no stream of this corpus and tokenizer can have.
+        """
         for name in ("epoch", "document", "offset"):
             require_whole(name, state.get(name), 0)
         self._begin(**state)
+        require(self.state_dict() == state, "state", state, "belongs to another corpus or tokenizer")
 
     def _begin(self, epoch: int, document: int, offset: int) -> None:
-        self._groups: deque[_Group] = deque()
-        self._offset = offset
         self._stream = _groups(self._corpus, self._tokenizer, self._split, epoch, document)
+        self._group: _Group | None = None
+        self._offset = offset  # tokens of the group already given out
 
-    def _advance(self) -> None:
-        if self._groups:
-            self._offset -= len(self._groups.popleft().tokens)
-        self._groups.append(next(self._stream))
+    def _unread(self) -> _Group:
+        """The group that holds the next token."""
+        if self._group is None:
+            self._group = next(self._stream)
+        if self._offset >= len(self._group.tokens):
+            self._group, self._offset = next(self._stream), 0
+        return self._group
 
     def _take(self, n: int) -> Batch:
         tokens, domains = np.empty(n, np.int64), np.empty(n, np.uint8)
         done = 0
         while done < n:
-            while not self._groups or self._offset >= len(self._groups[0].tokens):
-                self._advance()
-            head = self._groups[0]
-            span = min(n - done, len(head.tokens) - self._offset)
-            tokens[done : done + span] = head.tokens[self._offset : self._offset + span]
-            domains[done : done + span] = head.domains[self._offset : self._offset + span]
+            group = self._unread()
+            span = min(n - done, len(group.tokens) - self._offset)
+            tokens[done : done + span] = group.tokens[self._offset : self._offset + span]
+            domains[done : done + span] = group.domains[self._offset : self._offset + span]
             done, self._offset = done + span, self._offset + span
         return Batch(torch.from_numpy(tokens).view(self._shape), torch.from_numpy(domains).view(self._shape))
 

@@ -10,7 +10,7 @@ LAST_VOWELS = "aiou"  # no final e: made-up words stay clear of English ones suc
 
 def number(*key: object) -> int:
     """A number in [0, 2^64) that depends on `key` alone."""
-    text = "/".join(str(part) for part in key)
+    text = "/".join(map(str, key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
