@@ -67,7 +67,7 @@ def every_chart() -> dict[str, Any]:
         "expert_load, 64": charts.expert_load([draw.random() for _ in range(64)]),
         "expert_load, history": charts.expert_load(history, capacity=0.6),
         "domain_heatmap": charts.domain_heatmap(shares, null=null),
-        "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.05, 0.05, 0.05, 0.05], [0, 1], token=" of"),
+        "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], [0, 1], token=" of"),
         "capacity_curve": charts.capacity_curve(capacity),
         "token_routing": charts.token_routing(text, routing(len(text), 4)),
     }  # fmt: skip

@@ -48,7 +48,8 @@ def training_curves(
         .properties(title=alt.TitleParams(m, fontSize=12, offset=4))
         for m in models
     ]  # fmt: skip
-    return theme.finish(alt.concat(*panels, columns=3, spacing=18), title, subtitle, description)
+    grid = alt.concat(*panels, columns=3, spacing=18).resolve_scale(color="independent", strokeDash="independent")
+    return theme.finish(grid, title, subtitle, description)
 
 
 def capacity_curve(
@@ -79,7 +80,12 @@ def capacity_curve(
     below = _panel(
         _by_model(rows, "loss"), "capacity factor", x_title, "loss (nats per token)", 500, 150, named=False, dots=True
     )
-    return theme.finish(alt.vconcat(top, below).resolve_scale(color="independent"), title, subtitle, description)
+    return theme.finish(
+        alt.vconcat(top, below).resolve_scale(color="independent", strokeDash="independent"),
+        title,
+        subtitle,
+        description,
+    )
 
 
 def _by_model(rows: Rows, field: str) -> dict[str, list[dict[str, float]]]:

@@ -1,0 +1,1 @@
+"""The book: pages of the executed chapters that need no network."""

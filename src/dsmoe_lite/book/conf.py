@@ -1,0 +1,71 @@
+"""The book's Sphinx configuration, made from book.yml."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+MYST = ["dollarmath", "amsmath", "colon_fence", "attrs_inline"]
+
+
+def toc(book: dict[str, Any], folder: str = "notebooks") -> dict[str, Any]:
+    """book.yml's contents as sphinx-external-toc takes them, paths from `folder`; only chapters are numbered.
+
+    A chapter's file name begins with a digit; other pages of plain text follow unnumbered.
+    """
+    pages = [os.path.relpath(entry["file"], folder) for entry in book["toc"].get("chapters", [])]
+    chapters = [page for page in pages if page[0].isdigit()]
+    parts: list[dict[str, Any]] = [
+        {"numbered": 1, "chapters": [{"file": page} for page in chapters]},
+        {"chapters": [{"file": page} for page in pages if page not in chapters]},
+    ]
+    root = os.path.relpath(book["toc"]["root"], folder)
+    return {"format": "jb-book", "root": root, "parts": [part for part in parts if part["chapters"]]}
+
+
+def settings(book: dict[str, Any], toc_file: Path, static: list[Path], folder: str = "notebooks") -> dict[str, Any]:
+    """Sphinx settings for sources in `folder`; `static` holds what the pages load."""
+    return {
+        "project": book["title"],
+        "author": book["author"],
+        "copyright": book["author"],
+        "html_title": book["title"],
+        "language": "en",
+        "extensions": ["myst_nb", "sphinx_external_toc", "sphinxcontrib.bibtex"],
+        "source_suffix": {".ipynb": "myst-nb", ".md": "myst-nb"},
+        "exclude_patterns": ["**.ipynb_checkpoints"],
+        "external_toc_path": str(toc_file),
+        "external_toc_exclude_missing": True,
+        "nb_execution_mode": "off",
+        "nb_merge_streams": True,
+        "nb_ipywidgets_js": {},
+        "myst_enable_extensions": MYST,
+        "myst_heading_anchors": 3,
+        "bibtex_bibfiles": [os.path.relpath(book["bibliography"], folder)],
+        "bibtex_default_style": "plain",
+        "bibtex_reference_style": "author_year",
+        "numfig": True,
+        "math_numfig": True,
+        "math_eqref_format": "Eq. ({number})",
+        "mathjax_path": "mathjax/tex-svg.js",
+        "html_theme": "sphinx_book_theme",
+        "html_context": {"default_mode": "auto"},
+        "html_theme_options": {
+            "home_page_in_toc": True,
+            "navbar_persistent": [],
+            "show_navbar_depth": 1,
+            "show_toc_level": 2,
+            "use_download_button": True,
+            "use_fullscreen_button": False,
+            "use_issues_button": False,
+            "use_repository_button": False,
+            "pygments_light_style": "a11y-high-contrast-light",
+            "pygments_dark_style": "a11y-high-contrast-dark",
+        },
+        "html_static_path": [str(path) for path in static],
+        "html_css_files": ["book.css"],
+        # unwrapped, or loaded after the page's own scripts, the Vega bundle breaks Sphinx's search
+        "html_js_files": [("vega.js", {"priority": 100}), "themes.js", "charts.js"],
+        "html_copy_source": True,
+        "html_show_sphinx": False,
+        "html_last_updated_fmt": None,
+    }

@@ -1,0 +1,155 @@
+"""The book: built whole or not at all, numbered, cited, and made of local files only."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import book_fixture
+import pytest
+import yaml
+from click.testing import CliRunner
+from nbformat.v4 import new_markdown_cell
+
+from dsmoe_lite import paths
+from dsmoe_lite.book import build as builder
+from dsmoe_lite.book import conf, mime
+from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.viz import theme
+
+LOADS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "object": "data"}
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("a book")
+    return builder.build(book_fixture.write(root), root / "build" / "book").parent
+
+
+class Loaded(HTMLParser):
+    """What a page loads by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        address = dict(attributes).get(LOADS.get(tag, ""))
+        if address:
+            self.addresses.append(address)
+
+
+def test_pages_load_local_files_that_exist(pages):
+    for page in pages.glob("*.html"):
+        loaded = Loaded()
+        loaded.feed(page.read_text(encoding="utf-8"))
+        for address in loaded.addresses:
+            assert not re.match(r"([a-z]+:)?//", address), (page.name, address)
+            if not address.startswith(("data:", "#")):
+                assert (pages / address.split("?")[0].split("#")[0]).exists(), (page.name, address)
+
+
+def test_equations_are_numbered_by_chapter_and_referred_to(pages):
+    second = (pages / "01_second.html").read_text(encoding="utf-8")
+    assert "(1.1)" in second
+    assert "Eq. (1.1)" in second
+    first = (pages / "00_first.html").read_text(encoding="utf-8")
+    assert 'href="01_second.html#equation-eq-gate">Eq. (1.1)</a>' in first
+
+
+def test_citations_lead_to_the_list_of_references(pages):
+    second = (pages / "01_second.html").read_text(encoding="utf-8")
+    assert re.search(r'Dai <em>et al.</em> \[<a class="reference internal" href="references.html#id\d+"', second)
+    references = (pages / "references.html").read_text(encoding="utf-8")
+    assert "Towards Ultimate Expert Specialization" in references
+    assert "Mixtral of Experts" not in references  # listed only where cited
+
+
+def test_charts_carry_their_description_and_results_stay_out(pages):
+    second = (pages / "01_second.html").read_text(encoding="utf-8")
+    assert second.count('<figure class="chart">') == 2
+    assert 'aria-label="Line chart of training loss' in second
+    assert "vnd.dsmoe.result" not in second
+    assert "IntSlider" not in second
+    assert "Here JupyterLab shows a control" in second
+
+
+def test_first_page_leads_to_the_first_chapter(pages):
+    assert 'url=00_first.html"' in (pages / "index.html").read_text(encoding="utf-8")
+
+
+def test_every_light_colour_has_its_dark_one(pages):
+    script = (pages / "_static" / "themes.js").read_text(encoding="utf-8")
+    for role, colour in theme.LIGHT.items():
+        assert f'"{colour}": "{theme.DARK[role]}"' in script
+
+
+def test_a_warning_fails_and_leaves_the_old_book(tmp_path):
+    book = book_fixture.write(tmp_path, ())
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "index.html").write_text("old", encoding="utf-8")
+    cells = [new_markdown_cell("# Start\n\nSee {eq}`eq:nowhere` and {cite:t}`Nobody1900`.")]
+    book_fixture.save(tmp_path / "notebooks" / "00_first.ipynb", cells)
+    with pytest.raises(RunError, match="warnings") as failure:
+        builder.build(book, out)
+    assert "eq:nowhere" in str(failure.value)
+    assert "Nobody1900" in str(failure.value)
+    assert (out / "index.html").read_text(encoding="utf-8") == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"book.yml", "notebooks", "out"}
+
+
+def test_a_missing_chapter_is_named(tmp_path):
+    book = book_fixture.write(tmp_path, ())
+    (tmp_path / "notebooks" / "01_second.ipynb").unlink()
+    with pytest.raises(InputError, match="01_second"):
+        builder.build(book, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("[", "cannot be read"), ("just text", "missing"), ("title: a", "author, bibliography"),
+     ("{title: a, author: b, bibliography: c, toc: {}}", "cannot be read")],
+)  # fmt: skip
+def test_a_bad_book_file_is_named(tmp_path, text, message):
+    book = tmp_path / "book.yml"
+    if text is not None:
+        book.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        builder.build(book, tmp_path / "out")
+
+
+def test_only_chapters_are_numbered():
+    toc = conf.toc(book_fixture.BOOK)
+    assert toc["root"] == "00_first"
+    assert toc["parts"] == [
+        {"numbered": 1, "chapters": [{"file": "01_second"}]},
+        {"chapters": [{"file": "references"}]},
+    ]
+
+
+def test_chart_html_is_escaped():
+    markup = mime.chart_html({"description": 'a "quoted" <b> & more', "title": "</script><b>"})
+    assert 'aria-label="a &quot;quoted&quot; &lt;b&gt; &amp; more"' in markup
+    assert markup.count("</script>") == 1
+
+
+def test_the_course_book_names_what_exists():
+    book = yaml.safe_load((paths.REPOSITORY / "book.yml").read_text(encoding="utf-8"))
+    assert book["author"] == "dsmoe-lite contributors"
+    assert (paths.REPOSITORY / book["bibliography"]).exists()
+    entries = (paths.REPOSITORY / book["bibliography"]).read_text(encoding="utf-8")
+    keys = re.findall(r"^@\w+\{(\w+),", entries, flags=re.MULTILINE)
+    assert len(keys) == len(set(keys)) >= 17
+    assert len(re.findall(r"arXiv:\d{4}\.\d{4,5}\b", entries)) == len(keys)
+
+
+def test_command_writes_where_it_is_told(tmp_path, monkeypatch):
+    from dsmoe_lite.cli.book import command
+
+    book_fixture.write(tmp_path / "course", ())
+    monkeypatch.setattr(paths, "REPOSITORY", tmp_path / "course")
+    result = CliRunner().invoke(command, ["--out", str(tmp_path / "pages")])
+    assert result.exit_code == 0, result.output
+    assert Path(result.output.split("The book is in ")[1].strip()) == tmp_path / "pages" / "index.html"
+    assert (tmp_path / "pages" / "01_second.html").exists()

@@ -1,0 +1,193 @@
+"""The built book in headless Chromium: light, dark and on a phone, from files and from a server, without a network."""
+
+import functools
+import http.server
+import os
+import threading
+from urllib.parse import urlsplit
+
+import book_fixture
+import pytest
+import yaml
+
+from dsmoe_lite import paths
+from dsmoe_lite.book.build import build
+from dsmoe_lite.machine import find_chromium
+
+QUIET = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-quic",
+    "--no-first-run",
+)
+ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
+LOCAL = ("127.0.0.1", "localhost")
+WIDE, PHONE = (1280, 900), (390, 844)
+CHAPTER = "01_second.html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    chromium = find_chromium()
+    if chromium is None:
+        missing = "chromium not found: apt install chromium"
+        if "browser" in os.environ.get("DSMOE_REQUIRE", "").split(","):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small book")
+    return build(book_fixture.write(root), root / "book").parent
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """The course's own book, once its chapters are there."""
+    book = yaml.safe_load((paths.REPOSITORY / "book.yml").read_text(encoding="utf-8"))["toc"]
+    pages = [book["root"], *(entry["file"] for entry in book["chapters"])]
+    chapters = [page for page in pages if page.rpartition("/")[2][0].isdigit()]
+    if not any((paths.REPOSITORY / f"{page}.ipynb").exists() for page in chapters):
+        pytest.skip("no chapter is written yet")
+    root = tmp_path_factory.mktemp("course book")
+    return build(paths.REPOSITORY / "book.yml", root / "book").parent
+
+
+class Page:
+    """One open page, with everything it asked for and complained about."""
+
+    def __init__(self, browser, address, size=WIDE, mode="light"):
+        self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=mode)
+        self.page = self.context.new_page()
+        self.outside, self.complaints = [], []
+        self.page.route("**/*", self._only_local)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", self._listen)
+        self.page.goto(address)
+        self.page.wait_for_function(ALL_DRAWN.format(mode=mode), timeout=60_000)
+        self.page.wait_for_function(
+            "() => !document.querySelector('.math') || document.querySelector('.math mjx-container')"
+        )
+
+    def _only_local(self, route):
+        parts = urlsplit(route.request.url)
+        if parts.scheme in ("file", "data", "blob") or parts.hostname in LOCAL:
+            route.continue_()
+        else:
+            self.outside.append(route.request.url)
+            route.abort()
+
+    def _listen(self, message):
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def assert_quiet(self):
+        assert self.outside == []
+        assert self.complaints == []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.context.close()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_charts_and_equations_are_drawn(browser, small, mode, size):
+    with Page(browser, (small / CHAPTER).as_uri(), size, mode) as opened:
+        page = opened.page
+        drawings = page.locator("figure.chart svg")
+        assert drawings.count() == 2
+        assert all(drawings.nth(i).locator("path, text").count() > 20 for i in range(2))
+        assert page.locator("div.math mjx-container svg").count() == 2
+        assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+        assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+        card = page.locator("figure.chart svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor")
+        assert card == ("rgb(255, 255, 255)" if mode == "light" else "rgb(20, 24, 31)")
+        if size is PHONE:
+            scrolls = page.locator(".chart-drawing").first.evaluate("box => box.scrollWidth > box.clientWidth")
+            assert scrolls
+        opened.assert_quiet()
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_nothing_that_hinders_readers(browser, small, mode):
+    from axe_playwright_python.sync_playwright import Axe
+
+    for name in ("00_first.html", CHAPTER, "references.html"):
+        with Page(browser, (small / name).as_uri(), mode=mode) as opened:
+            found = Axe().run(opened.page, context="article").response["violations"]
+            serious = {
+                (violation["id"], node["html"][:200])
+                for violation in found
+                if violation["impact"] in ("serious", "critical")
+                for node in violation["nodes"]
+            }
+            assert serious == set()
+
+
+def test_menus_redraw_and_survive_a_change_of_mode(browser, small):
+    with Page(browser, (small / CHAPTER).as_uri()) as opened:
+        page, figure = opened.page, opened.page.locator("figure.chart").nth(1)
+
+        def fills():
+            return figure.locator("svg .mark-rect path").evaluate_all("marks => marks.map(m => m.getAttribute('fill'))")
+
+        before = fills()
+        figure.locator("select").nth(1).select_option(label="e7")
+        page.wait_for_timeout(300)
+        assert fills() != before
+        page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        page.wait_for_function(ALL_DRAWN.format(mode="dark"))
+        assert figure.locator("select").nth(1).evaluate("menu => menu.selectedOptions[0].label") == "e7"
+        opened.assert_quiet()
+
+
+def test_a_chart_scrolls_by_keyboard(browser, small):
+    with Page(browser, (small / CHAPTER).as_uri(), PHONE) as opened:
+        drawing = opened.page.locator(".chart-drawing").first
+        drawing.focus()
+        opened.page.keyboard.press("ArrowRight")
+        opened.page.wait_for_function("() => document.querySelector('.chart-drawing').scrollLeft > 0")
+
+
+def test_from_a_server_too(browser, small):
+    class Silent(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=small)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Page(browser, f"http://127.0.0.1:{server.server_port}/index.html") as opened:
+            opened.page.wait_for_url("**/00_first.html")
+            opened.page.locator("a.right-next").click()
+            opened.page.wait_for_url("**/01_second.html")
+            opened.page.wait_for_function(ALL_DRAWN.format(mode="light"))
+            opened.page.locator("button.search-button-field:visible").first.click()
+            opened.page.locator("dialog input[name=q]").fill("experts")
+            opened.page.keyboard.press("Enter")
+            opened.page.locator("#search-results li a").first.wait_for()
+            opened.assert_quiet()
+        server.shutdown()
+
+
+def test_the_course_book_opens(browser, course, tmp_path):
+    pages = sorted(course.glob("[0-9]*.html"))
+    assert pages
+    for path in pages:
+        for size, mode in ((WIDE, "light"), (PHONE, "dark")):
+            with Page(browser, path.as_uri(), size, mode) as opened:
+                assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+                assert opened.page.locator("mjx-merror, [data-mjx-error]").count() == 0
+                opened.page.screenshot(path=tmp_path / f"{path.stem}_{mode}.png", full_page=True)
+                opened.assert_quiet()
