@@ -86,7 +86,8 @@ def test_every_light_colour_has_its_dark_one(pages):
 def test_a_warning_fails_and_leaves_the_old_book(tmp_path):
     book = book_fixture.write(tmp_path, ())
     out = tmp_path / "out"
-    out.mkdir()
+    (out / "_static").mkdir(parents=True)
+    (out / "_static" / "charts.js").touch()
     (out / "index.html").write_text("old", encoding="utf-8")
     cells = [new_markdown_cell("# Start\n\nSee {eq}`eq:nowhere` and {cite:t}`Nobody1900`.")]
     book_fixture.save(tmp_path / "notebooks" / "00_first.ipynb", cells)
@@ -95,6 +96,25 @@ def test_a_warning_fails_and_leaves_the_old_book(tmp_path):
     assert "eq:nowhere" in str(failure.value)
     assert "Nobody1900" in str(failure.value)
     assert (out / "index.html").read_text(encoding="utf-8") == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"book.yml", "notebooks", "out"}
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    book = book_fixture.write(tmp_path / "course", ())
+    mine = tmp_path / "home" / "letter.txt"
+    mine.parent.mkdir()
+    mine.write_text("keep", encoding="utf-8")
+    with pytest.raises(InputError, match="something other than a book"):
+        builder.build(book, mine.parent)
+    assert [path.name for path in mine.parent.iterdir()] == ["letter.txt"]
+
+
+def test_a_second_book_replaces_the_first(tmp_path):
+    book = book_fixture.write(tmp_path, ())
+    builder.build(book, tmp_path / "out")
+    (tmp_path / "out" / "leftover.html").touch()
+    builder.build(book, tmp_path / "out")
+    assert not (tmp_path / "out" / "leftover.html").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"book.yml", "notebooks", "out"}
 
 
@@ -109,7 +129,8 @@ def test_a_missing_chapter_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [(None, "cannot be read"), ("[", "cannot be read"), ("just text", "missing"), ("title: a", "author, bibliography"),
-     ("{title: a, author: b, bibliography: c, toc: {}}", "cannot be read")],
+     ("{title: a, author: b, bibliography: c, toc: {}}", "cannot be read"),
+     ("{title: a, author: b, bibliography: c, toc: {root: d, chapters: [e]}}", "cannot be read")],
 )  # fmt: skip
 def test_a_bad_book_file_is_named(tmp_path, text, message):
     book = tmp_path / "book.yml"

@@ -176,7 +176,7 @@ def test_long_runs_are_thinned_and_averaged():
     spec = charts.training_curves(rows).to_dict()
     drawn = spec["layer"][0]["data"]["values"] if "data" in spec["layer"][0] else spec["data"]["values"]
     assert len(drawn) == curves.POINTS
-    assert {point["mean"] for point in drawn} == {0.5}  # 20 steps a bin, half of them 1
+    assert {point["mean"] for point in drawn} == {0.5}  # 30 steps a bin, half of them 1
 
 
 def test_band_spans_the_seeds():

@@ -15,6 +15,7 @@ from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.progress import progress
 
 STATIC = Path(__file__).parent / "static"
+BUILT = "_static/charts.js"  # a folder that has it is a book of ours
 REDIRECT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="refresh" content="0; url={page}"></head><body><p><a href="{page}">{title}</a></p></body></html>
@@ -24,12 +25,14 @@ REDIRECT = """<!doctype html>
 def build(book_file: Path, out: Path) -> Path:
     """Build the pages of `book_file` into `out`, which is replaced only by a whole book; return its first page.
 
-    Raises InputError for a book.yml that cannot be read or names a page that is missing, RunError with Sphinx's own
-    words for anything it warns about.
+    Raises InputError for a book.yml that cannot be read or names a page that is missing and for a folder `out` that
+    holds something else, RunError with Sphinx's own words for anything it warns about.
     """
+    if out.exists() and any(out.iterdir()) and not (out / BUILT).exists():
+        raise InputError(f"out = {out}: holds something other than a book; name a new or empty folder")
     book = _read(book_file)
     sources = book_file.parent / Path(book["toc"]["root"]).parent
-    for page in [book["toc"]["root"], *(entry["file"] for entry in book["toc"].get("chapters", []))]:
+    for page in _names(book):
         if not any((book_file.parent / f"{page}{suffix}").exists() for suffix in (".ipynb", ".md")):
             raise InputError(f"book.yml names {page}, but there is no {page}.ipynb or .md: run `make refresh`")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,12 +49,18 @@ def _read(book_file: Path) -> dict[str, Any]:
     try:
         book = yaml.safe_load(book_file.read_text(encoding="utf-8"))
         missing = [name for name in ("title", "author", "bibliography", "toc") if name not in book]
-        book.get("toc", {})["root"] if not missing else None
+        if not missing:
+            _names(book)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{book_file}: cannot be read as a book ({type(error).__name__})") from None
     if missing:
         raise InputError(f"{book_file}: {', '.join(missing)} missing")
     return dict(book)
+
+
+def _names(book: dict[str, Any]) -> list[str]:
+    """The pages in order, as book.yml names them."""
+    return [book["toc"]["root"], *(entry["file"] for entry in book["toc"].get("chapters", []))]
 
 
 def _sphinx(book: dict[str, Any], sources: Path, aside: Path, pages: Path) -> None:
@@ -68,7 +77,7 @@ def _sphinx(book: dict[str, Any], sources: Path, aside: Path, pages: Path) -> No
     try:
         with patch_docutils(), docutils_namespace():
             app = Sphinx(sources, None, pages, aside / "doctrees", "html", settings, status=None, warning=warnings)
-            with progress(total=2 * (2 + len(book["toc"].get("chapters", []))), desc="book", unit="page") as bar:
+            with progress(total=2 * len(_names(book)) + 2, desc="book", unit="page") as bar:
                 _show(app, bar)
                 app.connect("html-page-context", _honest_roles)
                 app.build(force_all=True)
@@ -126,4 +135,9 @@ def _own(out: Path, pages: Path) -> None:
     old = pages.parent / "old"
     if out.exists():
         out.rename(old)
-    pages.rename(out)
+    try:
+        pages.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise

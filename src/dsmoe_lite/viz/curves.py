@@ -10,7 +10,7 @@ from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import data, in_order, listed, need_rows, nice_range, number_format, plain, short, spread
 
 PER_PANEL = 4
-POINTS = 150  # kept of one line; longer runs are averaged into this many bins
+POINTS = 100  # kept of one line; longer runs are averaged into this many bins
 
 Rows = Sequence[dict[str, Any]]
 
