@@ -30,6 +30,11 @@ def load_model(path: Path) -> Transformer:
     return model.eval()
 
 
+def read_facts(path: Path) -> dict[str, Any]:
+    """Read the facts beside the weights: config, corpus, tokenizer, whatever save_model was given."""
+    return read_tensors(path)[1]
+
+
 def save_training(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write everything a later process needs to go on as if nothing had happened: weights, optimizer, random state."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}

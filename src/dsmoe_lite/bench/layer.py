@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ def bench_layer(rounds: int, n_tokens: int = 2048, d_model: int = 64) -> list[di
     steps = {"dense FFN, 2x width": _step(dense, lambda: dense(x))}
     for backend in ("loop", "padded"):
         layer = MoELayer(d_model, replace(moe, backend=backend), vocab_size=1)
-        steps[f"2 of 16 experts, {backend}"] = _step(layer, lambda layer=layer: layer(x)[0])
+        steps[f"2 of 16 experts, {backend}"] = _step(layer, partial(_first, layer, x))
     return compare(steps, rounds)
+
+
+def _first(layer: MoELayer, x: torch.Tensor) -> torch.Tensor:
+    return layer(x)[0]
 
 
 def _step(module: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> Callable[[], None]:

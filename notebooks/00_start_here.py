@@ -1,0 +1,207 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Start here
+#
+# ![From a dense FFN, to GShard's top-2 experts, to DeepSeekMoE's many narrow experts with one shared expert.](images/overview.svg)
+#
+# Large language models of today store far more than they use: for each token, a router picks a few **experts** and
+# leaves the rest idle. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2 and V3. This course builds it step by
+# step, on your machine, in code you can read; every piece is proved equal to the package that the chapters share, and
+# every experiment is one you can run again.
+#
+# **In this chapter** you check your machine, meet a trained model of sixteen experts, and watch it send the tokens of
+# your own sentence to them. **Reading time** 10 minutes. **Hardware** any laptop CPU.
+
+# %% tags=["parameters"]
+profile: str = "cpu"  # size of the run: smoke | cpu | gpu
+seed: int = 0  # seed of what the model makes up: 0..2147483647
+sentence: str = "Which tool does Ridi Lava have? The pet of Melo Nodi is sada. 12+30=42. def f(x, y): return x"  # text to colour: 1..400 characters
+temperature: float = 0.7  # how freely the model speaks: 0.0..2.0
+
+# %%
+try:
+    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
+    from dsmoe_lite.labs.guard import need
+except ModuleNotFoundError:
+    raise SystemExit(
+        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
+    ) from None
+
+check_parameters(globals())
+need("torch", "altair", "vl_convert", "tokenizers")
+
+# %% [markdown]
+# ## The map
+#
+# | chapter | what it builds | the question it leaves |
+# |---|---|---|
+# | 00 Start here | nothing yet: look | do experts mean something? |
+# | 01 The dense Transformer and its FFN | attention, SwiGLU, a block | why pay for all weights at every token? |
+# | 02 GShard: two experts for each token | router, experts, capacity, balance | are sixteen experts too few? |
+# | 03 Fine-grained experts (planned) | many narrow experts | what do they all have to know? |
+# | 04 Shared experts (planned) | experts that are always on | how are they kept busy? |
+# | 05 Balance (planned) | losses, and balance without a loss | |
+# | 06 Multi-head latent attention (planned) | MLA and its cache | |
+# | 07, 08 The paper's experiments (planned) | Tables 1 and 2, Figures 3 to 6 | |
+# | 10 CUDA kernels (planned) | the layer at speed | |
+# | 11 Many devices (planned) | expert parallelism | |
+#
+# ## How a chapter works
+#
+# A chapter runs from top to bottom. Each idea goes through the same steps: you **predict** something; the paper's
+# **equation** stands beside its source; you **build** the smallest code that does it; you **prove** it equal to the
+# package; from then on the package's own is used; and you **look** at what it does. The cell above named `profile` holds
+# the chapter's knobs with their ranges; a value outside is refused in one line.
+#
+# ## Your machine
+
+# %% tags=["measured"]
+from dsmoe_lite import machine
+
+for part in machine.parts():
+    print(f"{part.name:16} {part.found or 'not here: ' + part.remedy}")
+print(f"{'profile to use':16} {machine.profile()}")
+
+# %% [markdown]
+# Nothing is missing if torch and the course packages are there; the rest serves single chapters.
+#
+# ## A model with experts
+#
+# The course ships a small GShard model, the design of chapter 02: two layers, in each of them sixteen FFNs, of which a
+# token uses two. It learnt the made-up world of chapter 01: people and what they have, told in two languages, with
+# sums, brackets and code beside.
+
+# %%
+import torch
+from tokenizers import Tokenizer
+
+from dsmoe_lite import accounting
+from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.data.world import World
+from dsmoe_lite.model import generate
+from dsmoe_lite.paths import DATA
+from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.viz import charts, renderer
+
+renderer.enable()
+torch.set_num_threads(1)
+device = "cuda" if profile == "gpu" else "cpu"
+
+checkpoint = DATA / "models" / "world-gshard.safetensors"
+model = load_model(checkpoint).to(device)
+tokenizer = Tokenizer.from_str(read_facts(checkpoint)["tokenizer"])
+count = accounting.parameters(model.config)
+print(f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token")
+
+# %% [markdown]
+# **Ask.** Does the model know its world? Here is a question that its training text never asked. What does it answer?
+
+# %%
+predict("00-answer", None)  # your guess: right or wrong?
+
+question = World().questions("head")[0]
+ids = torch.tensor([tokenizer.encode(question.prompt).ids], device=device)
+n_answer = len(tokenizer.encode(question.answer).ids)
+
+# %% tags=["trained"]
+answer = tokenizer.decode(generate(model, ids, n_answer)[0, ids.shape[1] :].tolist())
+report(question=question.prompt, the_model_says=answer, right=question.answer)
+claim("answers the first question rightly (1 or 0)", float(answer == question.answer), (0, 1))
+
+# %% [markdown]
+# Left to itself it goes on in the manner of its world, more freely at a higher `temperature`:
+
+# %% tags=["trained"]
+start = torch.tensor([tokenizer.encode("The home of").ids], device=device)
+chance = torch.Generator(device=device).manual_seed(seed)
+spoken = generate(model, start, 48, temperature=temperature, generator=chance)
+report(the_model_goes_on=tokenizer.decode(spoken[0].tolist()))
+
+# %% [markdown]
+# ## Which expert handles each token?
+#
+# **Ask.** Look at the default sentence: a question, a statement, a sum, a line of code. Will the same *word* always go to
+# the same experts? Will names share some?
+
+# %%
+predict("00-same-word", None)  # "always", "mostly" or "no"
+
+encoded = tokenizer.encode(sentence)
+pieces = [sentence[start:end] for start, end in encoded.offsets][:80]
+with torch.no_grad():
+    routings = model(torch.tensor([encoded.ids[:80]], device=device)).routings
+layers = [
+    {"topk_ids": r.topk_ids.tolist(), "gates": [[round(g, 2) for g in row] for row in r.gates.tolist()]}
+    for r in routings
+]
+print(f"{len(pieces)} tokens, {len(layers)} layers of experts, {len(layers[0]['topk_ids'][0])} experts for each token")
+
+# %% tags=["trained"]
+charts.token_routing(pieces, layers)
+
+# %% [markdown]
+# Choose a layer and an expert in the menus. The deeper the fill, the larger the expert's gate for that token; beneath
+# each token stand its two experts. Put in a sentence of your own: change `sentence` in the parameters cell and run all.
+#
+# **What to notice.** Early layers go by the token itself: the same word meets the same experts. The second layer sees
+# context, and the same word may go elsewhere. Tokens that the model cannot know, split into single letters, gather at
+# the same few experts. None of this was asked for; it came from training.
+#
+# Do all experts get work? Over your sentence:
+
+# %% tags=["trained"]
+charts.expert_load(load(routings[-1]).tolist(), title="How much does each expert get? (your sentence, last layer)")
+
+# %% [markdown]
+# A sentence is a small sample, so bars are uneven here even for a balanced router. Chapter 02 counts over thousands of
+# tokens and holds the count against chance.
+#
+# ## An exercise to warm up
+#
+# **How many ways?** A token takes 2 of 16 experts. In how many ways can it? DeepSeekMoE cuts each expert into four and
+# takes 8 of 64: in how many ways then? Return both numbers.
+
+
+# %%
+def ways():
+    return None  # (2 of 16, 8 of 64)
+
+
+def ways_are_right(ways):
+    from dsmoe_lite import published
+
+    right = {(row["n"], row["k"]): row["value"] for row in published.load()["combinations"]}
+    small, large = ways()
+    assert small == right[16, 2], f"2 of 16: order does not matter, and no expert is taken twice; {small:,} is not it"
+    assert large == right[64, 8], f"8 of 64: {large:,} is not it"
+
+
+verdict = check_exercise(ways, ways_are_right)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def ways():
+#     from math import comb
+#     return comb(16, 2), comb(64, 8)
+# ```
+#
+# The check compares with what the paper prints in its Section 3.1. From hundreds of combinations to billions, at the
+# same number of weights used: that is the first idea of DeepSeekMoE, and chapter 03's.
+# </details>
+#
+# ## Recap
+#
+# 1. A mixture of experts stores many FFNs and uses few of them for each token.
+# 2. A router decides, token by token and layer by layer.
+# 3. Chapters predict, build, prove, use and look; their knobs are checked.
+# 4. What experts stand for is an open question; this course measures before it says.
+# 5. Next: **chapter 01**, the dense Transformer that all of this starts from.

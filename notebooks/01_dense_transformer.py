@@ -1,0 +1,469 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # The dense Transformer and its FFN
+#
+# ![One Transformer block: the token passes RMSNorm and attention, is added back, then passes RMSNorm and the feed-forward network, and is added back again.](images/block.svg)
+#
+# Mixture-of-experts models change one part of a Transformer: the feed-forward network (FFN). Before anything is changed,
+# this chapter builds the part, and the rest around it, small enough to read in one sitting.
+#
+# **You will** build attention with rotary positions, a SwiGLU FFN and a whole block; prove each equal to the package's;
+# count where parameters and FLOPs sit; train the model on a small world of facts; and take parts out of the trained
+# model to see which of them hold the facts.
+#
+# **You need** PyTorch, and chapter 00 run once. **Reading time** 30 minutes. **Hardware** any laptop CPU.
+
+# %% tags=["parameters"]
+profile: str = "cpu"  # size of the run: smoke | cpu | gpu
+seed: int = 0  # seed of weights: 0..2147483647
+ffn_width: int = 128  # hidden width of the FFN you train: 8..1024
+learning_rate: float = 0.003  # peak learning rate: 0.0001..0.03
+
+# %%
+try:
+    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
+    from dsmoe_lite.labs.guard import need
+except ModuleNotFoundError:
+    raise SystemExit(
+        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
+    ) from None
+
+check_parameters(globals())
+need("torch", "altair", "vl_convert", "tokenizers")
+
+# %%
+import math
+from dataclasses import replace
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from dsmoe_lite import accounting, published
+from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import GROUPS, World
+from dsmoe_lite.evaluate import heldout_loss, recall
+from dsmoe_lite.experiments import records
+from dsmoe_lite.layers.attention import Attention
+from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.layers.rope import apply_rope, rope_tables
+from dsmoe_lite.model import Transformer, generate
+from dsmoe_lite.presets import preset
+from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.viz import charts, renderer
+
+renderer.enable()
+torch.set_num_threads(1)  # small matrices: one thread is nearly as fast, and gives the same digits every time
+torch.manual_seed(seed)
+device = "cuda" if profile == "gpu" else "cpu"
+steps = {"smoke": 30, "cpu": 500, "gpu": 3000}[profile]
+
+# %% [markdown]
+# ## The world to be learnt
+#
+# Real text would need hours before a laptop-sized model knows anything. This course uses a small made-up world: people
+# with a craft, a home, a pet and so on, told in several wordings and two languages, with sums, brackets and code beside
+# it. It is generated, so every token's domain is known, and so is every fact.
+
+# %%
+world = World()
+for document in islice(world.documents("train"), 3):
+    print(f"[{document.domain}] {document.text[:150]} ...\n")
+
+# %% [markdown]
+# Some facts are stated in the training text but never *asked* there. Afterwards they are asked, in a wording whose form
+# the model knows from other facts. A right answer therefore comes from memory. `head` asks about people who are often
+# written about, `tail` about those rarely mentioned; `control` asks about people who are never mentioned at all, where
+# no model can do better than chance, one in 32.
+
+# %%
+questions = [question for group in GROUPS for question in world.questions(group)]
+for group in GROUPS:
+    asked = [question for question in questions if question.group == group]
+    print(f"{group:8}{len(asked):4} questions, such as: {asked[0].prompt}{asked[0].answer}")
+
+# %% [markdown]
+# The text becomes tokens by byte-level byte-pair encoding {cite:p}`BPE`: frequent words are one token, rare ones several.
+
+# %%
+tokenizer = load_tokenizer(world, 1024)
+V = tokenizer.get_vocab_size()
+pieces = tokenizer.encode(questions[0].prompt + questions[0].answer).tokens
+print(V, "tokens in the vocabulary;", " ".join(piece.replace("Ġ", "␣") for piece in pieces))
+
+# %% [markdown]
+# ## Attention: tokens look at each other
+#
+# Each token asks a query of every earlier token's key and takes a mixture of their values {cite:p}`Transformer2017`:
+#
+# $$
+# \mathbf{o}_{t,i} = \sum_{j \le t} \operatorname{Softmax}_j\!\left(\frac{\mathbf{q}_{t,i}^\top \mathbf{k}_{j,i}}{\sqrt{d_h}}\right)\mathbf{v}_{j,i},
+# \qquad \mathbf{u}_t = W^O\,[\mathbf{o}_{t,1};\dots;\mathbf{o}_{t,H}]
+# $$ (eq:attention)
+#
+# for head $i$ of $H$, with $d_h$ channels each. Where a token stands enters by rotation {cite:p}`RoPE`: channels $j$ and
+# $j + d_h/2$ of every query and key turn by the angle $t\,\theta^{-2j/d_h}$, so that a product of a query and a key
+# depends on their distance only.
+#
+# **Ask.** If every token moves ten places to the right, by how much does $\mathbf{q}_t^\top\mathbf{k}_s$ change?
+# Write your guess before you run the next cell.
+
+# %%
+predict("01-shift", None)  # your guess, a number
+
+
+def rotate(x, start=0, theta=10_000.0):  # x (..., S, d)
+    S, d = x.shape[-2:]
+    angle = torch.outer(torch.arange(start, start + S).double(), theta ** (-torch.arange(0, d, 2).double() / d))
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (S, d / 2)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+q, k = torch.randn(2, 1, 6, 16, dtype=torch.float64)
+change = rotate(q, 10) @ rotate(k, 10).mT - rotate(q) @ rotate(k).mT
+print("largest change of any product:", "zero to 12 digits" if change.abs().max() < 1e-12 else change.abs().max())
+
+# %% [markdown]
+# Nothing changes: only distances count. Now the whole of {eq}`eq:attention`, written out, and proved equal to the
+# package's, which leaves the softmax to PyTorch's fused kernel.
+
+
+# %%
+def attention(x, W_q, W_k, W_v, W_o, n_heads):  # x (B, S, D); every W (out, in)
+    B, S, _ = x.shape
+    q, k, v = ((x @ W.T).view(B, S, n_heads, -1).transpose(1, 2) for W in (W_q, W_k, W_v))  # (B, H, S, d_h)
+    scores = rotate(q) @ rotate(k).mT / math.sqrt(q.shape[-1])  # (B, H, S, S)
+    future = torch.ones(S, S, dtype=torch.bool).triu(1)
+    o = scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
+    return o.transpose(1, 2).reshape(B, S, -1) @ W_o.T
+
+
+config = preset("course-dense")
+theirs = Attention(config.d_model, config.attention)
+x = torch.randn(2, 20, config.d_model)
+mine = attention(x, theirs.query.weight, theirs.key.weight, theirs.value.weight, theirs.output.weight, 4)
+assert_close(mine, theirs(x, *rope_tables(16, 20)), atol=1e-5, rtol=1e-5)
+print("attention: mine equals the package's")
+
+# %% [markdown]
+# ## The FFN: each token thinks alone
+#
+# $$
+# \operatorname{FFN}(\mathbf{x}) = W_{down}\,\bigl(\operatorname{silu}(W_{gate}\,\mathbf{x}) \odot W_{up}\,\mathbf{x}\bigr)
+# $$ (eq:swiglu)
+#
+# is the SwiGLU form {cite:p}`SwiGLU`. The same function is applied to every token, without looking at the others. Three
+# matrices of $D \times F$: hidden width $F$ is the size of its memory.
+
+
+# %%
+def ffn(x, W_gate, W_up, W_down):
+    return (F.silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
+
+
+theirs = SwiGLU(config.d_model, config.ffn_width)
+assert_close(ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight), theirs(x), atol=1e-6, rtol=1e-5)
+print("FFN: mine equals the package's")
+
+# %% [markdown]
+# ## The block, and the model
+#
+# A block adds both to a residual stream (DeepSeekMoE {cite:p}`DeepSeekMoE2024`, Equations 1 and 2, with the
+# normalisation written out):
+#
+# $$
+# \mathbf{u}^l = \mathbf{h}^{l-1} + \operatorname{Attention}(\operatorname{RMSNorm}(\mathbf{h}^{l-1})),
+# \qquad \mathbf{h}^l = \mathbf{u}^l + \operatorname{FFN}(\operatorname{RMSNorm}(\mathbf{u}^l))
+# $$ (eq:block)
+#
+# Here $\mathbf{h}^l$ is what leaves block $l$; RMSNorm {cite:p}`RMSNorm` divides a vector by its root mean square. This is
+# the equation to remember: from chapter 02 on, only the term $\operatorname{FFN}$ in {eq}`eq:block` changes.
+
+
+# %%
+def rms_norm(x, weight, eps=1e-6):
+    return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
+
+
+def block(h, weights):  # weights: the package's Block
+    a, f = weights.attention, weights.ffn
+    u = rms_norm(h, weights.attention_norm.weight)
+    u = h + attention(u, a.query.weight, a.key.weight, a.value.weight, a.output.weight, a.n_heads)
+    return u + ffn(rms_norm(u, weights.ffn_norm.weight), f.gate.weight, f.up.weight, f.down.weight)
+
+
+model = Transformer(config)
+tokens = torch.randint(0, V, (2, 20))
+h = model.embed.weight[tokens]
+for weights in model.blocks:
+    h = block(h, weights)
+logits = rms_norm(h, model.norm.weight) @ model.head.weight.T
+assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
+print(f"model of {config.n_layers} blocks: mine equals the package's, logits {tuple(logits.shape)}")
+
+# %% [markdown]
+# ## Where do parameters and FLOPs sit?
+#
+# **Ask.** In the paper's dense validation model (9 layers, $D = 1280$), which share of the weights is FFN?
+
+# %%
+predict("01-ffn-share", None)  # your guess, 0 to 1
+
+paper = preset("dense-0.2B")
+for name, each in {"this chapter": config, "paper, dense 0.2B": paper}.items():
+    count = accounting.parameters(each)
+    print(f"{name:18}{count.total:>12,} parameters, {count.ffn.total / count.total:.0%} of them FFN")
+assert accounting.parameters(config).total == sum(weight.numel() for weight in model.parameters())
+
+# %% [markdown]
+# The count is made from the config's numbers alone, and the last line holds it against the real model. FLOPs follow: a
+# weight costs one multiplication and one addition forward and twice that backward, six in all for each token. With the
+# products of queries and keys, the training cost of a sequence of $s$ tokens is
+#
+# $$
+# \mathcal{F} = s\,\bigl[\,6L\,(4D^2 + 8D^2 m) + 12LDs + 6VD\,\bigr]
+# $$ (eq:flops)
+#
+# for $L$ layers, where $m$ is the activated FFN in units of the standard one, $8D^2$ weights; for a dense model $m = 1$.
+# The paper prints no formula; this one gives the figures that its tables print.
+
+# %%
+seq_len = published.load()["validation_setup"]["seq_len"]
+flops = accounting.training_flops(paper, seq_len).total
+print(f"{flops / 1e12:.2f}T FLOPs for {seq_len} tokens; Table 1 prints {published.printed('dense-0.2B', 'flops_2k')}")
+
+# %% tags=["hide-input"]
+rows = []
+for name, each, length in (("this chapter", config, 64), ("paper, dense 0.2B", paper, seq_len)):
+    flops = accounting.training_flops(each, length).rows()
+    weights = accounting.parameters(each).rows()
+    for part in dict.fromkeys((*weights, *flops)):
+        total, active = (weights[part].total, weights[part].active) if part in weights else (0, 0)
+        forward = flops.get(part, 0) / 3 / length  # a third of the training FLOPs
+        rows.append({"model": name, "component": part, "total": total, "active": active, "flops": forward})
+charts.parameter_split(
+    [row for row in rows if row["total"] or row["flops"]], title="Where do parameters and FLOPs sit?"
+)
+
+# %% [markdown]
+# **What to notice.** In a real model the FFN holds most weights and does most of the work, and its share grows with the
+# width. In our tiny one the vocabulary takes as much: keep that in mind whenever a small model's total is quoted.
+
+# %% [markdown]
+# ## Train it
+#
+# **Ask.** Before training, the model knows nothing about the $V$ possible tokens. What is its loss, in nats?
+
+# %%
+predict("01-first-loss", None)  # your guess
+
+train_config = TrainConfig(steps=steps, batch_size=32, seq_len=64, lr=learning_rate, seed=seed)
+torch.manual_seed(seed)
+model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(device)
+run = train(model, Batches(world, tokenizer, train_config.batch_size, train_config.seq_len), train_config)
+print(f"first loss minus ln V: {run.losses[0] - math.log(V):+.1f} nats; tokens seen: {run.tokens:,}")
+
+# %% tags=["trained"]
+rows = [{"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss} for step, loss in enumerate(run.losses)]
+charts.training_curves(rows, title="How fast does the model learn its world?")
+
+# %% [markdown]
+# The first loss is $\ln V$: a uniform guess. The curve falls in stages: first which words are frequent, then the forms
+# of sentences, and last, slowly, the facts. Held-out documents, never trained on, tell what was learnt:
+
+# %% tags=["trained"]
+held_out = heldout_batches(world, tokenizer, 64, 64, 16)
+before_loss = heldout_loss(model, held_out, world.domains)
+claim(
+    "held-out loss, nats a token",
+    before_loss.loss,
+    {"smoke": (2.0, 7.0), "cpu": (0.9, 1.6), "gpu": (0.7, 1.3)}[profile],
+)
+
+# %% tags=["trained"]
+known = recall(model, tokenizer, questions)
+claim("recall of frequent people", known["head"], {"smoke": (0.0, 0.2), "cpu": (0.1, 1.0), "gpu": (0.5, 1.0)}[profile])
+claim("recall of people never mentioned", known["control"], (0.0, 0.1))
+report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in before_loss.by_domain.items()})
+
+# %% [markdown]
+# People who are written about often are remembered, rare ones hardly, and control stays at chance. Closed-book recall
+# is what this course will watch: if experts specialise, it should rise first.
+#
+# Let the model speak. The sentence is new to it, the person is not:
+
+# %% tags=["trained"]
+start = questions[0].prompt
+said = generate(model, torch.tensor([tokenizer.encode(start).ids], device=device), 24)
+report(prompt=start, right_answer=questions[0].answer, the_model_says=tokenizer.decode(said[0].tolist())[len(start) :])
+
+# %% [markdown]
+# ## Why the FFN?
+#
+# **Ask.** Take one part out of the trained model, an attention or an FFN, by making it add nothing in {eq}`eq:block`.
+# Which loss costs the facts most?
+
+# %%
+predict("01-take-out", None)  # "attention 0", "FFN 0", "attention 1" or "FFN 1"
+
+
+def without(model, part):  # the same weights, one part silent
+    copy = Transformer(model.config).to(device)
+    copy.load_state_dict(model.state_dict())
+    if part != "nothing":
+        kind, layer = part.split()
+        silent = copy.blocks[int(layer)].attention.output if kind == "attention" else copy.blocks[int(layer)].ffn.down
+        torch.nn.init.zeros_(silent.weight)
+    return copy.eval()
+
+
+parts = ["nothing", "attention 0", "FFN 0", "attention 1", "FFN 1"]
+print("to be taken out, in turn:", ", ".join(parts[1:]))
+
+# %% tags=["trained"]
+rows = []
+for part in parts:
+    cut = without(model, part)
+    rows.append({"model": part, "metric": "held-out loss", "value": heldout_loss(cut, held_out, world.domains).loss})
+    rows.append(
+        {"model": part, "metric": "recall of frequent people", "value": recall(cut, tokenizer, questions)["head"]}
+    )
+charts.model_comparison(rows, title="What does the model lose without one part?")
+
+# %% [markdown]
+# **What to notice.** Every part is needed, because the parts were trained together: this is a blunt knife, and later
+# chapters bring finer ones. But the division of labour shows. Attention brings the two names and the relation into one
+# place; the FFN that comes after maps them to the value. A key that is a *pair* of tokens cannot be looked up in the
+# embedding of either, so the facts have to live in the FFN.
+#
+# If facts live in the FFN, a wider one should hold more. These runs were trained once, for longer, and recorded, with
+# five seeds each:
+
+# %%
+NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
+recorded = [record for record in records("neighbours") if record["model_name"] in NAMES]
+METRICS = {
+    "held-out loss": lambda record: record["heldout_loss"],
+    "recall, frequent people": lambda record: record["recall"]["head"],
+    "recall, rare people": lambda record: record["recall"]["tail"],
+}
+rows = [
+    {"model": NAMES[record["model_name"]], "seed": record["seed"], "metric": metric, "value": value_of(record)}
+    for metric, value_of in METRICS.items()
+    for record in recorded
+]
+charts.model_comparison(rows, title="Does a wider FFN know more?")
+
+# %%
+pairs = {name: {r["seed"]: r["recall"]["tail"] for r in recorded if r["model_name"] == name} for name in NAMES}
+gains = [pairs["course-dense-x2"][seed] - pairs["course-dense"][seed] for seed in pairs["course-dense"]]
+print(f"{recorded[0]['tokens']:,} tokens each; recall of rare people, two widths minus one, by seed:")
+print(", ".join(f"{gain:+.3f}" for gain in gains))
+
+# %% [markdown]
+# Twice the width means twice the FFN's weights and twice its FLOPs, for every token, whether it needs them or not.
+# **That is the bill a mixture of experts tries not to pay:** many FFNs stored, few used by any one token. Chapter 02
+# builds the first of them.
+#
+# ## Exercises
+#
+# **1. A bug from the wild** (10 minutes). DeepSeek's inference code turns *adjacent* channels, $(0,1), (2,3), \dots$;
+# Hugging Face's turns channel $j$ with channel $j + d_h/2$, as this chapter does. Weights of the one loaded into the
+# other give fluent nonsense, and no error. Return the order of channels, a list of `d` indices, such that
+# `x_adjacent[..., order]` is in the layout of this chapter.
+
+
+# %%
+def halves_order(d):
+    return None  # your list
+
+
+def order_is_right(halves_order):
+    def turn_adjacent(x):
+        cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope_tables(d, x.shape[-2]))
+        a, b = x[..., ::2], x[..., 1::2]
+        return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
+
+    for d in (4, 16):
+        order = halves_order(d)
+        assert sorted(order) == list(range(d)), f"for d = {d} every index must stand in the list once"
+        x = torch.randn(1, 7, d)
+        mine = apply_rope(x[..., order], *rope_tables(d, 7))
+        assert torch.allclose(mine, turn_adjacent(x)[..., order], atol=1e-5), "pairs do not turn as they should"
+
+
+verdict = check_exercise(halves_order, order_is_right)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def halves_order(d):
+#     return [*range(0, d, 2), *range(1, d, 2)]
+# ```
+#
+# Even channels first, then odd ones: pair $(2j, 2j+1)$ becomes $(j, j + d/2)$. In a model the same reordering is applied
+# to the rows of $W^Q$ and $W^K$ of every head; products of queries and keys do not notice.
+# </details>
+#
+# **2. How wide?** (5 minutes). The FFN of the first Transformers had two matrices, $D \times 4D$ and $4D \times D$.
+# Return the width, to the nearest whole channel, at which SwiGLU has as many weights.
+
+
+# %%
+def swiglu_width(d_model):
+    return None  # your width
+
+
+def width_is_right(swiglu_width):
+    for d_model in (64, 1280, 4096):
+        got = swiglu_width(d_model)
+        assert isinstance(got, int), f"d_model = {d_model}: a whole number of channels, not {got!r}"
+        missing = abs(3 * d_model * got - 2 * d_model * 4 * d_model)
+        assert missing <= 3 * d_model / 2, f"d_model = {d_model}: width {got} is {missing:,} weights off"
+
+
+verdict = check_exercise(swiglu_width, width_is_right)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def swiglu_width(d_model):
+#     return round(8 * d_model / 3)
+# ```
+#
+# Three matrices of $D \times F$ against two of $D \times 4D$: $F = \tfrac{8}{3} D$, so that both have $8D^2$ weights. The
+# paper's validation models have $D = 1280$, hence $F = 3413$.
+# </details>
+#
+# **3. Other parameters** (a few minutes of computing). Run this chapter with an FFN of a quarter and of four times the
+# width, and compare what it reports:
+#
+# ```
+# dsmoe run 01 -p ffn_width=32
+# dsmoe run 01 -p ffn_width=512
+# ```
+#
+# Which of loss and recall moves more? Which did you expect?
+#
+# ## Recap
+#
+# 1. A block is attention, which moves information between tokens, and an FFN, which treats each token alone.
+# 2. The FFN is three matrices; it holds most weights of a real model and does most of its work.
+# 3. FLOPs of a paper's table follow from a config by {eq}`eq:flops`.
+# 4. Facts keyed on several tokens live in the FFN; width is memory.
+# 5. A dense model pays for all of its width with every token.
+#
+# **Claims settled here:** held-out loss and recall after the live training lie in their intervals; control stays at
+# chance; the FLOPs of the dense model are those of Table 1.

@@ -1,0 +1,115 @@
+"""The chapters' exercises: the stub is unsolved, the folded solution right, and every listed wrong answer fails."""
+
+import ast
+import re
+
+import jupytext
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe_lite import paths
+from dsmoe_lite.labs import check_exercise
+from dsmoe_lite.layers.balance import switch_loss
+
+SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
+
+
+def joined(routings):
+    scores = torch.cat([r.scores for r in routings])
+    first = torch.cat([r.topk_ids[:, 0] for r in routings])
+    E = scores.shape[1]
+    return E * (torch.bincount(first, minlength=E) / len(first) * scores.mean(dim=0)).sum()
+
+
+def count_only_what_is_sent(chosen, second_gate, draw, slots):
+    count = torch.bincount(chosen[:, 0], minlength=8).tolist()
+    sent = []
+    for (_, second), gate, chance in zip(chosen.tolist(), second_gate, draw, strict=True):
+        sent.append(bool(count[second] < slots and 2 * gate > chance))
+        count[second] += sent[-1]
+    return sent
+
+
+def forget_first_choices(chosen, second_gate, draw, slots):
+    count, sent = [0] * 8, []
+    for (_, second), gate, chance in zip(chosen.tolist(), second_gate, draw, strict=True):
+        sent.append(bool(count[second] < slots and 2 * gate > chance))
+        count[second] += 1
+    return sent
+
+
+WRONG = {
+    "00": {"ways": [lambda: (240, 4426165368), lambda: (120, 64**8), lambda: (120, 4426165369), lambda: "many"]},
+    "01": {
+        "halves_order": [
+            lambda d: list(range(d)),
+            lambda d: [*range(1, d, 2), *range(0, d, 2)],
+            lambda d: [i for j in range(d // 2) for i in (j, j + d // 2)],  # the way back, not the way there
+            lambda d: [0] * d,
+        ],
+        "swiglu_width": [
+            lambda d: 4 * d,
+            lambda d: 2 * d,
+            lambda d: 8 * d / 3,
+            lambda d: int(8 * d / 3) + 2,
+            lambda d: round(4 * d / 3),
+        ],
+    },
+    "02": {
+        "mended_loss": [
+            joined,
+            lambda routings: sum(switch_loss(r) for r in routings),
+            lambda routings: switch_loss(routings[0]),
+            lambda routings: max(switch_loss(r) for r in routings),
+            lambda routings: sum(switch_loss(r) for r in routings) / len(routings) / routings[0].n_experts,
+        ],
+        "second_sent": [
+            count_only_what_is_sent,
+            forget_first_choices,
+            lambda chosen, gate, draw, slots: (2 * gate > draw).tolist(),
+            lambda chosen, gate, draw, slots: [False] * len(chosen),
+            lambda chosen, gate, draw, slots: [slots > 2] * len(chosen),
+        ],
+    },
+}
+EXERCISES = [(number, name) for number, exercises in WRONG.items() for name in exercises]
+
+
+def chapter(number: str) -> tuple[dict, dict, dict]:
+    """Functions a chapter defines, {exercise: its check}, {exercise: its solution}; nothing else of it is run."""
+    (path,) = paths.NOTEBOOKS.glob(f"{number}_*.py")
+    cells = jupytext.read(path).cells
+    body, calls = [], []
+    for cell in cells:
+        if cell.cell_type == "code":
+            for node in ast.parse(cell.source).body:
+                if isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef):
+                    body.append(node)
+                elif isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "verdict":
+                    calls.append(tuple(argument.id for argument in node.value.args))
+    names: dict = {"torch": torch, "F": F}
+    exec(compile(ast.Module(body, []), str(path), "exec"), names)
+    solutions = {}
+    for source in SOLUTION.findall("\n\n".join(cell.source for cell in cells if cell.cell_type == "markdown")):
+        solved = dict(names)
+        exec(source, solved)
+        solutions |= {node.name: solved[node.name] for node in ast.parse(source).body if hasattr(node, "name")}
+    return names, {name: names[check] for name, check in calls}, solutions
+
+
+def test_every_exercise_of_every_chapter_is_listed() -> None:
+    for number, exercises in WRONG.items():
+        _, checks, solutions = chapter(number)
+        assert set(checks) == set(solutions) == set(exercises)
+    assert {path.name[:2] for path in paths.NOTEBOOKS.glob("[0-9]*.py")} == set(WRONG)
+
+
+@pytest.mark.parametrize(("number", "name"), EXERCISES)
+def test_stub_solution_and_wrong_answers(number: str, name: str, capsys: pytest.CaptureFixture) -> None:
+    names, checks, solutions = chapter(number)
+    assert check_exercise(names[name], checks[name]) is None
+    assert check_exercise(solutions[name], checks[name]) is True, capsys.readouterr().out
+    for wrong in WRONG[number][name]:
+        assert check_exercise(wrong, checks[name]) is False
+    assert "not right yet: " in capsys.readouterr().out
