@@ -40,7 +40,7 @@ def training_curves(
     if len(models) <= PER_PANEL:
         return theme.finish(_panel(lines, "step", "step", y_title, 520, 280), title, subtitle, description)
     lines_said = [subtitle] if isinstance(subtitle, str) else list(subtitle)
-    subtitle = [f"Up: {y_title}", *(line for line in lines_said if line)]
+    subtitle = [f"Vertical axis: {y_title}", *(line for line in lines_said if line)]
     x_range = (min(p["x"] for ps in lines.values() for p in ps), max(p["x"] for ps in lines.values() for p in ps))
     y_range = nice_range([p[k] for ps in lines.values() for p in ps for k in ("low", "high")])
     panels = [
