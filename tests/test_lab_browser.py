@@ -28,6 +28,11 @@ QUIET = (
     "--no-first-run",
 )
 WHOLE_NOTEBOOK_IN_PAGE = '{"windowingMode": "none"}'  # so that cells out of sight can be counted too
+ALL_DONE_OR_FAILED = """() => {
+    const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent);
+    const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.stderr"]') !== null;
+    return !prompts.some(text => text.includes('*')) && (failed || prompts.every(text => /[0-9]/.test(text)));
+}"""
 MINUTE = 60_000  # milliseconds, Playwright's unit
 
 
@@ -62,10 +67,13 @@ def tiny_notebook() -> nbformat.NotebookNode:
 
 
 def set_profile(copy: Path, profile: str) -> None:
+    """Write `profile` into the parameters cell, and clear all outputs: a number at a prompt then means a run."""
     notebook = nbformat.read(copy, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     cell.source, changed = re.subn(r'^profile(.*?)= "\w+"', rf'profile\1= "{profile}"', cell.source, flags=re.MULTILINE)
     assert changed == 1
+    for code in (cell for cell in notebook.cells if cell.cell_type == "code"):
+        code.execution_count, code.outputs = None, []
     nbformat.write(notebook, copy)
 
 
@@ -145,9 +153,7 @@ def opened(browser, lab: Lab, path: str):
 def run_all(page, timeout: int) -> None:
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_text("Run All Cells", exact=True).click()
-    prompts = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(p => p.textContent)"
-    page.wait_for_function(f"{prompts}.some(text => text.includes('*'))", timeout=MINUTE)
-    page.wait_for_function(f"!{prompts}.some(text => text.includes('*'))", timeout=timeout)
+    page.wait_for_function(ALL_DONE_OR_FAILED, timeout=timeout)
 
 
 def assert_no_pop_up(page) -> None:
@@ -226,6 +232,13 @@ def test_address_needs_its_token_and_listens_on_this_machine_only(lab: Lab) -> N
     assert requests.get(f"http://{parts.netloc}/api/contents", timeout=20).status_code == 403
     listening = [c for c in psutil.Process(lab.process.pid).net_connections() if c.status == psutil.CONN_LISTEN]
     assert {c.laddr.ip for c in listening if c.laddr.port == parts.port} == {"127.0.0.1"}
+
+
+def test_port_in_use_is_refused_in_one_line(lab: Lab) -> None:
+    port = urlsplit(lab.address).port
+    program = f"from dsmoe_lite.labs.server import serve; serve('.', None, ip='127.0.0.1', port={port}, browser=False)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+    assert f"port = {port}: Address already in use" in done.stderr.splitlines()[-1]
 
 
 def test_term_stops_server_and_kernels(lab: Lab) -> None:  # last in this file: nothing can follow it

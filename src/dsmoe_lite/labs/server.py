@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import signal
+import socket
 import sys
 import webbrowser
 from pathlib import Path
@@ -43,7 +45,22 @@ def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool)
     click.echo(f"JupyterLab: {address}\n(Ctrl-C stops it)")
     if browser:
         server.io_loop.call_later(0.5, webbrowser.open, address)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # at once: Jupyter would ask back, and only at a terminal
+        signal.signal(stop, lambda *_: server.stop(from_signal=True))
     server.start()
+
+
+def _require_free(ip: str, port: int) -> None:
+    if not 1024 <= port <= 65535:
+        raise InputError(f"port = {port}: must be at least 1024 and at most 65535")
+    with socket.socket() as probe:
+        if sys.platform != "win32":
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ip, port))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise InputError(f"port = {port}: {reason}; without --port the next free one is taken") from None
 
 
 def _environment(token: str) -> dict[str, str]:
@@ -58,16 +75,17 @@ def _environment(token: str) -> dict[str, str]:
 
 
 def _arguments(root: Path, ip: str, port: int | None) -> list[str]:
-    if port is not None and not 1024 <= port <= 65535:
-        raise InputError(f"port = {port}: must be at least 1024 and at most 65535")
+    if port is not None:
+        _require_free(ip, port)
     arguments = [
         f"--ServerApp.root_dir={root}",
         f"--ServerApp.ip={ip}",
         f"--ServerApp.port={port or PORT}",
         f"--ServerApp.port_retries={50 if port is None else 0}",
         "--ServerApp.open_browser=False",
-        "--ServerApp.answer_yes=True",  # Ctrl-C stops without asking back
         "--ServerApp.log_level=ERROR",
+        "--LabApp.log_level=ERROR",
+        "--LabApp.extension_manager=readonly",  # no list of extensions is fetched
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")
