@@ -184,6 +184,8 @@ def run_top_to_bottom(browser, lab: Lab, name: str, screenshot: Path, timeout: i
     assert hosts <= {"localhost", "127.0.0.1", None}  # None: data and blob addresses
     height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
     page.set_viewport_size({"width": 1400, "height": min(200 + height, 12_000)})
+    page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+    page.wait_for_timeout(500)  # for the layout of the taller page
     page.screenshot(path=screenshot)
     page.close()
     return cells
