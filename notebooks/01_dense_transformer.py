@@ -65,7 +65,7 @@ renderer.enable()
 torch.set_num_threads(1)  # small matrices: one thread is nearly as fast, and gives the same digits every time
 torch.manual_seed(seed)
 device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 500, "gpu": 3000}[profile]
+steps = {"smoke": 30, "cpu": 1000, "gpu": 4000}[profile]
 
 # %% [markdown]
 # ## The world to be learnt
@@ -243,21 +243,17 @@ flops = accounting.training_flops(paper, seq_len).total
 print(f"{flops / 1e12:.2f}T FLOPs for {seq_len} tokens; Table 1 prints {published.printed('dense-0.2B', 'flops_2k')}")
 
 # %% tags=["hide-input"]
-rows = []
-for name, each, length in (("this chapter", config, 64), ("paper, dense 0.2B", paper, seq_len)):
-    flops = accounting.training_flops(each, length).rows()
-    weights = accounting.parameters(each).rows()
-    for part in dict.fromkeys((*weights, *flops)):
-        total, active = (weights[part].total, weights[part].active) if part in weights else (0, 0)
-        forward = flops.get(part, 0) / 3 / length  # a third of the training FLOPs
-        rows.append({"model": name, "component": part, "total": total, "active": active, "flops": forward})
-charts.parameter_split(
-    [row for row in rows if row["total"] or row["flops"]], title="Where do parameters and FLOPs sit?"
-)
+rows = [
+    {"model": name, "component": row["component"], "total": row["total"], "flops": row["forward_flops_per_token"]}
+    for name, each, length in (("this chapter", config, 64), ("paper, dense 0.2B", paper, seq_len))
+    for row in accounting.by_component(each, length)
+    if row["total"] or row["training_flops"]
+]
+charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs sit?")
 
 # %% [markdown]
-# **What to notice.** In a real model the FFN holds most weights and does most of the work, and its share grows with the
-# width. In our tiny one the vocabulary takes as much: keep that in mind whenever a small model's total is quoted.
+# **What to notice.** In the paper's model the FFN holds most weights and does half of the work. In our tiny one the
+# vocabulary takes most: keep that in mind whenever the total of a small model is quoted.
 
 # %% [markdown]
 # ## Train it
@@ -267,7 +263,7 @@ charts.parameter_split(
 # %%
 predict("01-first-loss", None)  # your guess
 
-train_config = TrainConfig(steps=steps, batch_size=32, seq_len=64, lr=learning_rate, seed=seed)
+train_config = TrainConfig(steps=steps, batch_size=16, seq_len=64, lr=learning_rate, seed=seed)
 torch.manual_seed(seed)
 model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(device)
 run = train(model, Batches(world, tokenizer, train_config.batch_size, train_config.seq_len), train_config)
@@ -297,8 +293,8 @@ claim("recall of people never mentioned", known["control"], (0.0, 0.1))
 report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in before_loss.by_domain.items()})
 
 # %% [markdown]
-# People who are written about often are remembered, rare ones hardly, and control stays at chance. Closed-book recall
-# is what this course will watch: if experts specialise, it should rise first.
+# People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book
+# recall is what this course will watch.
 #
 # Let the model speak. The sentence is new to it, the person is not:
 
@@ -342,12 +338,12 @@ charts.model_comparison(rows, title="What does the model lose without one part?"
 
 # %% [markdown]
 # **What to notice.** Every part is needed, because the parts were trained together: this is a blunt knife, and later
-# chapters bring finer ones. But the division of labour shows. Attention brings the two names and the relation into one
-# place; the FFN that comes after maps them to the value. A key that is a *pair* of tokens cannot be looked up in the
-# embedding of either, so the facts have to live in the FFN.
+# chapters bring finer ones. The first attention is needed most: without it nothing brings a first and a last name into
+# one place, and a fact about a *pair* of tokens cannot be looked up in the embedding of either. That the pair is then
+# mapped to a value by an FFN, and not by what comes later, this knife cannot prove.
 #
-# If facts live in the FFN, a wider one should hold more. These runs were trained once, for longer, and recorded, with
-# five seeds each:
+# A better question is what happens when the FFN gets *wider* and nothing else changes. If facts live there, there should
+# be room for more of them. These runs were trained once, for longer, and recorded, with five seeds each:
 
 # %%
 NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
@@ -371,6 +367,8 @@ print(f"{recorded[0]['tokens']:,} tokens each; recall of rare people, two widths
 print(", ".join(f"{gain:+.3f}" for gain in gains))
 
 # %% [markdown]
+# **What to notice.** Both know the frequent people; the wider FFN knows more of the rare ones, with every seed.
+#
 # Twice the width means twice the FFN's weights and twice its FLOPs, for every token, whether it needs them or not.
 # **That is the bill a mixture of experts tries not to pay:** many FFNs stored, few used by any one token. Chapter 02
 # builds the first of them.
@@ -462,7 +460,7 @@ verdict = check_exercise(swiglu_width, width_is_right)
 # 1. A block is attention, which moves information between tokens, and an FFN, which treats each token alone.
 # 2. The FFN is three matrices; it holds most weights of a real model and does most of its work.
 # 3. FLOPs of a paper's table follow from a config by {eq}`eq:flops`.
-# 4. Facts keyed on several tokens live in the FFN; width is memory.
+# 4. A wider FFN, and nothing else changed, remembers more rare facts: width is memory.
 # 5. A dense model pays for all of its width with every token.
 #
 # **Claims settled here:** held-out loss and recall after the live training lie in their intervals; control stays at

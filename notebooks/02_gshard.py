@@ -74,7 +74,7 @@ renderer.enable()
 torch.set_num_threads(1)
 torch.manual_seed(seed)
 device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 300, "gpu": 3000}[profile]
+steps = {"smoke": 30, "cpu": 600, "gpu": 3000}[profile]
 
 dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, n_experts, top_k, dense.ffn_width
@@ -114,22 +114,20 @@ gshard = replace(dense, moe=experts)
 # %%
 predict("02-stored-and-spent", None)  # two numbers
 
-rows = []
 models = {"dense": dense, "dense, two widths": replace(dense, ffn_width=2 * F_width), f"top-{K} of {E}": gshard}
-for name, config in models.items():
-    flops = accounting.training_flops(config, 64).rows()
-    weights = accounting.parameters(config).rows()
-    for part in dict.fromkeys((*weights, *flops)):
-        total, active = (weights[part].total, weights[part].active) if part in weights else (0, 0)
-        forward = flops.get(part, 0) / 3 / 64  # a third of the training FLOPs, for each of 64 tokens
-        rows.append({"model": name, "component": part, "total": total, "active": active, "flops": forward})
 stored, spent = (accounting.parameters(gshard).ffn, accounting.parameters(dense).ffn)
 print(
     f"FFN weights stored: {stored.total / spent.total:.0f} times; used by a token: {stored.active / spent.active:.0f} times"
 )
 
 # %% tags=["hide-input"]
-charts.parameter_split([row for row in rows if row["total"] or row["flops"]], title="What is stored, what is used?")
+rows = [
+    {"model": name, **row, "flops": row["forward_flops_per_token"]}
+    for name, config in models.items()
+    for row in accounting.by_component(config, 64)
+    if row["total"] or row["training_flops"]
+]
+charts.parameter_split(rows, title="What is stored, what is used?")
 
 # %% [markdown]
 # **What to notice.** Storage has grown with $E$, work only with $K$. An honest comparison has two dense neighbours: the
@@ -342,14 +340,14 @@ print(f"Switch: gate = affinity. Hash: every expert owns {loads.min()} to {loads
 predict("02-gap", None)  # GShard's held-out loss minus the dense model's
 
 train_config = TrainConfig(
-    steps=steps, batch_size=32, seq_len=64, lr=3e-3, balance_loss="switch", balance_weight=balance_weight, seed=seed
+    steps=steps, batch_size=16, seq_len=64, lr=3e-3, balance_loss="switch", balance_weight=balance_weight, seed=seed
 )
 runs, trained = {}, {}
 for name, config in {"dense": dense, f"top-{K} of {E}": gshard}.items():
     torch.manual_seed(seed)
     trained[name] = Transformer(replace(config, vocab_size=V)).to(device)
-    runs[name] = train(trained[name], Batches(world, tokenizer, 32, 64), train_config)
-print(f"{steps} steps of {32 * 64:,} tokens each")
+    runs[name] = train(trained[name], Batches(world, tokenizer, 16, 64), train_config)
+print(f"{steps} steps of {16 * 64:,} tokens each")
 
 # %% tags=["trained"]
 rows = [
@@ -377,8 +375,9 @@ claim("drop rate at the end of training", last["drop_rate"], (0.0, 0.9))
 charts.expert_load(load(routings_of(trained[moe_name].cpu())[0]), title="Does every expert get work? (first layer)")
 
 # %% [markdown]
-# One run of a few hundred steps says little. The same comparison was run longer, with five seeds and all the
-# neighbours, by `dsmoe experiment neighbours`, and recorded:
+# **What to notice.** So early, the experts are *behind*. Each of them has seen an eighth of the tokens, and the router is
+# still making up its mind; the dense FFN learns from every token. One short run says little, though. The comparison was
+# run four times longer, with five seeds and all the neighbours, by `dsmoe experiment neighbours`, and recorded:
 
 # %%
 NAMES = {
@@ -389,6 +388,20 @@ NAMES = {
     "course-hash": "Hash top-1",
 }
 recorded = records("neighbours")
+rows = [
+    {
+        "model": NAMES[record["model_name"]],
+        "seed": record["seed"],
+        "step": step,
+        "loss": mean(record["losses"][step - 24 : step]),
+    }
+    for record in recorded
+    if record["model_name"] in ("course-dense", "course-dense-x2", "course-gshard")
+    for step in range(24, len(record["losses"]) + 1, 24)
+]
+charts.training_curves(rows, title="When do experts overtake the dense FFN? (training loss, mean of 24 steps)")
+
+# %%
 METRICS = {
     "held-out loss": lambda record: record["heldout_loss"],
     "recall, frequent people": lambda record: record["recall"]["head"],

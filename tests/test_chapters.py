@@ -22,7 +22,8 @@ ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from 
 
 OTHER = {"profile": "smoke", "seed": 1}  # what the quick run of every chapter is given
 FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
-    "02": [{"seed": 2, "top_k": 1}, {"seed": 3, "top_k": 2}, {"seed": 4, "capacity_factor": 0.5}],
+    "01": [{"seed": 2}, {"ffn_width": 32}, {"learning_rate": 0.01}],
+    "02": [{"seed": 2, "top_k": 1}, {"n_experts": 8, "top_k": 4}, {"capacity_factor": 0.5, "balance_weight": 0.0}],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
 

@@ -6,6 +6,7 @@ token meets.
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from dsmoe_lite.config import ModelConfig
 
@@ -154,6 +155,19 @@ def training_flops(config: ModelConfig, seq_len: int) -> TrainingFlops:
         shared_experts=per_weight * met.shared_experts.active,
         lm_head=per_weight * config.vocab_size * config.d_model,  # tied or not, the product is done
     )
+
+
+def by_component(config: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
+    """One row a component: weights stored and used by a token, FLOPs of a training sequence and forward for a token."""
+    weights, work = parameters(config).rows(), training_flops(config, seq_len).rows()
+    names = list(weights)
+    names.insert(names.index("attention") + 1, "attention_scores")  # work without weights
+    rows = []
+    for name in names:
+        count, flops = weights.get(name, Count(0, 0)), work.get(name, 0)
+        rows.append({"component": name, "total": count.total, "active": count.active})
+        rows[-1] |= {"training_flops": flops, "forward_flops_per_token": flops // (3 * seq_len)}
+    return rows
 
 
 def formula_flops(*, n_layers: int, d_model: int, vocab_size: int, ffn_units: float, seq_len: int) -> float:

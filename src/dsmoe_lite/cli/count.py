@@ -7,7 +7,7 @@ from typing import Any
 import click
 import yaml
 
-from dsmoe_lite.accounting import Count, Parameters, TrainingFlops, kv_cache_elements, parameters, training_flops
+from dsmoe_lite.accounting import by_component, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.cli.tables import json_option, print_rows
 from dsmoe_lite.config import ModelConfig, from_dict
 from dsmoe_lite.errors import InputError
@@ -75,25 +75,8 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         "training_flops": flops.total,  # without the router's, as in the papers
         "forward_flops_per_token": flops.forward_per_token,
         "kv_cache_elements_per_token": kv_cache_elements(config),
-        "components": _components(counted, flops),
+        "components": [row | {"share": row["total"] / counted.total} for row in by_component(config, seq_len)],
     }
-
-
-def _components(counted: Parameters, flops: TrainingFlops) -> list[dict[str, Any]]:
-    weights, work = counted.rows(), flops.rows()
-    names = list(weights)
-    names.insert(names.index("attention") + 1, "attention_scores")  # work without weights
-    counts = {name: weights.get(name, Count(0, 0)) for name in names}
-    return [
-        {
-            "component": name,
-            "total": count.total,
-            "active": count.active,
-            "share": count.total / counted.total,
-            "training_flops": work.get(name, 0),
-        }
-        for name, count in counts.items()
-    ]
 
 
 def _side_by_side(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -70,8 +70,10 @@ def _metric(metric: str, values: dict[str, list[float]], models: list[str], widt
         means.append(
             {"model": model, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0), "text": text}
         )
-    seeds = [{"model": model, "value": value} for model, seen in values.items() for value in seen]
-    low, high = nice_range([m["low"] for m in means] + [m["high"] for m in means] + [s["value"] for s in seeds])
+    seeds = [{"model": model, "value": v} for model, seen in values.items() for v in seen if len(seen) > 1]
+    low, high = nice_range(
+        [m["low"] for m in means] + [m["high"] for m in means] + [v for seen in values.values() for v in seen]
+    )
     scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     axis = alt.Axis(tickCount=3, format=number_format(high))
     y = alt.Y("model:N", sort=models, title=None, scale=alt.Scale(domain=models),
@@ -99,6 +101,7 @@ def _metric(metric: str, values: dict[str, list[float]], models: list[str], widt
 def parameter_split(
     rows: Rows,
     *,
+    shares: bool = False,
     title: str = "Where do parameters and FLOPs sit?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -106,6 +109,7 @@ def parameter_split(
     """One bar a model, cut by component, for parameters stored, parameters used per token and FLOPs per token.
 
     rows: {model, component, total, active, flops}; measures that no row holds are left out. At most eight components.
+    shares: every bar is as long, for models of very different size.
     """
     need_rows(rows, "model", "component")
     models, components = in_order(row["model"] for row in rows), in_order(row["component"] for row in rows)
@@ -119,17 +123,20 @@ def parameter_split(
     width = int(theme.MAX_WIDTH - 130 - min(max(len(model) for model in models) * 12 * CHARACTER, 150))
     panels, said = [], []
     for measure in measures:
-        segments, sums = _segments(rows, measure, models, width)
+        segments, sums, lengths = _segments(rows, measure, models, width, shares)
         said.append(f"{MEASURES[measure]}: " + listed([f"{model} {short(sums[model])}" for model in models]))
-        panels.append(_bars(segments, sums, models, components, width, MEASURES[measure]))
+        panels.append(_bars(segments, sums, lengths, components, width, MEASURES[measure]))
     description = description or f"Stacked bars of {len(models)} models by {listed(components)}. {'; '.join(said)}."
     return theme.finish(alt.vconcat(*panels, spacing=16), title, subtitle, description)
 
 
-def _segments(rows: Rows, measure: str, models: list[str], width: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Bars cut into segments with their ends, each labelled where the label fits."""
+def _segments(
+    rows: Rows, measure: str, models: list[str], width: int, shares: bool
+) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
+    """Bars cut into segments, each labelled where the label fits; the sum of each bar; its length, 1 the longest."""
     sums = {m: float(sum(plain(row.get(measure) or 0) for row in rows if row["model"] == m)) for m in models}
     widest = max(sums.values()) or 1.0
+    lengths = {m: 1.0 if shares and sums[m] else sums[m] / widest for m in models}
     segments = []
     for model in models:
         at = 0.0
@@ -138,23 +145,25 @@ def _segments(rows: Rows, measure: str, models: list[str], width: int) -> tuple[
             if size <= 0:
                 continue
             share = size / sums[model]
-            room = (size / widest * width - 8) / (10.5 * CHARACTER)
+            length = share * lengths[model]
+            room = (length * width - 8) / (10.5 * CHARACTER)
             text = next((t for t in (f"{row['component']} {share:.0%}", f"{share:.0%}") if len(t) <= room), "")
-            segments.append({"model": model, "component": row["component"], "x0": at, "x1": at + size,
-                             "middle": at + size / 2, "value": size, "share": share, "text": text})  # fmt: skip
-            at += size
-    return segments, sums
+            segments.append({"model": model, "component": row["component"], "x0": at, "x1": at + length,
+                             "middle": at + length / 2, "value": size, "share": share, "text": text})  # fmt: skip
+            at += length
+    return segments, sums, lengths
 
 
 def _bars(
     segments: list[dict[str, Any]],
     sums: dict[str, float],
-    models: list[str],
+    lengths: dict[str, float],
     components: list[str],
     width: int,
     name: str,
 ) -> Any:
-    x = alt.X("x0:Q", title=None, axis=None, scale=alt.Scale(domain=[0, max(sums.values()) or 1.0], nice=False))
+    models = list(sums)
+    x = alt.X("x0:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1], nice=False))
     y = alt.Y("model:N", sort=models, title=None,
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=150, grid=False))  # fmt: skip
     legend = alt.Legend(title=None, columns=min(len(components), 4), symbolType="square", orient="bottom")
@@ -165,7 +174,7 @@ def _bars(
     base = alt.Chart(data(segments)).encode(y=y)
     bars = base.mark_bar(stroke=theme.LIGHT["card"], strokeWidth=1).encode(x=x, x2="x1:Q", color=color, tooltip=tooltip)
     inside = base.mark_text(fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
-    whole = alt.Chart(data([{"model": m, "sum": sums[m], "text": short(sums[m])} for m in models]))
-    beside = whole.mark_text(align="left", dx=6, fontWeight=600).encode(x="sum:Q", y=y, text="text:N")
+    whole = alt.Chart(data([{"model": m, "end": lengths[m], "text": short(sums[m])} for m in models]))
+    beside = whole.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
     heading = alt.TitleParams(name, fontSize=12.5, offset=4)
     return alt.layer(bars, inside, beside).properties(width=width, height=30 * len(models), title=heading)

@@ -93,7 +93,9 @@ def short(value: float) -> str:
     units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
     size, unit = next((pair for pair in units if abs(value) >= pair[0]), (1.0, ""))
     shown = value / size
-    return f"{shown:.0f}{unit}" if shown == int(shown) else f"{shown:#.3g}".rstrip(".") + unit
+    if shown == int(shown) or abs(shown) < 0.01:
+        return f"{shown:.3g}{unit}"
+    return f"{shown:#.3g}".rstrip(".") + unit
 
 
 def listed(names: Sequence[Any], most: int = 6) -> str:
