@@ -139,7 +139,7 @@ def test_bad_assignments_are_refused(assignments):
 
 def test_parameters_are_checked_as_they_stand_in_the_session():
     names = {p.name: p.default for p in read_schema(CELL).values()}
-    check_parameters({"In": ["", "import os", CELL], **names})
+    assert check_parameters({"In": ["", "import os", CELL], **names})
     edited = {"In": ["", CELL, CELL.replace("1..4", "1..9")], **names, "top_k": 9}
     with pytest.raises(InputError, match=r"top_k = 9: must be a whole number, 1\.\.4"):
         check_parameters(edited)
@@ -164,6 +164,12 @@ def test_a_claim_says_the_same_for_every_value_inside(capsys):
         claim("GShard minus dense", value, (-0.4, -0.02))
         sentences.append(capsys.readouterr().out.splitlines()[0])
     assert sentences == ["GShard minus dense: inside [-0.4, -0.02]"] * 2
+
+
+def test_a_claim_with_other_parameters_only_says_where_the_value_lies(capsys):
+    for value, where in ((-0.2, "inside"), (0.5, "outside")):
+        claim("gap", value, (-0.4, -0.02), asserted=False)
+        assert f"gap: {where} [-0.4, -0.02], recorded for" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("value", [-0.41, 0.0, float("nan")])

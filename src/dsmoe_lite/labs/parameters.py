@@ -104,8 +104,10 @@ def parse_assignments(schema: Mapping[str, Parameter], assignments: Iterable[str
     return values
 
 
-def check_parameters(namespace: MutableMapping[str, Any]) -> None:
+def check_parameters(namespace: MutableMapping[str, Any]) -> bool:
     """Check a chapter's parameters as they stand now: call `check_parameters(globals())` in the cell after them.
+
+    Return whether they are the chapter's own, profile and seed apart: for those alone its claims are recorded.
 
     The schema is read from the session's own history, so it also holds after a reader's edit and after papermill's
     injection; an injected name that the schema lacks raises InputError.
@@ -120,6 +122,7 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> None:
             find(schema, name)
     for name, parameter in schema.items():
         namespace[name] = check(parameter, namespace.get(name))
+    return all(namespace[name] == schema[name].default for name in schema if name not in ("profile", "seed"))
 
 
 def _read(statement: ast.stmt, comment: str) -> Parameter:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_lite.files import write_json, written_whole
+from dsmoe_lite.labs.plain_markdown import make_plain
 
 CHAPTER = "[0-9][0-9]_*.ipynb"
 STAMP = "dsmoe_source"  # metadata of a copy: the hash of the chapter it was made from
@@ -44,6 +45,8 @@ def _write_copy(chapter: Path, copy: Path) -> None:
     metadata = notebook.setdefault("metadata", {})
     metadata.pop("jupytext", None)  # a copy is paired with no .py
     metadata[STAMP] = _hash(chapter)
+    siblings = {int(path.name[:2]): _read(path) for path in sorted(chapter.parent.glob(CHAPTER))}
+    make_plain(notebook, siblings, chapter.parent / "references.bib")
     write_json(copy, notebook)
 
 
