@@ -114,7 +114,7 @@ n_answer = len(tokenizer.encode(question.answer).ids)
 # %% tags=["trained"]
 answer = tokenizer.decode(generate(model, ids, n_answer)[0, ids.shape[1] :].tolist())
 report(question=question.prompt, the_model_says=answer, right=question.answer)
-claim("answers the first question rightly (1 or 0)", float(answer == question.answer), (0, 1))
+claim("answers the first question rightly (1 or 0)", float(answer == question.answer), (1, 1))
 
 # %% [markdown]
 # Left to itself it goes on in the manner of its world, more freely at a higher `temperature`:

@@ -279,18 +279,16 @@ charts.training_curves(rows, title="How fast does the model learn its world?")
 
 # %% tags=["trained"]
 held_out = heldout_batches(world, tokenizer, 64, 64, 16)
-before_loss = heldout_loss(model, held_out, world.domains)
-claim(
-    "held-out loss, nats a token",
-    before_loss.loss,
-    {"smoke": (2.0, 7.0), "cpu": (0.9, 1.6), "gpu": (0.7, 1.3)}[profile],
-)
+learnt = heldout_loss(model, held_out, world.domains)
+interval = {"smoke": (2.0, 7.0), "cpu": (0.9, 1.6), "gpu": (0.0, 7.0)}[profile]
+claim("held-out loss, nats a token", learnt.loss, interval, asserted=own)
 
 # %% tags=["trained"]
 known = recall(model, tokenizer, questions)
-claim("recall of frequent people", known["head"], {"smoke": (0.0, 0.2), "cpu": (0.1, 1.0), "gpu": (0.5, 1.0)}[profile])
-claim("recall of people never mentioned", known["control"], (0.0, 0.1))
-report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in before_loss.by_domain.items()})
+interval = {"smoke": (0.0, 0.2), "cpu": (0.1, 1.0), "gpu": (0.0, 1.0)}[profile]
+claim("recall of frequent people", known["head"], interval, asserted=own)
+claim("recall of people never mentioned", known["control"], (0.0, 0.07), asserted=own)
+report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in learnt.by_domain.items()})
 
 # %% [markdown]
 # People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book

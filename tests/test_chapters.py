@@ -1,6 +1,10 @@
 """Every chapter: its two files agree, its form holds, and it runs with parameters that are not its own."""
 
+import os
 import re
+import subprocess
+import sys
+import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -14,11 +18,16 @@ from dsmoe_lite.labs.order import chapters
 from dsmoe_lite.labs.parameters import check, find
 from dsmoe_lite.labs.refresh import LIMIT
 from dsmoe_lite.labs.run import chapter_schema, run_chapter
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.presets import preset
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 KINDS = {"trained", "measured"}  # an untagged cell is exact
 OTHER_TAGS = {"parameters", "hide-input", "hide-cell", "hide-output", "remove-input", "remove-cell", "remove-output"}
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from run to run
+
+SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the quiet reference machine, beyond kernel start and imports
+REFERENCE_SECONDS = 0.9  # what `slowness` measures there: 2 cores at about 2.5 GHz, torch 2.13
 
 OTHER = {"profile": "smoke", "seed": 1}  # what the quick run of every chapter is given
 FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
@@ -104,11 +113,38 @@ def test_compared_outputs_hold_no_addresses(notebook):
             assert "measured" in tags(cell) or not ADDRESS.search(text), text
 
 
+@pytest.fixture(scope="session")
+def slowness() -> float:
+    """How many times slower than the quiet reference machine this one is now: CPU time of a fixed piece of training."""
+    import torch
+
+    torch.set_num_threads(1)
+    model, tokens = Transformer(preset("course-dense")), torch.randint(0, 1024, (32, 65))
+    start = time.process_time()
+    for _ in range(20):
+        torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()
+        ).backward()
+    return max(1.0, (time.process_time() - start) / REFERENCE_SECONDS)
+
+
+@pytest.fixture(scope="session")
+def startup_seconds() -> float:
+    """CPU seconds of a kernel's start and a chapter's imports."""
+    before = os.times()
+    subprocess.run(
+        [sys.executable, "-c", "import ipykernel.kernelapp, torch, altair, vl_convert, tokenizers"], check=True
+    )
+    after = os.times()
+    return after.children_user - before.children_user + after.children_system - before.children_system
+
+
 @each_chapter
-def test_it_runs_in_smoke_with_another_seed(notebook, tmp_path):
+def test_it_runs_in_smoke_with_another_seed_within_its_budget(notebook, tmp_path, slowness, startup_seconds):
     run = run_chapter(notebook, OTHER, tmp_path)
     assert run.notebook.stat().st_size <= LIMIT
     assert paths.RUNS not in run.notebook.parents
+    assert run.cpu_s - startup_seconds <= 2 * SMOKE_BUDGET * slowness
 
 
 @pytest.mark.slow
