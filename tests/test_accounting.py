@@ -298,8 +298,8 @@ def test_count_reads_a_config_file(tmp_path) -> None:
         ("date.yaml", b"a: 2001-99-99", "is not YAML: month must be in 1..12"),
         ("fields.yaml", b"{1: 2}", "ModelConfig"),
         ("latin.yaml", "a: é".encode("latin-1"), "is not UTF-8"),
-        ("list.yaml", b"- 1", "must hold the fields"),
-        ("empty.yaml", b"", "must hold the fields"),
+        ("list.yaml", b"- 1", "must be a mapping"),
+        ("empty.yaml", b"", "must be a mapping"),
         ("field.yaml", b"{vocab: 3}", "ModelConfig"),
         (
             "value.yaml",

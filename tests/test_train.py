@@ -7,17 +7,19 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import load_model, load_training, read_tensors, save_model
 from dsmoe_lite.config import to_dict
-from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import Question, World, WorldConfig
 from dsmoe_lite.errors import InputError, RunError
@@ -30,19 +32,62 @@ WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=
 CONFIG = TrainConfig(steps=12, batch_size=4, seq_len=32, warmup_steps=3, checkpoint_every=1)
 SMALL = replace(preset("course-gshard"), d_model=32, max_seq_len=64)
 
-WORKER = """
-import sys
+# One process imports torch; each line "folder<TAB>steps" makes it fork a child that trains there. It prints the child's
+# id, and its exit status once it has ended.
+NURSERY = """
+import os, sys
+from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_train import CONFIG, make
 from dsmoe_lite.train import train
+train(*make(), replace(CONFIG, steps=1))  # loads what torch loads late
 model, batches = make()
-print("ready", flush=True)
-train(model, batches, CONFIG, folder=Path(sys.argv[1]))
-print("done", flush=True)
+for line in sys.stdin:
+    folder, steps = line.rstrip().split("\\t")
+    child = os.fork()
+    if child == 0:
+        train(model, batches, replace(CONFIG, steps=int(steps)), folder=Path(folder))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+class Nursery:
+    """Training processes that start at once."""
+
+    def __init__(self) -> None:
+        code = NURSERY.format(tests=str(Path(__file__).parent))
+        quiet = {**os.environ, "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet
+        )
+
+    def start(self, folder: Path, steps: int) -> int:
+        """Train in `folder`; return the process id."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{folder}\t{steps}\n")
+        self.process.stdin.flush()
+        return int(self._line())
+
+    def status(self) -> int:
+        """Wait for the child's end: its exit status, or minus the signal that ended it."""
+        return int(self._line())
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    started = Nursery()
+    yield started
+    started.process.kill()
+    started.process.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -51,53 +96,72 @@ def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def make(seed: int = 0) -> tuple[Transformer, Batches]:
+@cache
+def small_world() -> tuple[World, Tokenizer]:
     world = World(WORLD)
-    tokenizer = load_tokenizer(world, 512)
+    return world, load_tokenizer(world, 512)
+
+
+def make(seed: int = 0) -> tuple[Transformer, Batches]:
+    world, tokenizer = small_world()
     torch.manual_seed(seed)
     model = Transformer(replace(SMALL, vocab_size=tokenizer.get_vocab_size()))
     return model, Batches(world, tokenizer, CONFIG.batch_size, CONFIG.seq_len)
 
 
-def start_worker(folder: Path) -> subprocess.Popen:
-    code = WORKER.format(tests=str(Path(__file__).parent))
-    return subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+def wait_for_a_new(checkpoint: Path) -> None:
+    before, deadline = stamp_of(checkpoint), time.monotonic() + 60
+    while stamp_of(checkpoint) == before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert stamp_of(checkpoint) != before
+
+
+def stamp_of(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def test_training_lowers_the_loss_and_reports_balance() -> None:
     model, batches = make()
-    run = train(model, batches, replace(CONFIG, steps=40))
+    run = train(model, batches, replace(CONFIG, steps=60, lr=1e-2))
     assert run.losses[0] == pytest.approx(math.log(model.config.vocab_size), abs=0.2)
-    assert sum(run.losses[-5:]) / 5 < run.losses[0] - 1
-    assert [entry["step"] for entry in run.routing] == [0, 20]
+    assert sum(run.losses[-10:]) / 10 < run.losses[0] - 1
+    assert [entry["step"] for entry in run.routing] == [0, 20, 40]
     assert all(0 <= entry["drop_rate"] < 1 and entry["max_vio"] >= 0 for entry in run.routing)
-    assert run.tokens == 40 * 4 * 32
+    assert run.tokens == 60 * 4 * 32
 
 
-def test_ten_kills_at_random_steps_change_no_loss(tmp_path: Path) -> None:
+def test_ten_kills_at_random_steps_change_no_loss(tmp_path: Path, nursery: Nursery) -> None:
+    steps = 40
     model, batches = make()
-    unbroken = train(model, batches, CONFIG).losses
-    draw = random.Random(7)
-    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    kills = 0
-    while kills < 10:
-        worker = start_worker(tmp_path / "run")
-        assert worker.stdout is not None
-        worker.stdout.readline()  # ready: training starts now
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while worker.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.05)
-        if worker.poll() is not None:
-            break  # the run reached its end before the tenth kill
-        worker.kill()
-        worker.wait()
-        kills += 1
-    assert kills >= 3
-    worker = start_worker(tmp_path / "run")
-    assert worker.wait(timeout=120) == 0
-    _, facts = read_tensors(checkpoint)
-    assert facts["training"]["losses"] == unbroken
+    unbroken = train(model, batches, replace(CONFIG, steps=steps)).losses
+    draw, kills, runs = random.Random(7), 0, 0
+    while kills < 10:  # a run that reaches its end before the tenth kill is compared, and another one begins
+        folder = tmp_path / f"run {runs}"
+        while True:
+            child = nursery.start(folder, steps)
+            if kills < 10:
+                before = stamp_of(folder / "checkpoint.safetensors")
+                while running(child) and stamp_of(folder / "checkpoint.safetensors") == before:
+                    time.sleep(0.001)
+                time.sleep(draw.random() * 0.04)
+                if running(child):
+                    os.kill(child, signal.SIGKILL)
+            status = nursery.status()
+            assert status in (0, -signal.SIGKILL)
+            if status == 0:
+                break
+            kills += 1
+        _, facts = read_tensors(folder / "checkpoint.safetensors")
+        assert facts["training"]["losses"] == unbroken
+        runs += 1
+
+
+def running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_resume_from_every_step_equals_the_unbroken_run(tmp_path: Path) -> None:
@@ -136,21 +200,17 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         train(model, batches, CONFIG, folder=tmp_path)
 
 
-def test_two_real_processes_one_is_refused(tmp_path: Path) -> None:
-    first = start_worker(tmp_path)
-    assert first.stdout is not None
-    first.stdout.readline()
-    while first.poll() is None and not (tmp_path / "checkpoint.safetensors").exists():
-        time.sleep(0.002)
-    first.send_signal(signal.SIGSTOP)  # hold it in the middle of the run
+def test_two_real_processes_one_is_refused(tmp_path: Path, nursery: Nursery) -> None:
+    child = nursery.start(tmp_path, 1_000_000)
+    wait_for_a_new(tmp_path / "checkpoint.safetensors")
     model, batches = make()
     try:
-        assert first.poll() is None, "the first process must still be at work"
         with pytest.raises(RunError, match="another process"):
-            train(model, batches, CONFIG, folder=tmp_path)
+            train(model, batches, replace(CONFIG, steps=1_000_000), folder=tmp_path)
+        wait_for_a_new(tmp_path / "checkpoint.safetensors")  # the first goes on
     finally:
-        first.send_signal(signal.SIGCONT)
-    assert first.wait(timeout=120) == 0
+        os.kill(child, signal.SIGKILL)
+        assert nursery.status() == -signal.SIGKILL
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
@@ -196,21 +256,31 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
             disk.write(b"x" * 4096)
 
     monkeypatch.setattr("dsmoe_lite.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match=r"m\.safetensors: not written \(No space left on device\)"):
         save_model(path, model)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.safetensors"]
 
 
 def test_an_interrupt_ends_after_the_step_and_keeps_the_model(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    model, batches = make()
+    class Interrupting(Batches):
+        left = 5
+
+        def __next__(self) -> Batch:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__next__()
+
+    model, _ = make()
     start = model.head.weight.clone()
-    timer = threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT))
-    timer.start()
+    batches = Interrupting(*small_world(), CONFIG.batch_size, CONFIG.seq_len)
     run = train(model, batches, replace(CONFIG, steps=100_000, checkpoint_every=0), folder=tmp_path)
-    assert 0 < run.steps_done < 100_000
+    assert run.steps_done == 5
     assert not torch.equal(model.head.weight, start)
-    assert f"Stopped after step {run.steps_done} of 100000" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said == f"Stopped after step 5 of 100000: run it again to go on from {tmp_path}.\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _, facts = read_tensors(tmp_path / "checkpoint.safetensors")
     assert facts["training"]["losses"] == run.losses
 
@@ -255,8 +325,7 @@ def test_gradient_accumulation_equals_one_large_batch() -> None:
     dense = replace(preset("course-dense"), d_model=32, max_seq_len=64)
 
     def losses(batch_size: int, accum: int) -> list[float]:
-        world = World(WORLD)
-        tokenizer = load_tokenizer(world, 512)
+        world, tokenizer = small_world()
         torch.manual_seed(0)
         model = Transformer(replace(dense, vocab_size=tokenizer.get_vocab_size())).double()
         batches = Batches(world, tokenizer, batch_size, CONFIG.seq_len)
@@ -276,8 +345,8 @@ def test_router_and_norms_are_not_decayed() -> None:
 
 def test_heldout_loss_is_the_mean_over_tokens_and_domains() -> None:
     model, _ = make()
-    world = World(WORLD)
-    batches = heldout_batches(world, load_tokenizer(world, 512), 4, 32, 3)
+    world, tokenizer = small_world()
+    batches = heldout_batches(world, tokenizer, 4, 32, 3)
     got = heldout_loss(model, batches, world.domains)
     total = {name: [0.0, 0] for name in world.domains}
     model.eval()
@@ -304,8 +373,7 @@ def test_recall_is_greedy_decoding_word_for_word() -> None:
     for block in model.blocks:
         block.ffn.router.config = dropless  # so that a question's answer does not depend on its batch
     train(model, batches, replace(CONFIG, steps=150))
-    world = World(WORLD)
-    tokenizer = load_tokenizer(world, 512)
+    world, tokenizer = small_world()
     texts = [document.text.split(" ") for document, _ in zip(world.documents("heldout"), range(12), strict=False)]
     questions = [
         Question(" ".join(words[:i]), " " + words[i], ("odd", "even")[i % 2 == 0], "")

@@ -1,6 +1,8 @@
 """Models and training states on disk: safetensors only, written whole, refused in one line when damaged."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ def load_model(path: Path) -> Transformer:
     if "config" not in facts:
         raise InputError(f"{path}: holds no model config; it was not written by save_model")
     model = Transformer(from_dict(ModelConfig, facts["config"]))
-    model.load_state_dict(tensors)
+    with _fitting(path):
+        model.load_state_dict(tensors)
     return model.eval()
 
 
@@ -47,17 +50,20 @@ def save_training(path: Path, model: Transformer, optimizer: torch.optim.Optimiz
 
 
 def load_training(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore what save_training wrote, random state included, and return its `state`."""
+    """Restore what save_training wrote, random state included, and return its `state`. InputError where it is of
+    another model.
+    """
     tensors, facts = read_tensors(path)
     if "training" not in facts:
         raise InputError(f"{path}: is no training checkpoint")
-    model.load_state_dict(_below("model.", tensors))
     slots: dict[int, dict[str, Tensor]] = {}
     for name, value in _below("optimizer.", tensors).items():
         index, slot = name.split(".", 1)
         slots.setdefault(int(index), {})[slot] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["random.cpu"])
+    with _fitting(path):
+        model.load_state_dict(_below("model.", tensors))
+        optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
     return facts["training"]
@@ -70,7 +76,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any])
         try:
             save_file(ready, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
         except SafetensorError as error:
-            raise RunError(f"{path}: could not be written ({error}); the earlier file, if any, is intact") from None
+            raise RunError(f"{path}: not written ({error}); an earlier file is intact") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -83,6 +89,15 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118 (not a dict)
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: damaged checkpoint ({error}); restore a copy, or remove it to start again") from None
+
+
+@contextmanager
+def _fitting(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: holds another model, or another version wrote it ({reason})") from None
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ Shape legend, used in the whole package: B batch, S sequence, T = B*S tokens, D 
 F expert width, V vocabulary.
 """
 
+import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import dacite
@@ -131,3 +133,28 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
         return dacite.from_dict(cls, values, config=dacite.Config(strict=True, cast=[tuple]))
     except dacite.DaciteError as error:
         raise InputError(f"{cls.__name__}: {error}") from None
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """Read the mapping in a YAML file, 3e-3 taken as a number; InputError names file and line of what is wrong."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 takes 3e-3 for text."""
+
+    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not UTF-8 text") from None
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}: is not YAML: {error.problem}{where}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a mapping of names to values")
+    return values

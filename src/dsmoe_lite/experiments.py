@@ -4,13 +4,14 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.errors import InputError, require_whole
+from dsmoe_lite.errors import InputError, RunError, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.paths import DATA
@@ -90,6 +91,8 @@ def run_missing(name: str, processes: int, run: Callable[[Job], dict[str, Any]])
                 write_json(record_path(name, *waiting[done]), done.result())
                 bar.update()
                 yield waiting[done]
+        except BrokenProcessPool:
+            raise RunError(f"{name}: a process died (out of memory?); what is recorded stays, run it again") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

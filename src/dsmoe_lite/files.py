@@ -7,15 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite.errors import RunError
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; rename it over `path` on success, remove it on any failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a path beside `path` to write to; rename it over `path` on success, remove it on any failure.
+
+    Raises RunError naming `path` where the system refuses, as on a full disk.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield aside
         os.replace(aside, path)
+    except OSError as error:
+        raise RunError(f"{path}: not written ({error.strerror or error}); an earlier file is intact") from None
     finally:
         aside.unlink(missing_ok=True)
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dsmoe_lite.checkpoint import save_model
-from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.config import ModelConfig, from_dict, read_yaml
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.folder import Folder
@@ -64,15 +63,13 @@ class Job:
 
 def read_job(path: Path) -> Job:
     """Read a job from YAML or JSON; `model` may be a preset's name. InputError names what is wrong."""
+    values = read_yaml(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(values, dict) or "model" not in values:
-        raise InputError(f"{path}: must be a mapping with at least `model` and `train`")
-    if isinstance(values["model"], str):
-        return from_dict(Job, values | {"model": vars(preset(values["model"]))})
-    return from_dict(Job, values)
+        if isinstance(values.get("model"), str):
+            values["model"] = vars(preset(values["model"]))
+        return from_dict(Job, values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def make_corpus(config: CorpusConfig) -> Corpus:
@@ -85,17 +82,25 @@ def make_corpus(config: CorpusConfig) -> Corpus:
 
 
 def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
-    """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json."""
+    """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
+
+    Interrupted, it ends with KeyboardInterrupt after the current step; `folder` then holds a checkpoint to go on from.
+    """
+    device = usable_device(job.device)
     corpus = make_corpus(job.corpus)
     tokenizer = load_tokenizer(corpus, job.vocab_size)
     torch.manual_seed(job.train.seed)
-    model = build_model(job, tokenizer.get_vocab_size())
+    model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
     batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
-    batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})
+    try:
+        batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})
+    except InputError:
+        raise InputError(f"first_document = {job.first_document}: {corpus.name} has fewer documents") from None
+    held_back = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
     run = train(model, batches, job.train, folder=folder)
-    held_out = heldout_loss(
-        model, heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches), corpus.domains
-    )
+    if run.steps_done < job.train.steps:
+        raise KeyboardInterrupt
+    held_out = heldout_loss(model, held_back, corpus.domains)
     known: dict[str, float] = {}
     if isinstance(corpus, World):
         known = recall(model, tokenizer, [q for group in GROUPS for q in corpus.questions(group)])
@@ -109,9 +114,8 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     return record
 
 
-def build_model(job: Job, vocab_size: int) -> Transformer:
-    """Return the job's model on its device, weights drawn from torch's current random state."""
-    device = job.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Transformer(replace(job.model, vocab_size=vocab_size)).to(device)
+def usable_device(name: str) -> str:
+    """Return "cpu" or "cuda": for "auto" the GPU where there is one. InputError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
+    require(name != "cuda" or has_gpu, "device", name, "torch finds no GPU here; use auto or cpu")
+    return ("cuda" if has_gpu else "cpu") if name == "auto" else name

@@ -17,7 +17,7 @@ from torch import Tensor
 from dsmoe_lite.checkpoint import load_training, save_training
 from dsmoe_lite.config import to_dict
 from dsmoe_lite.data.batches import Batches
-from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
+from dsmoe_lite.errors import InputError, RunError, require, require_choice, require_number, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.interrupts import stop_requested
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss, z_loss
@@ -127,7 +127,8 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
                 break
         bar.close()
     if run.steps_done < config.steps:
-        print(f"Stopped after step {run.steps_done} of {config.steps}: the model keeps what it has learnt so far.")
+        kept = f"run it again to go on from {folder}" if folder else "the model keeps what it has learnt so far"
+        print(f"Stopped after step {run.steps_done} of {config.steps}: {kept}.")
     return run
 
 
@@ -207,10 +208,12 @@ def _own(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             yield
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{folder}: is not a folder; choose another place for the run") from None
     except Timeout:
         raise RunError(f"{folder}: another process is training in this folder; wait for it or choose another") from None
 
@@ -226,7 +229,7 @@ def _resume(
     kept = folder / "settings.json"
     if not kept.is_file():
         write_json(kept, settings)
-    before = json.loads(kept.read_text(encoding="utf-8"))
+    before = _read_settings(kept)
     for part, values in settings.items():
         for name, value in values.items():
             require(
@@ -239,5 +242,18 @@ def _resume(
     if not checkpoint.is_file():
         return Run()
     state = load_training(checkpoint, model, optimizer)
+    require(
+        state.keys() == {"batches", *vars(Run())}, "checkpoint", str(checkpoint), "another version of dsmoe wrote it"
+    )
     batches.load_state_dict(state.pop("batches"))
     return Run(**state)
+
+
+def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {part: dict(settings[part]) for part in ("model", "train", "data")}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(
+            f"{path}: damaged settings; choose another folder, or remove this one to start again"
+        ) from None

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from dsmoe_lite.accounting import by_component, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.config import ModelConfig, from_dict, read_yaml
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.presets import preset
 
@@ -42,19 +41,7 @@ def load_config(name: str) -> ModelConfig:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         return preset(name)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}: is not YAML: {error.problem}{where}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
-        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold the fields of a ModelConfig (vocab_size: 1024, ...)")
+    values = read_yaml(path)
     try:
         return from_dict(ModelConfig, values)
     except InputError as error:

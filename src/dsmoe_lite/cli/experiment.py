@@ -18,7 +18,7 @@ def command(name: str, processes: int, plan: bool, as_json: bool) -> None:
     from dsmoe_lite.job import run_job
 
     todo = missing(name)
-    if not todo:
+    if not todo and not as_json:
         click.echo(f"{name}: every run is recorded.")
     elif plan:
         print_rows([{"model": model, "seed": seed} for model, seed in todo], as_json=as_json, title=f"{name}: missing")

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsmoe_lite import paths
 from dsmoe_lite.data.corpus import Corpus
-from dsmoe_lite.errors import require_whole
-from dsmoe_lite.files import written_whole
+from dsmoe_lite.errors import InputError, require_whole
+from dsmoe_lite.files import write_text
 
 END = "<|end|>"  # stands after every document
 END_ID = 0
@@ -30,10 +30,11 @@ def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = Non
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = (folder or paths.cache() / "tokenizers") / f"{corpus.name}-{vocab_size}-{digest}.json"
     if not path.exists():
-        tokenizer = _train(corpus, vocab_size)
-        with written_whole(path) as aside:
-            tokenizer.save(str(aside))
-    return Tokenizer.from_file(str(path))
+        write_text(path, _train(corpus, vocab_size).to_str(pretty=True))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: damaged tokenizer ({error}); remove it, and it is trained again") from None
 
 
 def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:
