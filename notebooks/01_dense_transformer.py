@@ -53,6 +53,7 @@ from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import GROUPS, World
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.experiments import records
+from dsmoe_lite.labs.recorded import gaps, metric_rows
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.rope import apply_rope, rope_tables
@@ -70,7 +71,7 @@ steps = {"smoke": 30, "cpu": 1000, "gpu": 4000}[profile]
 # %% [markdown]
 # ## The world to be learnt
 #
-# Real text would need hours before a laptop-sized model knows anything. This course uses a small made-up world: people
+# Real text needs far more training than a laptop gives in a minute. This course uses a small made-up world: people
 # with a craft, a home, a pet and so on, told in several wordings and two languages, with sums, brackets and code beside
 # it. It is generated, so every token's domain is known, and so is every fact.
 
@@ -83,13 +84,14 @@ for document in islice(world.documents("train"), 3):
 # Some facts are stated in the training text but never *asked* there. Afterwards they are asked, in a wording whose form
 # the model knows from other facts. A right answer therefore comes from memory. `head` asks about people who are often
 # written about, `tail` about those rarely mentioned; `control` asks about people who are never mentioned at all, where
-# no model can do better than chance, one in 32.
+# no model can do better than chance.
 
 # %%
-questions = [question for group in GROUPS for question in world.questions(group)]
+questions = world.all_questions()
 for group in GROUPS:
     asked = [question for question in questions if question.group == group]
     print(f"{group:8}{len(asked):4} questions, such as: {asked[0].prompt}{asked[0].answer}")
+print(f"chance of a right guess: one in {world.config.n_values}")
 
 # %% [markdown]
 # The text becomes tokens by byte-level byte-pair encoding {cite:p}`BPE`: frequent words are one token, rare ones several.
@@ -103,15 +105,16 @@ print(V, "tokens in the vocabulary;", " ".join(piece.replace("Ġ", "␣") for pi
 # %% [markdown]
 # ## Attention: tokens look at each other
 #
-# Each token asks a query of every earlier token's key and takes a mixture of their values {cite:p}`Transformer2017`:
+# Each token holds its query against every earlier token's key, and its own, and takes a mixture of their values {cite:p}`Transformer2017`:
 #
 # $$
 # \mathbf{o}_{t,i} = \sum_{j \le t} \operatorname{Softmax}_j\!\left(\frac{\mathbf{q}_{t,i}^\top \mathbf{k}_{j,i}}{\sqrt{d_h}}\right)\mathbf{v}_{j,i},
-# \qquad \mathbf{u}_t = W^O\,[\mathbf{o}_{t,1};\dots;\mathbf{o}_{t,H}]
+# \qquad \mathbf{a}_t = W^O\,[\mathbf{o}_{t,1};\dots;\mathbf{o}_{t,H}]
 # $$ (eq:attention)
 #
-# for head $i$ of $H$, with $d_h$ channels each. Where a token stands enters by rotation {cite:p}`RoPE`: channels $j$ and
-# $j + d_h/2$ of every query and key turn by the angle $t\,\theta^{-2j/d_h}$, so that a product of a query and a key
+# for head $i$ of $H$, with $d_h$ channels each; $t$ and $j$ are places of tokens. Where a token stands enters by rotation
+# {cite:p}`RoPE`: channels $c$ and $c + d_h/2$ of every query and key turn by the angle $t\,\theta^{-2c/d_h}$, with
+# $\theta = 10\,000$, so that a product of a query and a key
 # depends on their distance only.
 #
 # **Ask.** If every token moves ten places to the right, by how much does $\mathbf{q}_t^\top\mathbf{k}_s$ change?
@@ -151,8 +154,9 @@ def attention(x, W_q, W_k, W_v, W_o, n_heads):  # x (B, S, D); every W (out, in)
 config = preset("course-dense")
 theirs = Attention(config.d_model, config.attention)
 x = torch.randn(2, 20, config.d_model)
-mine = attention(x, theirs.query.weight, theirs.key.weight, theirs.value.weight, theirs.output.weight, 4)
-assert_close(mine, theirs(x, *rope_tables(16, 20)), atol=1e-5, rtol=1e-5)
+n_heads, d_h = config.attention.n_heads, config.attention.head_dim
+mine = attention(x, theirs.query.weight, theirs.key.weight, theirs.value.weight, theirs.output.weight, n_heads)
+assert_close(mine, theirs(x, *rope_tables(d_h, 20)), atol=1e-5, rtol=1e-5)
 print("attention: mine equals the package's")
 
 # %% [markdown]
@@ -162,8 +166,9 @@ print("attention: mine equals the package's")
 # \operatorname{FFN}(\mathbf{x}) = W_{down}\,\bigl(\operatorname{silu}(W_{gate}\,\mathbf{x}) \odot W_{up}\,\mathbf{x}\bigr)
 # $$ (eq:swiglu)
 #
-# is the SwiGLU form {cite:p}`SwiGLU`. The same function is applied to every token, without looking at the others. Three
-# matrices of $D \times F$: hidden width $F$ is the size of its memory.
+# is the SwiGLU form {cite:p}`SwiGLU`: $\odot$ multiplies channel by channel, and $\operatorname{silu}(z) = z / (1 + e^{-z})$
+# is a smooth switch, near 0 for negative $z$ and near $z$ for positive. The same function is applied to every token,
+# without looking at the others. It has three matrices of $D \times F$ weights.
 
 
 # %%
@@ -214,7 +219,7 @@ print(f"model of {config.n_layers} blocks: mine equals the package's, logits {tu
 # %% [markdown]
 # ## Where do parameters and FLOPs sit?
 #
-# **Ask.** In the paper's dense validation model (9 layers, $D = 1280$), which share of the weights is FFN?
+# **Ask.** In the small dense model of the paper's Table 1, with $D = 1280$, which share of the weights is FFN?
 
 # %%
 predict("01-ffn-share", None)  # your guess, 0 to 1
@@ -235,20 +240,23 @@ assert accounting.parameters(config).total == sum(weight.numel() for weight in m
 # $$ (eq:flops)
 #
 # for $L$ layers, where $m$ is the activated FFN in units of the standard one, $8D^2$ weights; for a dense model $m = 1$.
-# The paper prints no formula; this one gives the figures that its tables print.
+# The paper prints no formula. This one gives the figures of its tables, but for one that is off in the last digit
+# (`data/published.json`).
 
 # %%
 seq_len = published.load()["validation_setup"]["seq_len"]
-flops = accounting.training_flops(paper, seq_len).total
-print(f"{flops / 1e12:.2f}T FLOPs for {seq_len} tokens; Table 1 prints {published.printed('dense-0.2B', 'flops_2k')}")
+L, D, F_width, V_paper = paper.n_layers, paper.d_model, paper.ffn_width, paper.vocab_size
+m = 3 * D * F_width / (8 * D**2)
+by_hand = seq_len * (6 * L * (4 * D**2 + 8 * D**2 * m) + 12 * L * D * seq_len + 6 * V_paper * D)
+assert math.isclose(by_hand, accounting.training_flops(paper, seq_len).total)
+printed = published.printed("dense-0.2B", "flops_2k")
+assert f"{by_hand / 1e12:.1f}T" == printed
+print(f"{by_hand / 1e12:.2f}T FLOPs for {seq_len} tokens, the package's count too; Table 1 prints {printed}")
 
-# %% tags=["hide-input"]
-rows = [
-    {"model": name, "component": row["component"], "total": row["total"], "flops": row["forward_flops_per_token"]}
-    for name, each, length in (("this chapter", config, 64), ("paper, dense 0.2B", paper, seq_len))
-    for row in accounting.by_component(each, length)
-    if row["total"] or row["training_flops"]
-]
+# %%
+rows = accounting.split_rows({"this chapter": (config, 64), "paper, dense 0.2B": (paper, seq_len)})
+for row in rows:
+    del row["active"]  # a dense model uses every weight
 charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs sit?")
 
 # %% [markdown]
@@ -274,8 +282,7 @@ rows = [{"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss} 
 charts.training_curves(rows, title="How fast does the model learn its world?")
 
 # %% [markdown]
-# The first loss is $\ln V$: a uniform guess. The curve falls in stages: first which words are frequent, then the forms
-# of sentences, and last, slowly, the facts. Held-out documents, never trained on, tell what was learnt:
+# The first loss is $\ln V$: a uniform guess. The curve falls fast at first, then slowly. Held-out documents, never trained on, tell what was learnt:
 
 # %% tags=["trained"]
 held_out = heldout_batches(world, tokenizer, 64, 64, 16)
@@ -294,7 +301,8 @@ report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in 
 # People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book
 # recall is what this course will watch.
 #
-# Let the model speak. The sentence is new to it, the person is not:
+# Let the model speak. The question is new to it, the person is not. At this point the form is right more often than the
+# fact:
 
 # %% tags=["trained"]
 start = questions[0].prompt
@@ -302,10 +310,10 @@ said = generate(model, torch.tensor([tokenizer.encode(start).ids], device=device
 report(prompt=start, right_answer=questions[0].answer, the_model_says=tokenizer.decode(said[0].tolist())[len(start) :])
 
 # %% [markdown]
-# ## Why the FFN?
+# ## What is each part good for?
 #
 # **Ask.** Take one part out of the trained model, an attention or an FFN, by making it add nothing in {eq}`eq:block`.
-# Which loss costs the facts most?
+# Without which part does recall fall most?
 
 # %%
 predict("01-take-out", None)  # "attention 0", "FFN 0", "attention 1" or "FFN 1"
@@ -335,37 +343,28 @@ for part in parts:
 charts.model_comparison(rows, title="What does the model lose without one part?")
 
 # %% [markdown]
-# **What to notice.** Every part is needed, because the parts were trained together: this is a blunt knife, and later
-# chapters bring finer ones. The first attention is needed most: without it nothing brings a first and a last name into
-# one place, and a fact about a *pair* of tokens cannot be looked up in the embedding of either. That the pair is then
-# mapped to a value by an FFN, and not by what comes later, this knife cannot prove.
+# **What to notice.** Every part is needed, because the parts were trained together: this is a crude test, and later
+# chapters bring finer ones. The first attention is needed most: without it the first FFN sees each token alone, and a
+# fact about a *pair* of names cannot be looked up with one of them. Which part then turns the pair into a value, this test
+# cannot say.
 #
 # A better question is what happens when the FFN gets *wider* and nothing else changes. If facts live there, there should
-# be room for more of them. These runs were trained once, for longer, and recorded, with five seeds each:
+# be room for more of them. These runs were trained on more tokens and recorded, with five seeds each:
 
 # %%
 NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
-recorded = [record for record in records("neighbours") if record["model_name"] in NAMES]
-METRICS = {
-    "held-out loss": lambda record: record["heldout_loss"],
-    "recall, frequent people": lambda record: record["recall"]["head"],
-    "recall, rare people": lambda record: record["recall"]["tail"],
-}
-rows = [
-    {"model": NAMES[record["model_name"]], "seed": record["seed"], "metric": metric, "value": value_of(record)}
-    for metric, value_of in METRICS.items()
-    for record in recorded
-]
-charts.model_comparison(rows, title="Does a wider FFN know more?")
+recorded = records("neighbours")
+print(f"{recorded[0]['tokens']:,} tokens each")
+charts.model_comparison(metric_rows(recorded, NAMES), title="Does a wider FFN know more?")
 
 # %%
-pairs = {name: {r["seed"]: r["recall"]["tail"] for r in recorded if r["model_name"] == name} for name in NAMES}
-gains = [pairs["course-dense-x2"][seed] - pairs["course-dense"][seed] for seed in pairs["course-dense"]]
-print(f"{recorded[0]['tokens']:,} tokens each; recall of rare people, two widths minus one, by seed:")
-print(", ".join(f"{gain:+.3f}" for gain in gains))
+gain = gaps(recorded, "course-dense-x2", "course-dense", "recall, rare people")
+print("recall of rare people, two widths minus one, by seed:", ", ".join(f"{value:+.3f}" for value in gain.values()))
 
 # %% [markdown]
-# **What to notice.** Both know the frequent people; the wider FFN knows more of the rare ones, with every seed.
+# **What to notice.** The wider FFN is better on average, but look at the seeds: runs that differ in nothing but their
+# random start differ by as much as the two widths do. One run would have proved anything. Doubling the width is a weak
+# and expensive way to remember more.
 #
 # Twice the width means twice the FFN's weights and twice its FLOPs, for every token, whether it needs them or not.
 # **That is the bill a mixture of experts tries not to pay:** many FFNs stored, few used by any one token. Chapter 02
@@ -375,7 +374,7 @@ print(", ".join(f"{gain:+.3f}" for gain in gains))
 #
 # **1. A bug from the wild** (10 minutes). DeepSeek's inference code turns *adjacent* channels, $(0,1), (2,3), \dots$;
 # Hugging Face's turns channel $j$ with channel $j + d_h/2$, as this chapter does. Weights of the one loaded into the
-# other give fluent nonsense, and no error. Return the order of channels, a list of `d` indices, such that
+# other give wrong output and no error (`rope-layout` in `data/published.json`). Return the order of channels, a list of `d` indices, such that
 # `x_adjacent[..., order]` is in the layout of this chapter.
 
 
@@ -386,7 +385,7 @@ def halves_order(d):
 
 def order_is_right(halves_order):
     def turn_adjacent(x):
-        cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope_tables(d, x.shape[-2]))
+        cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope_tables(x.shape[-1], x.shape[-2]))
         a, b = x[..., ::2], x[..., 1::2]
         return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
@@ -424,7 +423,7 @@ def swiglu_width(d_model):
 def width_is_right(swiglu_width):
     for d_model in (64, 1280, 4096):
         got = swiglu_width(d_model)
-        assert isinstance(got, int), f"d_model = {d_model}: a whole number of channels, not {got!r}"
+        assert got == int(got), f"d_model = {d_model}: a whole number of channels, not {got!r}"
         missing = abs(3 * d_model * got - 2 * d_model * 4 * d_model)
         assert missing <= 3 * d_model / 2, f"d_model = {d_model}: width {got} is {missing:,} weights off"
 
@@ -451,14 +450,14 @@ verdict = check_exercise(swiglu_width, width_is_right)
 # dsmoe run 01 -p ffn_width=512
 # ```
 #
-# Which of loss and recall moves more? Which did you expect?
+# Which of loss and recall moves more? (`dsmoe run` prints what each run reported.) Which did you expect?
 #
 # ## Recap
 #
 # 1. A block is attention, which moves information between tokens, and an FFN, which treats each token alone.
-# 2. The FFN is three matrices; it holds most weights of a real model and does most of its work.
+# 2. The FFN is three matrices; it holds most weights of the paper's dense model and does half of its work.
 # 3. FLOPs of a paper's table follow from a config by {eq}`eq:flops`.
-# 4. A wider FFN, and nothing else changed, remembers more rare facts: width is memory.
+# 4. A wider FFN helps memory a little; seeds differ as much, so one run proves nothing.
 # 5. A dense model pays for all of its width with every token.
 #
 # **Claims settled here:** held-out loss and recall after the live training lie in their intervals; control stays at

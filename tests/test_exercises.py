@@ -39,6 +39,15 @@ def forget_first_choices(chosen, second_gate, draw, slots):
     return sent
 
 
+def right_but_for_ties(chosen, second_gate, draw, slots):
+    count = torch.bincount(chosen[:, 0], minlength=8).tolist()
+    sent = []
+    for (_, second), gate, chance in zip(chosen.tolist(), second_gate, draw, strict=True):
+        sent.append(bool(count[second] < slots and 2 * gate >= chance))
+        count[second] += 1
+    return sent
+
+
 WRONG = {
     "00": {"ways": [lambda: (240, 4426165368), lambda: (120, 64**8), lambda: (120, 4426165369), lambda: "many"]},
     "01": {
@@ -61,6 +70,7 @@ WRONG = {
             joined,
             lambda routings: sum(switch_loss(r) for r in routings),
             lambda routings: switch_loss(routings[0]),
+            lambda routings: sum(switch_loss(r) for r in routings) / 2,
             lambda routings: max(switch_loss(r) for r in routings),
             lambda routings: sum(switch_loss(r) for r in routings) / len(routings) / routings[0].n_experts,
         ],
@@ -68,6 +78,7 @@ WRONG = {
             count_only_what_is_sent,
             forget_first_choices,
             lambda chosen, gate, draw, slots: (2 * gate > draw).tolist(),
+            right_but_for_ties,
             lambda chosen, gate, draw, slots: [False] * len(chosen),
             lambda chosen, gate, draw, slots: [slots > 2] * len(chosen),
         ],

@@ -5,6 +5,7 @@ costs 2*a*b FLOPs forward and twice that backward: 6 FLOPs a weight in training.
 token meets.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -168,6 +169,17 @@ def by_component(config: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
         rows.append({"component": name, "total": count.total, "active": count.active})
         rows[-1] |= {"training_flops": flops, "forward_flops_per_token": flops // (3 * seq_len)}
     return rows
+
+
+def split_rows(models: Mapping[str, tuple[ModelConfig, int]]) -> list[dict[str, Any]]:
+    """Rows {model, component, total, active, flops} of several (config, seq_len); flops forward, for a token."""
+    return [
+        {"model": name, **{key: row[key] for key in ("component", "total", "active")}}
+        | {"flops": row["forward_flops_per_token"]}
+        for name, (config, seq_len) in models.items()
+        for row in by_component(config, seq_len)
+        if row["total"] or row["training_flops"]
+    ]
 
 
 def formula_flops(*, n_layers: int, d_model: int, vocab_size: int, ffn_units: float, seq_len: int) -> float:

@@ -14,7 +14,7 @@ from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.data.world import GROUPS, World, WorldConfig
+from dsmoe_lite.data.world import World, WorldConfig
 from dsmoe_lite.errors import InputError, require, require_choice, require_whole
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
@@ -103,7 +103,7 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     held_out = heldout_loss(model, held_back, corpus.domains)
     known: dict[str, float] = {}
     if isinstance(corpus, World):
-        known = recall(model, tokenizer, [q for group in GROUPS for q in corpus.questions(group)])
+        known = recall(model, tokenizer, corpus.all_questions())
     facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
     facts["first_document"] = job.first_document
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}

@@ -167,6 +167,10 @@ class World:
         kept.sort(key=lambda fact: number(c.seed, "order", *fact))
         return [self._question(group, *fact) for fact in kept[:limit]]
 
+    def all_questions(self) -> list[Question]:
+        """The questions of every group."""
+        return [question for group in GROUPS for question in self.questions(group)]
+
     def value(self, first: int, last: int, relation: int) -> int:
         """Which value of `relation` the pair has, 0 to n_values - 1."""
         return number(self.config.seed, "value", first, last, relation) % self.config.n_values

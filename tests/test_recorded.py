@@ -1,0 +1,55 @@
+"""Recorded runs: the grids are whole, and their rows say what the records say."""
+
+import pytest
+
+from dsmoe_lite import accounting
+from dsmoe_lite.experiments import GRIDS, grid, records
+from dsmoe_lite.labs.recorded import curve_rows, gaps, metric_rows
+from dsmoe_lite.presets import preset
+
+MADE_UP = [
+    {"model_name": name, "seed": seed, "heldout_loss": loss, "recall": {"head": 0.5, "tail": tail}, "losses": curve}
+    for name, seed, loss, tail, curve in (
+        ("a", 0, 1.0, 0.1, [4.0, 2.0, 3.0, 1.0, 9.0]),
+        ("a", 1, 1.5, 0.2, [1.0] * 5),
+        ("b", 1, 2.5, 0.6, [2.0] * 5),
+        ("b", 0, 1.25, 0.3, [3.0] * 5),
+    )
+]
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: str) -> None:
+    found, plan = records(name), grid(name)
+    assert {(r["model_name"], r["seed"]) for r in found} == {(m, s) for m in plan.models for s in plan.seeds}
+    assert all(record["finished"] for record in found)
+    assert all(len(record["provenance"]["commit"]) == 40 for record in found), "a tree with changes is marked"
+    assert len({record["corpus"]["sha256"] for record in found}) == 1
+    for record in found:
+        assert record["train"]["seed"] == record["seed"]
+        assert len(record["losses"]) == plan.train.steps
+
+
+def test_gaps_pair_runs_by_seed() -> None:
+    assert gaps(MADE_UP, "b", "a", "held-out loss") == {0: 0.25, 1: 1.0}
+    assert gaps(MADE_UP, "b", "a", "recall, rare people") == pytest.approx({0: 0.2, 1: 0.4})
+
+
+def test_rows_of_metrics_and_curves() -> None:
+    rows = metric_rows(MADE_UP, {"a": "model A"})
+    assert {(row["model"], row["metric"]) for row in rows} == {
+        ("model A", metric) for metric in ("held-out loss", "recall, frequent people", "recall, rare people")
+    }
+    assert [row["value"] for row in rows if row["metric"] == "recall, rare people"] == [0.1, 0.2]
+    curve = [row for row in curve_rows(MADE_UP, {"a": "A"}, window=2) if row["seed"] == 0]
+    assert [(row["step"], row["loss"]) for row in curve] == [(2, 3.0), (4, 2.0)]
+
+
+def test_split_rows_agree_with_the_counts_they_are_made_of() -> None:
+    config = preset("course-gshard")
+    rows = accounting.split_rows({"x": (config, 64)})
+    assert sum(row["total"] for row in rows) == accounting.parameters(config).total
+    assert sum(row["active"] for row in rows) == accounting.parameters(config).active_all
+    flops = {row["component"]: row["flops"] for row in rows}
+    assert flops["routed_experts"] == 2 * 2 * 3 * 64 * 128 * config.n_layers  # 2 experts, 2 FLOPs a weight
+    assert "dense_ffn" not in flops
