@@ -9,7 +9,9 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 
 @click.command(help="Run what is missing of a named grid of runs, recorded in data/runs/.")
 @click.argument("name")
-@click.option("--processes", default=os.cpu_count() or 1, show_default=True, help="Runs side by side.")
+@click.option(
+    "--processes", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(1), help="Runs side by side."
+)
 @click.option("--plan", is_flag=True, help="Only list what is missing.")
 @json_option
 def command(name: str, processes: int, plan: bool, as_json: bool) -> None:

@@ -1,0 +1,385 @@
+"""What a reader can get wrong, at the real command line: one line on stderr, the right exit status, nothing harmed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from dsmoe_lite import paths
+from dsmoe_lite.cli import main
+
+INPUT, FAILURE, STOPPED = 2, 1, 130
+MODEL = "model: course-gshard\n"
+TRAIN = "train: {steps: 3, batch_size: 2, seq_len: 16, warmup_steps: 1}\n"
+SMALL = (
+    "vocab_size: 300\nn_heldout_batches: 1\n"
+    "corpus: {world: {n_entities: 40, n_control: 8, n_head: 8, n_tail: 8, n_documents: 400, n_heldout: 100}}\n"
+)
+JOB = MODEL + TRAIN + SMALL
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("DSMOE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))  # one for all tests here
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a space in its name, where the command is given; far from the repository."""
+    folder = tmp_path / "my runs"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file under `folder` but locks, with its bytes."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+def dsmoe(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return left.value.code
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = INPUT) -> str:
+    """Run a command that has to fail; return its one line on stderr."""
+    assert dsmoe(*arguments) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1, printed.err
+    assert printed.err.startswith("dsmoe: ")
+    return printed.err
+
+
+# The names a reader types
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("tarin", "tarin"),
+        ("run", "CHAPTER"),
+        ("run 99", "no chapter 99: the chapters are 00_start_here"),
+        ("run 01 -p lerning_rate=1", "unknown parameter lerning_rate"),
+        ("run 01 -p profile=fast", "smoke, cpu, gpu"),
+        ("run 01 -p seed=-1", "0..2147483647"),
+        ("run 01 -p seed=1.5", "a whole number"),
+        ("run 01 -p seed=one", "a whole number"),
+        ("run 01 -p seed=1 -p seed=2", "given twice"),
+        ("run 01 -p seed", "name=value"),
+        ("count course-gshrd", "course-gshard"),
+        ("count course-dense --seq-len 0", "--seq-len"),
+        ("experiment neighbors", "neighbours"),
+        ("experiment neighbours --processes 0 --plan", "--processes"),
+        ("experiment neighbours --processes many", "--processes"),
+        ("bench kernels", "'layer', 'train'"),
+        ("bench layer --rounds 1", "--rounds"),
+        ("course --profile fast", "--profile"),
+        ("refresh 99", "no chapter 99"),
+        ("train", "CONFIG"),
+        ("train a.yaml --steps 3", "--steps"),
+    ],
+)
+def test_a_wrong_name_or_value_is_one_line(command: str, said: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert said in refused(capsys, *command.split())
+    assert files(place) == {}
+
+
+# Config files of `dsmoe train`
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "mapping"),
+        (b"- 1\n", "mapping"),
+        (b"train: [1\n", "is not YAML"),
+        (b"day: 2001-99-99\n", "is not YAML"),
+        (b"model: {[1]: 2}\n", "is not YAML"),
+        (b"\0\1\2", "is not YAML"),
+        ("model: café".encode("latin-1"), "is not UTF-8"),
+        (TRAIN, '"model"'),
+        (MODEL, '"train"'),
+        ("model: course-gshrd\n" + TRAIN, "course-gshard"),
+        ("model: 5\n" + TRAIN, "model"),
+        ("model: {d_model: 64}\n" + TRAIN, "model."),
+        (JOB + "devise: cpu\n", "devise"),
+        (JOB.replace("steps", "step"), "step"),
+        (JOB.replace("steps: 3", "steps: three"), "train.steps"),
+        (JOB.replace("steps: 3", "steps: 0"), "steps = 0"),
+        (JOB.replace("steps: 3", "steps: 3, lr: .nan"), "lr = nan"),
+        (JOB.replace("seq_len: 16", "seq_len: 1000"), "max_seq_len = 256"),
+        (JOB.replace("vocab_size: 300", "vocab_size: 100"), "vocab_size = 100"),
+        (JOB.replace("batches: 1", "batches: 99999"), "use fewer or smaller batches"),
+        (JOB.replace("n_entities: 40", "n_entities: 0"), "n_entities = 0"),
+        (JOB + "first_document: 4000\n", "first_document = 4000"),
+        (MODEL + TRAIN + "corpus: {kind: word}\n", "world, stdlib, folder, hub"),
+        (MODEL + TRAIN + "corpus: {kind: folder}\n", "path"),
+        (MODEL + TRAIN + "corpus: {kind: hub}\n", "name"),
+    ],
+)
+def test_a_bad_config_is_one_line(
+    content: bytes | str, said: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsmoe_lite.job.train", None)  # what is wrong is found before any training
+    data = content if isinstance(content, bytes) else content.encode()
+    (place / "my job.yaml").write_bytes(data)
+    assert said in refused(capsys, "train", "my job.yaml", "--out", "a run")
+    assert files(place) == {"my job.yaml": data}
+
+
+def test_a_missing_config_is_one_line(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert "no job.yaml: No such file" in refused(capsys, "train", "no job.yaml")
+    (place / "folder.yaml").mkdir()
+    assert "folder.yaml: Is a directory" in refused(capsys, "train", "folder.yaml")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_named(place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "job.yaml").write_text(JOB + "device: cuda\n")
+    assert "device = 'cuda': torch finds no GPU here" in refused(capsys, "train", "job.yaml", "--out", "run")
+    assert set(files(place)) == {"job.yaml"}
+
+
+def test_an_exponent_without_a_point_is_a_number(place: Path) -> None:
+    (place / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1, lr: 3e-3, weight_decay: 1E-2"))
+    assert dsmoe("train", "job.yaml", "--out", "run") == 0
+    record = json.loads((place / "run" / "record.json").read_text())
+    assert (record["train"]["lr"], record["train"]["weight_decay"]) == (0.003, 0.01)
+
+
+# Folders of text
+
+
+def no_folder(folder: Path) -> None:
+    pass
+
+
+def empty(folder: Path) -> None:
+    folder.mkdir()
+
+
+def binary(folder: Path) -> None:
+    empty(folder)
+    (folder / "a.bin").write_bytes(b"text\0text" * 5000)
+
+
+def latin(folder: Path) -> None:
+    empty(folder)
+    (folder / "a.txt").write_bytes("café\n".encode("latin-1") * 5000)
+
+
+def bad_at_its_end(folder: Path) -> None:
+    empty(folder)
+    (folder / "a.txt").write_bytes(b"some words\n" * 20_000 + b"\xff")
+
+
+def little(folder: Path) -> None:
+    empty(folder)
+    (folder / "a.txt").write_text("a few words\n")
+
+
+def a_file(folder: Path) -> None:
+    folder.write_text("words\n" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (no_folder, "no such folder"),
+        (empty, "holds no text"),
+        (binary, "is binary"),
+        (latin, "is not UTF-8"),
+        (bad_at_its_end, "is not UTF-8"),
+        (little, "too little text"),
+        (a_file, "is not a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_line(make, said: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    make(place / "my texts")
+    (place / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: my texts}\n")
+    before = files(place)
+    line = refused(capsys, "train", "job.yaml", "--out", "run")
+    assert said in line
+    assert "my texts" in line
+    assert files(place) == before
+
+
+def test_an_unreadable_file_is_one_line(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By way of open(), since tests may run as root, who may read everything."""
+    empty(place / "texts")
+    (place / "texts" / "secret.txt").write_text("words\n" * 5000)
+    (place / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: texts}\n")
+    opened = Path.open
+
+    def refuse(self: Path, *args, **kwargs):
+        if self.name == "secret.txt":
+            raise PermissionError(13, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    line = refused(capsys, "train", "job.yaml", "--out", "run")
+    assert line.endswith("secret.txt: cannot be read: Permission denied\n")
+
+
+# Run folders
+
+
+@pytest.fixture
+def finished(place: Path, capsys: pytest.CaptureFixture) -> Path:
+    """A finished run in `place`/run."""
+    (place / "job.yaml").write_text(JOB)
+    assert dsmoe("train", "job.yaml", "--out", "run") == 0
+    capsys.readouterr()
+    return place / "run"
+
+
+@pytest.mark.parametrize("keep", [0, 7, 300, -1])
+def test_a_truncated_checkpoint_is_one_line(finished: Path, keep: int, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = finished / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
+    before = files(finished)
+    assert "damaged checkpoint" in refused(capsys, "train", "job.yaml", "--out", "run")
+    assert files(finished) == before
+    checkpoint.unlink()  # the remedy that the line names
+    assert dsmoe("train", "job.yaml", "--out", "run") == 0
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": 1, "train": 1, "data": 1}'])
+def test_damaged_settings_are_one_line(finished: Path, content: str, capsys: pytest.CaptureFixture) -> None:
+    (finished / "settings.json").write_text(content)
+    before = files(finished)
+    assert "damaged settings" in refused(capsys, "train", "job.yaml", "--out", "run")
+    assert files(finished) == before
+
+
+def test_a_checkpoint_of_another_model_is_one_line(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    (finished / "checkpoint.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
+    assert "is no training checkpoint" in refused(capsys, "train", "job.yaml", "--out", "run")
+    Path("other.yaml").write_text(JOB.replace("course-gshard", "course-dense"))
+    assert dsmoe("train", "other.yaml", "--out", "other") == 0
+    capsys.readouterr()
+    (finished / "checkpoint.safetensors").write_bytes(Path("other/checkpoint.safetensors").read_bytes())
+    assert "holds another model" in refused(capsys, "train", "job.yaml", "--out", "run")
+
+
+def test_other_settings_leave_the_run_alone(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = files(finished)
+    Path("job.yaml").write_text(JOB.replace("steps: 3", "steps: 4"))
+    assert "train.steps = 4" in refused(capsys, "train", "job.yaml", "--out", "run")
+    assert files(finished) == before
+
+
+def test_a_run_folder_in_use_is_a_failure(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    before = files(finished)
+    with FileLock(finished / ".lock"):
+        line = refused(capsys, "train", "job.yaml", "--out", "run", status=FAILURE)
+    assert "another process is training in this folder" in line
+    assert files(finished) == before
+
+
+@pytest.mark.parametrize("out", ["job.yaml", "job.yaml/below"])
+def test_a_run_folder_that_is_a_file_is_bad_input(out: str, place: Path, capsys: pytest.CaptureFixture) -> None:
+    (place / "job.yaml").write_text(JOB)
+    assert "is not a folder" in refused(capsys, "train", "job.yaml", "--out", out)
+    assert set(files(place)) == {"job.yaml"}
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_one_line(finished: Path, capsys: pytest.CaptureFixture) -> None:
+    cached = sorted((paths.cache() / "tokenizers").glob("world-300-*.json"))
+    assert cached
+    for path in cached:
+        path.write_text("{")
+    try:
+        assert "remove it" in refused(capsys, "train", "job.yaml", "--out", "run")
+    finally:
+        for path in cached:
+            path.unlink()
+
+
+# A full disk
+
+
+def full_disk(*args, **kwargs) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("wall", ["tokenizer", "settings.json", "checkpoint.safetensors", "record.json"])
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    wall: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "job.yaml").write_text(JOB)
+    monkeypatch.setenv("DSMOE_CACHE", str(place / "cache"))
+    replace = os.replace
+
+    def write(source, target) -> None:
+        full_disk() if wall in str(target) else replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", write)
+        line = refused(capsys, "train", "job.yaml", "--out", "run", status=FAILURE)
+    assert "No space left on device" in line
+    assert wall in line
+    assert not [name for name in files(place) if wall in name or name.endswith(".part")]
+    assert dsmoe("train", "job.yaml", "--out", "run") == 0
+    assert json.loads((place / "run" / "record.json").read_text())["finished"]
+
+
+def test_a_disk_that_fills_up_leaves_the_earlier_run(
+    finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmoe_lite.checkpoint.save_file", full_disk)
+        line = refused(capsys, "train", "job.yaml", "--out", "run", status=FAILURE)
+    assert "model.safetensors: not written (No space left on device)" in line
+    assert files(finished) == before
+
+
+# Ctrl-C
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(
+    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1500"))
+    command = [sys.executable, "-m", "dsmoe_lite", "train", "job.yaml", "--out", "a run", "--json"]
+    # a pipe, not a terminal: the progress bar still ends every step, so its first line says that training has begun
+    noisy = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    running = subprocess.Popen(command, cwd=place, env=noisy, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert running.stderr is not None
+    seen = b""
+    while b"loss " not in seen and running.poll() is None:
+        seen += os.read(running.stderr.fileno(), 4096)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == STOPPED, err
+    assert b"Traceback" not in err
+    assert err.splitlines()[-1] == b"dsmoe: stopped"
+    line = out.decode()
+    assert line.startswith("Stopped after step ")
+    assert line.endswith("of 1500: run it again to go on from a run.\n")
+    assert set(files(place / "a run")) == {"settings.json", "checkpoint.safetensors"}  # no table, no record
+    done = int(line.split()[3])
+    assert 0 < done < 1500
+
+    def interrupted(*args) -> float:
+        os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    monkeypatch.setattr("dsmoe_lite.train._step", interrupted)
+    assert dsmoe("train", "job.yaml", "--out", "a run") == STOPPED
+    assert capsys.readouterr().out.startswith(f"Stopped after step {done + 1} of 1500")
