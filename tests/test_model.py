@@ -105,7 +105,20 @@ def test_greedy_generation_follows_argmax_and_is_repeatable_when_drawn() -> None
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, generate(model, tokens, 8, temperature=1.0, generator=torch.Generator().manual_seed(6)))
-    assert generate(model, torch.randint(0, 97, (1, 39)), 4).shape == (1, 43)
+
+
+def test_generation_sees_the_last_max_seq_len_tokens_only() -> None:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.3)  # so that the first token of the window matters
+    tokens = torch.randint(0, 97, (3, 38))
+    said = generate(model, tokens, 6)
+    assert said.shape == (3, 44)
+    for i in range(38, 44):
+        seen = said[:, max(0, i - 40) : i]
+        assert torch.equal(said[:, i], model(seen).logits[:, -1].argmax(dim=-1))
+    assert torch.equal(generate(model, said[:, 4:], 1)[:, -1], generate(model, said, 1)[:, -1])
 
 
 def test_too_long_a_sequence_is_refused() -> None:

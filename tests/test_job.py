@@ -1,0 +1,240 @@
+"""Whole runs from one description, and grids of them: what a record says, what is missing, what a failure leaves."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from dsmoe_lite import experiments, paths
+from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.cli import main
+from dsmoe_lite.config import to_dict
+from dsmoe_lite.data.folder import Folder
+from dsmoe_lite.data.stdlib import Stdlib
+from dsmoe_lite.data.world import World, WorldConfig
+from dsmoe_lite.errors import RunError
+from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
+from dsmoe_lite.job import CorpusConfig, Job, make_corpus, read_job, run_job
+from dsmoe_lite.presets import preset
+from dsmoe_lite.train import TrainConfig
+
+WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
+JOB = Job(
+    preset("course-gshard"),
+    TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
+    CorpusConfig(world=WORLD),
+    vocab_size=300,
+    n_heldout_batches=2,
+    device="cpu",
+)
+GRID = Grid(("course-dense", "course-gshard"), (0, 1), JOB.train, JOB.corpus)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("DSMOE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    torch.set_num_threads(1)
+
+
+def test_a_job_reads_from_yaml_and_says_the_same_as_the_dataclass(tmp_path: Path) -> None:
+    text = (
+        "model: course-gshard\nvocab_size: 300\nn_heldout_batches: 2\ndevice: cpu\n"
+        "train: {steps: 3, batch_size: 2, seq_len: 16, warmup_steps: 1}\n"
+        "corpus: {kind: world, world: {n_entities: 40, n_control: 8, n_head: 8, n_tail: 8, n_documents: 400,"
+        " n_heldout: 100}}\n"
+    )
+    (tmp_path / "named.yaml").write_text(text)
+    assert read_job(tmp_path / "named.yaml") == JOB
+    (tmp_path / "spelled.json").write_text(json.dumps(to_dict(JOB)))
+    assert read_job(tmp_path / "spelled.json") == JOB
+
+
+def test_the_shipped_model_has_its_job() -> None:
+    job = read_job(paths.DATA / "models" / "world-gshard.yaml")
+    facts = read_facts(paths.DATA / "models" / "world-gshard.safetensors")
+    assert facts["config"] == to_dict(replace(job.model, vocab_size=facts["config"]["vocab_size"]))
+
+
+def test_the_corpus_is_the_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("words\n" * 5000)
+    world = make_corpus(JOB.corpus)
+    assert isinstance(world, World)
+    assert world.fingerprint() == World(WORLD).fingerprint()
+    assert isinstance(make_corpus(CorpusConfig("stdlib")), Stdlib)
+    folder = make_corpus(CorpusConfig("folder", path=str(tmp_path)))
+    assert isinstance(folder, Folder)
+    assert folder.fingerprint()["bytes"] == 30_000
+
+
+def test_a_record_says_what_the_saved_model_does(tmp_path: Path) -> None:
+    record = run_job(JOB, tmp_path)
+    assert json.loads(json.dumps(record)) == json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
+    assert record["finished"]
+    assert len(record["losses"]) == 3
+    assert record["tokens"] == 3 * 2 * 16
+    assert record["vocab_size"] == record["model"]["vocab_size"] == 300
+    assert record["corpus"] == World(WORLD).fingerprint()
+    assert set(record["recall"]) == {"head", "tail", "control"}
+
+    model = load_model(tmp_path / "model.safetensors")
+    tokenizer = Tokenizer.from_str(read_facts(tmp_path / "model.safetensors")["tokenizer"])
+    ids: list[int] = []
+    for document in World(WORLD).documents("heldout"):
+        ids += [*tokenizer.encode(document.text).ids, 0]  # 0 is <|end|>
+    rows = torch.tensor(ids[: 2 * 64 * 17]).view(2, 64, 17)  # 2 batches of 64 rows of 16 + 1 tokens
+    with torch.no_grad():
+        losses = [
+            torch.nn.functional.cross_entropy(model(r[:, :-1]).logits.transpose(1, 2), r[:, 1:]).item() for r in rows
+        ]
+    assert record["heldout_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_seed_start_and_nothing_else_decide_a_run() -> None:
+    first = run_job(JOB)["losses"]
+    assert run_job(JOB)["losses"] == first
+    assert run_job(replace(JOB, train=replace(JOB.train, seed=1)))["losses"][0] != first[0]  # other weights, same text
+    assert run_job(replace(JOB, first_document=200))["losses"] != first
+
+
+def test_an_interrupted_job_evaluates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmoe_lite.train import Run
+
+    monkeypatch.setattr("dsmoe_lite.job.train", lambda *args, **kwargs: Run(losses=[1.0, 1.0]))
+    monkeypatch.setattr("dsmoe_lite.job.heldout_loss", None)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(JOB, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_prints_its_row_and_goes_on_in_a_finished_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
+    (tmp_path / "my job.json").write_text(json.dumps(to_dict(JOB)))
+    rows = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            main(["train", str(tmp_path / "my job.json"), "--json"])
+        assert left.value.code == 0
+        rows += json.loads(capsys.readouterr().out)
+    assert rows[0] == rows[1]  # trained once: even its speed is the recorded one
+    assert rows[0]["run"] == str(tmp_path / "runs" / "my job")
+    assert rows[0]["finished"]
+    record = json.loads((tmp_path / "runs" / "my job" / "record.json").read_text(encoding="utf-8"))
+    assert rows[0]["held-out loss"] == record["heldout_loss"]
+
+
+# Grids
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The grid "small" of two models and two seeds, recorded in a folder of its own."""
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    monkeypatch.setenv("DSMOE_TEST_RECORDS", str(tmp_path / "runs" / "small"))
+    yield tmp_path
+
+
+def record(model: str, seed: int, **values: object) -> None:
+    path = record_path("small", model, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
+    job = GRID.job("course-gshard", 1)
+    assert job == Job(preset("course-gshard"), replace(JOB.train, seed=1), JOB.corpus, first_document=200)
+    assert GRID.job("course-dense", 0).first_document == 0
+
+
+def test_what_is_missing_is_named_seed_by_seed(small: Path, capsys: pytest.CaptureFixture) -> None:
+    everything = [("course-dense", 0), ("course-gshard", 0), ("course-dense", 1), ("course-gshard", 1)]
+    assert missing("small") == everything
+    record("course-gshard", 0, x=1)
+    assert missing("small") == [pair for pair in everything if pair != ("course-gshard", 0)]
+    assert records("small") == [{"model_name": "course-gshard", "seed": 0, "x": 1}]
+    planned(["--plan", "--json"])
+    assert json.loads(capsys.readouterr().out)[0] == {"model": "course-dense", "seed": 0}
+    for pair in everything:
+        record(*pair)
+    planned(["--plan", "--json"])
+    assert json.loads(capsys.readouterr().out) == []
+    planned([])
+    assert capsys.readouterr().out == "small: every run is recorded.\n"
+
+
+def planned(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["experiment", "small", *options])
+    assert left.value.code == 0
+
+
+def seeds_then_death(job: Job) -> dict[str, int]:
+    """Stands in for run_job in another process: seed 1 dies once both runs of seed 0 are recorded."""
+    if job.train.seed == 0:
+        return {"width": job.model.ffn_width, "threads": torch.get_num_threads()}
+    folder, deadline = Path(os.environ["DSMOE_TEST_RECORDS"]), time.monotonic() + 60
+    while len(list(folder.glob("*-seed0.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os._exit(9)
+
+
+def test_a_dead_process_is_one_line_and_what_is_recorded_stays(small: Path) -> None:
+    record("course-gshard", 0, kept=True)
+    done = []
+    with pytest.raises(RunError, match="small: a process died"):
+        for pair in run_missing("small", 1, seeds_then_death):
+            done.append(pair)
+    assert done == [("course-dense", 0)]
+    found = {name["model_name"]: name for name in records("small")}
+    assert found["course-dense"] == {"model_name": "course-dense", "seed": 0, "width": 128, "threads": 1}
+    assert found["course-gshard"]["kept"]  # what was there is not run again
+    assert missing("small") == [("course-dense", 1), ("course-gshard", 1)]
+
+
+class InThisProcess:
+    """A pool that runs at once, for what needs no second process."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __enter__(self) -> "InThisProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def shutdown(self, **how: bool) -> None:
+        pass
+
+    def submit(self, run, job):
+        from concurrent.futures import Future
+
+        future: Future = Future()
+        try:
+            future.set_result(run(job))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("loss = nan at step 3")])
+def test_a_run_that_stops_early_is_not_recorded(
+    small: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+
+    def stop(job: Job) -> dict[str, int]:
+        raise error
+
+    with pytest.raises(type(error)):
+        list(run_missing("small", 1, stop))
+    assert records("small") == []
