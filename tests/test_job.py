@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,12 +134,12 @@ def test_train_prints_its_row_and_goes_on_in_a_finished_run(
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The grid "small" of two models and two seeds, recorded in a folder of its own."""
     monkeypatch.setattr(experiments, "DATA", tmp_path)
     monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
     monkeypatch.setenv("DSMOE_TEST_RECORDS", str(tmp_path / "runs" / "small"))
-    yield tmp_path
+    return tmp_path
 
 
 def record(model: str, seed: int, **values: object) -> None:
@@ -189,10 +188,9 @@ def seeds_then_death(job: Job) -> dict[str, int]:
 
 def test_a_dead_process_is_one_line_and_what_is_recorded_stays(small: Path) -> None:
     record("course-gshard", 0, kept=True)
-    done = []
+    done: list[tuple[str, int]] = []
     with pytest.raises(RunError, match="small: a process died"):
-        for pair in run_missing("small", 1, seeds_then_death):
-            done.append(pair)
+        done.extend(run_missing("small", 1, seeds_then_death))  # what comes before the error is kept
     assert done == [("course-dense", 0)]
     found = {name["model_name"]: name for name in records("small")}
     assert found["course-dense"] == {"model_name": "course-dense", "seed": 0, "width": 128, "threads": 1}
