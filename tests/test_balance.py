@@ -80,6 +80,17 @@ def test_gradient_flows_through_mean_scores_only() -> None:
             assert float(got[t, e]) == pytest.approx(5 / 40 * float(s[t, e]) * (float(share[e]) - inner), abs=1e-9)
 
 
+def test_z_loss_gradient_is_twice_the_log_sum_times_the_softmax() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    r = balanced(5)
+    (got,) = torch.autograd.grad(z_loss(Routing(logits, r.scores, r.topk_ids, r.gates, r.kept, (1, 7))), logits)
+    for t in range(7):
+        exps = [math.exp(float(v)) for v in logits[t].detach()]
+        for e in range(5):
+            assert float(got[t, e]) == pytest.approx(2 / 7 * math.log(sum(exps)) * exps[e] / sum(exps), rel=1e-9)
+
+
 def test_metrics_at_balance_and_at_collapse() -> None:
     assert load(balanced()).tolist() == [1.0] * 8
     assert max_vio(balanced()) == 0

@@ -110,6 +110,7 @@ def chapter(number: str) -> tuple[dict, dict, dict]:
 
 
 def test_every_exercise_of_every_chapter_is_listed() -> None:
+    assert {path.name[:2] for path in paths.NOTEBOOKS.glob("[0-9]*.py")} == set(WRONG)
     for number, exercises in WRONG.items():
         _, checks, solutions = chapter(number)
         assert set(checks) == set(solutions) == set(exercises)

@@ -127,6 +127,9 @@ def test_ties_go_to_the_lower_id() -> None:
 def test_logits_are_float32_even_for_bfloat16_input() -> None:
     router = Router(12, MoEConfig(8, 2, 16), 64).bfloat16()
     assert router(torch.randn(4, 12, dtype=torch.bfloat16), (1, 4)).logits.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = Router(12, MoEConfig(8, 2, 16), 64)(torch.randn(4, 12), (1, 4))
+    assert routing.logits.dtype == routing.scores.dtype == torch.float32
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,5 +1,6 @@
 """Training: exact resume after kills, one owner a folder, bad input in one line, interrupts that keep the model."""
 
+import copy
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import TrainConfig, learning_rate, make_optimizer, train
+from dsmoe_lite.train import Run, TrainConfig, learning_rate, make_optimizer, run_record, train
 
 WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
 CONFIG = TrainConfig(steps=12, batch_size=4, seq_len=32, warmup_steps=3, checkpoint_every=1)
@@ -175,9 +176,13 @@ def test_resume_from_every_step_equals_the_unbroken_run(tmp_path: Path) -> None:
             patch.setattr("dsmoe_lite.train.save_training", _save_then_die_at(stop))
             with pytest.raises(KeyboardInterrupt):
                 train(model, batches, CONFIG, folder=folder)
+        _, before = read_tensors(folder / "checkpoint.safetensors")
         model, batches = make(seed=99)  # weights and random state come from the checkpoint
         resumed = train(model, batches, CONFIG, folder=folder)
         assert resumed.losses == unbroken.losses
+        assert resumed.routing == unbroken.routing
+        assert resumed.tokens == unbroken.tokens
+        assert resumed.seconds > before["training"]["seconds"] > 0  # time adds up over the parts
         assert all(torch.equal(value, reference[name]) for name, value in model.state_dict().items())
 
 
@@ -332,6 +337,78 @@ def test_gradient_accumulation_equals_one_large_batch() -> None:
         return train(model, batches, replace(config, batch_size=batch_size, grad_accum=accum)).losses
 
     assert losses(2, 4) == pytest.approx(losses(8, 1), rel=1e-9)
+
+
+@pytest.mark.parametrize("balance_loss", ["switch", "gshard"])
+def test_four_steps_written_out(balance_loss: str) -> None:
+    """AdamW, warm-up, clipping, accumulation and the balance losses, in float64 from their equations."""
+    config = TrainConfig(
+        steps=4, batch_size=2, seq_len=16, grad_accum=2, lr=0.01, warmup_steps=2, weight_decay=0.3, beta1=0.8,
+        beta2=0.9, grad_clip=0.5, balance_loss=balance_loss, balance_weight=0.7, z_weight=0.05,
+    )  # fmt: skip
+    rates = [0.005, 0.01, 0.01, 0.01 * (0.1 + 0.9 / 2)]  # half of the way up, the top, the cosine's start and middle
+    world, tokenizer = small_world()
+    moe = replace(SMALL.moe, second_choice="all", capacity_factor=0.8)
+    torch.manual_seed(0)
+    model = Transformer(replace(SMALL, moe=moe, vocab_size=tokenizer.get_vocab_size())).double()
+    mine = copy.deepcopy(model).train()
+    run = train(model, Batches(world, tokenizer, 2, 16), config)
+
+    batches, clipped = Batches(world, tokenizer, 2, 16), []
+    first, second = ([torch.zeros_like(weight) for weight in mine.parameters()] for _ in range(2))
+    for step, rate in enumerate(rates):
+        gradients = [torch.zeros_like(weight) for weight in mine.parameters()]
+        for _ in range(2):
+            tokens = next(batches).tokens
+            output = mine(tokens[:, :-1])
+            picked = output.logits.log_softmax(dim=-1).gather(2, tokens[:, 1:, None])
+            loss = -picked.mean()
+            for routing in output.routings:
+                E = 16
+                share = torch.stack([(routing.topk_ids[:, 0] == e).double().mean() for e in range(E)])
+                dot = (share * routing.scores.mean(dim=0)).sum()
+                loss = loss + 0.7 * (E * dot if balance_loss == "switch" else dot / E)
+                loss = loss + 0.05 * (routing.logits.exp().sum(dim=1).log() ** 2).mean()
+            for total, part in zip(gradients, torch.autograd.grad(loss, list(mine.parameters())), strict=True):
+                total += part / 2
+        if step == 0:
+            counts = [torch.bincount(r.topk_ids.flatten(), minlength=16).double() for r in output.routings]
+            vio = sum(float(c.max() / c.mean()) - 1 for c in counts) / len(counts)
+            dropped = sum(float((~r.kept).double().mean()) for r in output.routings) / len(counts)
+            assert dropped > 0
+            assert run.routing == [{"step": 0, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4)}]
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        clipped.append(norm > 0.5)
+        with torch.no_grad():
+            for (name, weight), g, m, v in zip(mine.named_parameters(), gradients, first, second, strict=True):
+                g *= min(1.0, 0.5 / norm)
+                m.copy_(0.8 * m + 0.2 * g)
+                v.copy_(0.9 * v + 0.1 * g**2)
+                if "norm" not in name and "router" not in name:
+                    weight *= 1 - rate * 0.3
+                weight -= rate * (m / (1 - 0.8 ** (step + 1))) / ((v / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8)
+    assert any(clipped), "the case should clip"
+    for (name, got), expected in zip(model.named_parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
+)
+def test_precision_decides_the_type_of_the_products(precision: str, dtype: torch.dtype) -> None:
+    model, batches = make()
+    seen = []
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    train(model, batches, replace(CONFIG, steps=1, precision=precision))
+    assert seen == [getattr(torch, dtype)]
+
+
+def test_a_record_gives_speed_over_all_seconds() -> None:
+    model, _ = make()
+    run = Run(losses=[3.0] * 12, seconds=4.0, tokens=100)
+    assert run_record(run, model, CONFIG)["tokens_per_second"] == 25
+    assert run_record(run, model, CONFIG)["finished"]
+    assert not run_record(run, model, replace(CONFIG, steps=13))["finished"]
 
 
 def test_router_and_norms_are_not_decayed() -> None:
