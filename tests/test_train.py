@@ -392,10 +392,8 @@ def test_four_steps_written_out(balance_loss: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [("auto", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)]
-)
-def test_precision_decides_the_type_of_the_products(precision: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
+def test_precision_decides_the_type_of_the_products(precision: str, dtype: str) -> None:
     model, batches = make()
     seen = []
     model.head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
