@@ -58,7 +58,7 @@ from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.recorded import curve_rows, gaps, metric_rows
+from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.moe import MoELayer
@@ -399,9 +399,12 @@ NAMES = {
     "course-hash": "Hash top-1",
 }
 recorded = records("neighbours")
-shown = {name: NAMES[name] for name in ("course-dense", "course-dense-x2", "course-gshard")}
-print(f"{recorded[0]['tokens']:,} tokens each")
-charts.training_curves(curve_rows(recorded, shown, window=24), title="When do experts overtake the dense FFN?")
+behind = curve_gaps(
+    recorded, {name: NAMES[name] for name in NAMES if name != "course-dense"}, "course-dense", window=24
+)
+late = overtaken_at(behind, "GShard top-2")
+print(f"{recorded[0]['tokens']:,} tokens each; GShard is below the dense model for good after step {late}")
+charts.training_curves(behind, y_title="training loss minus dense", title="When do experts overtake the dense FFN?")
 
 # %%
 charts.model_comparison(metric_rows(recorded, NAMES), title="What do experts buy, at the same tokens?")
@@ -416,13 +419,14 @@ for metric in ("held-out loss", "recall, rare people"):
             print(f"  {NAMES[other]:18} {mean(gap.values()):+.3f} (sd {stdev(gap.values()):.3f})   {each}")
 
 # %% [markdown]
-# **What to notice.** Given enough tokens, GShard beats both dense models with every seed, and most of all on rare people:
-# facts are what extra weights are good for. Switch, with half of GShard's work, beats them too.
+# **What to notice.** At first the experts are behind: every expert sees few tokens, and the router moves under its feet.
+# Given enough tokens, GShard beats both dense models and both neighbours with every seed, most of all on rare people.
+# Switch, with half of GShard's expert work, comes second.
 #
-# Hash is the odd one: its loss is better than the dense model's of one width, and yet it fails the questions. Think about
-# where an answer is given: the token before it is always `?`. A table from token id to expert sends *every* question to
-# the same expert, while the facts were learnt in statements, at other tokens, by other experts. Routing that looks at the
-# hidden state, and not at the word, can send a question to the expert that knows.
+# Hash is the odd one: its loss is that of a dense model, and yet it fails the questions. Think about where an answer is
+# given: the token before it is always `?`. A table from token id to expert sends *every* question to the same expert,
+# while the facts were learnt in statements, at other tokens, by other experts. A router that looks at the hidden state, and
+# not at the word, can send a question to the expert that knows.
 #
 # ## And on the clock?
 #

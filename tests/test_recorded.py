@@ -4,7 +4,7 @@ import pytest
 
 from dsmoe_lite import accounting
 from dsmoe_lite.experiments import GRIDS, grid, records
-from dsmoe_lite.labs.recorded import curve_rows, gaps, metric_rows
+from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at
 from dsmoe_lite.presets import preset
 
 MADE_UP = [
@@ -41,8 +41,15 @@ def test_rows_of_metrics_and_curves() -> None:
         ("model A", metric) for metric in ("held-out loss", "recall, frequent people", "recall, rare people")
     }
     assert [row["value"] for row in rows if row["metric"] == "recall, rare people"] == [0.1, 0.2]
-    curve = [row for row in curve_rows(MADE_UP, {"a": "A"}, window=2) if row["seed"] == 0]
-    assert [(row["step"], row["loss"]) for row in curve] == [(2, 3.0), (4, 2.0)]
+
+
+def test_curve_gaps_pair_steps_and_seeds() -> None:
+    rows = curve_gaps(MADE_UP, {"b": "B"}, baseline="a", window=2)
+    assert [(r["seed"], r["step"], r["loss"]) for r in rows] == [(1, 2, 1.0), (1, 4, 1.0), (0, 2, 0.0), (0, 4, 1.0)]
+    assert overtaken_at(rows, "B") == 4
+    below = [{"model": "B", "step": step, "loss": loss} for step, loss in ((2, 0.5), (4, -0.1), (6, 0.2), (8, -0.3))]
+    assert overtaken_at(below, "B") == 6
+    assert overtaken_at(below[:0], "B") == 0
 
 
 def test_split_rows_agree_with_the_counts_they_are_made_of() -> None:

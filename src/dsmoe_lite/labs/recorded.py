@@ -23,15 +23,25 @@ def metric_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, An
     ]
 
 
-def curve_rows(records: Records, names: Mapping[str, str], window: int) -> list[dict[str, Any]]:
-    """Rows {model, seed, step, loss}: training losses, each the mean of `window` steps."""
+def curve_gaps(records: Records, names: Mapping[str, str], baseline: str, window: int) -> list[dict[str, Any]]:
+    """Rows {model, seed, step, loss}: training loss minus the baseline's of the same seed, means of `window` steps."""
+    curves = {(record["model_name"], record["seed"]): record["losses"] for record in records}
     return [
-        {"model": names[record["model_name"]], "seed": record["seed"], "step": step, "loss": mean(losses)}
-        for record in records
-        if record["model_name"] in names
-        for step in range(window, len(record["losses"]) + 1, window)
-        if (losses := record["losses"][step - window : step])
+        {"model": names[name], "seed": seed, "step": end, "loss": mean(a - b for a, b in both[end - window : end])}
+        for (name, seed), losses in curves.items()
+        if name in names
+        for both in [list(zip(losses, curves[baseline, seed], strict=True))]
+        for end in range(window, len(both) + 1, window)
     ]
+
+
+def overtaken_at(rows: Sequence[Mapping[str, Any]], model: str) -> int:
+    """The last step of `curve_gaps` up to which `model` is not below the baseline, in the mean over seeds."""
+    by_step: dict[int, list[float]] = {}
+    for row in rows:
+        if row["model"] == model:
+            by_step.setdefault(row["step"], []).append(row["loss"])
+    return max((step for step, found in by_step.items() if mean(found) >= 0), default=0)
 
 
 def gaps(records: Records, model: str, other: str, metric: str) -> dict[int, float]:
