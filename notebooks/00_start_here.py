@@ -26,7 +26,7 @@ seed: int = 0  # seed of what the model makes up: 0..2147483647
 sentence: str = "Which tool does Ridi Lava have? The pet of Melo Nodi is sada. 12+30=42. def f(x, y): return x"  # text to colour: 1..400 characters
 temperature: float = 0.7  # how freely the model speaks: 0.0..2.0
 
-# %%
+# %% tags=["hide-input"]
 try:
     from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
     from dsmoe_lite.labs.guard import need
@@ -35,7 +35,9 @@ except ModuleNotFoundError:
         "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
     ) from None
 
-own = check_parameters(globals())  # False with other knobs: claims are recorded for the chapter's own
+own = check_parameters(
+    globals()
+)  # False with other knobs: claims are recorded for the chapter's own
 need("torch", "altair", "vl_convert", "tokenizers")
 
 # %% [markdown]
@@ -80,7 +82,7 @@ print(f"{'profile to use':16} {machine.profile()}")
 # token uses two. It learnt the made-up world of chapter 01: people and what they have, told in two languages, with
 # sums, brackets and code beside.
 
-# %%
+# %% tags=["hide-input"]
 import torch
 from tokenizers import Tokenizer
 
@@ -98,11 +100,14 @@ renderer.enable()
 torch.set_num_threads(1)
 device = "cuda" if profile == "gpu" else "cpu"
 
+# %%
 checkpoint = DATA / "models" / "world-gshard.safetensors"
 model = load_model(checkpoint).to(device)
 tokenizer = Tokenizer.from_str(read_facts(checkpoint)["tokenizer"])
 count = accounting.parameters(model.config)
-print(f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token")
+print(
+    f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token"
+)
 
 # %% [markdown]
 # **Ask.** Does the model know its world? Here are questions about people who are often written about, questions that its
@@ -112,13 +117,25 @@ print(f"{count.total:,} weights stored, {count.active_all:,} of them used by any
 predict("00-recall", None)  # your guess, 0 to 1
 
 questions = World().questions("head")
-print(len(questions), "questions, such as:", questions[0].prompt, "Right:", questions[0].answer)
+print(
+    len(questions),
+    "questions, such as:",
+    questions[0].prompt,
+    "Right:",
+    questions[0].answer,
+)
 
 # %% tags=["trained"]
 prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=device)
-answer = generate(model, prompt, len(tokenizer.encode(questions[0].answer).ids))[0, prompt.shape[1] :]
+answer = generate(model, prompt, len(tokenizer.encode(questions[0].answer).ids))[
+    0, prompt.shape[1] :
+]
 report(the_model_says=tokenizer.decode(answer.tolist()))
-claim("share of these questions answered rightly", recall(model, tokenizer, questions)["head"], (0.95, 1.0))
+claim(
+    "share of these questions answered rightly",
+    recall(model, tokenizer, questions)["head"],
+    (0.95, 1.0),
+)
 
 # %% [markdown]
 # Left to itself it writes more text like its training text, more freely at a higher `temperature`:
@@ -143,7 +160,10 @@ pieces = [sentence[start:end] for start, end in encoded.offsets][:80]
 with torch.no_grad():
     routings = model(torch.tensor([encoded.ids[:80]], device=device)).routings
 layers = [
-    {"topk_ids": r.topk_ids.tolist(), "gates": [[round(g, 2) for g in row] for row in r.gates.tolist()]}
+    {
+        "topk_ids": r.topk_ids.tolist(),
+        "gates": [[round(g, 2) for g in row] for row in r.gates.tolist()],
+    }
     for r in routings
 ]
 print(
@@ -164,19 +184,29 @@ charts.token_routing(pieces, layers)
 held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
 words = held_out.flatten()
 with torch.no_grad():
-    choices = [routing.topk_ids[:, 0].cpu() for routing in model(held_out.to(device)).routings]
+    choices = [
+        routing.topk_ids[:, 0].cpu() for routing in model(held_out.to(device)).routings
+    ]
 
 
 def follows_the_word(experts):
     table = torch.zeros(model.config.vocab_size, model.config.moe.n_routed_experts)
-    table.index_put_((words, experts), torch.ones(len(words)), accumulate=True)  # how often each word met each expert
+    table.index_put_(
+        (words, experts), torch.ones(len(words)), accumulate=True
+    )  # how often each word met each expert
     return (table.max(dim=1).values.sum() / len(words)).item()
 
 
 # %% tags=["trained"]
 for layer, experts in enumerate(choices):
-    shuffled = experts[torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))]
-    report(layer=layer, follows_the_word=follows_the_word(experts), by_chance=follows_the_word(shuffled))
+    shuffled = experts[
+        torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
+    ]
+    report(
+        layer=layer,
+        follows_the_word=follows_the_word(experts),
+        by_chance=follows_the_word(shuffled),
+    )
 
 # %% [markdown]
 # **What to notice.** *By chance* is the same count after the experts were shuffled over the tokens: a rare word follows
@@ -187,7 +217,10 @@ for layer, experts in enumerate(choices):
 # Do all experts get work? Over your sentence:
 
 # %% tags=["trained"]
-charts.expert_load(load(routings[-1]).tolist(), title="How much does each expert get? (your sentence, last layer)")
+charts.expert_load(
+    load(routings[-1]).tolist(),
+    title="How much does each expert get? (your sentence, last layer)",
+)
 
 # %% [markdown]
 # A sentence is a small sample, so bars are uneven here even for a balanced router. Chapter 02 counts over thousands of
@@ -207,9 +240,13 @@ def ways():
 def ways_are_right(ways):
     from dsmoe_lite import published
 
-    right = {(row["n"], row["k"]): row["value"] for row in published.load()["combinations"]}
+    right = {
+        (row["n"], row["k"]): row["value"] for row in published.load()["combinations"]
+    }
     small, large = ways()
-    assert small == right[16, 2], f"2 of 16: order does not matter, and no expert is taken twice; {small!r} is not it"
+    assert small == right[16, 2], (
+        f"2 of 16: order does not matter, and no expert is taken twice; {small!r} is not it"
+    )
     assert large == right[64, 8], f"8 of 64: {large!r} is not it"
 
 

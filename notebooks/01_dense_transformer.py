@@ -26,7 +26,7 @@ seed: int = 0  # seed of weights: 0..2147483647
 ffn_width: int = 128  # hidden width of the FFN you train: 8..1024
 learning_rate: float = 0.003  # peak learning rate: 0.0001..0.03
 
-# %%
+# %% tags=["hide-input"]
 try:
     from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
     from dsmoe_lite.labs.guard import need
@@ -35,10 +35,12 @@ except ModuleNotFoundError:
         "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
     ) from None
 
-own = check_parameters(globals())  # False with other knobs: claims are recorded for the chapter's own
+own = check_parameters(
+    globals()
+)  # False with other knobs: claims are recorded for the chapter's own
 need("torch", "altair", "vl_convert", "tokenizers")
 
-# %%
+# %% tags=["hide-input"]
 import math
 from dataclasses import replace
 from itertools import islice
@@ -63,7 +65,9 @@ from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
 
 renderer.enable()
-torch.set_num_threads(1)  # small matrices: one thread is nearly as fast, and gives the same digits every time
+torch.set_num_threads(
+    1
+)  # small matrices: one thread is nearly as fast, and gives the same digits every time
 torch.manual_seed(seed)
 device = "cuda" if profile == "gpu" else "cpu"
 steps = {"smoke": 30, "cpu": 1000, "gpu": 4000}[profile]
@@ -90,7 +94,9 @@ for document in islice(world.documents("train"), 3):
 questions = world.all_questions()
 for group in GROUPS:
     asked = [question for question in questions if question.group == group]
-    print(f"{group:8}{len(asked):4} questions, such as: {asked[0].prompt}{asked[0].answer}")
+    print(
+        f"{group:8}{len(asked):4} questions, such as: {asked[0].prompt}{asked[0].answer}"
+    )
 print(f"chance of a right guess: one in {world.config.n_values}")
 
 # %% [markdown]
@@ -100,7 +106,11 @@ print(f"chance of a right guess: one in {world.config.n_values}")
 tokenizer = load_tokenizer(world, 1024)
 V = tokenizer.get_vocab_size()
 pieces = tokenizer.encode(questions[0].prompt + questions[0].answer).tokens
-print(V, "tokens in the vocabulary;", " ".join(piece.replace("Ġ", "␣") for piece in pieces))
+print(
+    V,
+    "tokens in the vocabulary;",
+    " ".join(piece.replace("Ġ", "␣") for piece in pieces),
+)
 
 # %% [markdown]
 # ## Attention: tokens look at each other
@@ -126,7 +136,10 @@ predict("01-shift", None)  # your guess, a number
 
 def rotate(x, start=0, theta=10_000.0):  # x (..., S, d)
     S, d = x.shape[-2:]
-    angle = torch.outer(torch.arange(start, start + S).double(), theta ** (-torch.arange(0, d, 2).double() / d))
+    angle = torch.outer(
+        torch.arange(start, start + S).double(),
+        theta ** (-torch.arange(0, d, 2).double() / d),
+    )
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (S, d / 2)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -134,7 +147,10 @@ def rotate(x, start=0, theta=10_000.0):  # x (..., S, d)
 
 q, k = torch.randn(2, 1, 6, 16, dtype=torch.float64)
 change = rotate(q, 10) @ rotate(k, 10).mT - rotate(q) @ rotate(k).mT
-print("largest change of any product:", "zero to 12 digits" if change.abs().max() < 1e-12 else change.abs().max())
+print(
+    "largest change of any product:",
+    "zero to 12 digits" if change.abs().max() < 1e-12 else change.abs().max(),
+)
 
 # %% [markdown]
 # Nothing changes: only distances count. Now the whole of {eq}`eq:attention`, written out, and proved equal to the
@@ -144,7 +160,9 @@ print("largest change of any product:", "zero to 12 digits" if change.abs().max(
 # %%
 def attention(x, W_q, W_k, W_v, W_o, n_heads):  # x (B, S, D); every W (out, in)
     B, S, _ = x.shape
-    q, k, v = ((x @ W.T).view(B, S, n_heads, -1).transpose(1, 2) for W in (W_q, W_k, W_v))  # (B, H, S, d_h)
+    q, k, v = (
+        (x @ W.T).view(B, S, n_heads, -1).transpose(1, 2) for W in (W_q, W_k, W_v)
+    )  # (B, H, S, d_h)
     scores = rotate(q) @ rotate(k).mT / math.sqrt(q.shape[-1])  # (B, H, S, S)
     future = torch.ones(S, S, dtype=torch.bool).triu(1)
     o = scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
@@ -155,7 +173,14 @@ config = preset("course-dense")
 theirs = Attention(config.d_model, config.attention)
 x = torch.randn(2, 20, config.d_model)
 n_heads, d_h = config.attention.n_heads, config.attention.head_dim
-mine = attention(x, theirs.query.weight, theirs.key.weight, theirs.value.weight, theirs.output.weight, n_heads)
+mine = attention(
+    x,
+    theirs.query.weight,
+    theirs.key.weight,
+    theirs.value.weight,
+    theirs.output.weight,
+    n_heads,
+)
 assert_close(mine, theirs(x, *rope_tables(d_h, 20)), atol=1e-5, rtol=1e-5)
 print("attention: mine equals the package's")
 
@@ -177,7 +202,12 @@ def ffn(x, W_gate, W_up, W_down):
 
 
 theirs = SwiGLU(config.d_model, config.ffn_width)
-assert_close(ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight), theirs(x), atol=1e-6, rtol=1e-5)
+assert_close(
+    ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight),
+    theirs(x),
+    atol=1e-6,
+    rtol=1e-5,
+)
 print("FFN: mine equals the package's")
 
 # %% [markdown]
@@ -203,8 +233,12 @@ def rms_norm(x, weight, eps=1e-6):
 def block(h, weights):  # weights: the package's Block
     a, f = weights.attention, weights.ffn
     u = rms_norm(h, weights.attention_norm.weight)
-    u = h + attention(u, a.query.weight, a.key.weight, a.value.weight, a.output.weight, a.n_heads)
-    return u + ffn(rms_norm(u, weights.ffn_norm.weight), f.gate.weight, f.up.weight, f.down.weight)
+    u = h + attention(
+        u, a.query.weight, a.key.weight, a.value.weight, a.output.weight, a.n_heads
+    )
+    return u + ffn(
+        rms_norm(u, weights.ffn_norm.weight), f.gate.weight, f.up.weight, f.down.weight
+    )
 
 
 model = Transformer(config)
@@ -214,7 +248,9 @@ for weights in model.blocks:
     h = block(h, weights)
 logits = rms_norm(h, model.norm.weight) @ model.head.weight.T
 assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
-print(f"model of {config.n_layers} blocks: mine equals the package's, logits {tuple(logits.shape)}")
+print(
+    f"model of {config.n_layers} blocks: mine equals the package's, logits {tuple(logits.shape)}"
+)
 
 # %% [markdown]
 # ## Where do parameters and FLOPs sit?
@@ -227,8 +263,12 @@ predict("01-ffn-share", None)  # your guess, 0 to 1
 paper = preset("dense-0.2B")
 for name, each in {"this chapter": config, "paper, dense 0.2B": paper}.items():
     count = accounting.parameters(each)
-    print(f"{name:18}{count.total:>12,} parameters, {count.ffn.total / count.total:.0%} of them FFN")
-assert accounting.parameters(config).total == sum(weight.numel() for weight in model.parameters())
+    print(
+        f"{name:18}{count.total:>12,} parameters, {count.ffn.total / count.total:.0%} of them FFN"
+    )
+assert accounting.parameters(config).total == sum(
+    weight.numel() for weight in model.parameters()
+)
 
 # %% [markdown]
 # The count is made from the config's numbers alone, and the last line holds it against the real model. FLOPs follow: a
@@ -245,16 +285,27 @@ assert accounting.parameters(config).total == sum(weight.numel() for weight in m
 
 # %%
 seq_len = published.load()["validation_setup"]["seq_len"]
-L, D, F_width, V_paper = paper.n_layers, paper.d_model, paper.ffn_width, paper.vocab_size
+L, D, F_width, V_paper = (
+    paper.n_layers,
+    paper.d_model,
+    paper.ffn_width,
+    paper.vocab_size,
+)
 m = 3 * D * F_width / (8 * D**2)
-by_hand = seq_len * (6 * L * (4 * D**2 + 8 * D**2 * m) + 12 * L * D * seq_len + 6 * V_paper * D)
+by_hand = seq_len * (
+    6 * L * (4 * D**2 + 8 * D**2 * m) + 12 * L * D * seq_len + 6 * V_paper * D
+)
 assert math.isclose(by_hand, accounting.training_flops(paper, seq_len).total)
 printed = published.printed("dense-0.2B", "flops_2k")
 assert f"{by_hand / 1e12:.1f}T" == printed
-print(f"{by_hand / 1e12:.2f}T FLOPs for {seq_len} tokens, the package's count too; Table 1 prints {printed}")
+print(
+    f"{by_hand / 1e12:.2f}T FLOPs for {seq_len} tokens, the package's count too; Table 1 prints {printed}"
+)
 
 # %%
-rows = accounting.split_rows({"this chapter": (config, 64), "paper, dense 0.2B": (paper, seq_len)})
+rows = accounting.split_rows(
+    {"this chapter": (config, 64), "paper, dense 0.2B": (paper, seq_len)}
+)
 for row in rows:
     del row["active"]  # a dense model uses every weight
 charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs sit?")
@@ -271,14 +322,25 @@ charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs s
 # %%
 predict("01-first-loss", None)  # your guess
 
-train_config = TrainConfig(steps=steps, batch_size=16, seq_len=64, lr=learning_rate, seed=seed)
+train_config = TrainConfig(
+    steps=steps, batch_size=16, seq_len=64, lr=learning_rate, seed=seed
+)
 torch.manual_seed(seed)
 model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(device)
-run = train(model, Batches(world, tokenizer, train_config.batch_size, train_config.seq_len), train_config)
-print(f"first loss minus ln V: {run.losses[0] - math.log(V):+.1f} nats; tokens seen: {run.tokens:,}")
+run = train(
+    model,
+    Batches(world, tokenizer, train_config.batch_size, train_config.seq_len),
+    train_config,
+)
+print(
+    f"first loss minus ln V: {run.losses[0] - math.log(V):+.1f} nats; tokens seen: {run.tokens:,}"
+)
 
 # %% tags=["trained"]
-rows = [{"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss} for step, loss in enumerate(run.losses)]
+rows = [
+    {"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss}
+    for step, loss in enumerate(run.losses)
+]
 charts.training_curves(rows, title="How fast does the model learn its world?")
 
 # %% [markdown]
@@ -295,7 +357,10 @@ known = recall(model, tokenizer, questions)
 interval = {"smoke": (0.0, 0.2), "cpu": (0.1, 1.0), "gpu": (0.0, 1.0)}[profile]
 claim("recall of frequent people", known["head"], interval, asserted=own)
 claim("recall of people never mentioned", known["control"], (0.0, 0.07), asserted=own)
-report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in learnt.by_domain.items()})
+report(
+    recall_tail=known["tail"],
+    **{f"loss_{domain}": loss for domain, loss in learnt.by_domain.items()},
+)
 
 # %% [markdown]
 # People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book
@@ -307,7 +372,11 @@ report(recall_tail=known["tail"], **{f"loss_{domain}": loss for domain, loss in 
 # %% tags=["trained"]
 start = questions[0].prompt
 said = generate(model, torch.tensor([tokenizer.encode(start).ids], device=device), 24)
-report(prompt=start, right_answer=questions[0].answer, the_model_says=tokenizer.decode(said[0].tolist())[len(start) :])
+report(
+    prompt=start,
+    right_answer=questions[0].answer,
+    the_model_says=tokenizer.decode(said[0].tolist())[len(start) :],
+)
 
 # %% [markdown]
 # ## What is each part good for?
@@ -324,7 +393,11 @@ def without(model, part):  # the same weights, one part silent
     copy.load_state_dict(model.state_dict())
     if part != "nothing":
         kind, layer = part.split()
-        silent = copy.blocks[int(layer)].attention.output if kind == "attention" else copy.blocks[int(layer)].ffn.down
+        silent = (
+            copy.blocks[int(layer)].attention.output
+            if kind == "attention"
+            else copy.blocks[int(layer)].ffn.down
+        )
         torch.nn.init.zeros_(silent.weight)
     return copy.eval()
 
@@ -336,9 +409,19 @@ print("to be taken out, in turn:", ", ".join(parts[1:]))
 rows = []
 for part in parts:
     cut = without(model, part)
-    rows.append({"model": part, "metric": "held-out loss", "value": heldout_loss(cut, held_out, world.domains).loss})
     rows.append(
-        {"model": part, "metric": "recall of frequent people", "value": recall(cut, tokenizer, questions)["head"]}
+        {
+            "model": part,
+            "metric": "held-out loss",
+            "value": heldout_loss(cut, held_out, world.domains).loss,
+        }
+    )
+    rows.append(
+        {
+            "model": part,
+            "metric": "recall of frequent people",
+            "value": recall(cut, tokenizer, questions)["head"],
+        }
     )
 charts.model_comparison(rows, title="What does the model lose without one part?")
 
@@ -355,11 +438,16 @@ charts.model_comparison(rows, title="What does the model lose without one part?"
 NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
 recorded = records("neighbours")
 print(f"{recorded[0]['tokens']:,} tokens each")
-charts.model_comparison(metric_rows(recorded, NAMES), title="Does a wider FFN know more?")
+charts.model_comparison(
+    metric_rows(recorded, NAMES), title="Does a wider FFN know more?"
+)
 
 # %%
 gain = gaps(recorded, "course-dense-x2", "course-dense", "recall, rare people")
-print("recall of rare people, two widths minus one, by seed:", ", ".join(f"{value:+.3f}" for value in gain.values()))
+print(
+    "recall of rare people, two widths minus one, by seed:",
+    ", ".join(f"{value:+.3f}" for value in gain.values()),
+)
 
 # %% [markdown]
 # **What to notice.** The wider FFN is better on average, but look at the seeds: runs that differ in nothing but their
@@ -385,16 +473,23 @@ def halves_order(d):
 
 def order_is_right(halves_order):
     def turn_adjacent(x):
-        cos, sin = (table.repeat_interleave(2, dim=-1) for table in rope_tables(x.shape[-1], x.shape[-2]))
+        cos, sin = (
+            table.repeat_interleave(2, dim=-1)
+            for table in rope_tables(x.shape[-1], x.shape[-2])
+        )
         a, b = x[..., ::2], x[..., 1::2]
         return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
     for d in (4, 16):
         order = halves_order(d)
-        assert sorted(order) == list(range(d)), f"for d = {d} every index must stand in the list once"
+        assert sorted(order) == list(range(d)), (
+            f"for d = {d} every index must stand in the list once"
+        )
         x = torch.randn(1, 7, d)
         mine = apply_rope(x[..., order], *rope_tables(d, 7))
-        assert torch.allclose(mine, turn_adjacent(x)[..., order], atol=1e-5), "pairs do not turn as they should"
+        assert torch.allclose(mine, turn_adjacent(x)[..., order], atol=1e-5), (
+            "pairs do not turn as they should"
+        )
 
 
 verdict = check_exercise(halves_order, order_is_right)
@@ -423,9 +518,13 @@ def swiglu_width(d_model):
 def width_is_right(swiglu_width):
     for d_model in (64, 1280, 4096):
         got = swiglu_width(d_model)
-        assert got == int(got), f"d_model = {d_model}: a whole number of channels, not {got!r}"
+        assert got == int(got), (
+            f"d_model = {d_model}: a whole number of channels, not {got!r}"
+        )
         missing = abs(3 * d_model * got - 2 * d_model * 4 * d_model)
-        assert missing <= 3 * d_model / 2, f"d_model = {d_model}: width {got} is {missing:,} weights off"
+        assert missing <= 3 * d_model / 2, (
+            f"d_model = {d_model}: width {got} is {missing:,} weights off"
+        )
 
 
 verdict = check_exercise(swiglu_width, width_is_right)

@@ -26,10 +26,12 @@ profile: str = "cpu"  # size of the run: smoke | cpu | gpu
 seed: int = 0  # seed of weights and second choices: 0..2147483647
 n_experts: int = 16  # routed experts of a layer: 4..64
 top_k: int = 2  # experts a token visits: 1..4
-capacity_factor: float = 1.25  # slots of an expert in training, over its fair share: 0.25..8.0
+capacity_factor: float = (
+    1.25  # slots of an expert in training, over its fair share: 0.25..8.0
+)
 balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
-# %%
+# %% tags=["hide-input"]
 try:
     from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
     from dsmoe_lite.labs.guard import need
@@ -38,10 +40,12 @@ except ModuleNotFoundError:
         "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
     ) from None
 
-own = check_parameters(globals())  # False with other knobs: claims are recorded for the chapter's own
+own = check_parameters(
+    globals()
+)  # False with other knobs: claims are recorded for the chapter's own
 need("torch", "altair", "vl_convert", "tokenizers")
 
-# %%
+# %% tags=["hide-input"]
 from dataclasses import replace
 from statistics import mean, stdev
 
@@ -76,6 +80,7 @@ torch.manual_seed(seed)
 device = "cuda" if profile == "gpu" else "cpu"
 steps = {"smoke": 30, "cpu": 600, "gpu": 3000}[profile]
 
+# %%
 dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, n_experts, top_k, dense.ffn_width
 moe_config = MoEConfig(
@@ -115,10 +120,21 @@ gshard = replace(dense, moe=moe_config)
 # %%
 predict("02-stored-and-spent", None)  # two numbers
 
-models = {"dense": dense, "dense, two widths": replace(dense, ffn_width=2 * F_width), f"top-{K} of {E}": gshard}
-of_experts, of_dense = accounting.parameters(gshard).ffn, accounting.parameters(dense).ffn
-print(f"FFN weights stored: {of_experts.total / of_dense.total:.0f} times the dense model's")
-print(f"FFN weights used by a token, and so FLOPs: {of_experts.active / of_dense.active:.0f} times the dense model's")
+models = {
+    "dense": dense,
+    "dense, two widths": replace(dense, ffn_width=2 * F_width),
+    f"top-{K} of {E}": gshard,
+}
+of_experts, of_dense = (
+    accounting.parameters(gshard).ffn,
+    accounting.parameters(dense).ffn,
+)
+print(
+    f"FFN weights stored: {of_experts.total / of_dense.total:.0f} times the dense model's"
+)
+print(
+    f"FFN weights used by a token, and so FLOPs: {of_experts.active / of_dense.active:.0f} times the dense model's"
+)
 
 # %%
 rows = accounting.split_rows({name: (config, 64) for name, config in models.items()})
@@ -165,11 +181,15 @@ print(
 
 
 # %%
-def moe(u, e, W_gate, W_up, W_down, k):  # stacked weights (E, F, D), (E, F, D), (E, D, F)
+def moe(
+    u, e, W_gate, W_up, W_down, k
+):  # stacked weights (E, F, D), (E, F, D), (E, D, F)
     chosen, gates = route(u, e, k)
     y = torch.zeros_like(u)
     for i in range(len(e)):
-        token, choice = (chosen == i).nonzero(as_tuple=True)  # whose K choices hold expert i
+        token, choice = (chosen == i).nonzero(
+            as_tuple=True
+        )  # whose K choices hold expert i
         hidden = F.silu(u[token] @ W_gate[i].T) * (u[token] @ W_up[i].T)
         y[token] += gates[token, choice, None] * (hidden @ W_down[i].T)
     return y
@@ -250,7 +270,9 @@ torch.manual_seed(seed)
 fresh_model = Transformer(trained_model.config)
 
 
-def routings_of(model):  # one Routing for each layer of experts, nothing dropped, on 4,096 tokens
+def routings_of(
+    model,
+):  # one Routing for each layer of experts, nothing dropped, on 4,096 tokens
     free = replace(model.config.moe, capacity_factor=None, eval_capacity_factor=None)
     copy = Transformer(replace(model.config, moe=free)).eval()
     copy.load_state_dict(model.state_dict())
@@ -259,14 +281,21 @@ def routings_of(model):  # one Routing for each layer of experts, nothing droppe
 
 
 rows = []
-for name, model in {"fresh router": fresh_model, "trained router": trained_model}.items():
+for name, model in {
+    "fresh router": fresh_model,
+    "trained router": trained_model,
+}.items():
     for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
         shares = []
         for routing in routings_of(model):
             T, k = routing.topk_ids.shape
-            full = place_in_expert(routing.topk_ids, routing.n_experts) >= capacity(T, k, routing.n_experts, factor)
+            full = place_in_expert(routing.topk_ids, routing.n_experts) >= capacity(
+                T, k, routing.n_experts, factor
+            )
             shares.append(full.float().mean().item())
-        rows.append({"model": name, "capacity_factor": factor, "drop_rate": mean(shares)})
+        rows.append(
+            {"model": name, "capacity_factor": factor, "drop_rate": mean(shares)}
+        )
 
 # %% tags=["trained"]
 charts.capacity_curve(rows, title="How many choices are dropped?")
@@ -308,13 +337,17 @@ def made_up(scores):  # a Routing with these affinities
 
 
 tokens = torch.arange(8 * 16)
-even = torch.full((len(tokens), 16), 1 / 16) + 1e-6 * F.one_hot(tokens % 16, 16)  # each expert first for 8 tokens
+even = torch.full((len(tokens), 16), 1 / 16) + 1e-6 * F.one_hot(
+    tokens % 16, 16
+)  # each expert first for 8 tokens
 collapsed = F.one_hot(torch.zeros_like(tokens), 16).float()
 for name, scores in {"balanced": even, "collapsed": collapsed}.items():
     made = made_up(scores)
     print(f"{name:10} GShard {gshard_loss(made):.5f}   Switch {switch_loss(made):.3f}")
 random_scores = torch.randn(64, 16).softmax(dim=-1)
-assert_close(16**2 * gshard_loss(made_up(random_scores)), switch_loss(made_up(random_scores)))
+assert_close(
+    16**2 * gshard_loss(made_up(random_scores)), switch_loss(made_up(random_scores))
+)
 
 # %% [markdown]
 # $1/E^2$ and 1 at balance, $1/E$ and $E$ at collapse, for $E = 16$. The same weight therefore means something else in
@@ -334,7 +367,9 @@ hashed = Router(D, preset("course-hash").moe, vocab_size=V).eval()
 routing = hashed(u, (1, 40), torch.arange(40))
 assert torch.equal(routing.topk_ids[:, 0], hashed.hash_table[:40])
 loads = torch.bincount(hashed.hash_table, minlength=16)
-print(f"Switch: gate = affinity. Hash: every expert owns {loads.min()} to {loads.max()} of the {V} token ids")
+print(
+    f"Switch: gate = affinity. Hash: every expert owns {loads.min()} to {loads.max()} of the {V} token ids"
+)
 
 # %% [markdown]
 # ## Train it beside the dense model
@@ -345,14 +380,22 @@ print(f"Switch: gate = affinity. Hash: every expert owns {loads.min()} to {loads
 predict("02-gap", None)  # the experts' held-out loss minus the dense model's
 
 train_config = TrainConfig(
-    steps=steps, batch_size=16, seq_len=64, lr=3e-3, balance_loss="switch", balance_weight=balance_weight, seed=seed
+    steps=steps,
+    batch_size=16,
+    seq_len=64,
+    lr=3e-3,
+    balance_loss="switch",
+    balance_weight=balance_weight,
+    seed=seed,
 )
 runs, trained = {}, {}
 for name, config in {"dense": dense, f"top-{K} of {E}": gshard}.items():
     torch.manual_seed(seed)
     trained[name] = Transformer(replace(config, vocab_size=V)).to(device)
     runs[name] = train(
-        trained[name], Batches(world, tokenizer, train_config.batch_size, train_config.seq_len), train_config
+        trained[name],
+        Batches(world, tokenizer, train_config.batch_size, train_config.seq_len),
+        train_config,
     )
 print(f"{runs['dense'].tokens:,} tokens each")
 
@@ -366,21 +409,34 @@ charts.training_curves(rows, title="Which learns faster from the same tokens?")
 
 # %% tags=["trained"]
 questions = world.all_questions()
-losses = {name: heldout_loss(model, held_out, world.domains).loss for name, model in trained.items()}
+losses = {
+    name: heldout_loss(model, held_out, world.domains).loss
+    for name, model in trained.items()
+}
 known = {name: recall(model, tokenizer, questions) for name, model in trained.items()}
 moe_name = f"top-{K} of {E}"
 gap = losses[moe_name] - losses["dense"]
 interval = {"smoke": (-0.5, 0.5), "cpu": (-0.3, 0.3), "gpu": (-7.0, 7.0)}[profile]
 claim("experts minus dense, held-out loss", gap, interval, asserted=own)
-claim("experts, recall of people never mentioned", known[moe_name]["control"], (0.0, 0.07), asserted=own)
-report(dense_loss=losses["dense"], experts_loss=losses[moe_name], recall_head={n: known[n]["head"] for n in known})
+claim(
+    "experts, recall of people never mentioned",
+    known[moe_name]["control"],
+    (0.0, 0.07),
+    asserted=own,
+)
+report(
+    dense_loss=losses["dense"],
+    experts_loss=losses[moe_name],
+    recall_head={n: known[n]["head"] for n in known},
+)
 
 # %% tags=["trained"]
 last = runs[moe_name].routing[-1]
 name = "choices not sent at the end of training: the expert full, or a second choice skipped by chance"
 claim(name, last["drop_rate"], (0.0, 0.5), asserted=own)
 charts.expert_load(
-    load(routings_of(trained[moe_name].cpu())[0]).tolist(), title="Does every expert get work? (first layer)"
+    load(routings_of(trained[moe_name].cpu())[0]).tolist(),
+    title="Does every expert get work? (first layer)",
 )
 
 # %% [markdown]
@@ -400,14 +456,25 @@ NAMES = {
 }
 recorded = records("neighbours")
 behind = curve_gaps(
-    recorded, {name: NAMES[name] for name in NAMES if name != "course-dense"}, "course-dense", window=24
+    recorded,
+    {name: NAMES[name] for name in NAMES if name != "course-dense"},
+    "course-dense",
+    window=24,
 )
 late = overtaken_at(behind, "GShard top-2")
-print(f"{recorded[0]['tokens']:,} tokens each; GShard is below the dense model for good after step {late}")
-charts.training_curves(behind, y_title="training loss minus dense", title="When do experts overtake the dense FFN?")
+print(
+    f"{recorded[0]['tokens']:,} tokens each; GShard is below the dense model for good after step {late}"
+)
+charts.training_curves(
+    behind,
+    y_title="training loss minus dense",
+    title="When do experts overtake the dense FFN?",
+)
 
 # %%
-charts.model_comparison(metric_rows(recorded, NAMES), title="What do experts buy, at the same tokens?")
+charts.model_comparison(
+    metric_rows(recorded, NAMES), title="What do experts buy, at the same tokens?"
+)
 
 # %%
 for metric in ("held-out loss", "recall, rare people"):
@@ -416,10 +483,12 @@ for metric in ("held-out loss", "recall, rare people"):
         if other != "course-gshard":
             gap = gaps(recorded, "course-gshard", other, metric)
             each = " ".join(f"{value:+.3f}" for value in gap.values())
-            print(f"  {NAMES[other]:18} {mean(gap.values()):+.3f} (sd {stdev(gap.values()):.3f})   {each}")
+            print(
+                f"  {NAMES[other]:18} {mean(gap.values()):+.3f} (sd {stdev(gap.values()):.3f})   {each}"
+            )
 
 # %% [markdown]
-# **What to notice.** At first the experts are behind: every expert sees few tokens, and the router moves under its feet.
+# **What to notice.** After the first steps the experts fall behind: every expert sees few tokens, and the router moves under its feet.
 # Given enough tokens, GShard beats both dense models and both neighbours with every seed, most of all on rare people.
 # Switch, with half of GShard's expert work, comes second.
 #
@@ -434,7 +503,9 @@ for metric in ("held-out loss", "recall, rare people"):
 
 # %% tags=["measured"]
 measured = bench_train(rounds={"smoke": 3, "cpu": 8, "gpu": 30}[profile])
-one_width = next(row["milliseconds"] for row in measured if row["what"] == "course-dense")
+one_width = next(
+    row["milliseconds"] for row in measured if row["what"] == "course-dense"
+)
 for row in measured[1:]:
     print(
         f"{NAMES[row['what']]:18} {row['milliseconds']:6.0f} ms a step, {row['milliseconds'] / one_width:.2f} times dense"
@@ -454,14 +525,25 @@ for row in measured[1:]:
 routings = routings_of(trained_model)
 labels = held_out[0].domains[:, :-1].flatten()
 rows = []
-for domain, shares in zip(world.domains, domain_share(routings[0], labels, len(world.domains)), strict=True):
-    rows += [{"domain": domain, "expert": e, "share": share.item()} for e, share in enumerate(shares)]
+for domain, shares in zip(
+    world.domains, domain_share(routings[0], labels, len(world.domains)), strict=True
+):
+    rows += [
+        {"domain": domain, "expert": e, "share": share.item()}
+        for e, share in enumerate(shares)
+    ]
 everyone = load(routings[0]) / routings[0].n_experts
-charts.domain_heatmap(rows, null=everyone.tolist(), title="Which experts does each domain use? (first layer)")
+charts.domain_heatmap(
+    rows,
+    null=everyone.tolist(),
+    title="Which experts does each domain use? (first layer)",
+)
 
 
 # %% tags=["trained"]
-def domains_of_an_expert(labels):  # effective number, all domains weighing the same, mean over experts
+def domains_of_an_expert(
+    labels,
+):  # effective number, all domains weighing the same, mean over experts
     found = []
     for routing in routings:
         p = domain_share(routing, labels, len(world.domains))
@@ -470,8 +552,14 @@ def domains_of_an_expert(labels):  # effective number, all domains weighing the 
     return mean(found)
 
 
-shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
-claim("effective number of domains that an expert serves", domains_of_an_expert(labels), (3.0, 4.3))
+shuffled = labels[
+    torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+]
+claim(
+    "effective number of domains that an expert serves",
+    domains_of_an_expert(labels),
+    (3.0, 4.3),
+)
 report(with_domains_shuffled=domains_of_an_expert(shuffled))
 
 # %% [markdown]
@@ -506,7 +594,9 @@ def joined_loss(routings):  # as it was: do not use
     scores = torch.cat([routing.scores for routing in routings])
     first = torch.cat([routing.topk_ids[:, 0] for routing in routings])
     E = scores.shape[1]
-    return E * (torch.bincount(first, minlength=E) / len(first) * scores.mean(dim=0)).sum()
+    return (
+        E * (torch.bincount(first, minlength=E) / len(first) * scores.mean(dim=0)).sum()
+    )
 
 
 def mended_loss(routings):
@@ -520,18 +610,29 @@ def layers_are_kept_apart(mended_loss):
         return made_up(scores)
 
     two = mended_loss([collapse_on(0), collapse_on(1)])
-    assert abs(float(two) - 4 * 0.97) < 1e-4, f"two collapsed layers of 4 experts score 3.88 each, not {float(two):.2f}"
+    assert abs(float(two) - 4 * 0.97) < 1e-4, (
+        f"two collapsed layers of 4 experts score 3.88 each, not {float(two):.2f}"
+    )
     mixed = mended_loss(
-        [collapse_on(2), made_up(torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4))]
+        [
+            collapse_on(2),
+            made_up(
+                torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4)
+            ),
+        ]
     )
     three = mended_loss([collapse_on(0)] * 3)
-    assert abs(float(three) - 4 * 0.97) < 1e-4, f"three collapsed layers score 3.88 each, not {float(three):.2f}"
+    assert abs(float(three) - 4 * 0.97) < 1e-4, (
+        f"three collapsed layers score 3.88 each, not {float(three):.2f}"
+    )
     assert abs(float(mixed) - (4 * 0.97 + 1) / 2) < 1e-4, (
         f"one collapsed and one balanced layer: 2.44, not {float(mixed):.2f}"
     )
 
 
-collapsed_apart = [made_up(F.one_hot(torch.full((64,), i), 2).float()) for i in range(2)]
+collapsed_apart = [
+    made_up(F.one_hot(torch.full((64,), i), 2).float()) for i in range(2)
+]
 print(
     f"two layers, each collapsed on its own expert of two: joined loss {joined_loss(collapsed_apart):.2f}, balance is 1.00"
 )
@@ -556,7 +657,9 @@ verdict = check_exercise(mended_loss, layers_are_kept_apart)
 
 
 # %%
-def second_sent(chosen, second_gate, draw, slots):  # (T, 2), (T,), (T,), int -> list of T booleans
+def second_sent(
+    chosen, second_gate, draw, slots
+):  # (T, 2), (T,), (T,), int -> list of T booleans
     return None
 
 
