@@ -224,6 +224,12 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
     model, batches = make()
     with pytest.raises(InputError, match=r"train.lr = 0.5: .* holds a run with 0.003"):
         train(model, batches, replace(CONFIG, lr=0.5), folder=tmp_path)
+    other = Batches(World(replace(WORLD, seed=1)), small_world()[1], CONFIG.batch_size, CONFIG.seq_len)
+    with pytest.raises(InputError, match=r"data.corpus = "):
+        train(model, other, CONFIG, folder=tmp_path)
+    small, batches = make()
+    with pytest.raises(InputError, match=r"model.ffn_width = 96"):
+        train(Transformer(replace(small.config, ffn_width=96)), batches, CONFIG, folder=tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 7, 200, -1])
@@ -242,6 +248,7 @@ def test_model_round_trip_and_wrong_kind(tmp_path: Path) -> None:
     save_model(tmp_path / "m.safetensors", model, note="x")
     again = load_model(tmp_path / "m.safetensors")
     assert to_dict(again.config) == to_dict(model.config)
+    assert not again.training
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
     with pytest.raises(InputError, match="is no training checkpoint"):
         load_training(tmp_path / "m.safetensors", model, make_optimizer(model, CONFIG))
@@ -421,7 +428,7 @@ def test_router_and_norms_are_not_decayed() -> None:
 def test_heldout_loss_is_the_mean_over_tokens_and_domains() -> None:
     model, _ = make()
     world, tokenizer = small_world()
-    batches = heldout_batches(world, tokenizer, 4, 32, 3)
+    batches = heldout_batches(world, tokenizer, 4, 32, 8)
     got = heldout_loss(model, batches, world.domains)
     total = {name: [0.0, 0] for name in world.domains}
     model.eval()
@@ -433,11 +440,30 @@ def test_heldout_loss_is_the_mean_over_tokens_and_domains() -> None:
                     cell = total[world.domains[int(batch.domains[b, s + 1])]]
                     cell[0] -= float(log_p[b, s, batch.tokens[b, s + 1]])
                     cell[1] += 1
-    assert got.loss == pytest.approx(sum(v for v, _ in total.values()) / (3 * 4 * 32), rel=1e-5)
+    assert got.loss == pytest.approx(sum(v for v, _ in total.values()) / (8 * 4 * 32), rel=1e-5)
+    assert sum(count > 0 for _, count in total.values()) > 1, "the case should have several domains"
     for name, (value, count) in total.items():
         assert (name in got.by_domain) == (count > 0)
         if count:
             assert got.by_domain[name] == pytest.approx(value / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_is_in_evaluation_mode_and_leaves_the_model_in_its_own(training: bool) -> None:
+    model, _ = make()
+    world, tokenizer = small_world()
+    questions = [q for group in ("head", "tail") for q in world.questions(group)]
+    assert len(questions) > 10
+    model.train(training)
+    seen = []
+    model.head.register_forward_hook(lambda module, inputs, output: seen.append((model.training, len(output))))
+    heldout_loss(model, heldout_batches(world, tokenizer, 4, 32, 1), world.domains)
+    assert seen == [(False, 4)]
+    seen.clear()
+    recall(model, tokenizer, questions * 40)  # more than one batch of a length
+    assert {mode for mode, _ in seen} == {False}
+    assert sum(rows for _, rows in seen) == 40 * len(questions)
+    assert model.training is training
 
 
 def test_recall_is_greedy_decoding_word_for_word() -> None:
