@@ -23,7 +23,7 @@
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
 seed: int = 0  # seed of what the model makes up: 0..2147483647
-sentence: str = "Which tool does Ridi Lava have? The pet of Melo Nodi is sada. 12+30=42. def f(x, y): return x"  # text to colour: 1..400 characters
+sentence: str = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"  # text: 1..400
 temperature: float = 0.7  # how freely the model speaks: 0.0..2.0
 
 # %% tags=["hide-input"]
@@ -149,7 +149,7 @@ report(the_model_goes_on=tokenizer.decode(spoken[0].tolist()))
 # %% [markdown]
 # ## Which expert handles each token?
 #
-# **Ask.** Look at the default sentence: a question, a statement, a sum, a line of code. Will the same *word* always go to
+# **Ask.** Look at the default sentence: a question, a sum, a line of code. Will the same *word* always go to
 # the same experts?
 
 # %%

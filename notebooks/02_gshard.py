@@ -26,9 +26,7 @@ profile: str = "cpu"  # size of the run: smoke | cpu | gpu
 seed: int = 0  # seed of weights and second choices: 0..2147483647
 n_experts: int = 16  # routed experts of a layer: 4..64
 top_k: int = 2  # experts a token visits: 1..4
-capacity_factor: float = (
-    1.25  # slots of an expert in training, over its fair share: 0.25..8.0
-)
+capacity_factor: float = 1.25  # slots in training, over the fair share: 0.25..8.0
 balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
 # %% tags=["hide-input"]
