@@ -25,6 +25,7 @@ from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import Question, World, WorldConfig
 from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.evaluate import heldout_loss, recall
+from dsmoe_lite.interrupts import stop_requested
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import Run, TrainConfig, learning_rate, make_optimizer, run_record, train
@@ -295,6 +296,15 @@ def test_an_interrupt_ends_after_the_step_and_keeps_the_model(capsys: pytest.Cap
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _, facts = read_tensors(tmp_path / "checkpoint.safetensors")
     assert facts["training"]["losses"] == run.losses
+
+
+def test_a_second_interrupt_does_not_wait() -> None:
+    with stop_requested() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(10)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_nan_is_reported_with_the_remedy() -> None:
