@@ -62,7 +62,11 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         "training_flops": flops.total,  # without the router's, as in the papers
         "forward_flops_per_token": flops.forward_per_token,
         "kv_cache_elements_per_token": kv_cache_elements(config),
-        "components": [row | {"share": row["total"] / counted.total} for row in by_component(config, seq_len)],
+        "components": [
+            {name: value for name, value in row.items() if name != "forward_flops_per_token"}
+            | {"share": row["total"] / counted.total}
+            for row in by_component(config, seq_len)
+        ],
     }
 
 
