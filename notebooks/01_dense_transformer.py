@@ -35,9 +35,8 @@ except ModuleNotFoundError:
         "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
     ) from None
 
-own = check_parameters(
-    globals()
-)  # False with other knobs: claims are recorded for the chapter's own
+# False with other knobs: claims are recorded for the chapter's own
+own = check_parameters(globals())
 need("torch", "altair", "vl_convert", "tokenizers")
 
 # %% tags=["hide-input"]
