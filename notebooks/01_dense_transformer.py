@@ -172,14 +172,8 @@ config = preset("course-dense")
 theirs = Attention(config.d_model, config.attention)
 x = torch.randn(2, 20, config.d_model)
 n_heads, d_h = config.attention.n_heads, config.attention.head_dim
-mine = attention(
-    x,
-    theirs.query.weight,
-    theirs.key.weight,
-    theirs.value.weight,
-    theirs.output.weight,
-    n_heads,
-)
+matrices = (theirs.query, theirs.key, theirs.value, theirs.output)
+mine = attention(x, *(matrix.weight for matrix in matrices), n_heads)
 assert_close(mine, theirs(x, *rope_tables(d_h, 20)), atol=1e-5, rtol=1e-5)
 print("attention: mine equals the package's")
 
@@ -201,12 +195,8 @@ def ffn(x, W_gate, W_up, W_down):
 
 
 theirs = SwiGLU(config.d_model, config.ffn_width)
-assert_close(
-    ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight),
-    theirs(x),
-    atol=1e-6,
-    rtol=1e-5,
-)
+mine = ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight)
+assert_close(mine, theirs(x), atol=1e-6, rtol=1e-5)
 print("FFN: mine equals the package's")
 
 # %% [markdown]
@@ -326,11 +316,8 @@ train_config = TrainConfig(
 )
 torch.manual_seed(seed)
 model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(device)
-run = train(
-    model,
-    Batches(world, tokenizer, train_config.batch_size, train_config.seq_len),
-    train_config,
-)
+batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
+run = train(model, batches, train_config)
 print(
     f"first loss minus ln V: {run.losses[0] - math.log(V):+.1f} nats; tokens seen: {run.tokens:,}"
 )

@@ -178,9 +178,7 @@ print(
 
 
 # %%
-def moe(
-    u, e, W_gate, W_up, W_down, k
-):  # stacked weights (E, F, D), (E, F, D), (E, D, F)
+def moe(u, e, W_gate, W_up, W_down, k):  # weights (E, F, D), (E, F, D), (E, D, F)
     chosen, gates = route(u, e, k)
     y = torch.zeros_like(u)
     for i in range(len(e)):
@@ -267,9 +265,8 @@ torch.manual_seed(seed)
 fresh_model = Transformer(trained_model.config)
 
 
-def routings_of(
-    model,
-):  # one Routing for each layer of experts, nothing dropped, on 4,096 tokens
+def routings_of(model):
+    """One Routing for each layer of experts, nothing dropped, on 4,096 tokens."""
     free = replace(model.config.moe, capacity_factor=None, eval_capacity_factor=None)
     copy = Transformer(replace(model.config, moe=free)).eval()
     copy.load_state_dict(model.state_dict())
@@ -277,22 +274,19 @@ def routings_of(
         return copy(held_out[0].tokens[:, :-1]).routings
 
 
+def share_dropped(routing, factor):
+    T, k = routing.topk_ids.shape
+    slots = capacity(T, k, routing.n_experts, factor)
+    dropped = place_in_expert(routing.topk_ids, routing.n_experts) >= slots
+    return dropped.float().mean().item()
+
+
 rows = []
-for name, model in {
-    "fresh router": fresh_model,
-    "trained router": trained_model,
-}.items():
+for name in ("fresh router", "trained router"):
+    routings = routings_of(fresh_model if name == "fresh router" else trained_model)
     for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
-        shares = []
-        for routing in routings_of(model):
-            T, k = routing.topk_ids.shape
-            full = place_in_expert(routing.topk_ids, routing.n_experts) >= capacity(
-                T, k, routing.n_experts, factor
-            )
-            shares.append(full.float().mean().item())
-        rows.append(
-            {"model": name, "capacity_factor": factor, "drop_rate": mean(shares)}
-        )
+        dropped = mean(share_dropped(routing, factor) for routing in routings)
+        rows.append({"model": name, "capacity_factor": factor, "drop_rate": dropped})
 
 # %% tags=["trained"]
 charts.capacity_curve(rows, title="How many choices are dropped?")
@@ -334,9 +328,8 @@ def made_up(scores):  # a Routing with these affinities
 
 
 tokens = torch.arange(8 * 16)
-even = torch.full((len(tokens), 16), 1 / 16) + 1e-6 * F.one_hot(
-    tokens % 16, 16
-)  # each expert first for 8 tokens
+first = F.one_hot(tokens % 16, 16)  # each expert first for 8 tokens
+even = torch.full((len(tokens), 16), 1 / 16) + 1e-6 * first
 collapsed = F.one_hot(torch.zeros_like(tokens), 16).float()
 for name, scores in {"balanced": even, "collapsed": collapsed}.items():
     made = made_up(scores)
@@ -389,11 +382,8 @@ runs, trained = {}, {}
 for name, config in {"dense": dense, f"top-{K} of {E}": gshard}.items():
     torch.manual_seed(seed)
     trained[name] = Transformer(replace(config, vocab_size=V)).to(device)
-    runs[name] = train(
-        trained[name],
-        Batches(world, tokenizer, train_config.batch_size, train_config.seq_len),
-        train_config,
-    )
+    batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
+    runs[name] = train(trained[name], batches, train_config)
 print(f"{runs['dense'].tokens:,} tokens each")
 
 # %% tags=["trained"]
@@ -540,14 +530,12 @@ for row in measured[1:]:
 # %% tags=["trained"]
 routings = routings_of(trained_model)
 labels = held_out[0].domains[:, :-1].flatten()
-rows = []
-for domain, shares in zip(
-    world.domains, domain_share(routings[0], labels, len(world.domains)), strict=True
-):
-    rows += [
-        {"domain": domain, "expert": e, "share": share.item()}
-        for e, share in enumerate(shares)
-    ]
+table = domain_share(routings[0], labels, len(world.domains))  # (domains, E)
+rows = [
+    {"domain": domain, "expert": e, "share": table[d, e].item()}
+    for d, domain in enumerate(world.domains)
+    for e in range(table.shape[1])
+]
 everyone = load(routings[0]) / routings[0].n_experts
 charts.domain_heatmap(
     rows,
@@ -671,10 +659,8 @@ verdict = check_exercise(mended_loss, layers_are_kept_apart)
 
 
 # %%
-def second_sent(
-    chosen, second_gate, draw, slots
-):  # (T, 2), (T,), (T,), int -> list of T booleans
-    return None
+def second_sent(chosen, second_gate, draw, slots):  # (T, 2), (T,), (T,), int
+    return None  # a list of T booleans
 
 
 def follows_algorithm_1(second_sent):
