@@ -1,32 +1,30 @@
 """One readable training loop: AdamW, warm-up and cosine decay, clipping, checkpoints that resume exactly."""
 
-import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from dsmoe_lite.checkpoint import load_training, save_training
 from dsmoe_lite.config import to_dict
 from dsmoe_lite.data.batches import Batches
-from dsmoe_lite.errors import InputError, RunError, require, require_choice, require_number, require_whole
-from dsmoe_lite.files import write_json
+from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
 from dsmoe_lite.interrupts import stop_requested
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss, z_loss
 from dsmoe_lite.model import Output, Transformer
 from dsmoe_lite.progress import progress
 from dsmoe_lite.provenance import provenance
 from dsmoe_lite.routing.metrics import drop_rate, max_vio
+from dsmoe_lite.run_folder import keep_settings, own
 
 BALANCE_LOSSES = {"gshard": gshard_loss, "switch": switch_loss}
+CHECKPOINT = "checkpoint.safetensors"
 ROUTING_EVERY = 20  # steps between two entries of balance figures
 SCHEMA_VERSION = 1
 
@@ -98,31 +96,26 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
     """
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed)
-    with _own(folder), stop_requested() as stop:
+    with own(folder), stop_requested() as stop:
         run = _resume(folder, model, optimizer, batches, config)
         bar = progress(total=config.steps, initial=run.steps_done, desc="training", unit="step")
         model.train()
-        started, cpu_started, seconds, cpu_seconds = (
-            time.perf_counter(),
-            time.process_time(),
-            run.seconds,
-            run.cpu_seconds,
-        )
+        watch = _Stopwatch()
         for step in range(run.steps_done, config.steps):
             loss = _step(model, optimizer, batches, config, step, run)
             if not math.isfinite(loss):
                 raise RunError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
             run.losses.append(loss)
             run.tokens += config.batch_size * config.grad_accum * config.seq_len
-            run.seconds = seconds + time.perf_counter() - started
-            run.cpu_seconds = cpu_seconds + time.process_time() - cpu_started
+            seconds, cpu_seconds = watch.lap()
+            run.seconds += seconds
+            run.cpu_seconds += cpu_seconds
             bar.update()
             bar.set_postfix_str(f"loss {loss:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
             due = config.checkpoint_every and run.steps_done % config.checkpoint_every == 0
             if folder and (due or stop.is_set() or run.steps_done == config.steps):
-                save_training(
-                    folder / "checkpoint.safetensors", model, optimizer, vars(run) | {"batches": batches.state_dict()}
-                )
+                state = vars(run) | {"batches": batches.state_dict()}
+                save_training(folder / CHECKPOINT, model, optimizer, state)
             if stop.is_set():
                 break
         bar.close()
@@ -178,6 +171,19 @@ def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) 
     }
 
 
+class _Stopwatch:
+    """Wall and CPU seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        took = wall - self._wall, cpu - self._cpu
+        self._wall, self._cpu = wall, cpu
+        return took
+
+
 def _step(
     model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig, step: int, run: Run
 ) -> float:
@@ -203,57 +209,17 @@ def _step(
     return mean_loss
 
 
-@contextmanager
-def _own(folder: Path | None) -> Iterator[None]:
-    if folder is None:
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock", timeout=0):
-            yield
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder}: is not a folder; choose another place for the run") from None
-    except Timeout:
-        raise RunError(f"{folder}: another process is training in this folder; wait for it or choose another") from None
-
-
 def _resume(
     folder: Path | None, model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig
 ) -> Run:
     if folder is None:
         return Run()
-    settings = json.loads(
-        json.dumps({"model": to_dict(model.config), "train": to_dict(config), "data": batches.describe()})
-    )
-    kept = folder / "settings.json"
-    if not kept.is_file():
-        write_json(kept, settings)
-    before = _read_settings(kept)
-    for part, values in settings.items():
-        for name, value in values.items():
-            require(
-                before[part].get(name) == value,
-                f"{part}.{name}",
-                value,
-                f"{folder} holds a run with {before[part].get(name)!r}; choose another folder",
-            )
-    checkpoint = folder / "checkpoint.safetensors"
+    keep_settings(folder, {"model": to_dict(model.config), "train": to_dict(config), "data": batches.describe()})
+    checkpoint = folder / CHECKPOINT
     if not checkpoint.is_file():
         return Run()
     state = load_training(checkpoint, model, optimizer)
-    require(
-        state.keys() == {"batches", *vars(Run())}, "checkpoint", str(checkpoint), "another version of dsmoe wrote it"
-    )
+    known = state.keys() == {"batches", *vars(Run())}
+    require(known, "checkpoint", str(checkpoint), "another version of dsmoe wrote it")
     batches.load_state_dict(state.pop("batches"))
     return Run(**state)
-
-
-def _read_settings(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return {part: dict(settings[part]) for part in ("model", "train", "data")}
-    except (ValueError, KeyError, TypeError):
-        raise InputError(
-            f"{path}: damaged settings; choose another folder, or remove this one to start again"
-        ) from None
