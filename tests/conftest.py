@@ -1,5 +1,7 @@
 """A small course of one chapter, so that what runs chapters is tested without training anything."""
 
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,12 @@ BOOK = """\
 title: Small
 toc: {format: jb-book, root: notebooks/03_small, chapters: []}
 """
+
+
+def pytest_configure() -> None:
+    """Tests send interrupts, and a shell that starts pytest in the background has them ignored, in children too."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Course:
