@@ -116,19 +116,13 @@ print(
 predict("00-recall", None)  # your guess, 0 to 1
 
 questions = World().questions("head")
-print(
-    len(questions),
-    "questions, such as:",
-    questions[0].prompt,
-    "Right:",
-    questions[0].answer,
-)
+print(len(questions), "questions, such as:", questions[0].prompt)
+print("right answer:", questions[0].answer)
 
 # %% tags=["trained"]
 prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=device)
-answer = generate(model, prompt, len(tokenizer.encode(questions[0].answer).ids))[
-    0, prompt.shape[1] :
-]
+n_answer = len(tokenizer.encode(questions[0].answer).ids)
+answer = generate(model, prompt, n_answer)[0, -n_answer:]
 report(the_model_says=tokenizer.decode(answer.tolist()))
 claim(
     "share of these questions answered rightly",
@@ -173,8 +167,9 @@ print(
 charts.token_routing(pieces, layers)
 
 # %% [markdown]
-# Choose a layer and an expert in the menus. The deeper the fill, the larger the expert's gate (its weight in the sum) for that token; beneath
-# each token stand its two experts. Put in a sentence of your own (80 tokens are shown): change `sentence` in the parameters cell and run all.
+# Choose a layer and an expert in the menus. The deeper the fill, the larger the expert's gate (its weight in the sum) for
+# that token; beneath each token stand its two experts. Put in a sentence of your own (80 tokens are shown): change
+# `sentence` in the parameters cell and run all.
 #
 # One sentence can mislead. Over thousands of tokens of text that the model was not trained on: how often does a token
 # get, as its first choice, the expert that its word gets most often?

@@ -321,7 +321,8 @@ rows = [
 charts.training_curves(rows, title="How fast does the model learn its world?")
 
 # %% [markdown]
-# The first loss is $\ln V$: a uniform guess. The curve falls fast at first, then slowly. Held-out documents, never trained on, tell what was learnt:
+# The first loss is $\ln V$: a uniform guess. The curve falls fast at first, then slowly. Held-out documents, never trained
+# on, tell what was learnt:
 
 # %% tags=["trained"]
 held_out = heldout_batches(world, tokenizer, 64, 64, 16)
@@ -344,8 +345,7 @@ report(
 # People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book
 # recall is what this course will watch.
 #
-# Let the model speak. The question is new to it, the person is not. At this point the form is right more often than the
-# fact:
+# Let the model speak. The question is new to it, the person is not. Is the form right? Is the fact?
 
 # %% tags=["trained"]
 start = questions[0].prompt
@@ -428,9 +428,8 @@ print(
 )
 
 # %% [markdown]
-# **What to notice.** The wider FFN is better on average, but look at the seeds: runs that differ in nothing but their
-# random start differ by as much as the two widths do. One run would have proved anything. Doubling the width is a weak
-# and expensive way to remember more.
+# **What to notice.** The wider FFN is better on average, but look at the seeds: runs that differ only in their random start
+# and in the order of the text differ by as much as the two widths do. One run could have shown either.
 #
 # Twice the width means twice the FFN's weights and twice its FLOPs, for every token, whether it needs them or not.
 # **That is the bill a mixture of experts tries not to pay:** many FFNs stored, few used by any one token. Chapter 02
@@ -440,8 +439,8 @@ print(
 #
 # **1. A bug from the wild** (10 minutes). DeepSeek's inference code turns *adjacent* channels, $(0,1), (2,3), \dots$;
 # Hugging Face's turns channel $j$ with channel $j + d_h/2$, as this chapter does. Weights of the one loaded into the
-# other give wrong output and no error (`rope-layout` in `data/published.json`). Return the order of channels, a list of `d` indices, such that
-# `x_adjacent[..., order]` is in the layout of this chapter.
+# other give wrong output and no error (`rope-layout` in `data/published.json`). Return the order of channels, a list of
+# `d` indices, such that `x_adjacent[..., order]` is in the layout of this chapter.
 
 
 # %%

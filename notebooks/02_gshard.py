@@ -168,13 +168,13 @@ print(
 )
 
 # %% [markdown]
-# With $K = 1$ the division would make every gate the constant 1, and the router would get no gradient from the text's loss. That is
-# why Switch, below, keeps the bare affinity, and why this package refuses the combination.
+# With $K = 1$ the division would make every gate the constant 1, and the router would get no gradient from the text's
+# loss. That is why Switch, below, keeps the bare affinity, and why this package refuses the combination.
 #
 # ## The experts
 #
-# **Build** the sum of {eq}`eq:moe` (the residual is the block's) the way it reads: for each expert, take its tokens, run its FFN, add the result back
-# with its gate.
+# **Build** the sum of {eq}`eq:moe` (the residual is the block's) the way it reads: for each expert, take its
+# tokens, run its FFN, add the result back with its gate.
 
 
 # %%
@@ -182,9 +182,7 @@ def moe(u, e, W_gate, W_up, W_down, k):  # weights (E, F, D), (E, F, D), (E, D, 
     chosen, gates = route(u, e, k)
     y = torch.zeros_like(u)
     for i in range(len(e)):
-        token, choice = (chosen == i).nonzero(
-            as_tuple=True
-        )  # whose K choices hold expert i
+        token, choice = torch.where(chosen == i)  # whose K choices hold expert i
         hidden = F.silu(u[token] @ W_gate[i].T) * (u[token] @ W_up[i].T)
         y[token] += gates[token, choice, None] * (hidden @ W_down[i].T)
     return y
@@ -252,7 +250,7 @@ print(
 )
 
 # %% [markdown]
-# For more than forty tokens, on real text: the trained GShard model of chapter 00 beside a router that was never trained.
+# For more than forty tokens, on held-out text: the trained GShard model of chapter 00 beside a router that was never trained.
 
 # %%
 world = World()
@@ -421,15 +419,16 @@ report(
 # %% tags=["trained"]
 last = runs[moe_name].routing[-1]
 name = "choices not sent at the end of training: the expert full, or a second choice skipped by chance"
-claim(name, last["drop_rate"], (0.0, 0.5), asserted=own)
+interval = {"smoke": (0.1, 0.45), "cpu": (0.07, 0.2), "gpu": (0.0, 1.0)}[profile]
+claim(name, last["drop_rate"], interval, asserted=own)
 charts.expert_load(
     load(routings_of(trained[moe_name].cpu())[0]).tolist(),
     title="Does every expert get work? (first layer)",
 )
 
 # %% [markdown]
-# **What to notice.** After so few tokens the experts do not pay. Each expert has seen $K/E$ of the tokens, and the router
-# is still making up its mind, while the dense FFN learns from every token.
+# **What to notice.** After so few tokens the two lie close together. An expert sees on average $K/E$ of the tokens, and the
+# router is still making up its mind, while the dense FFN learns from every token.
 #
 # One short run says little, though. The comparison was also run with more tokens, five seeds and all the neighbours, by
 # `dsmoe experiment neighbours`, and recorded. All five models share one learning rate and one schedule, fixed on pilot runs
@@ -519,8 +518,8 @@ for row in measured[1:]:
 
 # %% [markdown]
 # **What to notice.** GShard does the FFN work of the dense model of two widths and takes longer: a step also sorts,
-# gathers, and runs many small products. At this size experts win per token and lose per step; the curves above are over
-# tokens, and on the clock they would lie closer together. Chapter 10 is about that.
+# gathers, and runs many small products. The curves above are over tokens; on the clock the experts' lead is
+# smaller. Chapter 10 is about that.
 #
 # ## Who goes where?
 #

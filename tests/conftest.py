@@ -1,12 +1,16 @@
-"""A small course of one chapter, so that what runs chapters is tested without training anything."""
+"""What several test files share: a small course of one chapter, and a quiet headless browser."""
 
+import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsmoe_lite import paths
+from dsmoe_lite.machine import find_chromium
 
 HEADER = """\
 # ---
@@ -103,3 +107,22 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
     monkeypatch.setattr(paths, "RUNS", small.runs)
     monkeypatch.setattr(paths, "WORK", small.root / "work")
     return small
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium that asks nothing of the network; a skip where there is none, or a failure."""
+    from playwright.sync_api import sync_playwright
+
+    chromium = find_chromium()
+    if chromium is None:
+        missing = "chromium not found: apt install chromium"
+        if "browser" in os.environ.get("DSMOE_REQUIRE", "").split(","):
+            pytest.fail(missing)
+        pytest.skip(missing)
+    quiet = ["background-networking", "component-update", "sync", "quic"]
+    flags = ["--no-sandbox", "--no-first-run", *(f"--disable-{service}" for service in quiet)]
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield running
+        running.close()

@@ -2,7 +2,6 @@
 
 import functools
 import http.server
-import os
 import threading
 from urllib.parse import urlsplit
 
@@ -12,36 +11,11 @@ import yaml
 
 from dsmoe_lite import paths
 from dsmoe_lite.book.build import build
-from dsmoe_lite.machine import find_chromium
 
-QUIET = (
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-    "--no-first-run",
-)
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
 LOCAL = ("127.0.0.1", "localhost")
 WIDE, PHONE = (1280, 900), (390, 844)
 CHAPTER = "01_second.html"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    chromium = find_chromium()
-    if chromium is None:
-        missing = "chromium not found: apt install chromium"
-        if "browser" in os.environ.get("DSMOE_REQUIRE", "").split(","):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -16,17 +16,8 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from dsmoe_lite import paths
-from dsmoe_lite.machine import find_chromium
 
 CHAPTERS = sorted(path.name for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-QUIET = (
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-quic",
-    "--no-first-run",
-)
 WHOLE_NOTEBOOK_IN_PAGE = '{"windowingMode": "none"}'  # so that cells out of sight can be counted too
 ALL_DONE_OR_FAILED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent);
@@ -75,22 +66,6 @@ def set_profile(copy: Path, profile: str) -> None:
     for code in (cell for cell in notebook.cells if cell.cell_type == "code"):
         code.execution_count, code.outputs = None, []
     nbformat.write(notebook, copy)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[object]:
-    from playwright.sync_api import sync_playwright
-
-    chromium = find_chromium()
-    if chromium is None:
-        missing = "chromium not found: apt install chromium"
-        if "browser" in os.environ.get("DSMOE_REQUIRE", "").split(","):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=list(QUIET))
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")
