@@ -61,9 +61,10 @@ from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.experiments import records
 from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss
+from dsmoe_lite.layers.capacity import capacity, place_in_expert
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.router import Router, Routing, capacity, place_in_expert
+from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
@@ -372,8 +373,7 @@ train_config = TrainConfig(
     batch_size=16,
     seq_len=64,
     lr=3e-3,
-    balance_loss="switch",
-    balance_weight=balance_weight,
+    balance={"switch": balance_weight},
     seed=seed,
 )
 runs, trained = {}, {}

@@ -98,12 +98,13 @@ def matrices(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
         found.append(("lm_head", (D, config.vocab_size), True))
     for layer in range(config.n_layers):
         found += [("norms", (D,), True)] * 2 + [("attention", (D, A), True)] * 3 + [("attention", (A, D), True)]
-        if config.moe is None or layer < config.n_dense_layers:
+        place = layer - config.n_dense_layers  # from 0 for the first block that may hold experts
+        if config.moe is None or place < 0 or place % config.interleave != config.interleave - 1:
             found += [("dense_ffn", shape, True) for shape in ((D, config.ffn_width),) * 2 + ((config.ffn_width, D),)]
             continue
         F = config.moe.expert_width
         if config.moe.scoring_func != "hash":
-            found.append(("router", (config.moe.n_routed_experts, D), True))
+            found += [("router", (config.moe.n_routed_experts, D), True)] * (1 + config.moe.noisy_gating)
         for expert in range(config.moe.n_routed_experts):
             found += [("routed_experts", shape, expert < config.moe.top_k) for shape in ((D, F), (D, F), (F, D))]
         for _ in range(config.moe.n_shared_experts):
@@ -123,9 +124,11 @@ def configs(draw: st.DrawFn) -> ModelConfig:
             top_k=1 if hashed else draw(st.integers(1, experts)),
             expert_width=draw(small),
             n_shared_experts=draw(st.integers(0, 3)),
-            scoring_func="hash" if hashed else "softmax",
+            scoring_func="hash" if hashed else draw(st.sampled_from(["softmax", "sigmoid"])),
+            noisy_gating=not hashed and draw(st.booleans()),
         )
     layers = draw(st.integers(1, 5))
+    dense = draw(st.integers(0, layers - 1))
     return ModelConfig(
         vocab_size=draw(small),
         d_model=draw(small),
@@ -133,7 +136,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         attention=AttentionConfig(n_heads=draw(small), head_dim=2 * draw(small)),
         ffn_width=draw(small),
         moe=moe,
-        n_dense_layers=draw(st.integers(0, layers)),
+        n_dense_layers=dense,
+        interleave=draw(st.integers(1, layers - dense)),
         tie_embeddings=draw(st.booleans()),
     )
 
@@ -172,7 +176,9 @@ def test_training_flops_equal_a_loop_over_products(config: ModelConfig, seq_len:
 @given(configs(), st.integers(1, 20))
 def test_training_flops_generalise_the_formula(config: ModelConfig, seq_len: int) -> None:
     D = config.d_model
-    square = replace(config, attention=AttentionConfig(n_heads=D, head_dim=2), d_model=2 * D, n_dense_layers=0)
+    square = replace(
+        config, attention=AttentionConfig(n_heads=D, head_dim=2), d_model=2 * D, n_dense_layers=0, interleave=1
+    )
     moe = square.moe
     width = square.ffn_width if moe is None else (moe.top_k + moe.n_shared_experts) * moe.expert_width
     numbers = {key: getattr(square, key) for key in ("n_layers", "d_model", "vocab_size")}
@@ -188,7 +194,9 @@ def test_one_more_expert_a_token_is_one_more_active_expert(config: ModelConfig) 
     before = parameters(config)
     after = parameters(replace(config, moe=replace(config.moe, top_k=config.moe.top_k + 1)))
     expert = 3 * config.d_model * config.moe.expert_width
-    assert after.active_all - before.active_all == (config.n_layers - config.n_dense_layers) * expert
+    assert (
+        after.active_all - before.active_all == (config.n_layers - config.n_dense_layers) // config.interleave * expert
+    )
     assert after.total == before.total
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import InputError
-from dsmoe_lite.layers.router import Router, capacity, ordered_topk, place_in_expert
+from dsmoe_lite.layers.capacity import capacity, place_in_expert
+from dsmoe_lite.layers.router import Router
+from dsmoe_lite.layers.selection import ordered_topk
 
 GSHARD = MoEConfig(8, 2, 16, norm_topk_prob=True, second_choice="random", capacity_factor=1.0, eval_capacity_factor=1.5)
 

@@ -323,7 +323,7 @@ def test_nan_is_reported_with_the_remedy() -> None:
         ("lr", -1),
         ("steps", 0),
         ("steps", 1.5),
-        ("balance_loss", "swich"),
+        ("balance", {"swich": 0.1}),
         ("seed", -1),
     ],
 )
@@ -343,7 +343,7 @@ def test_learning_rate_warms_up_and_ends_at_its_share() -> None:
 
 
 def test_gradient_accumulation_equals_one_large_batch() -> None:
-    config = replace(CONFIG, balance_weight=0.0, steps=5)
+    config = replace(CONFIG, balance={}, steps=5)
     dense = replace(preset("course-dense"), d_model=32, max_seq_len=64)
 
     def losses(batch_size: int, accum: int) -> list[float]:
@@ -361,7 +361,7 @@ def test_four_steps_written_out(balance_loss: str) -> None:
     """AdamW, warm-up, clipping, accumulation and the balance losses, in float64 from their equations."""
     config = TrainConfig(
         steps=4, batch_size=2, seq_len=16, grad_accum=2, lr=0.01, warmup_steps=2, weight_decay=0.3, beta1=0.8,
-        beta2=0.9, grad_clip=0.5, balance_loss=balance_loss, balance_weight=0.7, z_weight=0.05,
+        beta2=0.9, grad_clip=0.5, balance={balance_loss: 0.7, "z": 0.05},
     )  # fmt: skip
     rates = [0.005, 0.01, 0.01, 0.01 * (0.1 + 0.9 / 2)]  # half of the way up, the top, the cosine's start and middle
     world, tokenizer = small_world()
@@ -393,7 +393,10 @@ def test_four_steps_written_out(balance_loss: str) -> None:
             vio = sum(float(c.max() / c.mean()) - 1 for c in counts) / len(counts)
             dropped = sum(float((~r.kept).double().mean()) for r in output.routings) / len(counts)
             assert dropped > 0
-            assert run.routing == [{"step": 0, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4)}]
+            (figures,) = run.routing
+            loads = figures.pop("loads")
+            assert figures == {"step": 0, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4)}
+            assert loads == [[pytest.approx(float(n / c.mean()), abs=6e-4) for n in c] for c in counts]
         norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
         clipped.append(norm > 0.5)
         with torch.no_grad():

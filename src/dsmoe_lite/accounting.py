@@ -37,7 +37,7 @@ class Parameters:
     lm_head: Count  # 0 when tied: the weights are embed_in's
     attention: Count
     dense_ffn: Count
-    router: Count  # 0 for hash routing: a table is no parameter
+    router: Count  # 0 for hash routing: a table is no parameter, nor is a balancing bias
     routed_experts: Count
     shared_experts: Count
     norms: Count
@@ -78,7 +78,8 @@ def parameters(config: ModelConfig) -> Parameters:
     if config.moe is not None:
         moe = config.moe
         expert = swiglu(D, moe.expert_width)
-        router = always(moe_layers * (0 if moe.scoring_func == "hash" else D * moe.n_routed_experts))
+        matrices = 0 if moe.scoring_func == "hash" else 2 if moe.noisy_gating else 1
+        router = always(moe_layers * matrices * D * moe.n_routed_experts)
         routed = Count(moe_layers * moe.n_routed_experts * expert, moe_layers * moe.top_k * expert)
         shared = always(moe_layers * moe.n_shared_experts * expert)
     return Parameters(

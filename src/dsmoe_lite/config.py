@@ -5,7 +5,7 @@ F expert width, V vocabulary.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,9 +13,11 @@ import dacite
 
 from dsmoe_lite.errors import InputError, require, require_choice, require_number, require_whole
 
-SCORING_FUNCS = ("softmax", "hash")
+SCORING_FUNCS = ("softmax", "sigmoid", "hash")
+CHOOSERS = ("token", "expert")
+GROUP_SCORES = ("max", "top2")
 SECOND_CHOICES = ("all", "random")
-BACKENDS = ("loop", "padded", "auto")
+BACKENDS = ("loop", "padded", "grouped", "auto")
 
 C = TypeVar("C")
 
@@ -37,65 +39,100 @@ class AttentionConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """One mixture-of-experts layer, as data.
+    """One mixture-of-experts layer, as data. What the papers call their designs:
 
-    GShard is `top_k=2, norm_topk_prob=True, second_choice="random"` with a capacity; Switch is `top_k=1` with one;
-    DeepSeekMoE is many narrow experts, `n_shared_experts` of them always on; hash routing is `scoring_func="hash"`.
+    - Shazeer 2017: `noisy_gating=True, norm_topk_prob=True`.
+    - GShard: `top_k=2, norm_topk_prob=True, second_choice="random"` and a capacity. Switch: `top_k=1` and a capacity.
+    - Hash Layer: `scoring_func="hash", top_k=1`. Expert choice: `chooser="expert"`.
+    - Mixtral, DBRX: `norm_topk_prob=True`. A softmax over the kept logits is the softmax over all of them, divided by
+      its sum over the kept ones.
+    - DeepSeekMoE: many narrow experts, `n_shared_experts` of them always on, gates not normalised.
+    - DeepSeek-V2: also `n_group`, `topk_group` (devices), `routed_scaling_factor`, `group_capacity_factor`.
+    - DeepSeek-V3: `scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, group_score="top2"`.
     """
 
     n_routed_experts: int  # E
-    top_k: int  # K
+    top_k: int  # K; with chooser = "expert" the mean number of experts a token
     expert_width: int  # F, hidden width of one routed expert
     n_shared_experts: int = 0  # each of width F, gate 1
     scoring_func: str = "softmax"
+    chooser: str = "token"  # "expert": every expert takes its best T*K/E tokens
+    noisy_gating: bool = False  # in training, noise of learnt size on the logits
+    expert_bias: bool = False  # added to the scores when experts are chosen, not to the gates
+    n_group: int = 1  # experts stand in groups of E / n_group neighbours: devices in V2, nodes in V3
+    topk_group: int = 1  # groups a token may reach
+    group_score: str = "max"  # a group is worth its best score (V2) or the sum of its best two (V3)
     norm_topk_prob: bool = False  # gates divided by their sum over the K chosen
+    routed_scaling_factor: float = 1.0  # on the gates of routed experts
+    scale_normalised: bool = True  # V3; False as in V2's published code: gates that were normalised are not scaled
     second_choice: str = "all"  # "random": in training, keep the second expert with probability min(1, 2 * gate)
     capacity_factor: float | None = None  # slots an expert has, over its fair share T*K/E; None: no token is dropped
     eval_capacity_factor: float | None = None  # the same outside training
+    group_capacity_factor: float | None = None  # in training, slots a group has over its fair share T*K/n_group
+    never_drop_share: float = 0.1  # of the sequences, how many no full group drops
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        require_whole("n_routed_experts", self.n_routed_experts, 1)
-        require_whole("top_k", self.top_k, 1)
-        require(
-            self.top_k <= self.n_routed_experts,
-            "top_k",
-            self.top_k,
-            f"must be at most n_routed_experts = {self.n_routed_experts}",
-        )
-        require_whole("expert_width", self.expert_width, 1)
+        E, K = self.n_routed_experts, self.top_k
+        for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group"):
+            require_whole(name, getattr(self, name), 1)
         require_whole("n_shared_experts", self.n_shared_experts, 0)
+        require(K <= E, "top_k", K, f"must be at most n_routed_experts = {E}")
         require_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
+        require_choice("chooser", self.chooser, CHOOSERS)
+        require_choice("group_score", self.group_score, GROUP_SCORES)
         require_choice("second_choice", self.second_choice, SECOND_CHOICES)
         require_choice("backend", self.backend, BACKENDS)
-        require(
-            self.second_choice == "all" or self.top_k == 2,
-            "second_choice",
-            self.second_choice,
-            "needs top_k = 2, the only case GShard defines",
-        )
-        require(
-            self.scoring_func != "hash" or self.top_k == 1,
-            "top_k",
-            self.top_k,
-            "must be 1 with scoring_func = 'hash': the table names one expert per token id",
-        )
-        require(
-            not (self.norm_topk_prob and self.top_k == 1),
-            "norm_topk_prob",
-            self.norm_topk_prob,
-            "must be False with top_k = 1: the gate would be the constant 1 and the router would get no gradient",
-        )
-        for name in ("capacity_factor", "eval_capacity_factor"):
+        require_number("routed_scaling_factor", self.routed_scaling_factor, 0.0, open_low=True)
+        require_number("never_drop_share", self.never_drop_share, 0.0, 1.0)
+        for name in ("capacity_factor", "eval_capacity_factor", "group_capacity_factor"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), 0.0, open_low=True)
+        self._check_groups()
+        self._check_choice()
+
+    def _check_groups(self) -> None:
+        E, groups, reached = self.n_routed_experts, self.n_group, self.topk_group
+        require(E % groups == 0, "n_group", groups, f"must divide n_routed_experts = {E}")
+        require(reached <= groups, "topk_group", reached, f"must be at most n_group = {groups}")
+        in_reach = reached * (E // groups)
+        remedy = f"must be at most {in_reach}: topk_group = {reached} groups hold {in_reach} experts"
+        require(self.top_k <= in_reach, "top_k", self.top_k, remedy)
+        two = self.group_score != "top2" or E // groups >= 2
+        require(two, "group_score", self.group_score, f"needs two experts a group, n_group = {groups} leaves one")
+
+    def _check_choice(self) -> None:
+        K = self.top_k
+        remedy = "needs top_k = 2, the only case GShard defines"
+        require(self.second_choice == "all" or K == 2, "second_choice", self.second_choice, remedy)
+        remedy = "must be False with top_k = 1: the gate would be the constant 1 and the router would get no gradient"
+        require(not (self.norm_topk_prob and K == 1), "norm_topk_prob", self.norm_topk_prob, remedy)
+        if self.scoring_func == "hash":
+            remedy = "must be 1 with scoring_func = 'hash': the table names one expert per token id"
+            require(K == 1, "top_k", K, remedy)
+            self._refuse("scoring_func = 'hash': the table alone chooses", "chooser", "noisy_gating", "expert_bias",
+                         "n_group")  # fmt: skip
+        if self.chooser == "expert":
+            self._refuse("chooser = 'expert': every expert fills its slots exactly", "expert_bias", "n_group",
+                         "norm_topk_prob", "second_choice", "capacity_factor", "eval_capacity_factor",
+                         "group_capacity_factor")  # fmt: skip
+        grouped = self.group_capacity_factor is None or self.n_group > 1
+        require(grouped, "group_capacity_factor", self.group_capacity_factor, "needs n_group of at least 2")
+
+    def _refuse(self, why: str, *names: str) -> None:
+        """Require the default of every field in `names`."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            remedy = f"must be {field.default!r} with {why}"
+            require(field.name not in names or value == field.default, field.name, value, remedy)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm before attention and FFN, SwiGLU, RoPE.
 
-    Without `moe` every FFN is dense, of width `ffn_width`; with it the first `n_dense_layers` stay dense.
+    Without `moe` every FFN is dense, of width `ffn_width`. With it the first `n_dense_layers` stay dense, and of the
+    others every `interleave`-th holds experts: 1 in DeepSeekMoE-16B (one dense layer first), 2 in GLaM.
     """
 
     vocab_size: int  # V
@@ -105,21 +142,28 @@ class ModelConfig:
     ffn_width: int
     moe: MoEConfig | None = None
     n_dense_layers: int = 0
+    interleave: int = 1
     max_seq_len: int = 2048
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "max_seq_len"):
+        for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "interleave", "max_seq_len"):
             require_whole(name, getattr(self, name), 1)
         require_whole("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
+        reached = self.n_dense_layers + self.interleave <= self.n_layers
+        none_left = (
+            f"leaves no block for experts: with n_dense_layers = {self.n_dense_layers}, n_layers = {self.n_layers}"
+        )
+        require(self.moe is None or reached, "interleave", self.interleave, none_left)
         require_number("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         require_number("init_std", self.init_std, 0.0, 10.0, open_low=True)
 
     def is_moe_layer(self, layer: int) -> bool:
         """Whether block `layer` (from 0) holds experts."""
-        return self.moe is not None and layer >= self.n_dense_layers
+        place = layer - self.n_dense_layers + 1
+        return self.moe is not None and place > 0 and place % self.interleave == 0
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -40,7 +40,7 @@ GRIDS = {
     "neighbours": Grid(
         models=("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"),
         seeds=(0, 1, 2, 3, 4),
-        train=TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance_weight=0.01),
+        train=TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance={"switch": 0.01}),
         corpus=CorpusConfig(),
     ),
 }

@@ -107,6 +107,8 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
     facts["first_document"] = job.first_document
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
+    if held_out.loads:
+        facts["heldout_routing"] = {name: getattr(held_out, name) for name in ("loads", "max_vio", "drop_rate")}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:
         save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())

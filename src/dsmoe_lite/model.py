@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(D, eps=config.norm_eps)
         self.ffn: SwiGLU | MoELayer
         if config.moe is not None and config.is_moe_layer(layer):
-            self.ffn = MoELayer(D, config.moe, config.vocab_size)
+            self.ffn = MoELayer(D, config.moe, config.vocab_size, layer)
         else:
             self.ffn = SwiGLU(D, config.ffn_width)
 
@@ -66,8 +66,13 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, weight in self.named_parameters():
-            if "norm" not in name:
+            if "norm" not in name and not name.endswith("router.noise"):  # noise starts at softplus(0) for all
                 nn.init.normal_(weight, std=config.init_std)
+
+    @property
+    def moe_layers(self) -> list[MoELayer]:
+        """The layers of experts, first block first: one for each of Output.routings."""
+        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
     def forward(self, tokens: Tensor) -> Output:
         """Tokens (B, S) int64, S at most max_seq_len -> Output. InputError when the sequence is too long."""

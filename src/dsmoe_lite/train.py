@@ -12,18 +12,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe_lite.checkpoint import load_training, save_training
-from dsmoe_lite.config import to_dict
+from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
 from dsmoe_lite.interrupts import stop_requested
-from dsmoe_lite.layers.balance import gshard_loss, switch_loss, z_loss
+from dsmoe_lite.layers import balance
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Output, Transformer
 from dsmoe_lite.progress import progress
 from dsmoe_lite.provenance import provenance
-from dsmoe_lite.routing.metrics import drop_rate, max_vio
+from dsmoe_lite.routing.metrics import drop_rate, load
 from dsmoe_lite.run_folder import keep_settings, own
 
-BALANCE_LOSSES = {"gshard": gshard_loss, "switch": switch_loss}
+PLAIN_LOSSES = {
+    "importance": balance.importance_loss,
+    "load": balance.load_loss,
+    "gshard": balance.gshard_loss,
+    "switch": balance.switch_loss,
+    "z": balance.z_loss,
+    "expert": balance.expert_loss,
+    "sequence": balance.sequence_loss,
+}
+DEVICE_LOSSES = ("device", "communication")  # of the config's groups, one a device
+BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
 CHECKPOINT = "checkpoint.safetensors"
 ROUTING_EVERY = 20  # steps between two entries of balance figures
 SCHEMA_VERSION = 1
@@ -44,9 +56,8 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    balance_loss: str = "switch"
-    balance_weight: float = 0.01
-    z_weight: float = 0.0
+    balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # weights of losses, of each MoE layer
+    bias_speed: float = 0.0  # of loss-free balancing: how far expert_bias moves in a step
     precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     checkpoint_every: int = 0  # steps; 0: only when the run ends or is interrupted
     seed: int = 0
@@ -58,11 +69,13 @@ class TrainConfig:
             require_whole(name, getattr(self, name), 0, 2**31 - 1)
         for name in ("lr", "grad_clip"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
-        for name in ("weight_decay", "balance_weight", "z_weight"):
+        for name in ("weight_decay", "bias_speed"):
             require_number(name, getattr(self, name), 0.0)
         for name in ("final_lr_share", "beta1", "beta2"):
             require_number(name, getattr(self, name), 0.0, 1.0)
-        require_choice("balance_loss", self.balance_loss, tuple(BALANCE_LOSSES))
+        for name, weight in self.balance.items():
+            require_choice("balance", name, BALANCE_LOSSES)
+            require_number(f"balance weight of {name}", weight, 0.0)
         require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
 
 
@@ -71,7 +84,8 @@ class Run:
     """What a training run leaves: one loss a step, balance figures every 20 steps, time and progress."""
 
     losses: list[float] = field(default_factory=list)  # next-token cross-entropy in nats, balance losses not included
-    routing: list[dict[str, float]] = field(default_factory=list)  # step, max_vio, drop_rate: means over MoE layers
+    routing: list[dict[str, Any]] = field(default_factory=list)  # step, max_vio and drop_rate (means over MoE layers),
+    # loads (MoE layers, E): assignments over their mean, of the step's last batch
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     tokens: int = 0
@@ -92,8 +106,10 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
 
     An interrupt ends training after the current step: the model keeps what it has learnt and a line says so.
     Raises RunError when the loss is not finite or another process works in `folder`, InputError when `folder` holds a
-    run with other settings.
+    run with other settings or when a balance loss does not fit the model.
     """
+    if model.config.moe is not None:
+        _check_balance(model.config.moe, config)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed)
     with own(folder), stop_requested() as stop:
@@ -142,14 +158,15 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def balance_terms(output: Output, config: TrainConfig) -> Tensor:
-    """Return the weighted balance and z losses of every MoE layer, summed; 0 for a dense model."""
+def balance_terms(output: Output, moe: MoEConfig | None, config: TrainConfig) -> Tensor:
+    """Return the weighted balance losses of every MoE layer, summed; 0 for a dense model."""
     total = output.logits.new_zeros((), dtype=torch.float32)
+    if moe is None:
+        return total
     for routing in output.routings:
-        if config.balance_weight:
-            total = total + config.balance_weight * BALANCE_LOSSES[config.balance_loss](routing)
-        if config.z_weight:
-            total = total + config.z_weight * z_loss(routing)
+        for name, weight in config.balance.items():
+            if weight:
+                total = total + weight * _balance_loss(name, routing, moe)
     return total
 
 
@@ -169,6 +186,25 @@ def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) 
         **facts,
         "provenance": provenance(),
     }
+
+
+def _balance_loss(name: str, routing: Routing, moe: MoEConfig) -> Tensor:
+    if name in PLAIN_LOSSES:
+        return PLAIN_LOSSES[name](routing)
+    device_of = group_of(moe.n_routed_experts, moe.n_group, routing.topk_ids.device)
+    if name == "device":
+        return balance.device_loss(routing, device_of=device_of)
+    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group)
+
+
+def _check_balance(moe: MoEConfig, config: TrainConfig) -> None:
+    for name in DEVICE_LOSSES:
+        weight = config.balance.get(name, 0.0)
+        require(not weight or moe.n_group > 1, f"balance weight of {name}", weight, "needs a model with n_group > 1")
+    weight = config.balance.get("load", 0.0)
+    require(not weight or moe.noisy_gating, "balance weight of load", weight, "needs a model with noisy_gating")
+    biased = moe.expert_bias or not config.bias_speed
+    require(biased, "bias_speed", config.bias_speed, "needs a model with expert_bias")
 
 
 class _Stopwatch:
@@ -192,21 +228,33 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     mean_loss = 0.0
+    counts: list[Tensor] = []  # (E,) a layer, of all micro-batches
     for _ in range(config.grad_accum):
         tokens = next(batches).tokens.to(device, non_blocking=True)  # (B, S + 1)
         with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
             output = model(tokens[:, :-1])
             loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-        ((loss + balance_terms(output, config)) / config.grad_accum).backward()
+        ((loss + balance_terms(output, model.config.moe, config)) / config.grad_accum).backward()
         mean_loss += loss.item() / config.grad_accum
+        here = [routing.counts for routing in output.routings]
+        counts = [a + b for a, b in zip(counts, here, strict=True)] if counts else here
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    if config.bias_speed:
+        for layer, count in zip(model.moe_layers, counts, strict=True):
+            balance.update_bias(layer.router.expert_bias, count, config.bias_speed)
     if output.routings and step % ROUTING_EVERY == 0:
-        n = len(output.routings)
-        vio, dropped = sum(map(max_vio, output.routings)) / n, sum(map(drop_rate, output.routings)) / n
-        run.routing.append({"step": step, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4)})
+        run.routing.append(_routing_figures(step, output.routings))
     return mean_loss
+
+
+def _routing_figures(step: int, routings: tuple[Routing, ...]) -> dict[str, Any]:
+    loads = [load(routing).tolist() for routing in routings]
+    vio = sum(max(layer) - 1 for layer in loads) / len(loads)
+    dropped = sum(map(drop_rate, routings)) / len(loads)
+    rounded = [[round(value, 3) for value in layer] for layer in loads]
+    return {"step": step, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4), "loads": rounded}
 
 
 def _resume(

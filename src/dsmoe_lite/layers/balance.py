@@ -1,35 +1,159 @@
-"""Losses that keep the experts busy, as pure functions of a Routing. Each says what it is worth at perfect balance."""
+"""Losses that keep the experts busy, as pure functions of a Routing. Each says what it is worth at perfect balance.
+
+None carries its weight (alpha). Counts carry no gradient; affinities do, each token's divided by their sum (DeepSeek-V3
+Eq 19), which changes nothing for softmax. A batch without tokens gives 0.
+"""
 
 import torch
 from torch import Tensor
 
+from dsmoe_lite.errors import InputError, require
 from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import ordered_topk
+
+
+def importance_loss(routing: Routing) -> Tensor:
+    """Return CV(Importance)^2, Importance_i = sum of expert i's gates (Shazeer et al., arXiv:1701.06538).
+
+    0 at balance, E - 1 when one expert has every gate. The variance is the biased one.
+    """
+    ids = routing.topk_ids.clamp(min=0).flatten()  # the gate of id -1 is 0
+    return _cv_squared(routing.gates.new_zeros(routing.n_experts).index_add(0, ids, routing.gates.flatten()))
+
+
+def load_loss(routing: Routing) -> Tensor:
+    """Return CV(Load)^2, with Load_i = sum_t Phi((clean_ti - kth_excluding_ti) / noise_ti) (arXiv:1701.06538).
+
+    Load_i is the expected number of tokens that choose i if their noise on i is drawn again; 0 at balance. InputError
+    without noise: outside training, or without `noisy_gating`.
+    """
+    if routing.clean_logits is None or routing.noise_scale is None:
+        raise InputError("load loss: needs noise on the logits; set noisy_gating=True and take it in training")
+    K = routing.topk_ids.shape[1]
+    if routing.n_experts == K:
+        return routing.logits.new_zeros(())  # every expert is always chosen
+    best = routing.logits.topk(K + 1, dim=-1).values  # (T, K + 1)
+    own = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(1, routing.topk_ids, True)
+    threshold = torch.where(own, best[:, K:], best[:, K - 1 : K])  # to be beaten: the K-th largest of the others
+    chance = torch.special.ndtr((routing.clean_logits - threshold) / routing.noise_scale)
+    return _cv_squared(chance.sum(dim=0))
 
 
 def gshard_loss(routing: Routing) -> Tensor:
-    """Return l_aux = 1/E sum_e (c_e / S) m_e (GShard, arXiv:2006.16668, Algorithm 1), a scalar: 1/E^2 at balance.
+    """Return l_aux = 1/E sum_e (c_e / S) m_e (GShard, arXiv:2006.16668, Algorithm 1): 1/E^2 at balance, 1/E collapsed.
 
-    c_e counts first choices and carries no gradient; m_e is the mean score of expert e over the S = T tokens.
+    c_e counts first choices; m_e is the mean affinity to expert e over the S = T tokens.
     """
-    first, mean_scores = _first_choice_share(routing), routing.scores.mean(dim=0)
-    return (first * mean_scores).mean()
+    return (_first_choice_share(routing) * _mean_affinity(routing)).mean()
 
 
 def switch_loss(routing: Routing) -> Tensor:
-    """Return E sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, without alpha), a scalar: 1 at balance.
+    """Return E sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, without alpha): 1 at balance, E collapsed.
 
-    f_i is the share of tokens whose best expert is i (no gradient), P_i the mean probability of i. It is E^2 times
-    GShard's loss.
+    f_i is the share of tokens whose first choice is i, P_i the mean affinity to i: E^2 times GShard's loss.
     """
-    first, mean_scores = _first_choice_share(routing), routing.scores.mean(dim=0)
-    return routing.n_experts * (first * mean_scores).sum()
+    return routing.n_experts * (_first_choice_share(routing) * _mean_affinity(routing)).sum()
 
 
 def z_loss(routing: Routing) -> Tensor:
     """Return the mean over tokens of (log sum_j exp x_j)^2 (ST-MoE, arXiv:2202.08906), (ln E)^2 at zero logits."""
-    return torch.logsumexp(routing.logits, dim=-1).square().mean()
+    return torch.logsumexp(routing.logits, dim=-1).square().sum() / max(1, len(routing.logits))
+
+
+def expert_loss(routing: Routing) -> Tensor:
+    """Return sum_i f_i P_i, f_i = E / (K T) * tokens that chose i (DeepSeekMoE Eq 12-14): 1 at balance, E/K collapsed.
+
+    Over all T tokens of the batch; `sequence_loss` with `selected` is the same within each sequence.
+    """
+    return (_relative_load(routing) * _mean_affinity(routing)).sum()
+
+
+def device_loss(routing: Routing, *, device_of: Tensor) -> Tensor:
+    """Return sum_i f'_i P'_i over D devices (DeepSeekMoE Eq 15-17): 1 at balance, D when one device does all.
+
+    device_of (E,): the device of each expert, 0 .. D - 1. f'_i is the mean f of its experts, P'_i the sum of their P.
+    """
+    devices = _devices(routing, device_of)
+    of_device = devices.new_zeros(int(devices.max()) + 1).index_add(0, devices, torch.ones_like(devices))
+    f = _relative_load(routing)
+    f = f.new_zeros(len(of_device)).index_add(0, devices, f) / of_device
+    return (f * _on_devices(routing, devices, len(of_device))).sum()
+
+
+def communication_loss(routing: Routing, *, device_of: Tensor, topk_group: int) -> Tensor:
+    """Return sum_i f''_i P''_i, f''_i = D / (M T) * tokens sent to device i (DeepSeek-V2 Eq 29-31, arXiv:2405.04434).
+
+    device_of (E,); topk_group is M. A token counts once on every device that holds one of its experts. 1 when all
+    tokens reach M devices evenly, less where they reach fewer, D / M when all go to one device alone.
+    """
+    devices = _devices(routing, device_of)
+    D = int(devices.max()) + 1
+    require(1 <= topk_group <= D, "topk_group", topk_group, f"must be 1 to {D}, the number of devices")
+    ids = routing.topk_ids
+    used = torch.zeros(ids.shape[0], D + 1, dtype=torch.bool, device=ids.device)
+    used.scatter_(1, torch.where(ids >= 0, devices[ids], D), True)
+    sent = used[:, :D].sum(dim=0) / max(1, ids.shape[0])  # (D,) share of the tokens
+    return D / topk_group * (sent * _on_devices(routing, devices, D)).sum()
+
+
+def sequence_loss(routing: Routing, *, selected: bool = False) -> Tensor:
+    """Return the mean over sequences of sum_i f_i P_i (DeepSeek-V3 Eq 17-20, arXiv:2412.19437): 1 at balance, E/K else.
+
+    f and P are those of `expert_loss`, taken within one sequence. f counts the Topk of the scores without bias (Eq 18);
+    `selected` counts the experts really chosen, as published code does, and makes it DeepSeek-V2's Eq 23-25.
+    """
+    (B, S), E, K = routing.batch_shape, routing.n_experts, routing.topk_ids.shape[1]
+    if B * S == 0:
+        return routing.scores.sum()
+    ids = routing.topk_ids if selected else ordered_topk(routing.scores, K)
+    chosen = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, ids, True)  # (T, E)
+    f = chosen.view(B, S, E).sum(dim=1) * (E / (K * S))
+    P = _affinity(routing).view(B, S, E).mean(dim=1)
+    return (f * P).sum(dim=1).mean()
+
+
+@torch.no_grad()
+def update_bias(expert_bias: Tensor, counts: Tensor, speed: float) -> None:
+    """Move expert_bias (E,) in place: b_i += speed * sign(mean count - count_i) (arXiv:2408.15664; V3 Section 2.1.2).
+
+    counts (E,): how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
+    """
+    counts = counts.to(expert_bias.dtype)
+    expert_bias += speed * torch.sign(counts.mean() - counts)
+
+
+def _affinity(routing: Routing) -> Tensor:
+    return routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+
+
+def _mean_affinity(routing: Routing) -> Tensor:
+    return _affinity(routing).sum(dim=0) / max(1, len(routing.scores))  # (E,)
 
 
 def _first_choice_share(routing: Routing) -> Tensor:
-    counts = torch.bincount(routing.topk_ids[:, 0], minlength=routing.n_experts)
-    return counts / routing.topk_ids.shape[0]  # (E,)
+    first = routing.topk_ids[:, :1].flatten()
+    counts = torch.bincount(first + 1, minlength=routing.n_experts + 1)[1:]  # -1 falls away
+    return counts / max(1, len(first))  # (E,)
+
+
+def _relative_load(routing: Routing) -> Tensor:
+    counts = routing.counts
+    return counts * routing.n_experts / counts.sum().clamp(min=1)  # (E,), 1 at balance
+
+
+def _devices(routing: Routing, device_of: Tensor) -> Tensor:
+    E = routing.n_experts
+    require(
+        device_of.shape == (E,), "device_of", tuple(device_of.shape), f"must hold one device for each of {E} experts"
+    )
+    return device_of.to(routing.topk_ids.device, torch.int64)
+
+
+def _on_devices(routing: Routing, devices: Tensor, n_devices: int) -> Tensor:
+    P = _mean_affinity(routing)
+    return P.new_zeros(n_devices).index_add(0, devices, P)
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    mean = values.mean()
+    return values.var(unbiased=False) / mean.square().clamp(min=1e-20)

@@ -12,12 +12,13 @@ from dsmoe_lite.layers.router import Router, Routing
 class MoELayer(nn.Module):
     """y = sum over shared FFN_i(x) + sum over the chosen g_i FFN_i(x) (DeepSeekMoE Eq 9, arXiv:2401.06066).
 
-    The residual connection is the block's, so a token whose every expert is full passes through unchanged.
+    The residual connection is the block's, so a token whose every expert is full passes through unchanged. `layer` is
+    the block's number, for error lines.
     """
 
-    def __init__(self, d_model: int, config: MoEConfig, vocab_size: int) -> None:
+    def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
-        self.router = Router(d_model, config, vocab_size)
+        self.router = Router(d_model, config, vocab_size, layer)
         self.experts = Experts(config.n_routed_experts, d_model, config.expert_width, config.backend)
         shared = config.n_shared_experts * config.expert_width  # their sum is one FFN of the widths together
         self.shared = SwiGLU(d_model, shared) if shared else None

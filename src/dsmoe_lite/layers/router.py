@@ -1,6 +1,5 @@
 """Who goes where, and why: scores, the K experts of every token, their gates, and what capacity leaves."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,105 +7,134 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import require
+from dsmoe_lite.errors import RunError, require
+from dsmoe_lite.layers.capacity import capacity, exempt_tokens, group_budget, place_in_expert, within_budget
+from dsmoe_lite.layers.selection import expert_choice, group_of, limit_groups, ordered_topk
+
+TINY = 1e-20  # all chosen sigmoids may underflow to 0
 
 
 @dataclass(frozen=True)
 class Routing:
     """The decision of one router on T tokens. Losses, metrics and charts all read this one record."""
 
-    logits: Tensor  # (T, E), at least float32
-    scores: Tensor  # (T, E), affinities s_i,t
-    topk_ids: Tensor  # (T, K), best first; ties go to the lower id
+    logits: Tensor  # (T, E), at least float32, with the noise that was added
+    scores: Tensor  # (T, E), affinities s_i,t, without bias
+    topk_ids: Tensor  # (T, K), best first; ties go to the lower id; -1 fills the rows of expert choice
     gates: Tensor  # (T, K), weight of each chosen expert in the sum
     kept: Tensor  # (T, K) bool, False where capacity or GShard's random second choice left it out
     batch_shape: tuple[int, int]  # (B, S), T = B * S
+    clean_logits: Tensor | None = None  # (T, E), where noise was added
+    noise_scale: Tensor | None = None  # (T, E), its standard deviation
 
     @property
     def n_experts(self) -> int:
         """E."""
         return self.scores.shape[-1]
 
+    @property
+    def counts(self) -> Tensor:
+        """How many tokens chose each expert, (E,) int64; those it then dropped count too."""
+        return torch.bincount(self.topk_ids.flatten() + 1, minlength=self.n_experts + 1)[1:]  # -1 falls away
+
 
 class Router(nn.Module):
     """Score every expert for every token and choose K of them, as `MoEConfig` says.
 
-    softmax: s = softmax(W x), DeepSeekMoE Eq 5 (arXiv:2401.06066); gates are the chosen s, divided by their sum with
-    `norm_topk_prob` (GShard, arXiv:2006.16668, Algorithm 1). hash: a fixed balanced table from token id to one expert,
-    gate 1, nothing learnt (Hash Layer, arXiv:2106.04426).
+    - scores: s = softmax(W x) (DeepSeekMoE Eq 5, arXiv:2401.06066) or sigmoid(W x) (DeepSeek-V3 Eq 15,
+      arXiv:2412.19437); in training, with `noisy_gating`, on W x + eps * softplus(W_noise x) (arXiv:1701.06538).
+    - choice: the K largest s + bias (V3 Eq 16) inside the best groups, or the best tokens of every expert.
+    - gates: the chosen s, never the bias; divided by their sum with `norm_topk_prob` (GShard, V3 Eq 13); times
+      `routed_scaling_factor`.
+    - hash: a fixed balanced table from token id to one expert, gate 1, nothing learnt (arXiv:2106.04426).
+
+    `layer` is the block's number, for error lines.
     """
 
     hash_table: Tensor
+    expert_bias: Tensor
 
-    def __init__(self, d_model: int, config: MoEConfig, vocab_size: int) -> None:
+    def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         E = config.n_routed_experts
         if config.scoring_func == "hash":
             shuffled = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
             self.register_buffer("hash_table", shuffled % E)  # every expert gets V/E token ids, rounded
-        else:
-            self.weight = nn.Parameter(torch.empty(E, d_model))
-            nn.init.normal_(self.weight, std=0.02)
+            return
+        self.weight = nn.Parameter(torch.empty(E, d_model))
+        nn.init.normal_(self.weight, std=0.02)
+        if config.noisy_gating:
+            self.noise = nn.Parameter(torch.zeros(E, d_model))
+        if config.expert_bias:
+            self.register_buffer("expert_bias", torch.zeros(E))
 
     def forward(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None = None) -> Routing:
-        """x (T, D), token_ids (T,) for hash routing -> Routing. InputError when hash routing gets no token ids."""
-        logits, scores = (
-            self._hash_scores(x, token_ids) if self.config.scoring_func == "hash" else self._softmax_scores(x)
-        )
-        topk_ids = ordered_topk(scores, self.config.top_k)
-        gates = scores.gather(1, topk_ids)
-        if self.config.norm_topk_prob:
-            gates = gates / gates.sum(dim=1, keepdim=True)
-        return Routing(logits, scores, topk_ids, gates, self._kept(topk_ids, gates), batch_shape)
+        """x (T, D), token_ids (T,) for hash routing -> Routing.
 
-    def _softmax_scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        RunError where a logit is NaN or infinite; InputError when hash routing gets no token ids.
+        """
+        if self.config.scoring_func == "hash":
+            return self._by_table(x, batch_shape, token_ids)
+        clean, noise_scale = self._logits(x)
+        logits = clean if noise_scale is None else clean + torch.randn_like(clean) * noise_scale
+        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        topk_ids = self._choose(scores)
+        chosen = topk_ids >= 0
+        affinities = scores.gather(1, topk_ids.clamp(min=0)) * chosen
+        shares = affinities / (affinities.sum(dim=1, keepdim=True) + TINY) if self.config.norm_topk_prob else affinities
+        kept = chosen & self._kept(topk_ids, affinities, shares, batch_shape)
+        added = {} if noise_scale is None else {"clean_logits": clean, "noise_scale": noise_scale}
+        return Routing(logits, scores, topk_ids, shares * self._scale(), kept, batch_shape, **added)
+
+    def _logits(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits without noise (T, E) and, in training with noisy gating, the size of the noise (T, E)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (T, E)
-        return logits, logits.softmax(dim=-1)
+            logits = F.linear(x.to(dtype), self.weight.to(dtype))
+            noisy = self.config.noisy_gating and self.training
+            noise_scale = F.softplus(F.linear(x.to(dtype), self.noise.to(dtype))) if noisy else None
+        if not torch.isfinite(logits).all():
+            where = "" if self.layer is None else f" of layer {self.layer}"
+            raise RunError(f"router logits{where}: NaN or infinite; check the input, or lower the learning rate")
+        return logits, noise_scale
 
-    def _hash_scores(self, x: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-        require(token_ids is not None, "token_ids", token_ids, "hash routing needs the id of every token")
-        assert token_ids is not None
-        scores = F.one_hot(self.hash_table[token_ids], self.config.n_routed_experts)
-        scores = scores.to(torch.promote_types(x.dtype, torch.float32))  # (T, E)
-        return scores.log(), scores
+    def _choose(self, scores: Tensor) -> Tensor:
+        config, ranked = self.config, scores.detach()
+        if config.chooser == "expert":
+            return expert_choice(ranked, capacity(scores.shape[0], config.top_k, config.n_routed_experts, 1.0))
+        if config.expert_bias:
+            ranked = ranked + self.expert_bias
+        if config.topk_group < config.n_group:
+            ranked = limit_groups(ranked, config.n_group, config.topk_group, config.group_score)
+        return ordered_topk(ranked, config.top_k)
 
-    def _kept(self, topk_ids: Tensor, gates: Tensor) -> Tensor:
+    def _scale(self) -> float:
         config = self.config
+        return config.routed_scaling_factor if config.scale_normalised or not config.norm_topk_prob else 1.0
+
+    def _kept(self, topk_ids: Tensor, affinities: Tensor, shares: Tensor, batch_shape: tuple[int, int]) -> Tensor:
+        config, (T, K), E = self.config, topk_ids.shape, self.config.n_routed_experts
         kept = torch.ones_like(topk_ids, dtype=torch.bool)
         if self.training and config.second_choice == "random":
-            draw = torch.rand_like(gates[:, 1])
-            kept[:, 1] = 2 * gates[:, 1].detach() > draw  # GShard Algorithm 1, line 20
+            draw = torch.rand_like(shares[:, 1])
+            kept[:, 1] = 2 * shares[:, 1].detach() > draw  # GShard Algorithm 1, line 20
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
         if factor is not None:
-            limit = capacity(topk_ids.shape[0], config.top_k, config.n_routed_experts, factor)
-            kept &= place_in_expert(topk_ids, config.n_routed_experts) < limit
+            kept &= place_in_expert(topk_ids, E) < capacity(T, K, E, factor)
+        if self.training and config.group_capacity_factor is not None:
+            groups = group_of(E, config.n_group, topk_ids.device)[topk_ids]
+            budget = group_budget(T, K, config.n_group, config.group_capacity_factor)
+            exempt = exempt_tokens(batch_shape, config.never_drop_share, topk_ids.device)
+            kept &= within_budget(groups, affinities, config.n_group, budget, exempt)
         return kept
 
-
-def ordered_topk(scores: Tensor, k: int) -> Tensor:
-    """Return the ids (T, K) of the k largest scores of each row, best first; equal scores go to the lower id."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]  # topk leaves the order of ties open
-
-
-def capacity(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """Return the slots of one expert: ceil(factor * T * K / E). Factor 1 is GShard's 2N/(GE) with K = 2, one group."""
-    return math.ceil(factor * n_tokens * top_k / n_experts)
-
-
-def place_in_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
-    """Return how many assignments stand before each one in its expert's queue, (T, K).
-
-    GShard's order (Algorithm 1): every first choice in token order, then every second choice, and so on. An assignment
-    counts even when it is not kept, as the algorithm prints it.
-    """
-    T, K = topk_ids.shape
-    queue = topk_ids.T.reshape(-1)  # (K*T,) choice-major
-    order = queue.argsort(stable=True)
-    counts = torch.bincount(queue, minlength=n_experts)
-    starts = counts.cumsum(0) - counts  # (E,)
-    places = torch.empty_like(queue)
-    places[order] = torch.arange(K * T, device=queue.device) - starts[queue[order]]
-    return places.view(K, T).T
+    def _by_table(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:
+        require(token_ids is not None, "token_ids", token_ids, "hash routing needs the id of every token")
+        assert token_ids is not None
+        topk_ids = self.hash_table[token_ids].unsqueeze(1)  # (T, 1)
+        scores = F.one_hot(topk_ids[:, 0], self.config.n_routed_experts)
+        scores = scores.to(torch.promote_types(x.dtype, torch.float32))  # (T, E)
+        gates = scores.gather(1, topk_ids)
+        kept = self._kept(topk_ids, gates, gates, batch_shape)
+        return Routing(scores.log(), scores, topk_ids, gates * self._scale(), kept, batch_shape)

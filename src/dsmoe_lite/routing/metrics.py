@@ -8,8 +8,8 @@ from dsmoe_lite.layers.router import Routing
 
 def load(routing: Routing) -> Tensor:
     """Return assignments per expert over their mean, (E,): 1 everywhere at balance. Dropped ones count too."""
-    counts = torch.bincount(routing.topk_ids.flatten(), minlength=routing.n_experts).float()
-    return counts / counts.mean()
+    counts = routing.counts.float()
+    return counts * routing.n_experts / counts.sum().clamp(min=1)
 
 
 def max_vio(routing: Routing) -> float:
@@ -18,8 +18,9 @@ def max_vio(routing: Routing) -> float:
 
 
 def drop_rate(routing: Routing) -> float:
-    """Return the share of the T * K assignments that were not kept."""
-    return 1 - float(routing.kept.float().mean())
+    """Return the share of the assignments that were not kept; 0 where there are none."""
+    assigned = int(routing.counts.sum())
+    return 1 - int(routing.kept.sum()) / assigned if assigned else 0.0
 
 
 def domain_share(routing: Routing, labels: Tensor, n_domains: int) -> Tensor:
@@ -30,5 +31,7 @@ def domain_share(routing: Routing, labels: Tensor, n_domains: int) -> Tensor:
     """
     T, K = routing.topk_ids.shape
     cell = labels.long().unsqueeze(1).expand(T, K) * routing.n_experts + routing.topk_ids
-    counts = torch.bincount(cell.flatten(), minlength=n_domains * routing.n_experts).view(n_domains, -1).float()
+    counts = (
+        torch.bincount(cell[routing.topk_ids >= 0], minlength=n_domains * routing.n_experts).view(n_domains, -1).float()
+    )
     return counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
