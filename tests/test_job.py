@@ -32,7 +32,7 @@ JOB = Job(
     n_heldout_batches=2,
     device="cpu",
 )
-GRID = Grid(("course-dense", "course-gshard"), (0, 1), JOB.train, JOB.corpus)
+GRID = Grid({name: replace(JOB, model=preset(name)) for name in ("course-dense", "course-gshard")}, (0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +152,7 @@ def record(model: str, seed: int, **values: object) -> None:
 
 def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
     job = GRID.job("course-gshard", 1)
-    assert job == Job(preset("course-gshard"), replace(JOB.train, seed=1), JOB.corpus, first_document=200)
+    assert job == replace(JOB, train=replace(JOB.train, seed=1), first_document=200)
     assert GRID.job("course-dense", 0).first_document == 0
 
 

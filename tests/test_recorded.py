@@ -21,13 +21,13 @@ MADE_UP = [
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: str) -> None:
     found, plan = records(name), grid(name)
-    assert {(r["model_name"], r["seed"]) for r in found} == {(m, s) for m in plan.models for s in plan.seeds}
+    assert {(r["model_name"], r["seed"]) for r in found} == {(m, s) for m in plan.jobs for s in plan.seeds}
     assert all(record["finished"] for record in found)
     assert all(len(record["provenance"]["commit"]) == 40 for record in found), "a tree with changes is marked"
     assert len({record["corpus"]["sha256"] for record in found}) == 1
     for record in found:
         assert record["train"]["seed"] == record["seed"]
-        assert len(record["losses"]) == plan.train.steps
+        assert len(record["losses"]) == plan.jobs[record["model_name"]].train.steps
 
 
 def test_gaps_pair_runs_by_seed() -> None:

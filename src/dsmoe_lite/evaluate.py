@@ -7,27 +7,39 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from dsmoe_lite.data.batches import Batch
 from dsmoe_lite.data.world import Question
+from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.progress import progress
+from dsmoe_lite.routing.metrics import drop_rate, overflow
+
+OVERFLOW_FACTOR = 1.25  # ST-MoE's capacity in training
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """How one MoE layer used its experts over a whole set of batches.
+
+    `load` is assignments over their mean; `max_vio` the largest load minus 1 (MaxVio_global of arXiv:2408.15664);
+    `drop_rate` the share of assignments that were not kept; `overflow` the share that a capacity factor of 1.25 would
+    have dropped, batch by batch.
+    """
+
+    load: list[float]  # (E,)
+    max_vio: float
+    drop_rate: float
+    overflow: float
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean cross-entropy in nats a token, over all held-out tokens and over those of each domain; use of the experts.
-
-    `loads` are assignments over their mean, `max_vio` a layer's largest load minus 1 (the whole set's, MaxVio_global of
-    arXiv:2408.15664), `drop_rate` the share of assignments not kept. Empty lists for a dense model.
-    """
+    """Mean cross-entropy in nats a token, over all held-out tokens and over those of each domain."""
 
     loss: float
     by_domain: dict[str, float]
-    loads: list[list[float]]  # (MoE layers, E)
-    max_vio: list[float]  # (MoE layers,)
-    drop_rate: list[float]  # (MoE layers,)
+    experts: list[ExpertUse]  # one a MoE layer
 
 
 @torch.no_grad()
@@ -37,29 +49,38 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
     model.eval()
     total = torch.zeros(len(domains), dtype=torch.float64)
     count = torch.zeros(len(domains), dtype=torch.float64)
-    chosen: list[Tensor] = []  # (E,) a layer
-    kept: list[int] = []
+    tallies = [_Tally(layer.router.config.n_routed_experts) for layer in model.moe_layers]
     for batch in progress(batches, desc="held-out"):
         tokens = batch.tokens.to(device)
         output = model(tokens[:, :-1])
-        here = [routing.counts for routing in output.routings]
-        chosen = [a + b for a, b in zip(chosen, here, strict=True)] if chosen else here
-        here_kept = [int(routing.kept.sum()) for routing in output.routings]
-        kept = [a + b for a, b in zip(kept, here_kept, strict=True)] if kept else here_kept
-        losses = (
-            F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-            .cpu()
-            .double()
-        )
+        losses = F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        losses = losses.cpu().double()
         labels = batch.domains[:, 1:].flatten().long()
         total.index_add_(0, labels, losses)
         count.index_add_(0, labels, torch.ones_like(losses))
+        for tally, routing in zip(tallies, output.routings, strict=True):
+            tally.add(routing)
     model.train(was_training)
     by_domain = {name: float(total[i] / count[i]) for i, name in enumerate(domains) if count[i]}
-    loads = [(counts / counts.double().mean()).tolist() for counts in chosen]
-    dropped = [1 - n / int(counts.sum()) for n, counts in zip(kept, chosen, strict=True)]
-    max_vio = [max(layer) - 1 for layer in loads]
-    return HeldOut(float(total.sum() / count.sum()), by_domain, loads, max_vio, dropped)
+    return HeldOut(float(total.sum() / count.sum()), by_domain, [tally.use() for tally in tallies])
+
+
+class _Tally:
+    """Adds up one MoE layer's use of its experts, batch by batch."""
+
+    def __init__(self, n_experts: int) -> None:
+        self.counts = torch.zeros(n_experts, dtype=torch.float64)
+        self.dropped = self.over = 0.0  # assignments
+
+    def add(self, routing: Routing) -> None:
+        counts = routing.counts.cpu().double()
+        self.counts += counts
+        self.dropped += drop_rate(routing) * float(counts.sum())
+        self.over += overflow(routing, OVERFLOW_FACTOR) * float(counts.sum())
+
+    def use(self) -> ExpertUse:
+        load, everything = self.counts / self.counts.mean(), float(self.counts.sum())
+        return ExpertUse(load.tolist(), float(load.max()) - 1, self.dropped / everything, self.over / everything)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -22,26 +22,31 @@ from dsmoe_lite.train import TrainConfig
 
 @dataclass(frozen=True)
 class Grid:
-    """Models by preset, each trained with every seed, all else equal."""
+    """Jobs by name, each run with every seed."""
 
-    models: tuple[str, ...]
-    seeds: tuple[int, ...]
-    train: TrainConfig
-    corpus: CorpusConfig
+    jobs: Mapping[str, Job]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
-    def job(self, model: str, seed: int) -> Job:
-        """The run of one model and one seed; the seed draws the weights and sets where reading starts."""
-        start = seed * self.corpus.world.n_documents // len(self.seeds)
-        return Job(preset(model), replace(self.train, seed=seed), self.corpus, first_document=start)
+    def job(self, name: str, seed: int) -> Job:
+        """The run of one job and one seed; the seed draws the weights and sets where reading starts."""
+        job = self.jobs[name]
+        start = seed * job.corpus.world.n_documents // len(self.seeds)
+        return replace(job, train=replace(job.train, seed=seed), first_document=start)
+
+
+def _course(model: str, balance: dict[str, float], bias_speed: float = 0.0) -> Job:
+    """A course size trained on 2.46M tokens of the world: one setting for every grid, balance apart."""
+    train = TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance=balance, bias_speed=bias_speed)
+    return Job(preset(model), train, CorpusConfig())
 
 
 GRIDS = {
     # Chapter 02: the dense FFN of one width and of two, and three routers over the same 16 experts.
     "neighbours": Grid(
-        models=("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"),
-        seeds=(0, 1, 2, 3, 4),
-        train=TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance={"switch": 0.01}),
-        corpus=CorpusConfig(),
+        {
+            name: _course(name, {"switch": 0.01})
+            for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
+        }
     ),
 }
 
@@ -60,16 +65,16 @@ def record_path(name: str, model: str, seed: int) -> Path:
 
 
 def missing(name: str) -> list[tuple[str, int]]:
-    """The (model, seed) pairs of a grid that have no record yet, seed by seed."""
+    """The (name, seed) pairs of a grid that have no record yet, seed by seed."""
     plan = grid(name)
-    pairs = ((model, seed) for seed in plan.seeds for model in plan.models)
+    pairs = ((name, seed) for seed in plan.seeds for name in plan.jobs)
     return [pair for pair in pairs if not record_path(name, *pair).is_file()]
 
 
 def records(name: str) -> list[dict[str, Any]]:
-    """The records of a grid's finished runs, model by model, each with `model_name` and `seed` beside what it holds."""
+    """The records of a grid's finished runs, job by job, each with `model_name` and `seed` beside what it holds."""
     plan, found = grid(name), []
-    for model in plan.models:
+    for model in plan.jobs:
         for seed in plan.seeds:
             path = record_path(name, model, seed)
             if path.is_file():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dsmoe_lite.checkpoint import save_model
-from dsmoe_lite.config import ModelConfig, from_dict, read_yaml
+from dsmoe_lite.config import ModelConfig, from_dict, read_yaml, to_dict
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.folder import Folder
@@ -20,6 +20,7 @@ from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
+from dsmoe_lite.routing.interventions import swap_shared
 from dsmoe_lite.train import TrainConfig, run_record, train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
@@ -107,8 +108,12 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
     facts["first_document"] = job.first_document
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
-    if held_out.loads:
-        facts["heldout_routing"] = {name: getattr(held_out, name) for name in ("loads", "max_vio", "drop_rate")}
+    if held_out.experts:
+        facts["heldout_experts"] = [to_dict(layer) for layer in held_out.experts]
+    if job.model.moe is not None and job.model.moe.n_shared_experts:
+        swapped = swap_shared(model, job.model.moe.n_shared_experts)
+        without = heldout_loss(swapped, held_back, corpus.domains)
+        facts["shared_swapped"] = {"heldout_loss": without.loss, "heldout_by_domain": without.by_domain}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:
         save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from dsmoe_lite.layers.capacity import capacity
 from dsmoe_lite.layers.router import Routing
 
 
@@ -21,6 +22,13 @@ def drop_rate(routing: Routing) -> float:
     """Return the share of the assignments that were not kept; 0 where there are none."""
     assigned = int(routing.counts.sum())
     return 1 - int(routing.kept.sum()) / assigned if assigned else 0.0
+
+
+def overflow(routing: Routing, factor: float) -> float:
+    """Return the share of assignments that a capacity factor would drop, first choices first; 0 at balance."""
+    counts = routing.counts
+    slots = capacity(len(routing.topk_ids), routing.topk_ids.shape[1], routing.n_experts, factor)
+    return float((counts - slots).clamp(min=0).sum() / counts.sum().clamp(min=1))
 
 
 def domain_share(routing: Routing, labels: Tensor, n_domains: int) -> Tensor:
