@@ -113,9 +113,9 @@ class MoEConfig:
             self._refuse("scoring_func = 'hash': the table alone chooses", "chooser", "noisy_gating", "expert_bias",
                          "n_group")  # fmt: skip
         if self.chooser == "expert":
-            self._refuse("chooser = 'expert': every expert fills its slots exactly", "expert_bias", "n_group",
-                         "norm_topk_prob", "second_choice", "capacity_factor", "eval_capacity_factor",
-                         "group_capacity_factor")  # fmt: skip
+            self._refuse("chooser = 'expert': every expert fills its slots exactly", "noisy_gating",
+                         "expert_bias", "n_group", "norm_topk_prob", "second_choice", "capacity_factor",
+                         "eval_capacity_factor", "group_capacity_factor")  # fmt: skip
         grouped = self.group_capacity_factor is None or self.n_group > 1
         require(grouped, "group_capacity_factor", self.group_capacity_factor, "needs n_group of at least 2")
 
@@ -152,11 +152,12 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "interleave", "max_seq_len"):
             require_whole(name, getattr(self, name), 1)
         require_whole("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
-        reached = self.n_dense_layers + self.interleave <= self.n_layers
-        none_left = (
-            f"leaves no block for experts: with n_dense_layers = {self.n_dense_layers}, n_layers = {self.n_layers}"
-        )
-        require(self.moe is None or reached, "interleave", self.interleave, none_left)
+        if self.moe is not None:
+            left = self.n_layers - self.n_dense_layers
+            remedy = f"must be below n_layers = {self.n_layers}: no block is left for experts"
+            require(left > 0, "n_dense_layers", self.n_dense_layers, remedy)
+            remedy = f"must be at most {left}, the blocks that n_dense_layers = {self.n_dense_layers} leaves"
+            require(self.interleave <= left, "interleave", self.interleave, remedy)
         require_number("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         require_number("init_std", self.init_std, 0.0, 10.0, open_low=True)
 

@@ -202,7 +202,9 @@ def _check_balance(moe: MoEConfig, config: TrainConfig) -> None:
         weight = config.balance.get(name, 0.0)
         require(not weight or moe.n_group > 1, f"balance weight of {name}", weight, "needs a model with n_group > 1")
     weight = config.balance.get("load", 0.0)
-    require(not weight or moe.noisy_gating, "balance weight of load", weight, "needs a model with noisy_gating")
+    by_logits = moe.noisy_gating and not moe.expert_bias and moe.topk_group == moe.n_group
+    remedy = "needs a model with noisy_gating, without expert_bias, and topk_group = n_group: the K best logits win"
+    require(not weight or by_logits, "balance weight of load", weight, remedy)
     biased = moe.expert_bias or not config.bias_speed
     require(biased, "bias_speed", config.bias_speed, "needs a model with expert_bias")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_lite.errors import InputError, require
-from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.router import TINY, Routing
 from dsmoe_lite.layers.selection import ordered_topk
 
 
@@ -33,8 +33,8 @@ def load_loss(routing: Routing) -> Tensor:
     if routing.n_experts == K:
         return routing.logits.new_zeros(())  # every expert is always chosen
     best = routing.logits.topk(K + 1, dim=-1).values  # (T, K + 1)
-    own = torch.zeros_like(routing.logits, dtype=torch.bool).scatter(1, routing.topk_ids, True)
-    threshold = torch.where(own, best[:, K:], best[:, K - 1 : K])  # to be beaten: the K-th largest of the others
+    among_best = routing.logits >= best[:, K - 1 : K]
+    threshold = torch.where(among_best, best[:, K:], best[:, K - 1 : K])  # to be beaten: the K-th largest of the others
     chance = torch.special.ndtr((routing.clean_logits - threshold) / routing.noise_scale)
     return _cv_squared(chance.sum(dim=0))
 
@@ -74,10 +74,10 @@ def device_loss(routing: Routing, *, device_of: Tensor) -> Tensor:
     device_of (E,): the device of each expert, 0 .. D - 1. f'_i is the mean f of its experts, P'_i the sum of their P.
     """
     devices = _devices(routing, device_of)
-    of_device = devices.new_zeros(int(devices.max()) + 1).index_add(0, devices, torch.ones_like(devices))
+    experts = devices.bincount()  # (D,) on each device
     f = _relative_load(routing)
-    f = f.new_zeros(len(of_device)).index_add(0, devices, f) / of_device
-    return (f * _on_devices(routing, devices, len(of_device))).sum()
+    f = f.new_zeros(len(experts)).index_add(0, devices, f) / experts
+    return (f * _on_devices(routing, devices, len(experts))).sum()
 
 
 def communication_loss(routing: Routing, *, device_of: Tensor, topk_group: int) -> Tensor:
@@ -92,7 +92,7 @@ def communication_loss(routing: Routing, *, device_of: Tensor, topk_group: int) 
     ids = routing.topk_ids
     used = torch.zeros(ids.shape[0], D + 1, dtype=torch.bool, device=ids.device)
     used.scatter_(1, torch.where(ids >= 0, devices[ids], D), True)
-    sent = used[:, :D].sum(dim=0) / max(1, ids.shape[0])  # (D,) share of the tokens
+    sent = used[:, :D].to(routing.scores.dtype).sum(dim=0) / max(1, ids.shape[0])  # (D,) share of the tokens
     return D / topk_group * (sent * _on_devices(routing, devices, D)).sum()
 
 
@@ -106,8 +106,9 @@ def sequence_loss(routing: Routing, *, selected: bool = False) -> Tensor:
     if B * S == 0:
         return routing.scores.sum()
     ids = routing.topk_ids if selected else ordered_topk(routing.scores, K)
-    chosen = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, ids, True)  # (T, E)
-    f = chosen.view(B, S, E).sum(dim=1) * (E / (K * S))
+    chosen = routing.scores.new_zeros(B * S, E + 1).scatter(1, ids + 1, 1)[:, 1:]  # (T, E); -1 falls away
+    counts = chosen.view(B, S, E).sum(dim=1)
+    f = counts * E / counts.sum(dim=1, keepdim=True).clamp(min=1)  # K * S assignments a sequence
     P = _affinity(routing).view(B, S, E).mean(dim=1)
     return (f * P).sum(dim=1).mean()
 
@@ -116,14 +117,14 @@ def sequence_loss(routing: Routing, *, selected: bool = False) -> Tensor:
 def update_bias(expert_bias: Tensor, counts: Tensor, speed: float) -> None:
     """Move expert_bias (E,) in place: b_i += speed * sign(mean count - count_i) (arXiv:2408.15664; V3 Section 2.1.2).
 
-    counts (E,): how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
+    counts (E,) int: how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
     """
-    counts = counts.to(expert_bias.dtype)
-    expert_bias += speed * torch.sign(counts.mean() - counts)
+    too_few = counts.sum() - len(counts) * counts  # in whole numbers: a rounded mean would move experts at balance
+    expert_bias += speed * too_few.sign().to(expert_bias.dtype)
 
 
 def _affinity(routing: Routing) -> Tensor:
-    return routing.scores / routing.scores.sum(dim=-1, keepdim=True)
+    return routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + TINY)
 
 
 def _mean_affinity(routing: Routing) -> Tensor:
@@ -133,20 +134,21 @@ def _mean_affinity(routing: Routing) -> Tensor:
 def _first_choice_share(routing: Routing) -> Tensor:
     first = routing.topk_ids[:, :1].flatten()
     counts = torch.bincount(first + 1, minlength=routing.n_experts + 1)[1:]  # -1 falls away
-    return counts / max(1, len(first))  # (E,)
+    return counts.to(routing.scores.dtype) / max(1, len(first))  # (E,)
 
 
 def _relative_load(routing: Routing) -> Tensor:
-    counts = routing.counts
+    counts = routing.counts.to(routing.scores.dtype)
     return counts * routing.n_experts / counts.sum().clamp(min=1)  # (E,), 1 at balance
 
 
 def _devices(routing: Routing, device_of: Tensor) -> Tensor:
-    E = routing.n_experts
-    require(
-        device_of.shape == (E,), "device_of", tuple(device_of.shape), f"must hold one device for each of {E} experts"
-    )
-    return device_of.to(routing.topk_ids.device, torch.int64)
+    E, shape = routing.n_experts, tuple(device_of.shape)
+    require(shape == (E,), "device_of", shape, f"must hold one device for each of {E} experts")
+    devices = device_of.to(routing.topk_ids.device, torch.int64)
+    every = bool(devices.min() >= 0) and bool(devices.bincount().all())
+    require(every, "device_of", device_of.tolist(), "must number the devices 0 .. D - 1, each with an expert")
+    return devices
 
 
 def _on_devices(routing: Routing, devices: Tensor, n_devices: int) -> Tensor:

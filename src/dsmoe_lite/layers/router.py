@@ -78,6 +78,7 @@ class Router(nn.Module):
             return self._by_table(x, batch_shape, token_ids)
         clean, noise_scale = self._logits(x)
         logits = clean if noise_scale is None else clean + torch.randn_like(clean) * noise_scale
+        self._check_finite(logits)
         scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         topk_ids = self._choose(scores)
         chosen = topk_ids >= 0
@@ -94,10 +95,12 @@ class Router(nn.Module):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
             noisy = self.config.noisy_gating and self.training
             noise_scale = F.softplus(F.linear(x.to(dtype), self.noise.to(dtype))) if noisy else None
+        return logits, noise_scale
+
+    def _check_finite(self, logits: Tensor) -> None:
         if not torch.isfinite(logits).all():
             where = "" if self.layer is None else f" of layer {self.layer}"
             raise RunError(f"router logits{where}: NaN or infinite; check the input, or lower the learning rate")
-        return logits, noise_scale
 
     def _choose(self, scores: Tensor) -> Tensor:
         config, ranked = self.config, scores.detach()
