@@ -5,23 +5,188 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from routing_by_hand import decide
 
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.layers.capacity import capacity, place_in_expert
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.layers.router import Router
-from dsmoe_lite.layers.selection import ordered_topk
+from dsmoe_lite.model import Transformer
 
 GSHARD = MoEConfig(8, 2, 16, norm_topk_prob=True, second_choice="random", capacity_factor=1.0, eval_capacity_factor=1.5)
 
 
 def make_router(config: MoEConfig, d_model: int = 12, spread: float = 1.0) -> Router:
     router = Router(d_model, config, vocab_size=64).double()
-    if config.scoring_func == "softmax":
+    if config.scoring_func != "hash":
         torch.nn.init.normal_(router.weight, std=spread)
     return router
+
+
+# Every design against the loop: experts, gates, and the gradient of the gates
+
+V2 = MoEConfig(16, 4, 16, n_group=4, topk_group=2, routed_scaling_factor=16.0)
+V3 = MoEConfig(
+    16, 4, 16, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4, topk_group=2,
+    group_score="top2", routed_scaling_factor=2.5,
+)  # fmt: skip
+DESIGNS = {
+    "switch": MoEConfig(8, 1, 16),
+    "mixtral": MoEConfig(8, 2, 16, norm_topk_prob=True),
+    "deepseekmoe": MoEConfig(16, 4, 16),
+    "deepseek-v2": V2,
+    "deepseek-v2, normalised as its code": replace(V2, norm_topk_prob=True, scale_normalised=False),
+    "deepseek-v2, scale_normalised without normalising": replace(V2, scale_normalised=False),
+    "deepseek-v3": V3,
+    "sigmoid": MoEConfig(16, 4, 16, scoring_func="sigmoid"),
+    "softmax with a bias": MoEConfig(16, 4, 16, expert_bias=True),
+    "every expert": MoEConfig(4, 4, 16, norm_topk_prob=True),
+    "expert choice": MoEConfig(8, 2, 16, chooser="expert", routed_scaling_factor=2.0),
+    "expert choice, sigmoid": MoEConfig(8, 3, 16, chooser="expert", scoring_func="sigmoid"),
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", DESIGNS)
+def test_a_design_is_the_loop_over_tokens(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    config = DESIGNS[name]
+    router, x = make_router(config), torch.randn(30, 12, dtype=torch.float64)
+    bias = None
+    if config.expert_bias:
+        bias = router.expert_bias.normal_(std=0.5).tolist()  # negative ones too
+    routing = router.train(seed > 0)(x, (3, 10))  # neither mode changes anything here
+    logits = torch.stack([router.weight @ row for row in x])
+    expected = decide(config, logits, (3, 10), training=seed > 0, bias=bias)
+    most = max(map(len, expected.chosen))
+    assert routing.topk_ids.tolist() == [ids + [-1] * (most - len(ids)) for ids in expected.chosen]
+    scores = torch.stack([torch.stack(row) for row in expected.scores])
+    gates = torch.stack([torch.stack(row + [torch.zeros(()).double()] * (most - len(row))) for row in expected.gates])
+    torch.testing.assert_close(routing.logits, logits, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(routing.scores, scores, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(routing.gates, gates, rtol=1e-12, atol=1e-15)
+    assert routing.kept.tolist() == (routing.topk_ids >= 0).tolist()
+    assert routing.batch_shape == (3, 10)
+    assert routing.clean_logits is routing.noise_scale is None
+    target = torch.randn_like(gates)
+    (mine,) = torch.autograd.grad((routing.gates * target).sum(), router.weight)
+    (theirs,) = torch.autograd.grad((gates * target).sum(), router.weight)
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    counts = [sum(e in ids for ids in expected.chosen) for e in range(config.n_routed_experts)]
+    assert routing.counts.tolist() == counts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_normalised_gates_are_the_softmax_over_the_kept_logits(seed: int) -> None:
+    """Mixtral's order, top-k then softmax, is GShard's normalisation: exp(x_i) / sum over the kept of exp(x_j)."""
+    torch.manual_seed(seed)
+    router, x = make_router(DESIGNS["mixtral"], spread=3.0), torch.randn(30, 12, dtype=torch.float64)
+    routing = router(x, (1, 30))
+    kept = torch.full((30, 8), -math.inf, dtype=torch.float64)
+    kept.scatter_(1, routing.topk_ids, routing.logits.gather(1, routing.topk_ids))
+    torch.testing.assert_close(routing.gates, kept.softmax(dim=1).gather(1, routing.topk_ids), rtol=1e-12, atol=0)
+
+
+def test_the_bias_chooses_and_is_in_no_gate() -> None:
+    torch.manual_seed(0)
+    router, x = make_router(V3), torch.randn(200, 12, dtype=torch.float64)
+    router.expert_bias.zero_()
+    before = router(x, (1, 200))
+    router.expert_bias += 7.0  # the same for all: nothing changes
+    same = router(x, (1, 200))
+    assert torch.equal(before.topk_ids, same.topk_ids)
+    assert torch.equal(before.gates, same.gates)
+    router.expert_bias[5] += 10.0
+    after = router(x, (1, 200))
+    assert (after.topk_ids[:, 0] == 5).all()
+    torch.testing.assert_close(after.gates.sum(dim=1), torch.full((200,), 2.5, dtype=torch.float64))
+    assert torch.equal(after.scores, before.scores)
+    assert not router.expert_bias.requires_grad
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert "expert_bias" in router.state_dict()
+
+
+def test_a_group_with_negative_biased_scores_is_left_for_none_that_is_masked() -> None:
+    torch.manual_seed(0)
+    router, x = make_router(V3), torch.randn(50, 12, dtype=torch.float64)
+    router.expert_bias.fill_(-3.0)  # every biased score is below 0, the value that some code masks with
+    groups = router(x, (1, 50)).topk_ids // 4
+    assert all(len(set(row)) <= 2 for row in groups.tolist())
+
+
+# Noise
+
+
+NOISY = MoEConfig(8, 3, 16, noisy_gating=True, norm_topk_prob=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noisy_top_k_is_shazeers(seed: int) -> None:
+    torch.manual_seed(seed)
+    router, x = make_router(NOISY).train(), torch.randn(30, 12, dtype=torch.float64)
+    torch.nn.init.normal_(router.noise)
+    torch.manual_seed(seed + 100)
+    routing = router(x, (1, 30))
+    torch.manual_seed(seed + 100)
+    epsilon = torch.randn(30, 8, dtype=torch.float64)
+    for t in range(30):
+        clean = [(router.weight[e] @ x[t]).item() for e in range(8)]
+        scale = [math.log1p(math.exp((router.noise[e] @ x[t]).item())) for e in range(8)]
+        noisy = [c + float(n) * s for c, n, s in zip(clean, epsilon[t], scale, strict=True)]
+        best = sorted(range(8), key=lambda e: -noisy[e])[:3]
+        total = sum(math.exp(noisy[e]) for e in best)
+        assert routing.topk_ids[t].tolist() == best
+        assert routing.gates[t].tolist() == pytest.approx([math.exp(noisy[e]) / total for e in best], rel=1e-10)
+        assert routing.clean_logits[t].tolist() == pytest.approx(clean, rel=1e-10)
+        assert routing.noise_scale[t].tolist() == pytest.approx(scale, rel=1e-10)
+        assert routing.logits[t].tolist() == pytest.approx(noisy, rel=1e-10)
+    routing.gates.square().sum().backward()
+    assert router.noise.grad.abs().sum() > 0
+
+
+def test_noise_is_for_training() -> None:
+    torch.manual_seed(0)
+    router, x = make_router(NOISY), torch.randn(30, 12, dtype=torch.float64)
+    assert not torch.equal(router.train()(x, (1, 30)).logits, router(x, (1, 30)).logits)
+    routing = router.eval()(x, (1, 30))
+    assert torch.equal(routing.logits, torch.nn.functional.linear(x, router.weight))
+    assert routing.clean_logits is routing.noise_scale is None
+
+
+def test_noise_starts_at_the_same_size_for_all() -> None:
+    model = Transformer(ModelConfig(50, 12, 2, AttentionConfig(2, 6), 16, NOISY)).train()
+    for routing in model(torch.randint(0, 50, (2, 9))).routings:
+        torch.testing.assert_close(routing.noise_scale, torch.full((18, 8), math.log(2)))
+
+
+# Numbers that are no numbers
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["weight", "noise"])
+def test_logits_that_are_not_finite_name_the_layer(where: str, value: float) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(50, 12, 4, AttentionConfig(2, 6), 16, NOISY, n_dense_layers=1)
+    model = Transformer(config).train()
+    with torch.no_grad():
+        getattr(model.moe_layers[1].router, where)[3, 2] = value
+    with pytest.raises(RunError, match="router logits of layer 2: NaN or infinite; check the input") as error:
+        model(torch.randint(0, 50, (2, 9)))
+    assert "\n" not in str(error.value)
+
+
+def test_expert_choice_looks_at_later_tokens() -> None:
+    torch.manual_seed(0)
+    router = make_router(MoEConfig(4, 1, 16, chooser="expert"))
+    x = torch.randn(12, 12, dtype=torch.float64)
+    before = router(x, (1, 12))
+    x[6:] *= 8
+    after = router(x, (1, 12))
+    assert torch.equal(before.scores[:6], after.scores[:6])
+    assert not torch.equal(before.topk_ids[:6], after.topk_ids[:6])
+    assert before.counts.tolist() == after.counts.tolist() == [3, 3, 3, 3]
+
+
+# GShard, Switch and hash routing
 
 
 def gshard_by_hand(scores: list[list[float]], slots: int, draws: list[float]) -> dict[tuple[int, int], float]:
@@ -121,32 +286,9 @@ def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly(
         router(torch.randn(64, 12), (1, 64))
 
 
-def test_ties_go_to_the_lower_id() -> None:
-    assert ordered_topk(torch.zeros(5, 32), 3).tolist() == [[0, 1, 2]] * 5
-    assert ordered_topk(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 4).tolist() == [[1, 2, 4, 3]]
-
-
 def test_logits_are_float32_even_for_bfloat16_input() -> None:
     router = Router(12, MoEConfig(8, 2, 16), 64).bfloat16()
     assert router(torch.randn(4, 12, dtype=torch.bfloat16), (1, 4)).logits.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         routing = Router(12, MoEConfig(8, 2, 16), 64)(torch.randn(4, 12), (1, 4))
     assert routing.logits.dtype == routing.scores.dtype == torch.float32
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 9), st.data())
-def test_place_counts_all_first_choices_before_any_second(T: int, E: int, data: st.DataObject) -> None:
-    K = data.draw(st.integers(1, E))
-    rows = [data.draw(st.permutations(range(E)))[:K] for _ in range(T)]
-    expected, seen = [[0] * K for _ in range(T)], [0] * E
-    for k in range(K):
-        for t in range(T):
-            expected[t][k] = seen[rows[t][k]]
-            seen[rows[t][k]] += 1
-    assert place_in_expert(torch.tensor(rows), E).tolist() == expected
-
-
-def test_capacity_is_gshards_2n_over_ge_at_factor_one() -> None:
-    assert capacity(n_tokens=1024, top_k=2, n_experts=16, factor=1.0) == 2 * 1024 // 16
-    assert capacity(n_tokens=100, top_k=1, n_experts=16, factor=1.25) == 8  # 7.8125, rounded up
