@@ -20,7 +20,7 @@ from dsmoe_lite.presets import PRESETS, preset
 
 PUBLISHED = published.load()
 PRINTED = [(name, entry) for name, model in PUBLISHED["models"].items() for entry in model["printed"]]
-COURSE = ["course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash"]
+COURSE = ["course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash", "course-deepseekmoe"]
 
 
 def as_printed(value: float, text: str) -> str:
@@ -207,13 +207,14 @@ def test_kv_cache_is_a_key_and_a_value_for_each_head_and_layer() -> None:
 
 def test_course_presets_are_comparable() -> None:
     """Same everything but the FFN; the wide dense model has the active FFN weights of two experts."""
-    dense, wide, gshard, switch, hashed = (parameters(preset(name)) for name in COURSE)
-    assert {(c.embed_in, c.lm_head, c.attention, c.norms) for c in (dense, wide, gshard, switch, hashed)} == {
+    counted = [parameters(preset(name)) for name in COURSE]
+    dense, wide, gshard, switch, hashed, deepseekmoe = counted
+    assert {(c.embed_in, c.lm_head, c.attention, c.norms) for c in counted} == {
         (dense.embed_in, dense.lm_head, dense.attention, dense.norms)
     }
-    assert gshard.ffn.active == wide.ffn.active == 2 * dense.ffn.active
+    assert deepseekmoe.ffn.active == gshard.ffn.active == wide.ffn.active == 2 * dense.ffn.active
     assert switch.ffn.active == hashed.ffn.active == dense.ffn.active
-    assert gshard.ffn.total == switch.ffn.total == hashed.ffn.total == 16 * dense.ffn.total
+    assert {c.ffn.total for c in (gshard, switch, hashed, deepseekmoe)} == {16 * dense.ffn.total}
 
 
 def component(parameter: str) -> str:

@@ -8,6 +8,9 @@ no token in these runs: none of them has a capacity here, and the second choice 
 Capacity of the course sizes: GShard prints C = 2N/(G E), which is the fair share T*K/E of its two choices and hence a
 capacity factor of 1.0 in this package, where any imbalance drops tokens. The course takes 1.25 in training and 2.0
 outside it, the numbers of ST-MoE (arXiv:2202.08906).
+
+Gates of course-deepseekmoe are scaled by m = 4, the paper's are not: a softmax over m times as many experts makes every
+gate about m times smaller, and the course compares it with course-gshard, which is the case m = 1.
 """
 
 from dataclasses import replace
@@ -51,6 +54,7 @@ PRESETS = {
     "course-gshard": replace(_COURSE, moe=_COURSE_GSHARD),
     "course-switch": replace(_COURSE, moe=replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")),
     "course-hash": replace(_COURSE, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")),
+    "course-deepseekmoe": replace(_COURSE, moe=MoEConfig(63, 7, 32, n_shared_experts=1, routed_scaling_factor=4.0)),
     "dense-0.2B": _VALIDATION,
     "hash-2.0B": replace(
         _VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413, scoring_func="hash")
