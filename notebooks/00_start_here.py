@@ -47,9 +47,9 @@ need("torch", "altair", "vl_convert", "tokenizers")
 # | 00 Start here | nothing yet: look | do experts mean something? |
 # | 01 The dense Transformer and its FFN | attention, SwiGLU, a block | why pay for all weights at every token? |
 # | 02 GShard: two experts for each token | router, experts, capacity, balance | are sixteen experts too few? |
-# | 03 Fine-grained experts (planned) | many narrow experts | what do they all have to know? |
-# | 04 Shared experts (planned) | experts that are always on | how are they kept busy? |
-# | 05 Balance (planned) | losses, and balance without a loss | |
+# | 03 Fine-grained experts | many narrow experts | what do they all have to know? |
+# | 04 Shared experts | experts that are always on | how are they kept busy? |
+# | 05 Balance | losses, and balance without a loss | |
 # | 06 Multi-head latent attention (planned) | MLA and its cache | |
 # | 07, 08 The paper's experiments (planned) | Tables 1 and 2, Figures 3 to 6 | |
 # | 10 CUDA kernels (planned) | the layer at speed | |

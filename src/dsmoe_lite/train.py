@@ -38,7 +38,7 @@ DEVICE_LOSSES = ("device", "communication")  # of the config's groups, one a dev
 BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
 CHECKPOINT = "checkpoint.safetensors"
 ROUTING_EVERY = 20  # steps between two entries of balance figures
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had one balance loss, and no loads
 
 
 @dataclass(frozen=True)
