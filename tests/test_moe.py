@@ -5,20 +5,35 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_by_hand import Decision, decide
 
 from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import choose_backend, run_loop, run_padded
 from dsmoe_lite.layers.moe import MoELayer
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import group_of
+from dsmoe_lite.routing import metrics
 
 D, F_WIDTH, VOCAB = 12, 8, 64
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest output
 CONFIGS = {
     "gshard": MoEConfig(8, 2, F_WIDTH, norm_topk_prob=True, capacity_factor=0.7, eval_capacity_factor=0.7),
     "switch": MoEConfig(8, 1, F_WIDTH, capacity_factor=0.8, eval_capacity_factor=0.8),
     "hash": MoEConfig(8, 1, F_WIDTH, scoring_func="hash"),
     "deepseekmoe": MoEConfig(16, 4, F_WIDTH, n_shared_experts=2),
+    "deepseek-v2": MoEConfig(
+        12, 3, F_WIDTH, n_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=3.0,
+        group_capacity_factor=0.8, never_drop_share=0.3,
+    ),
+    "deepseek-v3": MoEConfig(
+        12, 3, F_WIDTH, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True,
+        n_group=3, topk_group=2, group_score="top2", routed_scaling_factor=2.5,
+    ),
+    "expert choice": MoEConfig(8, 2, F_WIDTH, chooser="expert"),
     "every expert": MoEConfig(4, 4, F_WIDTH),
-}
+}  # fmt: skip
 
 
 def make_layer(config: MoEConfig, seed: int = 0) -> MoELayer:
@@ -26,37 +41,29 @@ def make_layer(config: MoEConfig, seed: int = 0) -> MoELayer:
     layer = MoELayer(D, config, VOCAB).double()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.5)
+    if config.expert_bias:
+        layer.router.expert_bias.normal_(std=0.5)
     return layer
 
 
 def by_hand(layer: MoELayer, x: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """y_t = sum of gate * FFN over the experts that keep token t, one token at a time; capacity counted by hand."""
-    config = layer.router.config
-    flat, ids = x.flatten(0, 1), tokens.flatten()
-    T, E, K = len(flat), config.n_routed_experts, config.top_k
-    chosen, gates = [], []
-    for t in range(T):
-        if config.scoring_func == "hash":
-            scores = torch.zeros(E, dtype=x.dtype)
-            scores[layer.router.hash_table[ids[t]]] = 1
-        else:
-            scores = (layer.router.weight @ flat[t]).softmax(dim=0)
-        best = sorted(range(E), key=lambda e: (-scores[e].item(), e))[:K]
-        g = [scores[e] for e in best]
-        chosen.append(best)
-        gates.append([value / sum(g) for value in g] if config.norm_topk_prob else g)
-    slots = float("inf")
-    if config.capacity_factor is not None:
-        slots = -(-config.capacity_factor * T * K // E)
-    count, rows = [0] * E, [torch.zeros(D, dtype=x.dtype) for _ in range(T)]
-    for k in range(K):
-        for t in range(T):
-            e = chosen[t][k]
-            if count[e] < slots:
-                w = layer.experts
+    """y_t = sum of gate * FFN over the experts that keep token t, one token at a time."""
+    config, (B, S, _) = layer.router.config, x.shape
+    flat, w = x.flatten(0, 1), layer.experts
+    if config.scoring_func == "hash":
+        home = [int(layer.router.hash_table[token]) for token in tokens.flatten()]
+        one = torch.ones((), dtype=x.dtype)
+        decision = Decision([], [[e] for e in home], [[one] for _ in home], set(enumerate(home)))
+    else:
+        bias = layer.router.expert_bias.tolist() if config.expert_bias else None
+        logits = torch.stack([layer.router.weight @ row for row in flat])
+        decision = decide(config, logits, (B, S), training=layer.training, bias=bias)
+    rows = [torch.zeros(D, dtype=x.dtype) for _ in range(B * S)]
+    for t, (ids, gates) in enumerate(zip(decision.chosen, decision.gates, strict=True)):
+        for e, gate in zip(ids, gates, strict=True):
+            if (t, e) in decision.kept:
                 hidden = F.silu(w.gate[e] @ flat[t]) * (w.up[e] @ flat[t])
-                rows[t] = rows[t] + gates[t][k] * (w.down[e] @ hidden)
-            count[e] += 1
+                rows[t] = rows[t] + gate * (w.down[e] @ hidden)
     y = torch.stack(rows)
     if layer.shared is not None:
         for part in range(config.n_shared_experts):  # one shared expert after the other
@@ -86,7 +93,7 @@ def test_layer_equals_the_loop_over_tokens(name: str, backend: str) -> None:
             assert a is None or not a.any()
         else:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-    if CONFIGS[name].capacity_factor is not None:
+    if CONFIGS[name].capacity_factor is not None or CONFIGS[name].group_capacity_factor is not None:
         assert not routing.kept.all(), "the case should drop tokens"
 
 
@@ -118,6 +125,134 @@ def test_dispatch_sorts_by_expert_and_loses_nothing(T: int, E: int, data: st.Dat
     pairs = [(e, int(t)) for e, t in zip(owner, sent.token, strict=True)]
     assert pairs == sorted((int(e), t) for t in range(T) for e in routing.topk_ids[t])
     assert torch.equal(sent.x_sorted, x[0][sent.token])
+
+
+@st.composite
+def moe_configs(draw: st.DrawFn) -> MoEConfig:
+    """Any layer that MoEConfig accepts."""
+    groups, size = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    experts, factor = groups * size, st.none() | st.floats(0.2, 2.0)
+    shared, scale = draw(st.integers(0, 2)), draw(st.sampled_from([1.0, 2.5]))
+    common = {"expert_width": F_WIDTH, "n_shared_experts": shared, "routed_scaling_factor": scale}
+    kind = draw(st.sampled_from(["token", "token", "token", "expert", "hash"]))
+    if kind == "hash":
+        return MoEConfig(experts, 1, scoring_func="hash", capacity_factor=draw(factor), **common)
+    scoring = draw(st.sampled_from(["softmax", "sigmoid"]))
+    if kind == "expert":
+        return MoEConfig(experts, draw(st.integers(1, experts)), scoring_func=scoring, chooser="expert", **common)
+    reach = draw(st.integers(1, groups))
+    K = draw(st.integers(1, reach * size))
+    return MoEConfig(
+        experts,
+        K,
+        scoring_func=scoring,
+        noisy_gating=draw(st.booleans()),
+        expert_bias=draw(st.booleans()),
+        n_group=groups,
+        topk_group=reach,
+        group_score=draw(st.sampled_from(["max", "top2"])) if size > 1 else "max",
+        norm_topk_prob=K > 1 and draw(st.booleans()),
+        scale_normalised=draw(st.booleans()),
+        second_choice=draw(st.sampled_from(["all", "random"])) if K == 2 else "all",
+        capacity_factor=draw(factor),
+        eval_capacity_factor=draw(factor),
+        group_capacity_factor=draw(factor) if groups > 1 else None,
+        never_drop_share=draw(st.floats(0, 1)),
+        **common,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(moe_configs(), st.integers(0, 3), st.integers(0, 6), st.booleans(), st.sampled_from(list(TOLERANCE)), st.data())
+def test_every_kept_assignment_is_computed_once(
+    config: MoEConfig, B: int, S: int, training: bool, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    layer = make_layer(config, seed=data.draw(st.integers(0, 9))).to(dtype).train(training)
+    layer.experts.backend = data.draw(st.sampled_from(["loop", "padded", "auto"]))
+    x, tokens = torch.randn(B, S, D).to(dtype), torch.randint(0, VOCAB, (B, S))
+    y, routing = layer(x, tokens)
+    E, T, ids = config.n_routed_experts, B * S, routing.topk_ids
+    high = torch.promote_types(dtype, torch.float32)
+    assert (y.shape, y.dtype) == (x.shape, dtype)
+    assert routing.logits.dtype == routing.scores.dtype == routing.gates.dtype == high
+    assert routing.scores.shape == (T, E)
+    assert ids.shape == routing.gates.shape == routing.kept.shape
+    assert int(routing.counts.sum()) == int((ids >= 0).sum())
+
+    # Who was chosen: distinct experts within reach, or exactly balanced
+    rows = [[e for e in row if e >= 0] for row in ids.tolist()]
+    assert all(len(set(row)) == len(row) for row in rows)
+    assert all(e < E for row in ids.tolist() for e in row)
+    if config.chooser == "expert":
+        assert routing.counts.tolist() == [-(-T * config.top_k // E)] * E
+        padding = ids < 0
+        assert not routing.gates[padding].any()
+        assert torch.equal(routing.kept, ~padding)
+    else:
+        assert ids.shape == (T, config.top_k)
+        assert not ids.numel() or int(ids.min()) >= 0
+        groups = ids // (E // config.n_group)
+        assert all(len(set(row)) <= config.topk_group for row in groups.tolist())
+
+    # What was computed: each kept pair once, with its own gate
+    weight = torch.zeros(T, E, dtype=high)
+    for t in range(T):
+        for k in range(ids.shape[1]):
+            if routing.kept[t, k]:
+                weight[t, ids[t, k]] += routing.gates[t, k].detach()
+    sent = dispatch(x.flatten(0, 1), routing)
+    owner = torch.repeat_interleave(torch.arange(E), sent.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
+    pairs = sorted(zip(sent.token.tolist(), owner.tolist(), strict=True))
+    assert pairs == sorted((t, int(ids[t, k])) for t, k in routing.kept.nonzero().tolist())
+    flat, w = x.flatten(0, 1).double(), layer.experts
+    hidden = F.silu(flat @ w.gate.double().mT) * (flat @ w.up.double().mT)  # (E, T, F)
+    expected = ((hidden @ w.down.double().mT) * weight.T.unsqueeze(2)).sum(dim=0)
+    if layer.shared is not None:
+        expected = expected + layer.shared.double()(flat)
+    size = float(expected.detach().abs().max()) if T else 0.0
+    torch.testing.assert_close(y.flatten(0, 1).double(), expected, rtol=0, atol=TOLERANCE[dtype] * (1 + size))
+
+    # The decision itself, where nothing was drawn and nothing rounded
+    random = training and (config.noisy_gating or config.second_choice == "random")
+    if dtype == torch.float64 and config.scoring_func != "hash" and not random:
+        bias = layer.router.expert_bias.tolist() if config.expert_bias else None
+        decision = decide(config, routing.logits.detach(), (B, S), training=training, bias=bias)
+        assert rows == decision.chosen
+        assert set(pairs) == decision.kept
+        gates = [float(gate) for row in decision.gates for gate in row]
+        assert routing.gates[ids >= 0].tolist() == pytest.approx(gates, rel=1e-10, abs=1e-15)
+    check_figures(routing, config)
+
+
+def check_figures(routing: Routing, config: MoEConfig) -> None:
+    """Every loss and metric is a finite number, 0 where there are no tokens."""
+    device_of = group_of(config.n_routed_experts, config.n_group)
+    figures = {
+        "importance": balance.importance_loss(routing),
+        "gshard": balance.gshard_loss(routing),
+        "switch": balance.switch_loss(routing),
+        "z": balance.z_loss(routing),
+        "expert": balance.expert_loss(routing),
+        "sequence": balance.sequence_loss(routing),
+        "sequence, selected": balance.sequence_loss(routing, selected=True),
+        "device": balance.device_loss(routing, device_of=device_of),
+        "communication": balance.communication_loss(routing, device_of=device_of, topk_group=config.topk_group),
+        "max_vio": torch.tensor(metrics.max_vio(routing)),
+        "drop_rate": torch.tensor(metrics.drop_rate(routing)),
+        "load": metrics.load(routing),
+        "domain_share": metrics.domain_share(routing, torch.zeros(len(routing.scores)), 2),
+    }
+    if routing.noise_scale is not None:
+        figures["load loss"] = balance.load_loss(routing)
+    for name, value in figures.items():
+        assert torch.isfinite(value).all(), name
+        assert (value >= -1e-9).all(), name
+        if not len(routing.scores):
+            assert not value.any(), name
+    total = sum(value for value in figures.values() if value.requires_grad)
+    if isinstance(total, torch.Tensor):
+        (gradient,) = torch.autograd.grad(total, routing.logits)
+        assert torch.isfinite(gradient).all()
 
 
 def test_a_token_that_every_expert_refuses_gets_zero() -> None:

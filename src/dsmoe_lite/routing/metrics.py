@@ -15,7 +15,7 @@ def load(routing: Routing) -> Tensor:
 
 def max_vio(routing: Routing) -> float:
     """Return max_i load_i / mean load - 1 (Wang et al. 2024, arXiv:2408.15664): 0 at balance, E/K - 1 at collapse."""
-    return float(load(routing).max()) - 1
+    return max(0.0, float(load(routing).max()) - 1)  # 0 also where there are no tokens
 
 
 def drop_rate(routing: Routing) -> float:
