@@ -56,6 +56,8 @@ def every_chart() -> dict[str, Any]:
     null = [2 / EXPERTS] * EXPERTS
     shares = [{"domain": d, "expert": e, "share": draw.random() / 2} for d in DOMAINS for e in range(EXPERTS)]
     history = [{"step": 50 * s, "expert": e, "load": draw.random()} for s in range(10) for e in range(EXPERTS)]
+    finer = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 2, 4, 8)]
+    spread = [{"model": m, "value": 2 + draw.random(), "null": 3 + draw.random()} for m in MODELS for _ in range(16)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
@@ -69,6 +71,8 @@ def every_chart() -> dict[str, Any]:
         "domain_heatmap": charts.domain_heatmap(shares, null=null),
         "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], [0, 1], token=" of"),
         "capacity_curve": charts.capacity_curve(capacity),
+        "finer_experts": charts.finer_experts(finer),
+        "expert_spread": charts.expert_spread(spread, x_title="effective number of domains"),
         "token_routing": charts.token_routing(text, routing(len(text), 4)),
     }  # fmt: skip
 

@@ -18,7 +18,7 @@ import vl_convert
 from PIL import Image
 
 from dsmoe_lite.errors import InputError
-from dsmoe_lite.viz import charts, curves, parts, renderer, theme, tokens
+from dsmoe_lite.viz import charts, curves, parts, renderer, segments, theme, tokens
 
 NAMES = list(chart_samples.every_chart())
 
@@ -231,6 +231,29 @@ def all_values(node):
             yield from all_values(value)
 
 
+def test_a_finer_layer_is_as_long_and_shows_as_many_experts_as_a_token_uses():
+    rows = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 4)]
+    spec = charts.finer_experts(rows).to_dict()
+    cells = next(v for v in all_values(spec) if "state" in v[0])
+    for row in rows:
+        own = [cell for cell in cells if cell["layer"] == row["layer"]]
+        assert len(own) == row["n_experts"]
+        assert sum(cell["state"] == "used by one token" for cell in own) == row["top_k"]
+        assert max(cell["to"] for cell in own) == pytest.approx(segments.LAYER, abs=2)
+    bars = next(v for v in all_values(spec) if "power" in v[0])
+    assert [bar["text"] for bar in bars] == ["C(16, 2) = 120", "C(64, 8) = 4,426,165,368"]
+    assert bars[1]["power"] == pytest.approx(9.646, abs=1e-3)
+
+
+def test_spread_shows_every_expert_and_both_means():
+    rows = [{"model": "a", "value": v, "null": n} for v, n in ((1.0, 3.0), (2.0, 5.0))]
+    drawn = [[row["x"] for row in values] for values in all_values(charts.expert_spread(rows).to_dict())]
+    assert [1.0, 2.0] in drawn
+    assert [3.0, 5.0] in drawn
+    assert [1.5] in drawn
+    assert [4.0] in drawn
+
+
 def test_tokens_wrap_inside_the_line_without_overlap():
     words = ["Norvania", " is", " a", " country", "\n", "and", " so", " on"] * 10
     cells = tokens._layout(words)
@@ -260,6 +283,8 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (lambda: charts.training_curves([]), "at least one row"),
         (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
         (lambda: charts.expert_load([]), "at least one expert"),
+        (lambda: charts.finer_experts([{"layer": "a", "n_experts": 4, "top_k": 5}]), "top_k = 5"),
+        (lambda: charts.expert_spread([{"model": "a", "value": 1.0}]), "no 'null'"),
         (lambda: charts.token_routing([], []), "tokens"),
         (lambda: charts.token_routing(["a"] * 81, []), "tokens"),
         (lambda: charts.token_routing(["a"], [{"topk_ids": [[0], [1]], "gates": [[1.0]]}]), "topk_ids"),
