@@ -1,10 +1,13 @@
 """dsmoe train: one model from one config file."""
 
 from pathlib import Path
+from statistics import fmean
 
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
+
+FIGURES = ("max_vio", "drop_rate")  # of held-out text
 
 
 @click.command(help="Train the model that a YAML file describes; run it again to go on after a stop.")
@@ -18,12 +21,15 @@ def command(config: Path, out: Path | None, as_json: bool) -> None:
 
     folder = out or RUNS / config.stem
     record = run_job(read_job(config), folder)
+    layers = record.get("heldout_experts", [])
+    experts = {f"{name}, mean over layers": fmean(layer[name] for layer in layers) for name in FIGURES if layers}
     rows = [
         {
             "run": str(folder),
             "finished": record["finished"],
             "held-out loss": record["heldout_loss"],
             **{f"recall {group}": share for group, share in record["recall"].items()},
+            **experts,
             "tokens/s": record["tokens_per_second"],
         }
     ]
