@@ -1,0 +1,113 @@
+"""Models with experts taken away or swapped, and what experts add, against a loop over tokens in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.routing.contributions import contributions
+from dsmoe_lite.routing.interventions import silence, swap_shared
+
+E, K, D, WIDTH, V = 6, 3, 8, 4, 50
+MOE = MoEConfig(E, K, WIDTH, n_shared_experts=2, routed_scaling_factor=3.0)
+CONFIG = ModelConfig(V, D, 2, AttentionConfig(n_heads=2, head_dim=4), ffn_width=16, moe=MOE, init_std=0.5)
+SEEDS = pytest.mark.parametrize("seed", range(3))
+
+
+def made(seed: int, config: ModelConfig = CONFIG) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(config).double().eval()
+
+
+def layer_by_hand(layer, x, *, shared=True, left_out=(), top_k=K):
+    """Eq 9 token by token with the weights of `layer`; `left_out` are ranks among the chosen. x (T, D)."""
+    w, rows = layer.experts, []
+    for u in x:
+        scores = F.softmax(layer.router.weight @ u, dim=0).tolist()
+        y = layer.shared(u) if shared else torch.zeros(D, dtype=x.dtype)
+        for rank, e in enumerate(sorted(range(E), key=lambda e: -scores[e])[:top_k]):
+            if rank not in left_out:
+                y = y + 3.0 * scores[e] * (w.down[e] @ (F.silu(w.gate[e] @ u) * (w.up[e] @ u)))
+        rows.append(y)
+    return torch.stack(rows)
+
+
+@SEEDS
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("ranks", [(), (0,), (2,), (0, 2), (0, 1, 2)])
+def test_silenced_experts_add_nothing(seed, shared, ranks):
+    model = made(seed)
+    changed = silence(model, shared=shared, ranks=ranks)
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for layer, before in zip(changed.moe_layers, model.moe_layers, strict=True):
+        torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], shared=not shared, left_out=ranks))
+
+
+@SEEDS
+@pytest.mark.parametrize("more", [0, 1, 3])
+def test_more_routed_experts_in_place_of_the_shared_ones(seed, more):
+    model = made(seed)
+    changed = swap_shared(model, more)
+    assert changed.config.moe == replace(MOE, n_shared_experts=0, top_k=K + more)
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for layer, before in zip(changed.moe_layers, model.moe_layers, strict=True):
+        torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], shared=False, top_k=K + more))
+
+
+@SEEDS
+@pytest.mark.parametrize("training", [False, True])
+def test_the_model_itself_stays_as_it_was(seed, training):
+    model = made(seed).train(training)
+    tokens = torch.randint(V, (2, 9))
+    with torch.no_grad():
+        before = model(tokens).logits
+        copies = [silence(model, shared=True), silence(model, ranks=(1,)), swap_shared(model, 2)]
+        contributions(model, tokens)
+        for changed in copies:
+            assert changed.training == model.training == training
+            assert not torch.allclose(changed(tokens).logits, before)
+            for weight in changed.parameters():
+                weight.zero_()  # none of them is the model's own
+        assert torch.equal(model(tokens).logits, before)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@SEEDS
+def test_contributions_are_the_two_sums(seed):
+    model = made(seed, replace(CONFIG, n_layers=3, n_dense_layers=1))
+    tokens = torch.randint(V, (2, 9))
+    inputs = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+             for layer in model.moe_layers]  # fmt: skip
+    both = contributions(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    assert len(both) == len(inputs) == 2
+    for (shared, routed), x, layer in zip(both, inputs, model.moe_layers, strict=True):
+        torch.testing.assert_close(shared, layer.shared(x))
+        torch.testing.assert_close(routed, layer_by_hand(layer, x, shared=False))
+
+
+def test_what_is_not_there_cannot_be_taken_away():
+    dense = Transformer(replace(CONFIG, moe=None))
+    routed_only = Transformer(replace(CONFIG, moe=replace(MOE, n_shared_experts=0)))
+    with pytest.raises(InputError, match="no experts"):
+        silence(dense, ranks=(0,))
+    for refused in (
+        lambda: swap_shared(dense, 1),
+        lambda: swap_shared(routed_only, 1),
+        lambda: silence(routed_only, shared=True),
+        lambda: contributions(routed_only, torch.zeros(1, 4, dtype=torch.long)),
+        lambda: contributions(dense, torch.zeros(1, 4, dtype=torch.long)),
+    ):
+        with pytest.raises(InputError, match="n_shared_experts = 0"):
+            refused()
+    for rank in (-1, K, 1.0):
+        with pytest.raises(InputError, match="rank"):
+            silence(made(0), ranks=(rank,))
+    with pytest.raises(InputError, match=f"top_k = {E + 1}"):
+        swap_shared(made(0), E + 1 - K)
