@@ -1,0 +1,208 @@
+"""Configs of experts: each that cannot work is refused in one line, and the remedy that the line names works."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from dsmoe_lite.accounting import parameters
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers.moe import MoELayer
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.train import TrainConfig, train
+
+BASE: dict[str, Any] = {"n_routed_experts": 8, "top_k": 2, "expert_width": 4}
+HASH = {"scoring_func": "hash", "top_k": 1}
+EXPERT = {"chooser": "expert"}
+
+# What is wrong, the field that the line starts with, words of the remedy, a change that follows it
+REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
+    ({"top_k": 9}, "top_k = 9", "must be at most n_routed_experts = 8", {"top_k": 8}),
+    ({"top_k": 0}, "top_k = 0", "must be a whole number of at least 1", {"top_k": 1}),
+    ({"top_k": 1.0}, "top_k = 1.0", "must be a whole number", {"top_k": 1}),
+    ({"n_routed_experts": 0}, "n_routed_experts = 0", "of at least 1", {"n_routed_experts": 2}),
+    ({"expert_width": 0}, "expert_width = 0", "of at least 1", {"expert_width": 1}),
+    ({"n_shared_experts": -1}, "n_shared_experts = -1", "of at least 0", {"n_shared_experts": 0}),
+    ({"n_group": 3}, "n_group = 3", "must divide n_routed_experts = 8", {"n_group": 4}),
+    ({"n_group": 0}, "n_group = 0", "of at least 1", {"n_group": 1}),
+    ({"n_group": 16, "topk_group": 2}, "n_group = 16", "must divide n_routed_experts = 8", {"n_group": 8}),
+    ({"n_group": 2, "topk_group": 3}, "topk_group = 3", "must be at most n_group = 2", {"topk_group": 2}),
+    ({"n_group": 4, "topk_group": 0}, "topk_group = 0", "of at least 1", {"topk_group": 1}),
+    ({"n_group": 4, "top_k": 3}, "top_k = 3", "must be at most 2: topk_group = 1 groups hold 2 experts", {"top_k": 2}),
+    ({"n_group": 4, "topk_group": 2, "top_k": 5}, "top_k = 5", "groups hold 4 experts", {"top_k": 4}),
+    (
+        {"n_group": 8, "topk_group": 2, "group_score": "top2"},
+        "group_score = 'top2'",
+        "needs two experts a group, n_group = 8 leaves one",
+        {"n_group": 4},
+    ),
+    ({"scoring_func": "relu"}, "scoring_func = 'relu'", "one of softmax, sigmoid, hash", {"scoring_func": "sigmoid"}),
+    ({"chooser": "tokens"}, "chooser = 'tokens'", "one of token, expert", {"chooser": "token"}),
+    ({"group_score": "mean"}, "group_score = 'mean'", "one of max, top2", {"group_score": "max"}),
+    ({"second_choice": "none"}, "second_choice = 'none'", "one of all, random", {"second_choice": "random"}),
+    ({"top_k": 3, "second_choice": "random"}, "second_choice = 'random'", "needs top_k = 2", {"top_k": 2}),
+    ({"top_k": 1, "norm_topk_prob": True}, "norm_topk_prob = True", "must be False", {"norm_topk_prob": False}),
+    ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0", "number above 0", {"routed_scaling_factor": 0.5}),
+    ({"routed_scaling_factor": math.nan}, "routed_scaling_factor = nan", "above 0", {"routed_scaling_factor": 16}),
+    ({"capacity_factor": -1.0}, "capacity_factor = -1.0", "a finite number above 0", {"capacity_factor": 1.25}),
+    ({"capacity_factor": 0}, "capacity_factor = 0", "a finite number above 0", {"capacity_factor": None}),
+    ({"eval_capacity_factor": math.inf}, "eval_capacity_factor = inf", "finite", {"eval_capacity_factor": 2.0}),
+    (
+        {"n_group": 2, "group_capacity_factor": math.nan},
+        "group_capacity_factor = nan",
+        "a finite number above 0",
+        {"group_capacity_factor": 1.0},
+    ),
+    ({"group_capacity_factor": 1.0}, "group_capacity_factor = 1.0", "n_group of at least 2", {"n_group": 2}),
+    ({"never_drop_share": 1.1}, "never_drop_share = 1.1", "at most 1", {"never_drop_share": 1.0}),
+    ({**HASH, "top_k": 2}, "top_k = 2", "must be 1 with scoring_func = 'hash'", {"top_k": 1}),
+    ({**HASH, "chooser": "expert"}, "chooser = 'expert'", "must be 'token'", {"chooser": "token"}),
+    ({**HASH, "noisy_gating": True}, "noisy_gating = True", "must be False", {"noisy_gating": False}),
+    ({**HASH, "expert_bias": True}, "expert_bias = True", "must be False", {"expert_bias": False}),
+    ({**HASH, "n_group": 2}, "n_group = 2", "must be 1 with scoring_func = 'hash'", {"n_group": 1}),
+    ({**EXPERT, "noisy_gating": True}, "noisy_gating = True", "must be False", {"noisy_gating": False}),
+    ({**EXPERT, "expert_bias": True}, "expert_bias = True", "must be False", {"expert_bias": False}),
+    ({**EXPERT, "n_group": 2}, "n_group = 2", "must be 1 with chooser = 'expert'", {"n_group": 1}),
+    ({**EXPERT, "norm_topk_prob": True}, "norm_topk_prob = True", "must be False", {"norm_topk_prob": False}),
+    ({**EXPERT, "second_choice": "random"}, "second_choice = 'random'", "must be 'all'", {"second_choice": "all"}),
+    ({**EXPERT, "capacity_factor": 1.0}, "capacity_factor = 1.0", "must be None", {"capacity_factor": None}),
+    ({**EXPERT, "eval_capacity_factor": 2.0}, "eval_capacity_factor = 2.0", "None", {"eval_capacity_factor": None}),
+    ({**EXPERT, "group_capacity_factor": 1.0}, "group_capacity_factor = 1.0", "None", {"group_capacity_factor": None}),
+    ({"backend": "fast"}, "backend = 'fast'", "one of loop", {"backend": "loop"}),
+]
+
+
+def one_line(error: pytest.ExceptionInfo[InputError], field: str, remedy: str) -> None:
+    said = str(error.value)
+    assert "\n" not in said
+    assert said.startswith(f"{field}: "), said
+    assert remedy in said
+
+
+@pytest.mark.parametrize(("wrong", "field", "remedy", "change"), REFUSED)
+def test_what_cannot_work_is_one_line_and_its_remedy_works(
+    wrong: dict[str, Any], field: str, remedy: str, change: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError) as error:
+        MoEConfig(**(BASE | wrong))
+    one_line(error, field, remedy)
+    with pytest.raises(InputError):
+        from_dict(MoEConfig, BASE | wrong)
+    config = MoEConfig(**(BASE | wrong | change))
+    MoELayer(6, config, 16)(torch.randn(2, 3, 6), torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_every_field_is_refused_somewhere() -> None:
+    """All but the yes-or-no that any other setting allows."""
+    named = {field.split(" = ")[0] for _, field, _, _ in REFUSED}
+    assert named == set(to_dict(MoEConfig(**BASE))) - {"scale_normalised"}
+
+
+# The model
+
+
+def model(n_layers: int, **values: Any) -> ModelConfig:
+    return ModelConfig(40, 12, n_layers, AttentionConfig(2, 6), 10, **values)
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "wrong", "field", "remedy"),
+    [
+        (4, {"interleave": 5}, "interleave = 5", "must be at most 4"),
+        (4, {"interleave": 3, "n_dense_layers": 2}, "interleave = 3", "must be at most 2, the blocks that n_dense"),
+        (4, {"interleave": 0}, "interleave = 0", "of at least 1"),
+        (4, {"n_dense_layers": 4}, "n_dense_layers = 4", "must be below n_layers = 4"),
+        (4, {"n_dense_layers": 5}, "n_dense_layers = 5", "at most 4"),
+    ],
+)
+def test_a_model_without_a_block_of_experts_is_refused(
+    n_layers: int, wrong: dict[str, Any], field: str, remedy: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        model(n_layers, moe=MoEConfig(**BASE), **wrong)
+    one_line(error, field, remedy)
+
+
+def test_a_dense_model_may_say_anything_of_its_experts() -> None:
+    dense = model(2, n_dense_layers=2, interleave=7)
+    assert not any(dense.is_moe_layer(layer) for layer in range(2))
+
+
+@pytest.mark.parametrize("interleave", [1, 2, 3, 5])
+@pytest.mark.parametrize("n_dense", [0, 1, 2])
+def test_every_nth_block_after_the_dense_ones_holds_experts(n_dense: int, interleave: int) -> None:
+    config = model(7, moe=MoEConfig(**BASE, n_shared_experts=1), n_dense_layers=n_dense, interleave=interleave)
+    expected, waited = [], 0
+    for layer in range(7):
+        waited += layer >= n_dense
+        if waited == interleave:
+            expected.append(layer)
+            waited = 0
+    assert [layer for layer in range(7) if config.is_moe_layer(layer)] == expected
+    built = Transformer(config)
+    assert [i for i, block in enumerate(built.blocks) if isinstance(block.ffn, MoELayer)] == expected
+    assert [layer.router.layer for layer in built.moe_layers] == expected
+    assert len(built(torch.zeros(1, 3, dtype=torch.int64)).routings) == len(expected)
+    counted = parameters(config)
+    assert counted.total == sum(weight.numel() for weight in built.parameters())
+    assert counted.routed_experts.total == len(expected) * 8 * 3 * 12 * 4
+    assert counted.dense_ffn.total == (7 - len(expected)) * 3 * 12 * 10
+
+
+def test_glam_and_deepseekmoe() -> None:
+    glam = model(6, moe=MoEConfig(**BASE), interleave=2)
+    assert [layer for layer in range(6) if glam.is_moe_layer(layer)] == [1, 3, 5]
+    deepseek = model(6, moe=MoEConfig(**BASE), n_dense_layers=1)
+    assert [layer for layer in range(6) if deepseek.is_moe_layer(layer)] == [1, 2, 3, 4, 5]
+
+
+# Training
+
+
+@pytest.mark.parametrize(
+    ("weights", "field", "remedy"),
+    [
+        ({"device": 0.1, "switch": 0.0}, "balance weight of device = 0.1", "needs a model with n_group > 1"),
+        ({"communication": 0.1}, "balance weight of communication = 0.1", "needs a model with n_group > 1"),
+        ({"load": 0.1}, "balance weight of load = 0.1", "needs a model with noisy_gating"),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_model_is_refused(weights: dict[str, float], field: str, remedy: str) -> None:
+    config = TrainConfig(steps=1, balance=weights)
+    with pytest.raises(InputError) as error:
+        train(Transformer(model(1, moe=MoEConfig(**BASE))), None, config)  # type: ignore[arg-type]
+    one_line(error, field, remedy)
+
+
+@pytest.mark.parametrize("change", [{"expert_bias": True}, {"n_group": 4, "topk_group": 2}])
+def test_the_load_loss_is_for_the_plain_choice(change: dict[str, Any]) -> None:
+    moe = MoEConfig(**BASE, noisy_gating=True)
+    config = TrainConfig(steps=1, balance={"load": 0.1})
+    with pytest.raises(InputError) as error:
+        train(Transformer(model(1, moe=replace(moe, **change))), None, config)  # type: ignore[arg-type]
+    one_line(error, "balance weight of load = 0.1", "without expert_bias, and topk_group = n_group")
+
+
+def test_bias_speed_needs_a_bias() -> None:
+    with pytest.raises(InputError) as error:
+        train(Transformer(model(1, moe=MoEConfig(**BASE))), None, TrainConfig(1, bias_speed=0.1))  # type: ignore[arg-type]
+    one_line(error, "bias_speed = 0.1", "needs a model with expert_bias")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field", "remedy"),
+    [
+        ({"balance": {"swich": 0.1}}, "balance = 'swich'", "importance, load, gshard, switch, z, expert, sequence"),
+        ({"balance": {"z": -0.1}}, "balance weight of z = -0.1", "of at least 0"),
+        ({"balance": {"z": math.nan}}, "balance weight of z = nan", "a finite number"),
+        ({"bias_speed": -0.1}, "bias_speed = -0.1", "of at least 0"),
+        ({"bias_speed": math.inf}, "bias_speed = inf", "a finite number"),
+    ],
+)
+def test_weights_and_speed_are_checked(wrong: dict[str, Any], field: str, remedy: str) -> None:
+    with pytest.raises(InputError) as error:
+        TrainConfig(steps=1, **wrong)
+    one_line(error, field, remedy)
