@@ -35,6 +35,16 @@ def routing(tokens: int, layers: int, k: int = 2) -> list[dict[str, Any]]:
     ]
 
 
+def kind_rows() -> list[dict[str, Any]]:
+    draw = random.Random(3)
+    return [
+        {"kind": kind, "effect": effect, "value": draw.random() - 0.2, "part": part}
+        for effect in ("shared expert", "one routed")
+        for kind in ("function word", *DOMAINS)
+        for part in range(4)
+    ]
+
+
 def every_chart() -> dict[str, Any]:
     draw = random.Random(2)
     split = [
@@ -70,6 +80,10 @@ def every_chart() -> dict[str, Any]:
         "expert_load, history": charts.expert_load(history, capacity=0.6),
         "domain_heatmap": charts.domain_heatmap(shares, null=null),
         "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], [0, 1], token=" of"),
+        "effects_by_kind": charts.effects_by_kind(kind_rows(), overall={"shared expert": 0.1, "one routed": 0.5}),
+        "effects_by_kind, one part": charts.effects_by_kind(
+            [{"kind": d, "effect": "layer 1", "value": 0.2} for d in DOMAINS], overall={"layer 1": 0.2}, number=".0%"
+        ),
         "capacity_curve": charts.capacity_curve(capacity),
         "finer_experts": charts.finer_experts(finer),
         "expert_spread": charts.expert_spread(spread, x_title="effective number of domains"),

@@ -18,7 +18,7 @@ import vl_convert
 from PIL import Image
 
 from dsmoe_lite.errors import InputError
-from dsmoe_lite.viz import charts, curves, parts, renderer, segments, theme, tokens
+from dsmoe_lite.viz import charts, curves, kinds, parts, renderer, segments, theme, tokens
 
 NAMES = list(chart_samples.every_chart())
 
@@ -254,6 +254,28 @@ def test_spread_shows_every_expert_and_both_means():
     assert [4.0] in drawn
 
 
+def test_effects_are_means_over_parts_and_the_largest_stands_out():
+    rows = [
+        {"kind": kind, "effect": "e", "value": value, "part": part}
+        for kind, values in {"a": (1.0, 2.0, 3.0), "b": (4.0, 4.0, 7.0), "c": (-9.0, -9.0, -9.0)}.items()
+        for part, value in enumerate(values)
+    ]
+    spec = charts.effects_by_kind(rows, overall={"e": 0.5}, number="+.1f").to_dict()
+    marks = next(v for v in all_values(spec) if "largest" in v[0])
+    assert [(mark["kind"], mark["text"], mark["largest"]) for mark in marks] == [
+        ("a", "+2.0", False),
+        ("b", "+5.0", True),
+        ("c", "-9.0", False),
+    ]
+    assert marks[0]["high"] - 2.0 == pytest.approx(4.303 / 3**0.5)  # t(0.975, 2) = 4.303, s = 1
+    assert "all tokens +0.5, most for b +5.0" in spec["description"]
+
+
+def test_ticks_are_round():
+    for value, tick in ((0.5, 0.5), (0.49, 0.2), (1.0, 1.0), (9.99, 5.0), (0.0031, 0.002), (250.0, 200.0)):
+        assert kinds._round_below(value) == pytest.approx(tick)
+
+
 def test_tokens_wrap_inside_the_line_without_overlap():
     words = ["Norvania", " is", " a", " country", "\n", "and", " so", " on"] * 10
     cells = tokens._layout(words)
@@ -290,6 +312,11 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (lambda: charts.token_routing(["a"], [{"topk_ids": [[0], [1]], "gates": [[1.0]]}]), "topk_ids"),
         (lambda: charts.domain_heatmap([{"domain": "d", "expert": 3, "share": 0.1}], null=[0.1]), "null has 1"),
         (lambda: charts.router_probabilities([0.5, 0.5], [2], token="a"), "chosen"),
+        (lambda: charts.effects_by_kind([{"kind": "k", "effect": "e", "value": 1.0}], overall={"f": 1.0}), "overall"),
+        (
+            lambda: charts.effects_by_kind([{"kind": "k", "effect": e, "value": 1.0} for e in range(5)], overall={}),
+            "effects = 5",
+        ),
         (lambda: charts.parameter_split([{"model": "m", "component": i, "total": 1} for i in range(9)]), "components"),
     ],
 )  # fmt: skip

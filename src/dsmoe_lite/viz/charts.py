@@ -3,6 +3,7 @@
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
+from dsmoe_lite.viz.kinds import effects_by_kind
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
@@ -10,6 +11,7 @@ from dsmoe_lite.viz.tokens import token_routing
 __all__ = [
     "capacity_curve",
     "domain_heatmap",
+    "effects_by_kind",
     "expert_load",
     "expert_spread",
     "finer_experts",
