@@ -77,9 +77,7 @@ def _top(marks: list[dict[str, Any]]) -> str:
     return next(f"{mark['kind']} {mark['text']}" for mark in marks if mark["largest"])
 
 
-def _panel(
-    marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, labels: int
-) -> alt.LayerChart:
+def _panel(marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, labels: int) -> Any:
     """Dots from zero, numbers in a column at the right end that no dot reaches."""
     text_share = (max(len(mark["text"]) for mark in marks) * TEXT * CHARACTER + 14) / width
     low = min(0.0, level, *(mark["low"] for mark in marks))
