@@ -64,7 +64,7 @@ def effects_by_kind(
 
 
 def _marks(values: dict[str, list[float]], number: str) -> list[dict[str, Any]]:
-    marks = []
+    marks: list[dict[str, Any]] = []
     for kind, seen in values.items():
         mean, half = mean_and_half_width(seen)
         marks.append({"kind": kind, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0),
