@@ -19,16 +19,26 @@ import torch
 from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import load_model, load_training, read_tensors, save_model
-from dsmoe_lite.config import to_dict
+from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import Question, World, WorldConfig
 from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.interrupts import stop_requested
+from dsmoe_lite.layers import balance
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import Run, TrainConfig, learning_rate, make_optimizer, run_record, train
+from dsmoe_lite.train import (
+    BALANCE_LOSSES,
+    Run,
+    TrainConfig,
+    balance_terms,
+    learning_rate,
+    make_optimizer,
+    run_record,
+    train,
+)
 
 WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
 CONFIG = TrainConfig(steps=12, batch_size=4, seq_len=32, warmup_steps=3, checkpoint_every=1)
@@ -412,6 +422,86 @@ def test_four_steps_written_out(balance_loss: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7, msg=name)
 
 
+V3 = MoEConfig(
+    8, 2, 16, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4,
+    topk_group=2, group_score="top2",
+)  # fmt: skip
+
+
+def make_with(moe: MoEConfig, batch_size: int = CONFIG.batch_size, seed: int = 0) -> tuple[Transformer, Batches]:
+    world, tokenizer = small_world()
+    torch.manual_seed(seed)
+    model = Transformer(replace(SMALL, moe=moe, vocab_size=tokenizer.get_vocab_size()))
+    return model, Batches(world, tokenizer, batch_size, CONFIG.seq_len)
+
+
+def test_every_balance_loss_has_its_weight_in_every_layer() -> None:
+    moe = MoEConfig(8, 2, 16, noisy_gating=True, n_group=4, topk_group=4)
+    model, batches = make_with(moe)
+    output = model.train()(next(batches).tokens[:, :-1])
+    devices = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
+    losses = {name: getattr(balance, f"{name}_loss") for name in BALANCE_LOSSES}
+    losses["device"] = lambda r: balance.device_loss(r, device_of=devices)
+    losses["communication"] = lambda r: balance.communication_loss(r, device_of=devices, topk_group=4)
+    weights = {name: 0.1 * (place + 1) for place, name in enumerate(BALANCE_LOSSES)}
+    expected = sum(weight * losses[name](r) for r in output.routings for name, weight in weights.items())
+    got = balance_terms(output, moe, TrainConfig(steps=1, balance=weights))
+    assert len(output.routings) == 2
+    assert got.item() == pytest.approx(expected.item(), rel=1e-6)
+    weights["load"] = 0.0  # nothing is asked of a loss without weight
+    model.eval()
+    balance_terms(model(next(batches).tokens[:, :-1]), moe, TrainConfig(steps=1, balance=weights))
+
+
+def test_the_bias_moves_once_a_step_by_the_counts_of_all_micro_batches() -> None:
+    model, batches = make_with(V3, batch_size=2)
+    before, same = copy.deepcopy(model), make_with(V3, batch_size=2)[1]
+    counts = [torch.zeros(8), torch.zeros(8)]
+    for _ in range(3):
+        for total, routing in zip(counts, before.train()(next(same).tokens[:, :-1]).routings, strict=True):
+            for e in routing.topk_ids.flatten().tolist():
+                total[e] += 1
+    train(model, batches, replace(CONFIG, steps=1, batch_size=2, grad_accum=3, bias_speed=0.25))
+    for layer, total in zip(model.moe_layers, counts, strict=True):
+        mean = 3 * 2 * CONFIG.seq_len * 2 / 8
+        expected = [0.25 * ((mean > n) - (mean < n)) for n in total.tolist()]
+        assert layer.router.expert_bias.tolist() == expected
+        assert set(expected) >= {0.25, -0.25}
+
+
+def test_loss_free_balancing_lowers_the_violation() -> None:
+    world, tokenizer = small_world()
+    held_out = heldout_batches(world, tokenizer, 4, 32, 12)
+
+    def violation(bias_speed: float) -> float:
+        """MaxVio_global, the mean over two seeds and two layers."""
+        seen = []
+        for seed in range(2):
+            model, batches = make_with(V3, batch_size=8, seed=seed)
+            config = replace(CONFIG, steps=100, batch_size=8, lr=1e-2, balance={}, bias_speed=bias_speed)
+            train(model, batches, config)
+            seen += [use.max_vio for use in heldout_loss(model, held_out, world.domains).experts]
+        return sum(seen) / len(seen)
+
+    assert violation(0.003) < 0.5 * violation(0.0)
+
+
+def test_a_run_with_bias_and_noise_resumes_exactly(tmp_path: Path) -> None:
+    moe = replace(V3, noisy_gating=True)
+    config = replace(CONFIG, bias_speed=0.01, balance={"sequence": 0.01, "communication": 0.01})
+    model, batches = make_with(moe)
+    unbroken = train(model, batches, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dsmoe_lite.train.save_training", _save_then_die_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            train(*make_with(moe), config, folder=tmp_path)
+    again, batches = make_with(moe)
+    resumed = train(again, batches, config, folder=tmp_path)
+    assert resumed.losses == unbroken.losses
+    assert again.state_dict().keys() >= {f"blocks.{i}.ffn.router.expert_bias" for i in range(2)}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
 def test_precision_decides_the_type_of_the_products(precision: str, dtype: str) -> None:
     model, batches = make()
@@ -459,6 +549,37 @@ def test_heldout_loss_is_the_mean_over_tokens_and_domains() -> None:
         assert (name in got.by_domain) == (count > 0)
         if count:
             assert got.by_domain[name] == pytest.approx(value / count, rel=1e-5)
+
+
+def test_heldout_use_of_experts_is_counted_over_all_batches() -> None:
+    moe = replace(SMALL.moe, second_choice="all", capacity_factor=0.1, eval_capacity_factor=0.9)
+    model, _ = make_with(moe)
+    world, tokenizer = small_world()
+    for layer in model.moe_layers:
+        torch.nn.init.normal_(layer.router.weight, std=0.3)
+    batches = heldout_batches(world, tokenizer, 4, 32, 5)
+    got = heldout_loss(model, batches, world.domains).experts
+    assert len(got) == 2
+    K, E, T = 2, 16, 4 * 32
+    counts, kept, over = [[0] * E for _ in got], [0] * 2, [0] * 2
+    with torch.no_grad():
+        for batch in batches:
+            for place, routing in enumerate(model.eval()(batch.tokens[:, :-1]).routings):
+                here = [0] * E
+                for e in routing.topk_ids.flatten().tolist():
+                    here[e] += 1
+                counts[place] = [a + b for a, b in zip(counts[place], here, strict=True)]
+                kept[place] += sum(min(n, math.ceil(0.9 * T * K / E)) for n in here)
+                over[place] += sum(max(0, n - math.ceil(1.25 * T * K / E)) for n in here)
+    everything = 5 * T * K
+    for use, count, kept_here, over_here in zip(got, counts, kept, over, strict=True):
+        assert use.load == pytest.approx([n * E / everything for n in count])
+        assert use.max_vio == pytest.approx(max(count) * E / everything - 1)
+        assert use.drop_rate == pytest.approx(1 - kept_here / everything)
+        assert use.overflow == pytest.approx(over_here / everything)
+        assert 0 < use.overflow < use.drop_rate < 1
+    dense = replace(preset("course-dense"), d_model=32, vocab_size=tokenizer.get_vocab_size())
+    assert heldout_loss(Transformer(dense), batches, world.domains).experts == []
 
 
 @pytest.mark.parametrize("training", [True, False])
