@@ -34,10 +34,36 @@ class Grid:
         return replace(job, train=replace(job.train, seed=seed), first_document=start)
 
 
-def _course(model: str, balance: dict[str, float], bias_speed: float = 0.0) -> Job:
-    """A course size trained on 2.46M tokens of the world: one setting for every grid, balance apart."""
-    train = TrainConfig(steps=1200, batch_size=32, seq_len=64, lr=3e-3, balance=balance, bias_speed=bias_speed)
-    return Job(preset(model), train, CorpusConfig())
+def _course(model: str, balance: dict[str, float], *, steps: int = 1200, bias_speed: float = 0.0, **moe: Any) -> Job:
+    """A course size, its experts changed as `moe` says, on the world: one setting for all grids, 2048 tokens a step."""
+    config = preset(model)
+    if moe:
+        assert config.moe is not None
+        config = replace(config, moe=replace(config.moe, **moe))
+    train = TrainConfig(steps, batch_size=32, seq_len=64, lr=3e-3, balance=balance, bias_speed=bias_speed)
+    return Job(config, train, CorpusConfig())
+
+
+def _cut(m: int, **moe: Any) -> Job:
+    """2 of 16 experts, each cut in m."""
+    cut = {"n_routed_experts": 16 * m, "top_k": 2 * m, "expert_width": 128 // m, "routed_scaling_factor": float(m)}
+    return _course("course-deepseekmoe", _EXPERT, **cut | {"n_shared_experts": 0} | moe)
+
+
+_EXPERT = {"expert": 0.01}
+_V2 = {"expert": 0.003, "device": 0.05}  # weights of DeepSeek-V2
+_REMEDIES: dict[str, dict[str, Any]] = {
+    "none": {"balance": {}},
+    "importance+load": {"balance": {"importance": 0.1, "load": 0.1}, "noisy_gating": True},
+    "switch": {"balance": {"switch": 0.01}},
+    "z": {"balance": {"z": 0.001}},
+    "expert-0.001": {"balance": {"expert": 0.001}},
+    "expert-0.01": {"balance": _EXPERT},
+    "expert-0.1": {"balance": {"expert": 0.1}},
+    "device": {"balance": _V2},
+    "communication": {"balance": _V2 | {"communication": 0.02}, "topk_group": 3},
+    "bias": {"balance": {}, "bias_speed": 0.001, "expert_bias": True},
+}
 
 
 GRIDS = {
@@ -48,6 +74,20 @@ GRIDS = {
             for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
         }
     ),
+    # Chapters 03 and 04: experts cut in m, all with the same weights in all and for a token; gates times m, but for
+    # "m4-plain", which has them as printed; then one and two of the pieces shared.
+    "deepseekmoe": Grid(
+        {
+            "m1": _cut(1),
+            "m2": _cut(2),
+            "m4": _cut(4),
+            "m4-plain": _cut(4, routed_scaling_factor=1.0),
+            "shared-1": _course("course-deepseekmoe", _EXPERT),
+            "shared-2": _course("course-deepseekmoe", _EXPERT, n_routed_experts=62, top_k=6, n_shared_experts=2),
+        }
+    ),
+    # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
+    "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
 }
 
 

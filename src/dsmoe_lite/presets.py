@@ -55,6 +55,10 @@ PRESETS = {
     "course-switch": replace(_COURSE, moe=replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")),
     "course-hash": replace(_COURSE, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")),
     "course-deepseekmoe": replace(_COURSE, moe=MoEConfig(63, 7, 32, n_shared_experts=1, routed_scaling_factor=4.0)),
+    "course-devices": replace(
+        _COURSE,
+        moe=MoEConfig(64, 6, 32, n_shared_experts=2, n_group=8, topk_group=8, routed_scaling_factor=4.0),
+    ),  # 2 + 6 of 64 as in DeepSeekMoE 16B, on 8 devices, all in reach
     "dense-0.2B": _VALIDATION,
     "hash-2.0B": replace(
         _VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413, scoring_func="hash")
