@@ -35,6 +35,12 @@ def test_gaps_pair_runs_by_seed() -> None:
     assert gaps(MADE_UP, "b", "a", "recall, rare people") == pytest.approx({0: 0.2, 1: 0.4})
 
 
+def test_a_seed_that_one_of_the_two_lacks_is_left_out() -> None:
+    half_done = [record for record in MADE_UP if (record["model_name"], record["seed"]) != ("a", 0)]
+    assert gaps(half_done, "b", "a", "held-out loss") == {1: 1.0}
+    assert {row["seed"] for row in curve_gaps(half_done, {"b": "B"}, baseline="a", window=1)} == {1}
+
+
 def test_rows_of_metrics_and_curves() -> None:
     rows = metric_rows(MADE_UP, {"a": "model A"})
     assert {(row["model"], row["metric"]) for row in rows} == {

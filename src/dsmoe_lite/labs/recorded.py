@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from dsmoe_lite.viz.parts import mean_and_half_width
+
 Records = Sequence[Mapping[str, Any]]
 
 METRICS = {
@@ -29,7 +31,7 @@ def curve_gaps(records: Records, names: Mapping[str, str], baseline: str, window
     return [
         {"model": names[name], "seed": seed, "step": end, "loss": mean(a - b for a, b in both[end - window : end])}
         for (name, seed), losses in curves.items()
-        if name in names
+        if name in names and (baseline, seed) in curves
         for both in [list(zip(losses, curves[baseline, seed], strict=True))]
         for end in range(window, len(both) + 1, window)
     ]
@@ -45,7 +47,40 @@ def overtaken_at(rows: Sequence[Mapping[str, Any]], model: str) -> int:
 
 
 def gaps(records: Records, model: str, other: str, metric: str) -> dict[int, float]:
-    """`metric` of `model` minus that of `other`, by seed: both have seen the same text in the same order."""
+    """`metric` of `model` minus that of `other`, by seed that both have: they saw the same text in the same order."""
     value = {(r["model_name"], r["seed"]): METRICS[metric](r) for r in records}
-    seeds = sorted(seed for name, seed in value if name == model)
+    seeds = sorted(seed for name, seed in value if name == model and (other, seed) in value)
     return {seed: value[model, seed] - value[other, seed] for seed in seeds}
+
+
+def balance_rows(records: Records, names: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
+    """Rows {method, family, seed, loss, max_vio, overflow} on held-out text, the last two as means over MoE layers.
+
+    names: name in the grid -> (method to show, its family).
+    """
+    return [
+        {
+            "method": names[record["model_name"]][0],
+            "family": names[record["model_name"]][1],
+            "seed": record["seed"],
+            "loss": record["heldout_loss"],
+            **{field: mean(layer[field] for layer in record["heldout_experts"]) for field in ("max_vio", "overflow")},
+        }
+        for name in names
+        for record in records
+        if record["model_name"] == name
+    ]
+
+
+def paired_gap(
+    rows: Sequence[Mapping[str, Any]], method: str, other: str, field: str
+) -> tuple[float, float | None, int] | None:
+    """`field` of `method` minus that of `other`: mean over the seeds both have, half its 95% t-interval, seeds.
+
+    The half is None with one seed, the whole answer with none.
+    """
+    value = {(row["method"], row["seed"]): row[field] for row in rows}
+    found = [
+        value[method, seed] - value[other, seed] for name, seed in value if name == method and (other, seed) in value
+    ]
+    return (*mean_and_half_width(found), len(found)) if found else None
