@@ -90,6 +90,9 @@ def stays_in_reach(choose: Callable[[Tensor], Tensor], bias: float) -> bool:
 def test_no_expert_out_of_reach_is_chosen() -> None:
     assert stays_in_reach(fill_with_minus_infinity, bias=-1.0)
     assert not stays_in_reach(fill_with_zero, bias=-1.0)
+    allowed = limit_groups(torch.rand(50, 16) - 1, 4, 2, "top2")
+    wrong = fill_with_zero(allowed.nan_to_num(neginf=-5.0))  # the same groups are the best ones
+    assert torch.isneginf(allowed.gather(1, wrong)).all()  # every one of them is out of reach
     assert stays_in_reach(fill_with_zero, bias=0.5)  # where the bug hides: biases of 0 and more
 
 

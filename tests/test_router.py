@@ -143,6 +143,14 @@ def test_noisy_top_k_is_shazeers(seed: int) -> None:
     assert router.noise.grad.abs().sum() > 0
 
 
+def test_noise_is_in_the_scores_of_a_sigmoid_too() -> None:
+    torch.manual_seed(0)
+    router = make_router(replace(NOISY, scoring_func="sigmoid")).train()
+    routing = router(torch.randn(30, 12, dtype=torch.float64), (1, 30))
+    assert not torch.equal(routing.logits, routing.clean_logits)
+    torch.testing.assert_close(routing.scores, 1 / (1 + torch.exp(-routing.logits)), rtol=1e-12, atol=0)
+
+
 def test_noise_is_for_training() -> None:
     torch.manual_seed(0)
     router, x = make_router(NOISY), torch.randn(30, 12, dtype=torch.float64)
