@@ -4,7 +4,7 @@ import pytest
 
 from dsmoe_lite import accounting
 from dsmoe_lite.experiments import GRIDS, grid, records
-from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at
+from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at, seed_line
 from dsmoe_lite.presets import preset
 
 MADE_UP = [
@@ -39,6 +39,12 @@ def test_a_seed_that_one_of_the_two_lacks_is_left_out() -> None:
     half_done = [record for record in MADE_UP if (record["model_name"], record["seed"]) != ("a", 0)]
     assert gaps(half_done, "b", "a", "held-out loss") == {1: 1.0}
     assert {row["seed"] for row in curve_gaps(half_done, {"b": "B"}, baseline="a", window=1)} == {1}
+
+
+def test_a_line_of_seeds() -> None:
+    assert seed_line({1: 0.3, 0: -0.1}) == "+0.100 (sd 0.283)   -0.100 +0.300"  # sd of two: their distance over sqrt 2
+    assert seed_line({3: 0.25}) == "+0.250"
+    assert seed_line({}) == "no run yet"
 
 
 def test_rows_of_metrics_and_curves() -> None:

@@ -1,7 +1,7 @@
 """Recorded runs as the rows that charts and tables of several chapters take."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 from dsmoe_lite.viz.parts import mean_and_half_width
@@ -84,3 +84,11 @@ def paired_gap(
         value[method, seed] - value[other, seed] for name, seed in value if name == method and (other, seed) in value
     ]
     return (*mean_and_half_width(found), len(found)) if found else None
+
+
+def seed_line(values: Mapping[int, float]) -> str:
+    """Mean, standard deviation and each seed's value, by seed, as one line; fewer than two seeds have no deviation."""
+    each = " ".join(f"{values[seed]:+.3f}" for seed in sorted(values))
+    if len(values) < 2:
+        return each or "no run yet"
+    return f"{mean(values.values()):+.3f} (sd {stdev(values.values()):.3f})   {each}"
