@@ -13,6 +13,7 @@ from dsmoe_lite.viz.parts import CHARACTER, data, in_order, listed, mean_and_hal
 PANELS = 4
 ROW = 24  # px
 TEXT = 11.5
+TICK_GAP = 34  # px between two ticks whose labels do not touch
 
 
 def effects_by_kind(
@@ -83,9 +84,11 @@ def _panel(marks: list[dict[str, Any]], kinds: list[str], level: float, number: 
     low = min(0.0, level, *(mark["low"] for mark in marks))
     high = max(0.0, level, *(mark["high"] for mark in marks)) or 1.0
     end = low + (high - low) / max(1 - text_share, 0.2)
+    tick = _round_below(0.9 * high)
+    ticks = [0.0, tick] if tick / (end - low) * width > TICK_GAP else [tick]
     percent = "%" if number.endswith("%") else alt.Undefined
     x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, end], nice=False, zero=False),
-              axis=alt.Axis(values=[0.0, _round_below(0.9 * high)], format=percent, grid=False))  # fmt: skip
+              axis=alt.Axis(values=ticks, format=percent, grid=False))  # fmt: skip
     axis = alt.Axis(labels=labels > 0, labelColor=theme.LIGHT["ink"], grid=True, labelLimit=200,
                     minExtent=labels, maxExtent=labels)  # fmt: skip
     y = alt.Y("kind:N", sort=kinds, title=None, scale=alt.Scale(domain=kinds), axis=axis)
