@@ -1,6 +1,7 @@
 """The chapters' exercises: the stub is unsolved, the folded solution right, and every listed wrong answer fails."""
 
 import ast
+import math
 import re
 
 import jupytext
@@ -48,6 +49,20 @@ def right_but_for_ties(chosen, second_gate, draw, slots):
     return sent
 
 
+def finest_that(width, fits):
+    return max((m for m in range(1, width + 1) if width % m == 0 and fits(m)), default=1)
+
+
+def beside(gates, weight):
+    return torch.cat((gates, torch.full((len(gates), 1), weight)), dim=1)
+
+
+def side_by_side(gate, up, down, factor=1.0, *, turned=False):
+    if turned:
+        down = down[::-1]
+    return torch.cat(list(gate)), torch.cat(list(up)), factor * torch.cat(list(down), dim=1)
+
+
 WRONG = {
     "00": {"ways": [lambda: (240, 4426165368), lambda: (120, 64**8), lambda: (120, 4426165369), lambda: "many"]},
     "01": {
@@ -81,6 +96,51 @@ WRONG = {
             right_but_for_ties,
             lambda chosen, gate, draw, slots: [False] * len(chosen),
             lambda chosen, gate, draw, slots: [slots > 2] * len(chosen),
+        ],
+    },
+    "03": {
+        "mended_gates": [
+            lambda logits, k: logits.topk(k, dim=-1).values.softmax(dim=-1),  # the library's
+            lambda logits, k: F.normalize(logits.softmax(-1).topk(k, dim=-1).values, p=1, dim=-1),
+            lambda logits, k: logits.topk(k, dim=-1).values.exp(),
+            lambda logits, k: logits.sigmoid().topk(k, dim=-1).values,
+            lambda logits, k: logits.softmax(dim=0).topk(k, dim=-1).values,
+            lambda logits, k: logits.softmax(dim=-1)[:, :k],
+            lambda logits, k: logits.softmax(dim=-1),
+            lambda logits, k: logits.softmax(dim=-1).topk(k, dim=-1).indices,
+            lambda logits, k: logits.softmax(dim=-1).topk(k, dim=-1).values.flip(-1),
+            lambda logits, k: k * logits.softmax(dim=-1).topk(k, dim=-1).values,
+        ],
+        "finest": [
+            lambda E, K, width, share: int(share * 3 * K * width / E),  # need not divide the width
+            lambda E, K, width, share: finest_that(width, lambda m: m * E <= share * K * width),
+            lambda E, K, width, share: finest_that(width, lambda m: m * E <= share * 3 * width),
+            lambda E, K, width, share: finest_that(width, lambda m: m * E <= share * 3 * E * width),
+            lambda E, K, width, share: finest_that(width, lambda m: m * m * E <= share * 3 * K * width),
+            lambda E, K, width, share: finest_that(width, lambda m: m * E < share * 3 * K * width),
+            lambda E, K, width, share: 2 ** int(math.log2(max(1, share * 3 * K * width / E))),  # powers of 2 only
+            lambda E, K, width, share: 4,
+        ],
+    },
+    "04": {
+        "mended_fusion": [
+            lambda gates, scale, already: beside(gates, 1 / scale),  # the engine's
+            lambda gates, scale, already: beside(gates, 1.0),
+            lambda gates, scale, already: beside(gates, 1 / scale if already else 1.0),  # the wrong way round
+            lambda gates, scale, already: beside(gates, scale if already else 1.0),
+            lambda gates, scale, already: beside(gates if already else gates * scale, 1.0),  # scaled twice later
+            lambda gates, scale, already: beside(gates / scale if already else gates, 1 / scale),
+            lambda gates, scale, already: gates,
+            lambda gates, scale, already: beside(gates, 1.0 if already else 1 / scale).flip(1),
+            lambda gates, scale, already: beside(gates, 1.0 if already else 1 / 2.5),
+        ],
+        "merged": [
+            lambda ffns: ffns[0],
+            lambda ffns: tuple(torch.cat(weights) for weights in zip(*ffns, strict=True)),
+            lambda ffns: side_by_side([ffn[0] for ffn in ffns], [ffn[0] for ffn in ffns], [ffn[2] for ffn in ffns]),
+            lambda ffns: side_by_side(*zip(*ffns, strict=True), factor=1 / len(ffns)),
+            lambda ffns: side_by_side(*zip(*ffns, strict=True), turned=True),
+            lambda ffns: side_by_side(*zip(*((up, gate, down) for gate, up, down in ffns), strict=True)),
         ],
     },
 }
