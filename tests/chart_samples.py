@@ -45,6 +45,24 @@ def kind_rows() -> list[dict[str, Any]]:
     ]
 
 
+def balance_rows() -> list[dict[str, Any]]:
+    draw = random.Random(3)
+    return [
+        {"method": f"method {m}", "family": f"family {m % 4}", "seed": seed, "gap": 0.01 * draw.gauss(),
+         "max_vio": 0.1 * 1.5**m * draw.uniform(1, 2), "overflow": 0.03 * m}
+        for m in range(10)
+        for seed in range(5)
+    ]  # fmt: skip
+
+
+def table_rows() -> list[dict[str, Any]]:
+    return [
+        {"loss": f"loss {i}", "routing": routing, "value": 1.0 + i * j}
+        for i in range(8)
+        for j, routing in enumerate(("even", "one expert|for all", "one device", "each sequence|its own"))
+    ]
+
+
 def every_chart() -> dict[str, Any]:
     draw = random.Random(2)
     split = [
@@ -69,6 +87,7 @@ def every_chart() -> dict[str, Any]:
     finer = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 2, 4, 8)]
     spread = [{"model": m, "value": 2 + draw.random(), "null": 3 + draw.random()} for m in MODELS for _ in range(16)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
+    balanced = balance_rows()
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
         "training_curves, one": charts.training_curves(curve_rows(1, 1, 20)),
@@ -87,6 +106,13 @@ def every_chart() -> dict[str, Any]:
         "capacity_curve": charts.capacity_curve(capacity),
         "finer_experts": charts.finer_experts(finer),
         "expert_spread": charts.expert_spread(spread, x_title="effective number of domains"),
+        "loss_table": charts.loss_table(table_rows(), balanced="even"),
+        "balance_scatter": charts.balance_scatter(balanced),
+        "balance_scatter, one seed": charts.balance_scatter([row for row in balanced if row["seed"] == 0][:1]),
+        "reach_curve": charts.reach_curve(
+            [{"scores": s, "limit": m, "reached": min(m, 4.5), "kept": m / (m + i)} for i, s in enumerate(("random",
+             "trained")) for m in range(1, 9)]
+        ),
         "token_routing": charts.token_routing(text, routing(len(text), 4)),
     }  # fmt: skip
 

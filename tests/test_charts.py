@@ -215,6 +215,29 @@ def test_loads_are_over_the_mean():
     assert "1 starved, 1 overloaded, highest 2.00" in spec["description"]
 
 
+def test_a_loss_is_darkest_where_it_is_highest_and_pale_where_it_sees_nothing():
+    values = {("a", "even"): 1.0, ("a", "one"): 3.0, ("a", "half"): 2.0, ("b", "even"): 0.5, ("b", "one"): 0.5,
+              ("b", "half"): 0.25}  # fmt: skip
+    rows = [{"loss": loss, "routing": routing, "value": value} for (loss, routing), value in values.items()]
+    spec = charts.loss_table(rows, balanced="even").to_dict()
+    cells = next(v for v in all_values(spec) if "rise" in v[0])
+    rise = {(cell["loss"], cell["routing"]): cell["rise"] for cell in cells}
+    assert rise == {("a", "even"): 0, ("a", "one"): 1, ("a", "half"): 0.5} | {
+        ("b", r): 0 for r in ("even", "one", "half")
+    }
+    assert "a: one and half; b: none" in spec["description"]
+
+
+def test_a_method_stands_at_its_mean_and_is_named_with_its_overflow():
+    rows = [
+        {"method": "m", "family": "f", "seed": seed, "max_vio": vio, "gap": gap, "overflow": 0.125 * seed}
+        for seed, vio, gap in ((0, 1.0, 0.25), (1, 3.0, -0.5))
+    ]
+    spec = charts.balance_scatter(rows).to_dict()
+    (mark,) = next(v for v in all_values(spec) if "text" in v[0])
+    assert (mark["max_vio"], mark["gap"], mark["text"]) == (2.0, -0.125, "m · 6% over")
+
+
 def all_values(node):
     if isinstance(node, dict):
         if (
@@ -317,6 +340,9 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
             lambda: charts.effects_by_kind([{"kind": "k", "effect": e, "value": 1.0} for e in range(5)], overall={}),
             "effects = 5",
         ),
+        (lambda: charts.loss_table([{"loss": "z", "routing": "a", "value": 1.0}], balanced="b"), "balanced = 'b'"),
+        (lambda: charts.balance_scatter([{"method": "m", "gap": 1.0}]), "no 'family'"),
+        (lambda: charts.reach_curve([{"scores": i, "limit": 1, "reached": 1, "kept": 1} for i in range(5)]), "scores"),
         (lambda: charts.parameter_split([{"model": "m", "component": i, "total": 1} for i in range(9)]), "components"),
     ],
 )  # fmt: skip

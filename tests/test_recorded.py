@@ -4,7 +4,7 @@ import pytest
 
 from dsmoe_lite import accounting
 from dsmoe_lite.experiments import GRIDS, grid, records
-from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at, seed_line
+from dsmoe_lite.labs.recorded import balance_rows, curve_gaps, gaps, metric_rows, overtaken_at, seed_line
 from dsmoe_lite.presets import preset
 
 MADE_UP = [
@@ -72,3 +72,16 @@ def test_split_rows_agree_with_the_counts_they_are_made_of() -> None:
     flops = {row["component"]: row["flops"] for row in rows}
     assert flops["routed_experts"] == 2 * 2 * 3 * 64 * 128 * config.n_layers  # 2 experts, 2 FLOPs a weight
     assert "dense_ffn" not in flops
+
+
+def test_balance_rows_pair_the_loss_and_average_over_layers() -> None:
+    layers = [{"max_vio": 1.0, "overflow": 0.5}, {"max_vio": 2.0, "overflow": 0.0}]
+    records = [{**record, "heldout_experts": layers} for record in MADE_UP]
+    names = {"b": ("B", "bias"), "a": ("A", "none"), "missing": ("C", "none")}
+    rows = balance_rows(records, names, "a")
+    assert [(row["method"], row["family"], row["seed"], row["gap"]) for row in rows] == [
+        ("B", "bias", 1, 1.0), ("B", "bias", 0, 0.25), ("A", "none", 0, 0.0), ("A", "none", 1, 0.0),
+    ]  # fmt: skip
+    assert {(row["max_vio"], row["overflow"]) for row in rows} == {(1.5, 0.25)}
+    without = [record for record in records if (record["model_name"], record["seed"]) != ("a", 0)]
+    assert {row["seed"] for row in balance_rows(without, names, "a")} == {1}

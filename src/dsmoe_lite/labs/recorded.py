@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from dsmoe_lite.viz.parts import mean_and_half_width
-
 Records = Sequence[Mapping[str, Any]]
 
 METRICS = {
@@ -53,37 +51,25 @@ def gaps(records: Records, model: str, other: str, metric: str) -> dict[int, flo
     return {seed: value[model, seed] - value[other, seed] for seed in seeds}
 
 
-def balance_rows(records: Records, names: Mapping[str, tuple[str, str]]) -> list[dict[str, Any]]:
-    """Rows {method, family, seed, loss, max_vio, overflow} on held-out text, the last two as means over MoE layers.
+def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baseline: str) -> list[dict[str, Any]]:
+    """Rows {method, family, seed, gap, max_vio, overflow} on held-out text, the last two as means over MoE layers.
 
-    names: name in the grid -> (method to show, its family).
+    names: name in the grid -> (method to show, its family). gap: loss minus the baseline's of the same seed; seeds that
+    the baseline lacks are left out.
     """
+    of_baseline = {record["seed"]: record["heldout_loss"] for record in records if record["model_name"] == baseline}
     return [
         {
-            "method": names[record["model_name"]][0],
-            "family": names[record["model_name"]][1],
+            "method": names[name][0],
+            "family": names[name][1],
             "seed": record["seed"],
-            "loss": record["heldout_loss"],
+            "gap": record["heldout_loss"] - of_baseline[record["seed"]],
             **{field: mean(layer[field] for layer in record["heldout_experts"]) for field in ("max_vio", "overflow")},
         }
         for name in names
         for record in records
-        if record["model_name"] == name
+        if record["model_name"] == name and record["seed"] in of_baseline
     ]
-
-
-def paired_gap(
-    rows: Sequence[Mapping[str, Any]], method: str, other: str, field: str
-) -> tuple[float, float | None, int] | None:
-    """`field` of `method` minus that of `other`: mean over the seeds both have, half its 95% t-interval, seeds.
-
-    The half is None with one seed, the whole answer with none.
-    """
-    value = {(row["method"], row["seed"]): row[field] for row in rows}
-    found = [
-        value[method, seed] - value[other, seed] for name, seed in value if name == method and (other, seed) in value
-    ]
-    return (*mean_and_half_width(found), len(found)) if found else None
 
 
 def seed_line(values: Mapping[int, float]) -> str:

@@ -1,5 +1,6 @@
 """Every chart of the course, by name; each takes plain rows and returns an Altair chart with title and description."""
 
+from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
@@ -9,14 +10,17 @@ from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
 
 __all__ = [
+    "balance_scatter",
     "capacity_curve",
     "domain_heatmap",
     "effects_by_kind",
     "expert_load",
     "expert_spread",
     "finer_experts",
+    "loss_table",
     "model_comparison",
     "parameter_split",
+    "reach_curve",
     "router_probabilities",
     "token_routing",
     "training_curves",
