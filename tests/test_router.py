@@ -290,6 +290,8 @@ def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly(
     assert torch.equal(first.topk_ids[:, 0].bincount(), torch.full((8,), 8))
     assert torch.equal(first.gates, torch.ones(64, 1))
     assert list(router.parameters()) == []
+    table = Router(12, MoEConfig(16, 1, 16, scoring_func="hash"), vocab_size=1003).hash_table
+    assert set(table.bincount().tolist()) == {1003 // 16, 1003 // 16 + 1}
     with pytest.raises(InputError, match="the id of every token"):
         router(torch.randn(64, 12), (1, 64))
 
