@@ -35,6 +35,11 @@ FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
     "02": [{"seed": 2, "top_k": 1}, {"n_experts": 8, "top_k": 4}, {"capacity_factor": 0.5, "balance_weight": 0.0}],
     "03": [{"seed": 2, "gate_scaled": False}, {"m": 8, "n_experts": 8, "top_k": 1}, {"m": 2, "balance_weight": 0.0}],
     "04": [{"seed": 2, "n_shared": 4}, {"m": 8, "gate_scale": 8.0}, {"m": 2, "n_shared": 3, "balance_weight": 0.0}],
+    "05": [
+        {"seed": 2, "method": "z"},
+        {"n_experts": 8, "top_k": 2, "reach": 1},
+        {"method": "sequence", "bias_speed": 0.03},
+    ],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dsmoe_lite import paths
 from dsmoe_lite.labs import check_exercise
 from dsmoe_lite.layers.balance import switch_loss
+from dsmoe_lite.layers.selection import limit_groups
 
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
 
@@ -61,6 +62,24 @@ def side_by_side(gate, up, down, factor=1.0, *, turned=False):
     if turned:
         down = down[::-1]
     return torch.cat(list(gate)), torch.cat(list(up)), factor * torch.cat(list(down), dim=1)
+
+
+def limited_with(fill, worth="top2"):
+    """A choice in the best groups with `fill` in the others."""
+
+    def choose(biased, n_group, topk_group, k):
+        open_ = limit_groups(biased, n_group, topk_group, worth).isfinite()
+        return biased.where(open_, fill(biased)).topk(k).indices
+
+    return choose
+
+
+def sends_of(count):
+    """A total of `count(devices of a token's choices, its own device)` over tokens; id -1 left out."""
+    return lambda ids, on, home: sum(
+        count([int(on[e]) for e in row if e >= 0], own)
+        for row, own in zip(ids.tolist(), home.tolist(), strict=True)
+    )  # fmt: skip
 
 
 WRONG = {
@@ -141,6 +160,33 @@ WRONG = {
             lambda ffns: side_by_side(*zip(*ffns, strict=True), factor=1 / len(ffns)),
             lambda ffns: side_by_side(*zip(*ffns, strict=True), turned=True),
             lambda ffns: side_by_side(*zip(*((up, gate, down) for gate, up, down in ffns), strict=True)),
+        ],
+    },
+    "05": {
+        "mended_choice": [
+            limited_with(torch.zeros_like),  # as it was
+            lambda biased, n_group, topk_group, k: biased.topk(k).indices,
+            limited_with(lambda biased: torch.full_like(biased, -1.0)),
+            limited_with(lambda biased: torch.full_like(biased, -torch.inf), worth="max"),
+            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(
+                biased.clamp(min=1e-6), n_group, topk_group, k
+            ),
+            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(biased.abs(), n_group, topk_group, k),
+            limited_with(lambda biased: torch.full_like(biased, torch.inf)),
+            lambda biased, n_group, topk_group, k: limited_with(lambda b: torch.full_like(b, -torch.inf))(
+                biased, n_group, topk_group, 2 * k
+            ),
+        ],
+        "sends": [
+            sends_of(lambda devices, own: len(devices)),
+            sends_of(lambda devices, own: len(set(devices))),
+            sends_of(lambda devices, own: sum(d != own for d in devices)),
+            sends_of(lambda devices, own: len(set(devices)) - 1),
+            sends_of(lambda devices, own: max(0, len(set(devices)) - 1)),
+            sends_of(lambda devices, own: len(set(devices) - {own}) / 2),
+            lambda ids, on, home: sum(  # id -1 taken for the last expert
+                len({int(on[e]) for e in row} - {own}) for row, own in zip(ids.tolist(), home.tolist(), strict=True)
+            ),
         ],
     },
 }

@@ -134,7 +134,7 @@ def balance_scatter(
         x=alt.X("right:Q"), y=alt.Y("end:Q"), text="text:N", color=label
     )
     chart = alt.layer(leaders, rings, marks, names).resolve_scale(color="independent")
-    return theme.finish(chart.properties(width=400, height=height), title, subtitle or lines, description)
+    return theme.finish(chart.properties(width=390, height=height), title, subtitle or lines, description)
 
 
 def reach_curve(
