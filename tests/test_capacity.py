@@ -132,6 +132,7 @@ def test_both_limits_hold_together() -> None:
 def test_exempt_sequences_are_whole_and_the_same_in_every_layer() -> None:
     assert exempt_tokens((10, 3), 0.1, torch.device("cpu")).tolist() == [True] * 3 + [False] * 27
     assert exempt_tokens((10, 3), 0.26, torch.device("cpu")).tolist() == [True] * 9 + [False] * 21
+    assert exempt_tokens((10, 3), 0.24, torch.device("cpu")).tolist() == [True] * 6 + [False] * 24
     assert not exempt_tokens((10, 3), 0.0, torch.device("cpu")).any()
     assert exempt_tokens((10, 3), 1.0, torch.device("cpu")).all()
     tight = replace(V2, group_capacity_factor=0.05)  # far more is exempt than fits
