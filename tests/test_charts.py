@@ -270,11 +270,13 @@ def test_a_finer_layer_is_as_long_and_shows_as_many_experts_as_a_token_uses():
 
 def test_spread_shows_every_expert_and_both_means():
     rows = [{"model": "a", "value": v, "null": n} for v, n in ((1.0, 3.0), (2.0, 5.0))]
-    drawn = [[row["x"] for row in values] for values in all_values(charts.expert_spread(rows).to_dict())]
-    assert [1.0, 2.0] in drawn
-    assert [3.0, 5.0] in drawn
-    assert [1.5] in drawn
-    assert [4.0] in drawn
+    drawn = {}
+    for layer in charts.expert_spread(rows).to_dict()["layer"]:
+        (values,) = all_values(layer)
+        drawn[layer["mark"]["type"], layer["mark"].get("color")] = [row["x"] for row in values]
+    own, chance = theme.LIGHT["line1"], theme.LIGHT["muted"]
+    assert (drawn["tick", own], drawn["circle", own]) == ([1.0, 2.0], [1.5])
+    assert (drawn["tick", chance], drawn["circle", chance]) == ([3.0, 5.0], [4.0])
 
 
 def test_effects_are_means_over_parts_and_the_largest_stands_out():
