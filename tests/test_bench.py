@@ -1,16 +1,23 @@
 """Ratios: medians by hand on a clock of our own, and what stands beside what."""
 
 import json
+import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
 from dsmoe_lite.bench import layer, ratios
 from dsmoe_lite.bench import train as train_bench
-from dsmoe_lite.bench.layer import bench_layer
+from dsmoe_lite.bench.contenders import dense_ffn, moe_layer, routed_experts, transformers_experts
+from dsmoe_lite.bench.layer import SIZES
+from dsmoe_lite.bench.memory import peak_bytes
+from dsmoe_lite.bench.recorded import max_violation, skewed_ids, uniform_ids, zipf_ids
 from dsmoe_lite.bench.train import MODELS, _llama, bench_train
 from dsmoe_lite.cli import main
+from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 
@@ -42,27 +49,156 @@ def test_ratios_are_medians_over_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert order == ["base", "other"] * 4
 
 
-def test_layer_bench_compares_backends_with_the_dense_ffn(capsys: pytest.CaptureFixture) -> None:
-    rows = bench_layer(1, n_tokens=32, d_model=8)
-    assert [row["what"] for row in rows] == ["dense FFN, 2x width", "2 of 16 experts, loop", "2 of 16 experts, padded"]
-    assert rows[0]["speed ratio"] == 1
-    assert all(row["milliseconds"] > 0 for row in rows)
+def test_a_ratio_is_over_pairs_run_back_to_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], []
+    monkeypatch.setattr(ratios.time, "perf_counter", lambda: now[0])
+
+    def taking(name: str, *seconds: float) -> Callable[[], None]:
+        left = iter([100.0, *seconds])
+
+        def step() -> None:
+            now[0] += next(left)
+            order.append(name)
+
+        return step
+
+    ratio = ratios.time_ratio(taking("own", 6, 2, 8), taking("base", 3, 2, 2), rounds=3)
+    assert ratio == (2, 1, 4)  # of 6/3, 2/2, 8/2
+    assert order[2:] == ["base", "own", "own", "base", "base", "own"]
+
+
+def test_the_interval_of_a_median_holds_it_in_95_of_100() -> None:
+    """Against draws from a skewed distribution whose median is known; order statistics assume nothing of its form."""
+    draws = torch.distributions.Exponential(1.0)
+    torch.manual_seed(0)
+    for n in (6, 15, 30):
+        hits = 0
+        for _ in range(2000):
+            _, low, high = ratios.median_interval(draws.sample((n,)).tolist())
+            hits += low <= math.log(2) <= high
+        assert 0.94 <= hits / 2000 <= 0.985
+    assert ratios.median_interval(list(range(1, 31)))[1:] == (10, 21)  # the tables' ranks for 30
+
+
+def test_recorded_ids_are_distinct_and_as_skewed_as_they_say() -> None:
+    for E, K in ((16, 2), (64, 6)):
+        even, zipf = uniform_ids(2048, E, K), zipf_ids(2048, E, K)
+        for ids in (even, zipf, skewed_ids(2048, E, K, 1), skewed_ids(2048, E, K, 3)):
+            assert ids.shape == (2048, K)
+            assert all(len(set(row)) == K for row in ids.tolist())
+            assert 0 <= int(ids.min()) <= int(ids.max()) < E
+        assert torch.equal(even, uniform_ids(2048, E, K))
+        assert max_violation(even, E) < 0.3 < 2 < max_violation(zipf, E)
+        for violation in (1, 3):
+            assert max_violation(skewed_ids(2048, E, K, violation), E) == pytest.approx(violation, abs=0.01)
+
+
+def test_peak_memory_is_counted_by_hand() -> None:
+    kept: list[torch.Tensor] = []
+
+    def step() -> None:
+        kept.clear()
+        a = torch.empty(1000)
+        b = torch.empty(3000)
+        del a
+        kept.append(torch.empty(5000))
+        del b
+        torch.empty(100)
+
+    assert peak_bytes(step, list) == 4 * 8000
+    assert peak_bytes(step, lambda: kept) == 4 * 4000
+
+
+def test_memory_is_the_same_every_time_and_leaves_gradients_out() -> None:
+    dense = dense_ffn(SIZES[0].moe, 64, 32)
+    first = peak_bytes(dense.step, dense.gradients)
+    assert all(peak_bytes(dense.step, dense.gradients) == first for _ in range(3))
+    hidden, width = 64 * 1024 * 4, 64 * 32 * 4
+    # a, b, silu(a) and their product are kept; backward adds the product's gradient and one more, one more at a time
+    assert 5 * hidden <= first <= 7 * hidden + 3 * width
+
+
+def test_contenders_compute_the_same() -> None:
+    moe, ids = MoEConfig(8, 3, 16), uniform_ids(50, 8, 3)
+    ours = routed_experts(moe, ids, "auto", 32)
+    assert isinstance(ours.module, Experts)
+    ours.step()
+    for way in ("eager", "grouped_mm"):
+        theirs = transformers_experts(ours.module, ids, way)
+        torch.testing.assert_close(theirs.call(*theirs.inputs), ours.call(*ours.inputs))
+        theirs.step()
+        d_gate, d_up = theirs.module.gate_up_proj.grad.chunk(2, dim=1)
+        for mine, other in zip(ours.gradients(), (d_gate, d_up, theirs.module.down_proj.grad), strict=True):
+            torch.testing.assert_close(mine, other)
+        for mine, other in zip(ours.inputs, theirs.inputs, strict=True):
+            torch.testing.assert_close(mine.grad, other.grad)
+    layer = moe_layer(moe, ids, "auto", 32)
+    layer.step()
+    _, routing = layer.module(layer.inputs[0][None])
+    assert torch.equal(routing.topk_ids, ids)
+    assert layer.module.router.router.weight.grad.any()  # the router works and learns in what is timed
+
+
+def test_layer_bench_has_a_row_for_every_goal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(layer, "bench_layer", partial(layer.bench_layer, n_tokens=32, d_model=16))
     with pytest.raises(SystemExit) as left:
         main(["bench", "layer", "--rounds", "3", "--json"])
     assert left.value.code == 0
-    assert [row["what"] for row in json.loads(capsys.readouterr().out)] == [row["what"] for row in rows]
+    rows = json.loads(capsys.readouterr().out)
+    goals = {(row["size"], row["what"], row["by"], row["routing"], row["against"]): row for row in rows}
+    assert len(goals) == len(rows) == 22
+    for size in SIZES:
+        for routing in ("uniform", "Zipf"):
+            assert goals[size.name, "layer", "auto", routing, "dense"]["time goal"] == size.time_goal
+            for way in ("eager", "grouped_mm"):
+                row = goals[size.name, "experts", "auto", routing, f"transformers {way}"]
+                assert row["time goal"] == pytest.approx(1 / 1.3)
+                assert row["time gap"] == pytest.approx(row["time"] - row["time goal"])
+        for by, routing in (("auto", "uniform"), ("padded", "uniform"), ("padded", "busy 1"), ("padded", "busy 3")):
+            assert goals[size.name, "layer", by, routing, "dense"]["memory goal"] == size.memory_goal
+    assert all(0 < row["low"] <= row["time"] <= row["high"] for row in rows)
 
 
-def test_layer_bench_is_of_equal_active_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list = []
-    for name in ("SwiGLU", "MoELayer"):
-        real = getattr(layer, name)
-        monkeypatch.setattr(layer, name, lambda *a, real=real, **k: made.append(real(*a, **k)) or made[-1])
-    bench_layer(1, n_tokens=32, d_model=8)
-    dense, *sparse = made
-    assert [one.experts.backend for one in sparse] == ["loop", "padded"]
-    for one in sparse:
-        assert one.router.config.top_k * one.experts.gate[0].numel() == dense.gate.weight.numel()
+def test_layer_bench_is_of_equal_active_width() -> None:
+    for size in SIZES:
+        moe = size.moe
+        dense = dense_ffn(moe, 8, 16).module
+        assert dense.gate.weight.shape[0] == (moe.top_k + moe.n_shared_experts) * moe.expert_width == 1024
+
+
+def test_profile_names_the_matrix_products(capsys: pytest.CaptureFixture) -> None:
+    rows = layer.profile_layer(1, n_tokens=32, d_model=16)
+    for size in SIZES:
+        own = {row["operation"]: row for row in rows if row["size"] == size.name}
+        assert own["aten::mm"]["dense"] > 0
+        assert own["all"]["layer"] >= own["aten::mm"]["layer"] > 0
+    with pytest.raises(SystemExit) as left:
+        main(["bench", "train", "--profile"])
+    assert left.value.code == 2
+    assert "--profile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "limit"), list(zip(SIZES, (1.6, 2.0), strict=True)), ids=["2/16", "6+2/64"])
+def test_a_layer_takes_little_more_time_than_the_dense_ffn(size: layer.Size, limit: float) -> None:
+    """In pairs, on one thread, which other processes slow down alike; more pairs where few do not settle it."""
+    ids = uniform_ids(layer.N_TOKENS, size.moe.n_routed_experts, size.moe.top_k)
+    own = moe_layer(size.moe, ids, "auto", layer.D_MODEL)
+    dense = dense_ffn(size.moe, layer.N_TOKENS, layer.D_MODEL)
+    ratio = ratios.time_ratio(own.step, dense.step, 9)
+    if not ratio.high <= limit:
+        ratio = ratios.time_ratio(own.step, dense.step, 41)
+    assert ratio.median <= limit, ratio
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: size.name)
+def test_a_layer_keeps_to_its_memory_goal(size: layer.Size) -> None:
+    E, K = size.moe.n_routed_experts, size.moe.top_k
+    dense = dense_ffn(size.moe, layer.N_TOKENS, layer.D_MODEL)
+    limit = size.memory_goal * peak_bytes(dense.step, dense.gradients)
+    for ids in (uniform_ids(2048, E, K), zipf_ids(2048, E, K), skewed_ids(2048, E, K, 1), skewed_ids(2048, E, K, 3)):
+        for backend in ("auto", "padded"):
+            own = moe_layer(size.moe, ids, backend, layer.D_MODEL)
+            assert peak_bytes(own.step, own.gradients) <= limit
 
 
 def test_train_bench_stands_on_a_llama_of_the_same_size() -> None:

@@ -10,7 +10,6 @@ from routing_by_hand import Decision, decide
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import dispatch
-from dsmoe_lite.layers.experts import choose_backend, run_loop, run_padded
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
@@ -95,21 +94,6 @@ def test_layer_equals_the_loop_over_tokens(name: str, backend: str) -> None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
     if CONFIGS[name].capacity_factor is not None or CONFIGS[name].group_capacity_factor is not None:
         assert not routing.kept.all(), "the case should drop tokens"
-
-
-@pytest.mark.parametrize("counts", [[3, 0, 4, 0], [0, 0, 0, 1], [7, 0, 0, 0], [0, 0, 0, 0], [2, 2, 2, 2]])
-def test_backends_agree_with_empty_experts(counts: list[int]) -> None:
-    torch.manual_seed(0)
-    weights = [torch.randn(4, 6, 5).double(), torch.randn(4, 6, 5).double(), torch.randn(4, 5, 6).double()]
-    x = torch.randn(sum(counts), 5, dtype=torch.float64)
-    loop = run_loop(x, torch.tensor(counts), *weights)
-    torch.testing.assert_close(run_padded(x, torch.tensor(counts), *weights), loop)
-    assert loop.shape == x.shape
-
-
-def test_auto_avoids_padding_a_skewed_load() -> None:
-    assert choose_backend(torch.tensor([10, 10, 10, 10, 10, 10, 10, 10])) == "padded"
-    assert choose_backend(torch.tensor([80, 0, 0, 0, 0, 0, 0, 0])) == "loop"
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Tokens to experts and back, as pure functions: sort by expert, compute, add up weighted by the gates."""
+"""Tokens to experts and back, as pure functions: sort by expert, compute, add up."""
 
 from dataclasses import dataclass
 
@@ -10,27 +10,34 @@ from dsmoe_lite.layers.router import Routing
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Tokens in expert order. N counts the kept assignments, at most T * K."""
+    """Tokens in expert order: expert 0's first, each expert's by token. N counts the kept assignments, at most T*K."""
 
-    x_sorted: Tensor  # (N, D), expert 0's tokens first
+    x: Tensor  # (T, D), every token once
+    token: Tensor  # (N,), which token each row is
+    gates: Tensor  # (N,), the weight of each row in its token's sum
     ends: Tensor  # (E,) int32, cumulative counts: expert e owns rows ends[e-1] .. ends[e]
-    token: Tensor  # (N,), which token each row came from
-    slot: Tensor  # (N,), index into the flattened (T * K) gates
+
+    @property
+    def x_sorted(self) -> Tensor:
+        """The rows themselves, (N, D)."""
+        return self.x.index_select(0, self.token)  # not x[token]: this gradient is one index_add
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each expert."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
 
 
 def dispatch(x: Tensor, routing: Routing) -> Dispatched:
-    """Copy each token x (T, D) once for every expert that keeps it, sorted by expert, then by token."""
+    """Send each token of x (T, D) to every expert that keeps it; ids may be anything where `kept` is False."""
     E, K = routing.n_experts, routing.topk_ids.shape[1]
     ids = routing.topk_ids.masked_fill(~routing.kept, E).flatten()  # E: a bin for what is left out
     counts = torch.bincount(ids, minlength=E + 1)[:E]
     ends = counts.cumsum(0)
-    slot = ids.argsort(stable=True)[: int(ends[-1])]
-    token = slot // K
-    return Dispatched(x[token], ends.to(torch.int32), token, slot)
+    slot = ids.argsort(stable=True)[: int(ends[-1])]  # index into the flattened (T * K) choices
+    return Dispatched(x, slot // K, routing.gates.flatten().index_select(0, slot), ends.to(torch.int32))
 
 
-def combine(y_sorted: Tensor, dispatched: Dispatched, gates: Tensor) -> Tensor:
-    """Add up y_sorted (N, D), each row times its gate, into (T, D); a token nobody kept gets zero."""
-    weighted = y_sorted * gates.flatten()[dispatched.slot].unsqueeze(1).to(y_sorted.dtype)
-    y = y_sorted.new_zeros(gates.shape[0], y_sorted.shape[1])
-    return y.index_add(0, dispatched.token, weighted)
+def combine(y_sorted: Tensor, sent: Dispatched) -> Tensor:
+    """Add up the rows y_sorted (N, D) of each token into (T, D); a token nobody kept gets zero."""
+    return y_sorted.new_zeros(sent.x.shape).index_add(0, sent.token, y_sorted)

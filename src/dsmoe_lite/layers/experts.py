@@ -1,8 +1,13 @@
-"""E SwiGLU networks with stacked weights, and the ways to run them on tokens sorted by expert."""
+"""E SwiGLU networks with stacked weights, and the reference way to run them; which way is taken is chosen by name."""
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
+from dsmoe_lite.layers.dispatch import Dispatched, combine
 
 
 class Experts(nn.Module):
@@ -17,35 +22,34 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, x_sorted: Tensor, ends: Tensor) -> Tensor:
-        """x_sorted (N, D) in expert order, ends (E,) cumulative counts -> (N, D)."""
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        backend = choose_backend(counts) if self.backend == "auto" else self.backend
-        run = run_padded if backend == "padded" else run_loop
-        return run(x_sorted, counts, self.gate, self.up, self.down)
+    def forward(self, sent: Dispatched) -> Tensor:
+        """Return y (T, D), y_t = sum of gate * FFN_e(x_t) over the rows of token t; a token without rows gets zero."""
+        dtype = _matmul_dtype(sent.x)
+        sent = replace(sent, x=sent.x.to(dtype), gates=sent.gates.to(dtype))
+        weights = [weight.to(dtype) for weight in (self.gate, self.up, self.down)]
+        backend = choose_backend(sent, self.gate) if self.backend == "auto" else self.backend
+        run = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped}[backend]
+        return run(sent, *weights)
 
 
-def run_loop(x_sorted: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Run one expert after the other: what the equation says, and the reference for every other way."""
+    rows = zip(sent.x_sorted.split(sent.counts), sent.gates.split(sent.counts), strict=True)
+    weights = zip(gate.unbind(), up.unbind(), down.unbind(), strict=True)  # gate[e] would make E gradients of full size
     outputs = []
-    for e, x in enumerate(x_sorted.split(counts.tolist())):  # x (tokens of e, D)
-        hidden = F.silu(F.linear(x, gate[e])) * F.linear(x, up[e])
-        outputs.append(F.linear(hidden, down[e]))
-    return torch.cat(outputs)
+    for (x, g), (w_gate, w_up, w_down) in zip(rows, weights, strict=True):
+        hidden = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)  # (rows of e, F)
+        outputs.append(g.unsqueeze(1) * F.linear(hidden, w_down))
+    return combine(torch.cat(outputs), sent)
 
 
-def run_padded(x_sorted: Tensor, counts: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Give every expert as many rows as the busiest one has, zeros where it has fewer; multiply all in one batch."""
-    E, C = counts.shape[0], int(counts.max())
-    expert = torch.repeat_interleave(torch.arange(E, device=counts.device), counts)  # (N,)
-    starts = counts.cumsum(0) - counts
-    place = expert * C + torch.arange(len(expert), device=counts.device) - starts[expert]  # (N,) row in (E*C, D)
-    x = x_sorted.new_zeros(E * C, x_sorted.shape[1]).index_copy(0, place, x_sorted).view(E, C, x_sorted.shape[1])
-    hidden = F.silu(x @ gate.mT) * (x @ up.mT)  # (E, C, F)
-    return (hidden @ down.mT).flatten(0, 1)[place]
+def choose_backend(sent: Dispatched, gate: Tensor) -> str:
+    """Return "grouped" where torch has it for these tensors, else "padded"; `dsmoe bench layer` measures them."""
+    return "grouped" if can_group(sent.x, gate) else "padded"
 
 
-def choose_backend(counts: Tensor) -> str:
-    """Return "padded" unless padding would compute more than 4 rows for every real one."""
-    rows, most = int(counts.sum()), int(counts.max())
-    return "padded" if most * counts.shape[0] <= 4 * rows else "loop"
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype torch.autocast multiplies x in; it does not cast what a hand-written backward multiplies."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

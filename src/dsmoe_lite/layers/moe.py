@@ -1,9 +1,9 @@
-"""One mixture-of-experts layer: route, dispatch, compute, combine, add the shared experts."""
+"""One mixture-of-experts layer: route, dispatch, compute and combine, add the shared experts."""
 
 from torch import Tensor, nn
 
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.layers.dispatch import combine, dispatch
+from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.router import Router, Routing
@@ -28,8 +28,7 @@ class MoELayer(nn.Module):
         B, S, _ = x.shape
         flat = x.flatten(0, 1)  # (T, D)
         routing = self.router(flat, (B, S), None if token_ids is None else token_ids.flatten())
-        sent = dispatch(flat, routing)
-        y = combine(self.experts(sent.x_sorted, sent.ends), sent, routing.gates)
+        y = self.experts(dispatch(flat, routing))
         if self.shared is not None:
             y = y + self.shared(flat)
         return y.view_as(x), routing

@@ -1,0 +1,93 @@
+"""What is measured beside a layer of experts: the dense FFN, and transformers' experts on the same weights and ids."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from dsmoe_lite.bench.recorded import RecordedRouter
+from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.errors import RunError
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.experts import Experts
+from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.layers.moe import MoELayer
+from dsmoe_lite.layers.router import Routing
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A module and how to call it on its inputs; one step is forward and backward to the weights and to the inputs."""
+
+    module: nn.Module
+    call: Callable[..., Tensor]
+    inputs: list[Tensor]
+    dy: Tensor
+
+    def step(self) -> None:
+        """Forward and backward, into fresh gradients."""
+        for tensor in (*self.module.parameters(), *self.inputs):
+            tensor.grad = None
+        self.call(*self.inputs).backward(self.dy)
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients of the weights."""
+        return [weight.grad for weight in self.module.parameters() if weight.grad is not None]
+
+
+def dense_ffn(moe: MoEConfig, n_tokens: int, d_model: int) -> Contender:
+    """Return the dense FFN of the width that one token meets in `moe`."""
+    ffn = SwiGLU(d_model, (moe.top_k + moe.n_shared_experts) * moe.expert_width)
+    return Contender(ffn, ffn, [_tokens(n_tokens, d_model)], _dy(n_tokens, d_model))
+
+
+def moe_layer(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Contender:
+    """Return the whole layer: router, experts, shared experts; its choice is then replaced by `ids` (T, K)."""
+    layer = MoELayer(d_model, replace(moe, backend=backend), vocab_size=1)
+    layer.router = RecordedRouter(layer.router, ids)  # type: ignore[assignment]
+    n_tokens = len(ids)
+    return Contender(layer, lambda x: layer(x[None])[0][0], [_tokens(n_tokens, d_model)], _dy(n_tokens, d_model))
+
+
+def routed_experts(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Contender:
+    """Return the routed experts alone, with dispatch and combine, given `ids` and gates (T, K)."""
+    T, E = len(ids), moe.n_routed_experts
+    experts, scores = Experts(E, d_model, moe.expert_width, backend), torch.empty(T, E)
+
+    def call(x: Tensor, gates: Tensor) -> Tensor:
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        return experts(dispatch(x, Routing(scores, scores, ids, gates, kept, (1, T))))
+
+    return Contender(experts, call, [_tokens(T, d_model), _gates(ids)], _dy(T, d_model))
+
+
+def transformers_experts(experts: Experts, ids: Tensor, implementation: str) -> Contender:
+    """Return MixtralExperts of transformers with the weights of `experts`: `implementation` is eager or grouped_mm."""
+    try:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+    except ModuleNotFoundError:
+        raise RunError("transformers is not installed: run `make setup`, or `pip install transformers`") from None
+    E, width, d_model = experts.gate.shape
+    config = MixtralConfig(hidden_size=d_model, intermediate_size=width, num_local_experts=E)
+    config._experts_implementation = implementation
+    theirs = MixtralExperts(config)
+    with torch.no_grad():
+        theirs.gate_up_proj.copy_(torch.cat([experts.gate, experts.up], dim=1))
+        theirs.down_proj.copy_(experts.down)
+    T = len(ids)
+    call = lambda x, gates: theirs(x, ids, gates)  # noqa: E731
+    return Contender(theirs, call, [_tokens(T, d_model), _gates(ids)], _dy(T, d_model))
+
+
+def _tokens(n_tokens: int, d_model: int) -> Tensor:
+    return torch.randn(n_tokens, d_model, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+
+def _gates(ids: Tensor) -> Tensor:
+    return torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def _dy(n_tokens: int, d_model: int) -> Tensor:
+    return torch.randn(n_tokens, d_model, generator=torch.Generator().manual_seed(2))
