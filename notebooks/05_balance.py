@@ -176,9 +176,9 @@ def max_vios(run, layer):
 peak = max(max_vios(runs["none"], 0))
 free = learnt["none"].experts[0]
 # recorded over seeds 0 to 4, widened; not yet for a GPU
-interval = {"smoke": (3.0, 15.0), "cpu": (9.0, 15.0), "gpu": (0.0, 15.0)}[profile]
+interval = {"smoke": (3.0, 15.0), "cpu": (11.0, 15.0), "gpu": (0.0, 15.0)}[profile]
 claim("highest MaxVio of the first layer", peak, interval, asserted=own)
-interval = {"smoke": (9.0, 15.0), "cpu": (1.5, 15.0), "gpu": (0.0, 15.0)}[profile]
+interval = {"smoke": (9.0, 15.0), "cpu": (1.0, 15.0), "gpu": (0.0, 15.0)}[profile]
 claim("its MaxVio on held-out text, at the end", free.max_vio, interval, asserted=own)
 report(
     share_of_the_busiest_expert_at_the_peak=(peak + 1) / n_experts,
@@ -594,7 +594,7 @@ claim(
     interval,
     asserted=own,
 )
-interval = {"smoke": (-0.8, 0.8), "cpu": (-0.15, 0.15), "gpu": (-7.0, 7.0)}[profile]
+interval = {"smoke": (-0.8, 0.8), "cpu": (-0.08, 0.08), "gpu": (-7.0, 7.0)}[profile]
 for name in (method, "bias"):
     claim(
         f"held-out loss, {name} minus none",
@@ -613,7 +613,7 @@ report(
 
 # %% [markdown]
 # **What to notice.** The loss is there from the first step and keeps the router close to balance. The bias starts at 0: it
-# lets the router run, then its small steps add up, and it brings the layer back from near collapse.
+# lets the router run far, then its small steps add up and bring it back.
 #
 # The text's loss hardly moves. On one machine, without slots, imbalance costs this small model nothing that a short
 # run could show. What differs is the overflow, and that is what a cluster pays for.
@@ -695,21 +695,20 @@ class LeakyRouter(Router):
         return replace(routing, gates=leaky)
 
 
-right = Router(32, with_bias, vocab_size=1).eval()
-leaky = LeakyRouter(32, with_bias, vocab_size=1).eval()
+right = Router(32, with_bias, vocab_size=1).double().eval()
+leaky = LeakyRouter(32, with_bias, vocab_size=1).double().eval()
 leaky.load_state_dict(right.state_dict())
-print(
-    "biases at 0, same gates:",
-    torch.equal(right(x, (6, 20)).gates, leaky(x, (6, 20)).gates),
-)
-before = right(x, (6, 20))
+tokens = x.double()
+before = right(tokens, (6, 20))
+same = torch.equal(before.gates, leaky(tokens, (6, 20)).gates)
+print("biases at 0: the two agree, gate by gate:", same)
 for router in (right, leaky):
     router.expert_bias += 1.0  # the same for every expert: no choice changes
-    after = router(x, (6, 20))
-    name = type(router).__name__
+    after = router(tokens, (6, 20))
     choice = torch.equal(after.topk_ids, before.topk_ids)
     gates = torch.equal(after.gates, before.gates)
-    print(f"{name:12} biases at 1, same choice: {choice}, same gates: {gates}")
+    name = type(router).__name__
+    print(f"biases at 1: {name:12} same choice: {choice}, same gates: {gates}")
 
 # %% [markdown]
 # A bias that is the same for all experts balances nothing and should change nothing. That is not far-fetched: when a few
@@ -737,7 +736,7 @@ shifted = with_leak(models["bias"], 1.0, leak=False) - lost["bias"]
 leaked = with_leak(models["bias"], 0.0, leak=True) - lost["bias"]
 leaked_more = with_leak(models["bias"], 1.0, leak=True) - lost["bias"]
 claim("right router, every bias 1 higher: loss moves by", shifted, (-0.001, 0.001))
-interval = {"smoke": (0.0, 4.0), "cpu": (0.02, 5.0), "gpu": (-1.0, 20.0)}[profile]
+interval = {"smoke": (0.0, 4.0), "cpu": (0.4, 1.6), "gpu": (-1.0, 20.0)}[profile]
 claim(
     "leaky router, every bias 1 higher: loss moves by",
     leaked_more,
@@ -838,9 +837,9 @@ charts.reach_curve(rows)
 # %% tags=["trained"]
 freely, _ = kept(seen.scores, DEVICES)
 reached, share = kept(seen.scores, reach)
-interval = {"smoke": (3.0, 6.0), "cpu": (2.5, 5.5), "gpu": (1.0, 6.0)}[profile]
+interval = {"smoke": (3.0, 6.0), "cpu": (4.0, 5.0), "gpu": (1.0, 6.0)}[profile]
 claim("devices reached by the trained router, free", freely, interval, asserted=own)
-interval = {"smoke": (0.9, 1.0), "cpu": (0.6, 1.0), "gpu": (0.3, 1.0)}[profile]
+interval = {"smoke": (0.9, 1.0), "cpu": (0.94, 0.99), "gpu": (0.3, 1.0)}[profile]
 claim(f"share of its affinity kept at M = {reach}", share, interval, asserted=own)
 report(
     sends_saved=1 - reached / freely, kept_with_top2=kept(seen.scores, reach, "top2")[1]
@@ -849,9 +848,9 @@ report(
 # %% [markdown]
 # **What to notice.** Free, the trained router spreads its six over as many devices as chance would: nothing taught it where
 # experts live. Yet its first devices hold most of its affinity, more than chance, so a limit saves many sends for
-# little. V2 lets a token reach 3 of 8 devices, V3 4 of 8 nodes; V3 ranks a node by the *sum* of its best two scores,
-# biases included (Section 2.1.2). This router was trained without a limit; one that lives with it from the start can
-# arrange itself.
+# little. V2 lets a token reach 3 of 8 devices, V3 4 of 8 nodes. V3 ranks a node by the *sum* of its best $K/M = 2$
+# scores (Section 2.1.2; its published code adds the biases first). This router was trained without a limit; one that
+# lives with it from the start can arrange itself.
 #
 # ## What V2 drops
 #
@@ -892,16 +891,14 @@ exempt = exempt_tokens((64, 64), 0.1, home.device)
 keep = within_budget(home, affinity, DEVICES, budget, exempt)
 queue = torch.arange(T, 0, -1, device=home.device)[:, None].expand_as(home)
 in_line = within_budget(home, queue, DEVICES, budget, exempt)  # first come, first kept
-interval = {"smoke": (0.0, 0.6), "cpu": (0.0, 0.3), "gpu": (0.0, 0.6)}[profile]
+interval = {"smoke": (0.0, 0.6), "cpu": (0.02, 0.12), "gpu": (0.0, 0.6)}[profile]
 dropped = 1 - keep.float().mean().item()
 claim("choices dropped at device capacity 1.0", dropped, interval, asserted=own)
 lost_lowest = (affinity * ~keep).sum() / affinity.sum()
 lost_in_line = (affinity * ~in_line).sum() / affinity.sum()
-claim(
-    "affinity lost, lowest first over last come",
-    lost_lowest / lost_in_line,
-    (0.0, 1.0),
-)
+interval = {"smoke": (0.7, 1.0), "cpu": (0.45, 0.8), "gpu": (0.0, 1.0)}[profile]
+ratio = lost_lowest / lost_in_line
+claim("affinity lost, lowest first over last come", ratio, interval, asserted=own)
 report(affinity_lost_lowest_first=lost_lowest, affinity_lost_last_come=lost_in_line)
 
 # %% [markdown]
