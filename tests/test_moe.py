@@ -15,7 +15,7 @@ from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.routing import metrics
 
-D, F_WIDTH, VOCAB = 12, 8, 64
+D, F_WIDTH, VOCAB = 16, 8, 64  # of 16 bytes and more, so that "auto" may group them
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest output
 CONFIGS = {
     "gshard": MoEConfig(8, 2, F_WIDTH, norm_topk_prob=True, capacity_factor=0.7, eval_capacity_factor=0.7),
