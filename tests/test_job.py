@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from dsmoe_lite import experiments, paths
 from dsmoe_lite.checkpoint import load_model, read_facts
 from dsmoe_lite.cli import main
-from dsmoe_lite.config import ModelConfig, from_dict, to_dict
+from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
@@ -238,3 +238,12 @@ def test_a_run_that_stops_early_is_not_recorded(
     with pytest.raises(type(error)):
         list(run_missing("small", 1, stop))
     assert records("small") == []
+
+
+def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
+    every = MoEConfig(4, 4, 8, n_shared_experts=1)  # all routed experts are in use already
+    record = run_job(replace(JOB, model=replace(JOB.model, moe=every)))
+    assert record["finished"]
+    assert "shared_swapped" not in record
+    one = replace(every, top_k=1)
+    assert run_job(replace(JOB, model=replace(JOB.model, moe=one)))["shared_swapped"]["heldout_loss"] > 0

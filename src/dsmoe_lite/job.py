@@ -1,5 +1,6 @@
 """A whole run from one description: model, corpus, tokenizer, training, evaluation, record."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,9 +112,10 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     if held_out.experts:
         facts["heldout_experts"] = [to_dict(layer) for layer in held_out.experts]
     if job.model.moe is not None and job.model.moe.n_shared_experts:
-        swapped = swap_shared(model, job.model.moe.n_shared_experts)
-        without = heldout_loss(swapped, held_back, corpus.domains)
-        facts["shared_swapped"] = {"heldout_loss": without.loss, "heldout_by_domain": without.by_domain}
+        with suppress(InputError):  # one more routed expert may be out of reach
+            swapped = swap_shared(model, job.model.moe.n_shared_experts)
+            without = heldout_loss(swapped, held_back, corpus.domains)
+            facts["shared_swapped"] = {"heldout_loss": without.loss, "heldout_by_domain": without.by_domain}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:
         save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())

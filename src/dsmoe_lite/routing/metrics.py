@@ -27,8 +27,9 @@ def drop_rate(routing: Routing) -> float:
 def overflow(routing: Routing, factor: float) -> float:
     """Return the share of assignments that a capacity factor would drop, first choices first; 0 at balance."""
     counts = routing.counts
-    slots = capacity(len(routing.topk_ids), routing.topk_ids.shape[1], routing.n_experts, factor)
-    return float((counts - slots).clamp(min=0).sum() / counts.sum().clamp(min=1))
+    assigned = int(counts.sum())  # T * K, or what the experts chose
+    slots = capacity(assigned, 1, routing.n_experts, factor)
+    return float((counts - slots).clamp(min=0).sum() / max(1, assigned))
 
 
 def domain_share(routing: Routing, labels: Tensor, n_domains: int) -> Tensor:
