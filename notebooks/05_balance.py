@@ -267,7 +267,8 @@ print("importance and load: mine equal the package's")
 
 # %% [markdown]
 # GShard and Switch dropped the noise ({eq}`eq:gshard-loss`), and multiplied the share of first choices, $f_i$, by the
-# mean affinity, $P_i$. DeepSeekMoE (Equations 12 to 14) counts all $K$ choices, over the fair share:
+# mean affinity, $P_i$. DeepSeekMoE {cite:p}`DeepSeekMoE2024` counts all $K$ choices, over the fair share (Equations 12
+# to 14):
 #
 # $$
 # \mathcal L_{expert} = \sum_{i=1}^{E} f_i P_i, \qquad
