@@ -105,14 +105,14 @@ def test_peak_memory_is_counted_by_hand() -> None:
         del b
         torch.empty(100)
 
-    assert peak_bytes(step, list) == 4 * 8000
-    assert peak_bytes(step, lambda: kept) == 4 * 4000
+    assert peak_bytes(step, kept.clear, list) == 4 * 8000
+    assert peak_bytes(step, kept.clear, lambda: kept) == 4 * 4000
 
 
 def test_memory_is_the_same_every_time_and_leaves_gradients_out() -> None:
     dense = dense_ffn(SIZES[0].moe, 64, 32)
-    first = peak_bytes(dense.step, dense.gradients)
-    assert all(peak_bytes(dense.step, dense.gradients) == first for _ in range(3))
+    first = dense.peak_bytes()
+    assert all(dense.peak_bytes() == first for _ in range(3))
     hidden, width = 64 * 1024 * 4, 64 * 32 * 4
     # a, b, silu(a) and their product are kept; backward adds the product's gradient and one more, one more at a time
     assert 5 * hidden <= first <= 7 * hidden + 3 * width
@@ -194,11 +194,11 @@ def test_a_layer_takes_little_more_time_than_the_dense_ffn(size: layer.Size, lim
 def test_a_layer_keeps_to_its_memory_goal(size: layer.Size) -> None:
     E, K = size.moe.n_routed_experts, size.moe.top_k
     dense = dense_ffn(size.moe, layer.N_TOKENS, layer.D_MODEL)
-    limit = size.memory_goal * peak_bytes(dense.step, dense.gradients)
+    limit = size.memory_goal * dense.peak_bytes()
     for ids in (uniform_ids(2048, E, K), zipf_ids(2048, E, K), skewed_ids(2048, E, K, 1), skewed_ids(2048, E, K, 3)):
         for backend in ("auto", "padded"):
             own = moe_layer(size.moe, ids, backend, layer.D_MODEL)
-            assert peak_bytes(own.step, own.gradients) <= limit
+            assert own.peak_bytes() <= limit
 
 
 def test_train_bench_stands_on_a_llama_of_the_same_size() -> None:

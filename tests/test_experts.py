@@ -57,6 +57,8 @@ def agree(backend: str, dtype: torch.dtype, routing: Routing, seed: int = 0) -> 
     assert mine.dtype == dtype
     torch.testing.assert_close(mine.double(), theirs, **CLOSE[dtype])
     if not len(x):
+        grads = torch.autograd.grad(mine.sum(), [*experts.parameters(), x, routing.gates])
+        assert not any(grad.any() for grad in grads)
         return
     grads = torch.autograd.grad(mine, [*experts.parameters(), x, routing.gates], dy.to(dtype))
     leaves = [*exact.parameters(), x, routing.gates]
@@ -136,9 +138,13 @@ def test_a_bad_token_stays_alone() -> None:
     ids = torch.tensor([[0], [1], [1], [1], [2]])
     x = torch.ones(5, D, dtype=torch.float64)
     x[0] = torch.inf
-    y = some_experts(4, "padded", torch.float64)(dispatch(x, a_routing(ids, 4)))
+    experts = some_experts(4, "padded", torch.float64)
+    y = experts(dispatch(x, a_routing(ids, 4)))
     assert not y[0].isfinite().any()
     assert y[1:].isfinite().all()
+    y.sum().backward()
+    for weight in experts.parameters():
+        assert weight.grad[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["loop", "padded", "grouped"])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.bench.memory import peak_bytes
 from dsmoe_lite.bench.recorded import RecordedRouter
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError
@@ -27,9 +28,17 @@ class Contender:
 
     def step(self) -> None:
         """Forward and backward, into fresh gradients."""
+        self.clear()
+        self.call(*self.inputs).backward(self.dy)
+
+    def clear(self) -> None:
+        """Drop all gradients."""
         for tensor in (*self.module.parameters(), *self.inputs):
             tensor.grad = None
-        self.call(*self.inputs).backward(self.dy)
+
+    def peak_bytes(self) -> int:
+        """The most memory a step holds beyond the weights and their gradients."""
+        return peak_bytes(self.step, self.clear, self.gradients)
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the weights."""

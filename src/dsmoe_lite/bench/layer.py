@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsmoe_lite.bench.contenders import Contender, dense_ffn, moe_layer, routed_experts, transformers_experts
-from dsmoe_lite.bench.memory import peak_bytes
 from dsmoe_lite.bench.ratios import time_ratio
 from dsmoe_lite.bench.recorded import max_violation, skewed_ids, uniform_ids, zipf_ids
 from dsmoe_lite.config import MoEConfig
@@ -49,7 +48,7 @@ def bench_layer(rounds: int, n_tokens: int = N_TOKENS, d_model: int = D_MODEL) -
     """Measure both sizes; a ratio above 1 is slower, or larger, than what it is held against.
 
     time: median of `rounds` alternated pairs, with its 95% interval of order statistics. memory: peak beyond the
-    weights and their gradients (`peak_bytes`). gap: ratio less goal, above 0 where the goal is missed.
+    weights and their gradients (`memory.peak_bytes`). gap: ratio less goal, above 0 where the goal is missed.
     """
     pairs = [pair for size in SIZES for pair in _pairs(size, n_tokens, d_model)]
     return [_row(pair, rounds) for pair in progress(pairs, desc="pairs")]
@@ -108,7 +107,7 @@ def _experts(contender: Contender) -> Experts:
 def _row(pair: Pair, rounds: int) -> dict[str, Any]:
     own, other, time_goal, memory_goal = pair.own, pair.other, pair.time_goal, pair.memory_goal
     time = time_ratio(own.step, other.step, rounds)
-    memory = peak_bytes(own.step, own.gradients) / peak_bytes(other.step, other.gradients)
+    memory = own.peak_bytes() / other.peak_bytes()
     return pair.named | {
         "time": time.median,
         "low": time.low,

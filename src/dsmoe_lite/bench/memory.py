@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 
-def peak_bytes(step: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]) -> int:
+def peak_bytes(step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]) -> int:
     """Return the most bytes that `step` allocates and holds at once on the CPU.
 
-    `uncounted` names, after the step, tensors to leave out: the weights' gradients. What was allocated before the step,
-    and what a BLAS takes for itself, is not seen.
+    `clear` drops what the last step left; `uncounted` names, after the step, tensors to leave out: the weights'
+    gradients. What was allocated before the step, and what a BLAS takes for itself, is not seen.
     """
     step()  # what is made once is not the step's
+    clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
     left_out = {tensor.untyped_storage().data_ptr() for tensor in uncounted()}

@@ -1,5 +1,7 @@
 """dsmoe bench: ratios measured in one process."""
 
+import os
+
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
@@ -15,6 +17,7 @@ from dsmoe_lite.errors import InputError
 @json_option
 def command(what: str, rounds: int, profile: bool, as_json: bool) -> None:
     """Print a row for each contender."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints a line whenever it starts or stops
     import torch
 
     from dsmoe_lite.bench.layer import bench_layer, profile_layer
