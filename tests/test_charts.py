@@ -296,6 +296,10 @@ def test_effects_are_means_over_parts_and_the_largest_stands_out():
     assert "all tokens +0.5, most for b +5.0" in spec["description"]
 
 
+def test_zero_has_no_sign():
+    assert [kinds._said(value, "+.2f") for value in (-0.001, 0.001, -0.01)] == ["0.00", "0.00", "-0.01"]
+
+
 def test_ticks_are_round():
     for value, tick in ((0.5, 0.5), (0.49, 0.2), (1.0, 1.0), (9.99, 5.0), (0.0031, 0.002), (250.0, 200.0)):
         assert kinds._round_below(value) == pytest.approx(tick)

@@ -69,9 +69,15 @@ def _marks(values: dict[str, list[float]], number: str) -> list[dict[str, Any]]:
     for kind, seen in values.items():
         mean, half = mean_and_half_width(seen)
         marks.append({"kind": kind, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0),
-                      "text": f"{mean:{number}}"})  # fmt: skip
+                      "text": _said(mean, number)})  # fmt: skip
     largest = max(mark["mean"] for mark in marks)
     return [{**mark, "largest": mark["mean"] == largest} for mark in marks]
+
+
+def _said(value: float, number: str) -> str:
+    """`value` in the format `number`, without a sign where all its digits are 0."""
+    text = f"{value:{number}}"
+    return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
 
 
 def _top(marks: list[dict[str, Any]]) -> str:
