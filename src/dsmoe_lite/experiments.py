@@ -74,8 +74,8 @@ GRIDS = {
             for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
         }
     ),
-    # Chapters 03 and 04: experts cut in m, all with the same weights in all and for a token; gates times m, but for
-    # "m4-plain", which has them as printed; then one and two of the pieces shared.
+    # Chapters 03 and 04: experts cut in m, all with the same weights in all and for a token; then one and two of the
+    # pieces shared. Gates times m; "plain" has them as printed.
     "deepseekmoe": Grid(
         {
             "m1": _cut(1),
@@ -83,6 +83,7 @@ GRIDS = {
             "m4": _cut(4),
             "m4-plain": _cut(4, routed_scaling_factor=1.0),
             "shared-1": _course("course-deepseekmoe", _EXPERT),
+            "shared-1-plain": _course("course-deepseekmoe", _EXPERT, routed_scaling_factor=1.0),
             "shared-2": _course("course-deepseekmoe", _EXPERT, n_routed_experts=62, top_k=6, n_shared_experts=2),
         }
     ),
