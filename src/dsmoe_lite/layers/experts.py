@@ -44,8 +44,13 @@ def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor
 
 
 def choose_backend(sent: Dispatched, gate: Tensor) -> str:
-    """Return "grouped" where torch has it for these tensors, else "padded"; `dsmoe bench layer` measures them."""
-    return "grouped" if can_group(sent.x, gate) else "padded"
+    """Return "padded" for many rows on a CPU and where torch has no grouped product, else "grouped".
+
+    Measured on a CPU, fp32, forward and backward: up to N * F = 2^19 hidden numbers grouped is up to 1.9 times faster;
+    from 1.5 * 2^20 on padded is, up to 1.2 times, for its blocks stay in the cache. A GPU wants one large product.
+    """
+    many = sent.x.device.type == "cpu" and len(sent.token) * gate.shape[1] > 2**20
+    return "grouped" if can_group(sent.x, gate) and not many else "padded"
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
