@@ -1,11 +1,15 @@
 """Recorded runs: the grids are whole, and their rows say what the records say."""
 
+from dataclasses import replace
+
 import pytest
 
 from dsmoe_lite import accounting
+from dsmoe_lite.config import ModelConfig, from_dict
 from dsmoe_lite.experiments import GRIDS, grid, records
 from dsmoe_lite.labs.recorded import balance_rows, curve_gaps, gaps, metric_rows, overtaken_at, seed_line
 from dsmoe_lite.presets import preset
+from dsmoe_lite.train import TrainConfig
 
 MADE_UP = [
     {"model_name": name, "seed": seed, "heldout_loss": loss, "recall": {"head": 0.5, "tail": tail}, "losses": curve}
@@ -18,7 +22,14 @@ MADE_UP = [
 ]
 
 
-@pytest.mark.parametrize("name", GRIDS)
+UNDER_WAY = {"balance"}  # grids whose runs are still being made
+EACH_GRID = [
+    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="runs under way") if name in UNDER_WAY else ())
+    for name in GRIDS
+]
+
+
+@pytest.mark.parametrize("name", EACH_GRID)
 def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: str) -> None:
     found, plan = records(name), grid(name)
     assert {(r["model_name"], r["seed"]) for r in found} == {(m, s) for m in plan.jobs for s in plan.seeds}
@@ -26,8 +37,13 @@ def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: 
     assert all(len(record["provenance"]["commit"]) == 40 for record in found), "a tree with changes is marked"
     assert len({record["corpus"]["sha256"] for record in found}) == 1
     for record in found:
+        job = plan.job(record["model_name"], record["seed"])
+        model = from_dict(ModelConfig, record["model"])
+        assert model == replace(job.model, vocab_size=model.vocab_size)
+        assert len(record["losses"]) == job.train.steps
         assert record["train"]["seed"] == record["seed"]
-        assert len(record["losses"]) == plan.jobs[record["model_name"]].train.steps
+        if record["schema_version"] > 1:
+            assert from_dict(TrainConfig, record["train"]) == job.train
 
 
 def test_gaps_pair_runs_by_seed() -> None:

@@ -60,6 +60,7 @@ _REMEDIES: dict[str, dict[str, Any]] = {
     "expert-0.001": {"balance": {"expert": 0.001}},
     "expert-0.01": {"balance": _EXPERT},
     "expert-0.1": {"balance": {"expert": 0.1}},
+    "sequence": {"balance": {"sequence": 0.01}},
     "device": {"balance": _V2},
     "communication": {"balance": _V2 | {"communication": 0.02}, "topk_group": 3},
     "bias": {"balance": {}, "bias_speed": 0.001, "expert_bias": True},
