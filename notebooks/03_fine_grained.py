@@ -466,16 +466,17 @@ for metric in ("held-out loss", "recall, rare people"):
         print(f"  {one:8} - {other}  {seed_line(gap)}")
 
 # %% [markdown]
-# **What to notice.** Each line has the mean gap with its 95% interval, then the gap of every seed. An interval that leaves
-# out 0 is *resolved*; among eight, one by chance is no surprise.
+# **What to notice.** Each line has the mean gap with its 95% interval, then the gap of every seed. An interval that
+# leaves out 0 is *resolved*; among eight, one by chance is no surprise.
 #
-# The finer models do not win here. On average both have a higher loss than $m = 1$ and recall fewer rare people, at the
-# same weights, FLOPs and text. The factor does not pay in training either: as printed, $m = 4$ has on average a lower loss
-# than with gates times $m$. The factor makes the comparison clean, and no more.
+# The finer models do not win here. On average both have a higher loss than $m = 1$ and recall fewer rare people, at
+# the same weights, FLOPs and text. Not all of these gaps are resolved, but none that is speaks for cutting. The factor
+# does not pay in training either: as printed, $m = 4$ has on average a lower loss than with gates times $m$. It makes
+# the comparison clean, and no more.
 #
 # So the paper's trend does not show at this size. What would it take? Perhaps more knowledge than the coarse model can
-# store: here $m = 1$ already answers nearly all questions, and leaves finer experts little to win. Perhaps more tokens, or
-# larger models. These runs cannot say which. Chapter 07 looks for such a regime.
+# store: here $m = 1$ already answers nearly all questions, and leaves finer experts little to win. Perhaps more tokens,
+# or larger models. These runs cannot say which. Chapter 07 looks for such a regime.
 #
 # ## Does a finer expert serve fewer domains?
 #
