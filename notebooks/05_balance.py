@@ -15,7 +15,7 @@
 # This chapter first lets a router go, and watches. Then it collects the remedies, from the first losses of 2017 to
 # DeepSeek-V3, which needs almost none, and puts them all on one axis: how even, and at what price.
 #
-# **You will** measure imbalance; build eight losses out of two ingredients and see what each of them can and cannot see;
+# **You will** measure imbalance; build seven losses, most of them out of two ingredients, and see what each can and cannot see;
 # balance without a loss, by a bias, and break it in the way that code in the wild does; then count how many devices a
 # token has to visit, and limit them.
 #
@@ -128,7 +128,8 @@ print(f"at collapse MaxVio is E / K - 1 = {my_max_vio(collapsed, n_experts):g}")
 
 # %%
 dice = torch.Generator().manual_seed(0)
-throws = [torch.randint(n_experts, (1024, top_k), generator=dice) for _ in range(200)]
+scores = [torch.rand(1024, n_experts, generator=dice) for _ in range(200)]
+throws = [random.topk(top_k).indices for random in scores]
 by_chance = mean(my_max_vio(throw, n_experts) for throw in throws)
 print(f"MaxVio of random choices: {by_chance:.1f}")
 
@@ -191,7 +192,8 @@ report(
 # some back, and the layer stays uneven to the end: a near-collapse first, a lasting imbalance after it.
 #
 # It feeds itself. An expert that gets more tokens gets more gradient and improves sooner. The router, trained by the
-# same loss, then sends it more tokens. An expert that gets none stays as it was made.
+# same loss, then sends it more tokens. An expert that gets none learns nothing; weight decay only
+# shrinks it.
 #
 # It costs twice. With slots, what overflows is **dropped**. Without slots, devices **wait**: if each expert sat on its
 # own device, a step would take as long as the busiest, $1 + \text{MaxVio}$ times the fair share, and a device would be at
@@ -199,7 +201,7 @@ report(
 #
 # ## What a loss can look at
 #
-# All losses of this chapter multiply or compare two ingredients, $f$: *how often chosen*, and $P$: *how much wanted*.
+# Most losses of this chapter multiply two ingredients, $f$: *how often chosen*, and $P$: *how much wanted*.
 # Counting has no gradient; affinities have. So $f$ says who is overloaded, and $P$ takes the push.
 #
 # ### Two numbers for each expert
@@ -213,8 +215,8 @@ report(
 # $$ (eq:importance)
 #
 # Equal sums of gates can hide unequal counts: one expert with many small gates, another with few large ones. Counts have
-# no gradient, and so these layers add noise to the logits, $H_{i,t} = h_{i,t} + \sigma_{i,t}\,\epsilon$, with
-# $\epsilon$ standard normal, $h_{i,t} = \mathbf{u}_t^\top \mathbf{e}_i$ and $\sigma_{i,t}$ the softplus of another linear
+# no gradient, and so these layers add noise to the logits, $H_{i,t} = h_{i,t} + \sigma_{i,t}\,\epsilon_{i,t}$, with
+# $\epsilon_{i,t}$ standard normal, $h_{i,t} = \mathbf{u}_t^\top \mathbf{e}_i$ and $\sigma_{i,t}$ the softplus of another linear
 # map of $\mathbf{u}_t$. The *chance* that expert $i$ is chosen if its noise is drawn again is smooth:
 #
 # $$
@@ -251,15 +253,7 @@ def noisy_load(routing):
 
 
 x = torch.randn(6 * 20, 32)  # 6 sequences of 20 tokens
-noisy = MoEConfig(
-    16,
-    2,
-    expert_width=8,
-    noisy_gating=True,
-    norm_topk_prob=True,
-    n_group=4,
-    topk_group=4,
-)
+noisy = MoEConfig(16, 2, expert_width=8, noisy_gating=True, norm_topk_prob=True)
 shazeer = Router(32, noisy, vocab_size=1)(x, (6, 20))
 assert_close(importance(shazeer), balance.importance_loss(shazeer))
 assert_close(noisy_load(shazeer), balance.load_loss(shazeer))
@@ -275,6 +269,9 @@ print("importance and load: mine equal the package's")
 # f_i = \frac{E}{KT} \sum_{t=1}^{T} \mathbb 1[\,i \in \mathcal T_t\,], \qquad
 # P_i = \frac1T \sum_{t=1}^{T} s_{i,t}
 # $$ (eq:expert-loss)
+#
+# $\mathbb 1[\cdot]$ is 1 where its condition holds, else 0; $\mathcal T_t$ are the $K$ experts of token $t$. $E$ and $K$ count
+# the routed experts here, after cutting and without the shared ones: the paper's $N' = mN - K_s$ and $K' = mK - K_s$.
 #
 # $f_i$ is the load of {eq}`eq:maxvio`. This is the form that everything below varies: over *whom* $f$ and $P$ are
 # summed, and over *which tokens*.
@@ -349,7 +346,7 @@ print("device and communication losses: mine equal the package's")
 # A batch can be balanced while each of its sequences is not: one text all code, another all sums. At inference, texts come
 # as they come. DeepSeek-V3 {cite:p}`DeepSeekV3` takes {eq}`eq:expert-loss` within every sequence, then the
 # mean. Its affinities are sigmoids, and so $P$ takes them divided by their sum over the experts (Equations 17 to
-# 20):
+# 20). And $f$ counts the $K$ largest $s$ themselves (Equation 18), not the choice that a bias (below) has moved:
 #
 # $$
 # \mathcal L_{sequence} = \sum_{i=1}^{E} f_i P_i, \qquad
@@ -372,12 +369,15 @@ def sequence(routing):
 v3 = MoEConfig(
     16, 2, expert_width=8, scoring_func="sigmoid", norm_topk_prob=True, expert_bias=True
 )
-third = Router(32, v3, vocab_size=1)(x, (6, 20))
+router = Router(32, v3, vocab_size=1)
+router.expert_bias.normal_(std=0.1)  # without it the two counts would be the same
+third = router(x, (6, 20))
+assert not torch.equal(third.topk_ids, ordered_topk(third.scores, 2))
 assert_close(sequence(third), balance.sequence_loss(third))
 print("sequence-wise loss: mine equals the package's")
 
 # %% [markdown]
-# ### Not a balance loss: z
+# ### The size of the logits: z
 #
 # ST-MoE {cite:p}`STMoE2022` keeps the *size* of the logits in check, for in low precision a softmax of large numbers is
 # coarse, and training can blow up:
@@ -412,11 +412,11 @@ print(f"(ln 16)^2 = {math.log(16) ** 2:.4f}")
 # - **each sequence its own pair**: even over the batch, one pair within each sequence;
 # - **logits 20 higher**: balanced, with 20 added to every logit.
 #
-# **Ask.** Which losses notice that sequences are uneven? Which one notices the last? Which ones let "one expert a device"
-# pass?
+# **Ask.** At collapse, which losses rise further above their value at balance: those on experts or those on devices? Does
+# the communication loss see *one expert a device*? Does importance see uneven sequences?
 
 # %%
-predict("05-who-sees", None)  # three lists of names
+predict("05-who-sees", None)  # "experts" or "devices"; True or False, twice
 
 t = torch.arange(8 * 16)
 place, row_of = t % 16, t // 16
@@ -466,11 +466,12 @@ charts.loss_table(rows, balanced="balanced")
 # **What to notice.** Read it by rows.
 #
 # - Importance, load, Switch and the expert-level loss see what MaxVio sees: uneven experts. Their scales differ. The squared
-#   variation is 0 at balance and $E/K - 1$ at collapse; the products are 1 and $E/K$.
-# - The device-level loss lets one expert do all the work of a device. It is 1 at balance and $D$ when one
-#   device does everything. The communication loss is 1 when every token reaches $M$ devices evenly, less when tokens
-#   reach fewer, and $D/M$ when all go to one device alone.
-# - Only the sequence-wise loss sees the uneven sequences. To the others, and to MaxVio, they are perfect.
+#   variation is 0 at balance and $E/K - 1$ at collapse; the products are 1 and $E/K$. Both rise by $E/K - 1 = 7$.
+# - The two losses on devices rise less at collapse, and let one expert do all the work of a device. The device-level loss
+#   is 1 at balance and $D$ when one device does everything. The communication loss is 1 when every token reaches $M$
+#   devices evenly, less when tokens reach fewer, and $D/M$ when all go to one device alone.
+# - Only the sequence-wise loss sees the uneven sequences. To the others, importance among them, and to MaxVio, they are
+#   perfect.
 # - z sees the size of logits and nothing else. It is no balance loss.
 #
 # A loss sees; does it push the right way? Take a lopsided router, and ask what one step downhill does to the logits of its
@@ -531,6 +532,8 @@ for ahead in (1.0, 40.0):
 # b_i \leftarrow b_i + \gamma\,\operatorname{sign}\Bigl(\frac1E \sum_j n_j - n_i\Bigr)
 # $$ (eq:bias)
 #
+# V3's $s$ are sigmoids. The rule takes any affinity; the models trained here (`with_bias`) keep their softmax.
+#
 # The gate is made of $s$ alone. There is no gradient: a counter turns a screw. It also works at collapse, where losses
 # have no slope. **Build** the step; the package's is called `update_bias`.
 
@@ -553,7 +556,7 @@ print(f"counts {counts.tolist()}, mean 4: biases move by {theirs.tolist()}")
 # The model from the beginning again, with the same seed and the same text: left alone; with the loss named by `method`, the
 # expert-level one unless you changed it; and with the bias.
 #
-# **Ask.** Both remedies will lower MaxVio. By how much does the held-out loss *rise* for it?
+# **Ask.** Do both lower MaxVio? And what happens to the held-out loss: up or down, and by how much?
 
 # %%
 predict("05-price", None)  # loss with a remedy minus loss without
@@ -613,7 +616,7 @@ report(
 )
 
 # %% [markdown]
-# **What to notice.** The loss is there from the first step and keeps the router close to balance. The bias starts at 0: it
+# **What to notice.** The loss is there from the first step and keeps the router far from collapse. The bias starts at 0: it
 # lets the router run far, then its small steps add up and bring it back.
 #
 # The text's loss hardly moves. On one machine, without slots, imbalance costs this small model nothing that a short
@@ -621,10 +624,11 @@ report(
 #
 # ## All remedies on one axis
 #
-# `dsmoe experiment balance` trains one design with every remedy, five seeds each: 64 narrow experts, six for each
-# token, two shared, on eight devices. Numbers beside a name are weights; importance and load have 0.1 each. *device* is
-# the device-level loss (0.05) with a weak expert-level one (0.003), and *device, sends* adds the communication loss (0.02)
-# and lets a token reach $M = 3$ devices: V2's settings.
+# `dsmoe experiment balance` trains one design left alone and with each of ten remedies, five seeds each: 64 narrow experts,
+# six for each token, two shared, on eight devices. Numbers beside a name are weights, or the bias's $\gamma$; importance
+# and load have 0.1 each. *device* is the device-level loss (0.05) with a weak expert-level one (0.003), and *device, sends*
+# adds the communication loss (0.02) and lets a token reach $M = 3$ devices. These are V2's weights; V2 takes its losses
+# within each sequence, here they are taken over the batch.
 
 # %%
 NAMES = {  # in the grid: (to show, kind)
@@ -635,6 +639,7 @@ NAMES = {  # in the grid: (to show, kind)
     "expert-0.001": ("expert 0.001", "a loss on experts"),
     "expert-0.01": ("expert 0.01", "a loss on experts"),
     "expert-0.1": ("expert 0.1", "a loss on experts"),
+    "sequence": ("sequence 0.01", "a loss on experts"),
     "device": ("device", "also on devices"),
     "communication": ("device, sends", "also on devices"),
     "bias": ("bias 0.001", "a bias"),
@@ -655,7 +660,7 @@ for shown in dict.fromkeys(row["method"] for row in rows):
 
 # %% [markdown]
 # **What to notice.** Each gap is taken seed by seed, from runs that read the same text in the same order, so what two runs
-# share cancels. *Resolved* means that the interval leaves out 0. Among nine intervals of 95%, one that leaves it out by
+# share cancels. *Resolved* means that the interval leaves out 0. Among ten intervals of 95%, one that leaves it out by
 # chance is no surprise.
 #
 # What the papers chose:
@@ -678,8 +683,9 @@ for entry in paper["bias_against_loss"]:
     print(f"{entry['what']}: {entry['losses']} and {entry['bias']}")
 
 # %% [markdown]
-# The bias here moves by the same $\gamma$ as V3's. The published comparisons, of models that are larger by orders of
-# magnitude, favour the bias by a few thousandths of a bit. V3 still keeps a small sequence-wise loss beside it: the
+# The bias in the recorded runs moves by the same number $\gamma$ as V3's, but not with the same strength: our affinities are
+# softmax, about 1/64 each; V3's are sigmoids, about 1/2 where a logit is near 0. The published comparisons, of models that
+# are larger by orders of magnitude, favour the bias by a few thousandths of a bit per byte. V3 still keeps a small sequence-wise loss beside it: the
 # bias counts the whole batch, and the table above shows what a batch can hide.
 #
 # ## When the bias leaks
@@ -733,10 +739,13 @@ def with_leak(model, shift, leak):
 
 
 # %% tags=["trained"]
-shifted = with_leak(models["bias"], 1.0, leak=False) - lost["bias"]
-leaked = with_leak(models["bias"], 0.0, leak=True) - lost["bias"]
-leaked_more = with_leak(models["bias"], 1.0, leak=True) - lost["bias"]
+base = with_leak(models["bias"], 0.0, leak=False)
+shifted = with_leak(models["bias"], 1.0, leak=False) - base
+leaked = with_leak(models["bias"], 0.0, leak=True) - base
+leaked_more = with_leak(models["bias"], 1.0, leak=True) - base
 claim("right router, every bias 1 higher: loss moves by", shifted, (-0.001, 0.001))
+interval = {"smoke": (-0.05, 0.05), "cpu": (-0.02, 0.05), "gpu": (-1.0, 20.0)}[profile]
+claim("leaky router as trained: loss moves by", leaked, interval, asserted=own)
 interval = {"smoke": (0.0, 4.0), "cpu": (0.4, 1.6), "gpu": (-1.0, 20.0)}[profile]
 claim(
     "leaky router, every bias 1 higher: loss moves by",
@@ -745,11 +754,7 @@ claim(
     asserted=own,
 )
 biases = torch.stack([layer.router.expert_bias for layer in models["bias"].moe_layers])
-report(
-    leaky_as_trained=leaked,
-    mean_bias=biases.mean(),
-    spread_of_biases=biases.max() - biases.min(),
-)
+report(mean_bias=biases.mean(), spread_of_biases=biases.max() - biases.min())
 
 # %% [markdown]
 # **What to notice.** After a short training with small steps the biases are small, and so is the harm: that is how this
@@ -826,8 +831,15 @@ def kept(scores, M, score="max"):
     return devices_reached(ids), share.item()
 
 
+# the same affinities, each token's 64 experts dealt anew over the devices
+dealt = torch.stack([torch.randperm(EXPERTS, generator=draw) for _ in seen.scores])
+KINDS = {
+    "random": chance,
+    "trained": seen.scores,
+    "trained, dealt anew": seen.scores.gather(1, dealt),
+}
 rows = []
-for kind, scores in {"random": chance, "trained": seen.scores}.items():
+for kind, scores in KINDS.items():
     for M in range(1, DEVICES + 1):
         reached, share = kept(scores, M)
         rows.append({"scores": kind, "limit": M, "reached": reached, "kept": share})
@@ -842,14 +854,20 @@ interval = {"smoke": (3.0, 6.0), "cpu": (4.0, 5.0), "gpu": (1.0, 6.0)}[profile]
 claim("devices reached by the trained router, free", freely, interval, asserted=own)
 interval = {"smoke": (0.9, 1.0), "cpu": (0.94, 0.99), "gpu": (0.3, 1.0)}[profile]
 claim(f"share of its affinity kept at M = {reach}", share, interval, asserted=own)
+_, share_dealt = kept(KINDS["trained, dealt anew"], reach)
+interval = {"smoke": (-0.06, 0.06), "cpu": (-0.02, 0.02), "gpu": (-0.7, 0.7)}[profile]
+claim(
+    "that share minus the share dealt anew", share - share_dealt, interval, asserted=own
+)
 report(
     sends_saved=1 - reached / freely, kept_with_top2=kept(seen.scores, reach, "top2")[1]
 )
 
 # %% [markdown]
 # **What to notice.** Free, the trained router spreads its six over as many devices as chance would: nothing taught it where
-# experts live. Yet its first devices hold most of its affinity, more than chance, so a limit saves many sends for
-# little. V2 lets a token reach 3 of 8 devices, V3 4 of 8 nodes. V3 ranks a node by the *sum* of its best $K/M = 2$
+# experts live. Still its first devices hold most of its affinity, so a limit saves many sends for little. It keeps more
+# than random scores do only because a trained softmax is sharper: with its experts dealt anew over the devices it keeps
+# about as much. V2 lets a token reach 3 of 8 devices, V3 4 of 8 nodes. V3 ranks a node by the *sum* of its best $K/M = 2$
 # scores (Section 2.1.2; its published code adds the biases first). This router was trained without a limit; one that
 # lives with it from the start can arrange itself.
 #
@@ -857,8 +875,8 @@ report(
 #
 # V2's losses make devices nearly even. What still goes beyond, it drops, in training only (Section 2.2.4). The budget is
 # that of a device: its fair share of the choices, factor 1.0. The choices with the *lowest affinity* go first, not the
-# last in the queue as in chapter 02. The tokens of a tenth of the sequences are never dropped, so that the model also
-# trains on what it meets at inference, where nothing is dropped. The paper does not say whether tokens or choices are
+# last in the queue as in chapter 02. The tokens of a tenth of the sequences are never dropped, so that the model is
+# ready for an inference where nothing is dropped. The paper does not say whether tokens or choices are
 # counted; we count choices.
 
 
@@ -890,25 +908,26 @@ T = len(home)
 budget = group_budget(T, CHOSEN, DEVICES, 1.0)
 exempt = exempt_tokens((64, 64), 0.1, home.device)
 keep = within_budget(home, affinity, DEVICES, budget, exempt)
-queue = torch.arange(T, 0, -1, device=home.device)[:, None].expand_as(home)
-in_line = within_budget(home, queue, DEVICES, budget, exempt)  # first come, first kept
+# chapter 02's queue: all first choices, then all second ones, and so on
+place = torch.arange(CHOSEN) * T + torch.arange(T)[:, None]
+in_line = within_budget(home, -place, DEVICES, budget, exempt)
 interval = {"smoke": (0.0, 0.6), "cpu": (0.02, 0.12), "gpu": (0.0, 0.6)}[profile]
 dropped = 1 - keep.float().mean().item()
 claim("choices dropped at device capacity 1.0", dropped, interval, asserted=own)
 lost_lowest = (affinity * ~keep).sum() / affinity.sum()
 lost_in_line = (affinity * ~in_line).sum() / affinity.sum()
-interval = {"smoke": (0.7, 1.0), "cpu": (0.45, 0.8), "gpu": (0.0, 1.0)}[profile]
+interval = {"smoke": (0.85, 1.0), "cpu": (0.8, 1.0), "gpu": (0.0, 1.0)}[profile]
 ratio = lost_lowest / lost_in_line
-claim("affinity lost, lowest first over last come", ratio, interval, asserted=own)
-report(affinity_lost_lowest_first=lost_lowest, affinity_lost_last_come=lost_in_line)
+claim("affinity lost, lowest first over last in line", ratio, interval, asserted=own)
+report(affinity_lost_lowest_first=lost_lowest, affinity_lost_last_in_line=lost_in_line)
 
 # %% [markdown]
-# **What to notice.** Dropping the least wanted loses less affinity than dropping whoever comes last, for the same number
-# of choices. V3 drops nothing, in training or after: its balance is good enough.
+# **What to notice.** Dropping the least wanted loses a little less affinity than dropping the last in line, for the same
+# number of choices. The line comes close because it ends with the sixth choices, which have little affinity anyway. V3 drops nothing, in training or after: its balance is good enough.
 #
 # ## Exercises
 #
-# **1. A bug from the wild** (15 minutes). Device-limited choice, as libraries shipped it for DeepSeek-V3: groups out of
+# **1. A bug from the wild** (15 minutes). Group-limited choice, as libraries shipped it for DeepSeek-V3: groups out of
 # reach get the score 0 instead of $-\infty$. With sigmoids alone that works, for they are positive. But `biased` is
 # $s + b$. Mend it: choose `k` experts inside the `topk_group` groups whose two best scores have the highest sum.
 
@@ -985,7 +1004,7 @@ def counts_like_a_network(sends):
         ([2, 0, 1, 2, 1, 0], 1 + 1 + 1 + 0 + 1 + 0),
     ):
         got = sends(ids, on, torch.tensor(home))
-        assert int(got) == right, f"with homes {home}: {right} sends, not {int(got)}"
+        assert got == right, f"with homes {home}: {right} sends, not {got}"
     generator = torch.Generator().manual_seed(0)
     ids = torch.rand(300, 12, generator=generator).topk(5).indices
     on, home = torch.arange(12) % 4, torch.arange(300) % 4
@@ -993,7 +1012,7 @@ def counts_like_a_network(sends):
         len({e % 4 for e in row} - {t % 4}) for t, row in enumerate(ids.tolist())
     )
     got = sends(ids, on, home)
-    assert int(got) == right, f"300 tokens on 4 devices: {right} sends, not {int(got)}"
+    assert got == right, f"300 tokens on 4 devices: {right} sends, not {got}"
 
 
 verdict = check_exercise(sends, counts_like_a_network)
@@ -1032,5 +1051,6 @@ verdict = check_exercise(sends, counts_like_a_network)
 # 4. A bias on the choice balances without a gradient, as long as it stays out of the gates.
 # 5. A device limit bounds the sends of a token for a small part of its affinity.
 #
-# **Claims settled here:** a router left alone comes close to collapse at this size; a loss and a bias both prevent it, at no
-# loss that these short runs resolve; the recorded gaps are those printed above.
+# **Claims settled here:** a router left alone comes close to collapse at this size; a loss keeps it
+# from collapse; a bias lets it come close and then brings it back; neither costs loss that these short runs resolve. The
+# recorded gaps are those printed above.

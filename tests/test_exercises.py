@@ -184,6 +184,7 @@ WRONG = {
             sends_of(lambda devices, own: len(set(devices)) - 1),
             sends_of(lambda devices, own: max(0, len(set(devices)) - 1)),
             sends_of(lambda devices, own: len(set(devices) - {own}) / 2),
+            lambda *given: sends_of(lambda devices, own: len(set(devices) - {own}))(*given) + 0.9,  # no whole number
             lambda ids, on, home: sum(  # id -1 taken for the last expert
                 len({int(on[e]) for e in row} - {own}) for row, own in zip(ids.tolist(), home.tolist(), strict=True)
             ),
