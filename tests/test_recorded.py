@@ -58,7 +58,9 @@ def test_a_seed_that_one_of_the_two_lacks_is_left_out() -> None:
 
 
 def test_a_line_of_seeds() -> None:
-    assert seed_line({1: 0.3, 0: -0.1}) == "+0.100 (sd 0.283)   -0.100 +0.300"  # sd of two: their distance over sqrt 2
+    # two values: half their distance times Student's t for one degree of freedom, 0.2 * 12.706
+    assert seed_line({1: 0.3, 0: -0.1}) == "+0.100 ± 2.541   -0.100 +0.300"
+    assert seed_line({2: 0.1, 0: 0.3, 1: 0.2}) == "+0.200 ± 0.248   +0.300 +0.200 +0.100"  # 4.303 * 0.1 / sqrt 3
     assert seed_line({3: 0.25}) == "+0.250"
     assert seed_line({}) == "no run yet"
 

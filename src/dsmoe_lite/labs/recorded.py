@@ -1,8 +1,10 @@
 """Recorded runs as the rows that charts and tables of several chapters take."""
 
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from dsmoe_lite.viz.parts import mean_and_half_width
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -73,8 +75,9 @@ def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baselin
 
 
 def seed_line(values: Mapping[int, float]) -> str:
-    """Mean, standard deviation and each seed's value, by seed, as one line; fewer than two seeds have no deviation."""
+    """Mean ± half its 95% interval, then each seed's value, as one line; fewer than two seeds have no interval."""
     each = " ".join(f"{values[seed]:+.3f}" for seed in sorted(values))
     if len(values) < 2:
         return each or "no run yet"
-    return f"{mean(values.values()):+.3f} (sd {stdev(values.values()):.3f})   {each}"
+    middle, half = mean_and_half_width(list(values.values()))
+    return f"{middle:+.3f} ± {half:.3f}   {each}"
