@@ -1,6 +1,5 @@
 """Every way to run the experts against a loop over rows, forward and backward, in float64 where the way has it."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -180,17 +179,14 @@ def test_grouped_says_what_it_does_not_take() -> None:
         odd(Dispatched(torch.randn(3, 6), torch.arange(3), torch.ones(3), torch.tensor([1, 3], dtype=torch.int32)))
 
 
-def test_auto_groups_few_rows_where_torch_can() -> None:
-    for dtype, width, n_tokens, chosen in (
-        (torch.float32, 8, 6, "grouped"),
-        (torch.float64, 8, 6, "padded"),
-        (torch.float32, 7, 6, "padded"),
-        (torch.float32, 2**10, 2**9, "grouped"),
-        (torch.float32, 2**10, 2**9 + 1, "padded"),
+def test_auto_groups_where_torch_can() -> None:
+    for dtype, width, chosen in (
+        (torch.float32, 8, "grouped"),
+        (torch.float64, 8, "padded"),
+        (torch.float32, 7, "padded"),
     ):
-        sent = dispatch(torch.randn(n_tokens, D, dtype=dtype), a_routing(torch.tensor([[0, 1]] * n_tokens), 4))
+        sent = dispatch(torch.randn(6, D, dtype=dtype), a_routing(torch.tensor([[0, 1]] * 6), 4))
         assert choose_backend(sent, torch.empty(4, width, D)) == chosen
-    assert choose_backend(replace(sent, x=sent.x.to("meta")), torch.empty(4, width, D)) == "grouped"
 
 
 def test_only_two_tensors_of_hidden_width_are_kept() -> None:
