@@ -354,7 +354,7 @@ def test_bias_goes_up_for_the_idle_and_down_for_the_busy() -> None:
             assert new == pytest.approx(old + step, abs=1e-15)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact_balance_moves_no_bias(dtype: torch.dtype) -> None:
     for count, E in [(0, 4), (1, 3), (349_525, 63), (16_777_217, 64)]:  # some sums are no float32
         bias = torch.zeros(E, dtype=dtype)
@@ -363,6 +363,13 @@ def test_exact_balance_moves_no_bias(dtype: torch.dtype) -> None:
     bias = torch.zeros(2, dtype=dtype)
     update_bias(bias, torch.tensor([16_777_217, 16_777_216]), 0.5)  # one token apart
     assert bias.tolist() == [-0.5, 0.5]
+
+
+def test_a_bias_that_would_round_its_steps_away_is_refused() -> None:
+    bias = torch.full((2,), 0.5, dtype=torch.bfloat16)
+    assert torch.equal(bias + 0.001, bias)
+    with pytest.raises(InputError, match=r"expert_bias = torch.bfloat16: loses small steps; keep it in float32"):
+        update_bias(bias, torch.tensor([1, 0]), 0.001)
 
 
 def test_bias_alone_evens_out_a_skewed_router() -> None:

@@ -41,6 +41,14 @@ def test_group_budget_is_the_mean_load_rounded_down() -> None:
     assert group_budget(n_tokens=10, top_k=1, n_group=4, factor=1.0) == 2  # 2.5, rounded down
 
 
+def test_factors_are_decimals_as_written() -> None:
+    assert 1.1 * 10 > 11
+    assert capacity(n_tokens=10, top_k=1, n_experts=1, factor=1.1) == 11
+    assert 0.58 * 50 < 29
+    assert group_budget(n_tokens=50, top_k=2, n_group=2, factor=0.58) == 29
+    assert capacity(n_tokens=70, top_k=1, n_experts=1, factor=1e-3) == 1
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 40), st.integers(1, 9), st.data())
 def test_place_counts_all_first_choices_before_any_second(T: int, E: int, data: st.DataObject) -> None:

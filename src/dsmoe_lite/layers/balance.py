@@ -118,7 +118,10 @@ def update_bias(expert_bias: Tensor, counts: Tensor, speed: float) -> None:
     """Move expert_bias (E,) in place: b_i += speed * sign(mean count - count_i) (arXiv:2408.15664; V3 Section 2.1.2).
 
     counts (E,) int: how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
+    InputError for a bias in half precision, where small steps are rounded away.
     """
+    exact = expert_bias.dtype in (torch.float32, torch.float64)
+    require(exact, "expert_bias", expert_bias.dtype, "loses small steps; keep it in float32")
     too_few = counts.sum() - len(counts) * counts  # in whole numbers: a rounded mean would move experts at balance
     expert_bias += speed * too_few.sign().to(expert_bias.dtype)
 

@@ -1,6 +1,7 @@
 """What is left of a choice when experts, or groups of experts, have a limited number of slots."""
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 
 def capacity(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
     """Return the slots of one expert: ceil(factor * T * K / E). Factor 1 is GShard's 2N/(GE) with K = 2, one group."""
-    return math.ceil(factor * n_tokens * top_k / n_experts)
+    return math.ceil(_as_written(factor) * n_tokens * top_k / n_experts)
 
 
 def place_in_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
@@ -24,7 +25,7 @@ def place_in_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
 
 def group_budget(n_tokens: int, top_k: int, n_group: int, factor: float) -> int:
     """Return the slots of one group of experts: floor(factor * T * K / n_group), counted in assignments."""
-    return math.floor(factor * n_tokens * top_k / n_group)
+    return math.floor(_as_written(factor) * n_tokens * top_k / n_group)
 
 
 def within_budget(groups: Tensor, affinities: Tensor, n_group: int, budget: int, exempt: Tensor) -> Tensor:
@@ -48,6 +49,11 @@ def exempt_tokens(batch_shape: tuple[int, int], share: float, device: torch.devi
     """
     B, S = batch_shape
     return torch.arange(B * S, device=device) < round(share * B) * S
+
+
+def _as_written(factor: float) -> Fraction:
+    """The decimal that `factor` prints as: in floating point 1.1 * 10 is a little above 11."""
+    return Fraction(str(factor))
 
 
 def _rank(labels: Tensor, order: Tensor, n_labels: int) -> Tensor:
