@@ -52,7 +52,7 @@ def exempt_tokens(batch_shape: tuple[int, int], share: float, device: torch.devi
 
 
 def _as_written(factor: float) -> Fraction:
-    """The decimal that `factor` prints as: in floating point 1.1 * 10 is a little above 11."""
+    """The decimal that `factor` prints as: in floating point 1.1 * 50 is a little above 55."""
     return Fraction(str(factor))
 
 
