@@ -11,10 +11,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from dsmoe_lite.cli import main
 from dsmoe_lite.errors import InputError
-from dsmoe_lite.labs import check_exercise, claim, predict
+from dsmoe_lite.labs import check_exercise, claim, claims, predict
 from dsmoe_lite.labs.order import chapters, find_chapter
 from dsmoe_lite.labs.parameters import check, check_parameters, find, parse_assignments, parse_value, read_schema
 from dsmoe_lite.labs.run import run_chapter
@@ -158,18 +159,26 @@ def test_the_check_loads_nothing_heavy():
 # claims and exercises
 
 
-def test_a_claim_says_the_same_for_every_value_inside(capsys):
-    sentences = []
-    for value in (-0.39, -0.02):
-        claim("GShard minus dense", value, (-0.4, -0.02))
-        sentences.append(capsys.readouterr().out.splitlines()[0])
-    assert sentences == ["GShard minus dense: inside [-0.4, -0.02]"] * 2
+def claimed(monkeypatch, *args, **more):
+    shown = []
+    monkeypatch.setattr(claims, "display", lambda values, text: shown.append((values, text)))
+    claim(*args, **more)
+    return shown[0]
 
 
-def test_a_claim_with_other_parameters_only_says_where_the_value_lies(capsys):
+def test_a_claim_is_one_line_and_the_same_for_every_value_inside_but_for_the_value(monkeypatch):
+    name = "loss at M = 3, due: value"
+    lines = [claimed(monkeypatch, name, value, (-0.4, -0.02)) for value in (-0.38999, -0.02, torch.tensor(-0.1))]
+    assert lines[0] == ({name: -0.39}, f"{name} = -0.39, inside [-0.4, -0.02]")
+    assert {claims.without_value(text) for _, text in lines} == {f"{name}, inside [-0.4, -0.02]"}
+    assert claims.without_value("loss: 3.2 (dense), 2.1 (GShard)") == ""
+
+
+def test_a_claim_with_other_parameters_only_says_where_the_value_lies(monkeypatch):
     for value, where in ((-0.2, "inside"), (0.5, "outside")):
-        claim("gap", value, (-0.4, -0.02), asserted=False)
-        assert f"gap: {where} [-0.4, -0.02], recorded for" in capsys.readouterr().out
+        _, line = claimed(monkeypatch, "gap", value, (-0.4, -0.02), asserted=False)
+        assert line == f"gap = {value}, {where} [-0.4, -0.02] of the chapter's own parameters"
+        assert where in claims.without_value(line)
 
 
 @pytest.mark.parametrize("value", [-0.41, 0.0, float("nan")])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dsmoe_lite.labs.claims import without_value
 from dsmoe_lite.labs.results import MIME
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -45,10 +46,14 @@ def _set_comparison(item: Any) -> None:
 
 
 def _without_numbers(outputs: Iterable[Any]) -> Iterator[Any]:
-    """Outputs as they are, charts and reported values by their kind alone: a missing one is still noticed."""
+    """Outputs as they are, claims without their values; charts and what is reported by their kind alone."""
     for output in outputs:
-        kinds = [kind for kind in output.get("data", {}) if kind.startswith(NUMERIC)]
-        yield type(output)({**output, "data": dict.fromkeys(kinds, "not compared")}) if kinds else output
+        data = output.get("data", {})
+        kinds = [kind for kind in data if kind.startswith(NUMERIC)]
+        if kinds:
+            known = {"text/plain": without_value(data["text/plain"])} if MIME in data else {}
+            output = type(output)({**output, "data": dict.fromkeys(kinds, "not compared") | known})
+        yield output
 
 
 def _execute_with_history(kernel: Any, cell_input: str, allow_stdin: bool | None = None) -> str:

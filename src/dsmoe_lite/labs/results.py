@@ -10,15 +10,19 @@ MIME = "application/vnd.dsmoe.result+json"
 
 
 def report(**values: Any) -> None:
-    """Display `values` (numbers, text, lists and dicts of them) as one line and, for machines, as JSON.
+    """Display `values` (numbers, text, lists and dicts of them), each on a line and, for machines, as JSON.
 
     Floats keep 4 significant digits. NaN, infinities and other types raise InputError.
     """
-    from IPython.display import display
+    plain = {name: rounded(name, value) for name, value in values.items()}
+    display(plain, "\n".join(f"{name.replace('_', ' ')}: {_said(value)}" for name, value in plain.items()))
 
-    plain = {name: _plain(name, value) for name, value in values.items()}
-    line = ", ".join(f"{name} = {value}" for name, value in plain.items())
-    display({MIME: plain, "text/plain": line}, raw=True)
+
+def display(values: dict[str, Any], text: str) -> None:
+    """Display `text` and, for machines, plain `values`, as one output."""
+    from IPython.display import display as display_output
+
+    display_output({MIME: values, "text/plain": text}, raw=True)
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -32,7 +36,14 @@ def read_result(path: Path) -> dict[str, Any]:
     return found
 
 
-def _plain(name: str, value: Any) -> Any:
+def _said(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{_said(item)} ({key})" for key, item in value.items())
+    return ", ".join(map(_said, value)) if isinstance(value, list) else str(value)
+
+
+def rounded(name: str, value: Any) -> Any:
+    """`value` as plain data, floats to 4 significant digits; InputError with `name` where it is none, or not finite."""
     if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
         value = value.item()  # a scalar of numpy or torch
     if isinstance(value, float):
@@ -42,7 +53,7 @@ def _plain(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(name, item) for item in value]
+        return [rounded(name, item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(name, item) for key, item in value.items()}
+        return {str(key): rounded(name, item) for key, item in value.items()}
     raise InputError(f"{name} = {value!r}: a result must be plain data, not {type(value).__name__}")
