@@ -43,6 +43,7 @@ own = check_parameters(globals())
 need("torch", "altair", "vl_convert", "tokenizers")
 
 # %% tags=["hide-input"]
+import textwrap
 from dataclasses import replace
 from functools import partial
 from statistics import mean
@@ -559,12 +560,10 @@ for name in ("shared-1-plain", "shared-2"):
 # %%
 moe = model.config.moe
 fresh = moe.top_k / moe.n_routed_experts
-print(
-    f"{moe.top_k} of {moe.n_routed_experts} equal gates, as the paper prints them:",
-    end=" ",
-)
-print(f"{fresh:.2f} in all; times {moe.routed_scaling_factor:g}:", end=" ")
-print(f"{fresh * moe.routed_scaling_factor:.2f}. The shared expert's gate: 1")
+print(f"{moe.top_k} of {moe.n_routed_experts} equal gates, in all:")
+print(f"  as the paper prints them {fresh:.2f}")
+print(f"  times {moe.routed_scaling_factor:g} {fresh * moe.routed_scaling_factor:.2f}")
+print("The shared expert's gate: 1")
 
 # %% [markdown]
 # With gates as printed the shared expert starts out louder beside the routed ones. One could guess that training then
@@ -588,7 +587,7 @@ lost = next(
     if entry["id"] == "fused-shared-lost"
 )
 what = lost["what"].removeprefix("The same fusion: ")
-print(f"{what[0].upper()}{what[1:]} ({lost['source']})")
+print(textwrap.fill(f"{what[0].upper()}{what[1:]} ({lost['source']})", width=76))
 
 # %% [markdown]
 # ## How many?

@@ -527,9 +527,11 @@ for ahead in (1.0, 40.0):
 # Section 2.1.2):
 #
 # $$
-# \mathcal T_t = \text{the } K \text{ experts with the largest } s_{i,t} + b_i, \qquad
-# g_{i,t} \propto s_{i,t} \ \text{ for } i \in \mathcal T_t, \qquad
-# b_i \leftarrow b_i + \gamma\,\operatorname{sign}\Bigl(\frac1E \sum_j n_j - n_i\Bigr)
+# \begin{aligned}
+# \mathcal T_t &= \text{the } K \text{ experts with the largest } s_{i,t} + b_i, \\
+# g_{i,t} &\propto s_{i,t} \ \text{ for } i \in \mathcal T_t, \\
+# b_i &\leftarrow b_i + \gamma\,\operatorname{sign}\Bigl(\frac1E \sum_j n_j - n_i\Bigr)
+# \end{aligned}
 # $$ (eq:bias)
 #
 # V3's $s$ are sigmoids. The rule takes any affinity; the models trained here (`with_bias`) keep their softmax.
@@ -680,7 +682,8 @@ for entry in paper["balance"]:
     print(f"{entry['design']:17}{weights}{speed}{limit}")
 print()
 for entry in paper["bias_against_loss"]:
-    print(f"{entry['what']}: {entry['losses']} and {entry['bias']}")
+    print(f"{entry['what']}:")
+    print(f"  {entry['losses']} and {entry['bias']}")
 
 # %% [markdown]
 # The bias in the recorded runs moves by the same number $\gamma$ as V3's, but not with the same strength: our affinities are

@@ -91,6 +91,9 @@ def every_chart() -> dict[str, Any]:
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
         "training_curves, one": charts.training_curves(curve_rows(1, 1, 20)),
+        "training_curves, long names": charts.training_curves(
+            [{**row, "model": f"{row['model']}, dense of two widths"} for row in curve_rows(4, 2, 20)]
+        ),
         "training_curves, many": charts.training_curves(curve_rows(7, 2, 200)),
         "parameter_split": charts.parameter_split(split),
         "model_comparison": charts.model_comparison(results),

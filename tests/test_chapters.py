@@ -20,6 +20,7 @@ from dsmoe_lite.labs.refresh import LIMIT
 from dsmoe_lite.labs.run import chapter_schema, run_chapter
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
+from dsmoe_lite.viz import theme
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 KINDS = {"trained", "measured"}  # an untagged cell is exact
@@ -74,6 +75,13 @@ def test_source_and_notebook_agree(notebook):
 def test_notebook_is_small_and_valid(notebook):
     assert notebook.stat().st_size <= LIMIT
     nbformat.validate(nbformat.read(notebook, as_version=4))
+
+
+@each_chapter
+def test_no_chart_is_wider_than_a_page(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    sizes = [output.get("metadata", {}).get("image/png", {}).get("width", 0) for output in outputs]
+    assert max(sizes) <= theme.MAX_WIDTH
 
 
 @each_chapter

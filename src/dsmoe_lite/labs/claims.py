@@ -8,8 +8,8 @@ from dsmoe_lite.labs.results import display, rounded
 def claim(name: str, value: float, interval: tuple[float, float], *, asserted: bool = True) -> None:
     """Assert that `value` lies in `interval`, say so in one line, and report the value for machines.
 
-    Without `asserted`, for parameters other than the chapter's own, the line only says whether it does. Intervals differ
-    by profile: `claim("GShard minus dense, held-out loss", gap, {"smoke": (-2.0, 2.0), "cpu": (-0.4, -0.02),
+    Without `asserted`, for parameters other than the chapter's own, the line only says whether it does. Intervals
+    differ by profile: `claim("GShard minus dense, held-out loss", gap, {"smoke": (-2.0, 2.0), "cpu": (-0.4, -0.02),
     "gpu": (-0.6, -0.1)}[profile])`. A value outside, or NaN, raises AssertionError.
     """
     low, high = interval

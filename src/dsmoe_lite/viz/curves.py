@@ -10,7 +10,9 @@ from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import data, in_order, listed, need_rows, nice_range, number_format, plain, short, spread
 
 PER_PANEL = 4
-POINTS = 100  # kept of one line; longer runs are averaged into this many bins
+BOLD = 0.66  # mean width of a character of a name, in font sizes
+LONGEST_NAME = 130  # px
+POINTS, FEW_POINTS = 100, 60  # kept of one line, and in small panels; longer runs are averaged into so many bins
 
 Rows = Sequence[dict[str, Any]]
 
@@ -29,8 +31,8 @@ def training_curves(
     rows: {model, step, loss, seed (optional)}. Up to four models share a panel; more get a panel each.
     """
     need_rows(rows, "model", "step", y)
-    lines = _over_seeds(rows, y)
-    models = list(lines)
+    models = in_order(row["model"] for row in rows)
+    lines = _over_seeds(rows, y, POINTS if len(models) <= PER_PANEL else FEW_POINTS)
     seeds = max(len({row.get("seed") for row in rows if row["model"] == model}) for model in models)
     if not description:
         ends = listed([f"{model} {short(points[-1]['mean'])}" for model, points in lines.items()])
@@ -38,7 +40,8 @@ def training_curves(
     if not subtitle and seeds > 1:
         subtitle = f"Line: mean over {seeds} seeds. Band: lowest to highest seed."
     if len(models) <= PER_PANEL:
-        return theme.finish(_panel(lines, "step", "step", y_title, 520, 280), title, subtitle, description)
+        panel = _panel(lines, "step", "step", y_title, _width_beside(models), 280)
+        return theme.finish(panel, title, subtitle, description)
     lines_said = [subtitle] if isinstance(subtitle, str) else list(subtitle)
     subtitle = [f"Vertical axis: {y_title}", *(line for line in lines_said if line)]
     x_range = (min(p["x"] for ps in lines.values() for p in ps), max(p["x"] for ps in lines.values() for p in ps))
@@ -98,13 +101,13 @@ def _by_model(rows: Rows, field: str) -> dict[str, list[dict[str, float]]]:
     return {model: lines[model] for model in in_order(row["model"] for row in rows)}
 
 
-def _over_seeds(rows: Rows, y: str) -> dict[str, list[dict[str, float]]]:
+def _over_seeds(rows: Rows, y: str, points: int) -> dict[str, list[dict[str, float]]]:
     """Points {x, mean, low, high} of each model: every seed thinned to the same bins, then compared bin by bin."""
     lines = {}
     for model in in_order(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         steps = sorted({plain(row["step"]) for row in own})
-        width = -(-len(steps) // POINTS)
+        width = -(-len(steps) // points)
         bin_of = {step: i // width for i, step in enumerate(steps)}
         sums: dict[tuple[int, Any], list[float]] = {}
         for row in own:
@@ -160,6 +163,12 @@ def _panel(
     return alt.layer(*layers).resolve_scale(color="independent").properties(width=width, height=height)
 
 
+def _width_beside(names: Sequence[str]) -> int:
+    """Width of a panel that leaves room for its axis, and for the longest name at the end of its line."""
+    name = min(max(map(len, names)) * 12 * BOLD, LONGEST_NAME)
+    return min(520, int(theme.MAX_WIDTH - 106 - name))
+
+
 def _names(lines: dict[str, list[dict[str, float]]], y_range: tuple[float, float], height: int) -> alt.Chart:
     gap = 16 * (y_range[1] - y_range[0]) / height
     ends: list[dict[str, Any]] = [
@@ -172,5 +181,5 @@ def _names(lines: dict[str, list[dict[str, float]]], y_range: tuple[float, float
         legend=None,
         scale=alt.Scale(domain=list(lines), range=theme.LINE_LABELS[: len(lines)]),
     )
-    text = alt.Chart(data(ends)).mark_text(align="left", dx=8, fontWeight=600, limit=130)
+    text = alt.Chart(data(ends)).mark_text(align="left", dx=8, fontWeight=600, limit=LONGEST_NAME)
     return text.encode(x="x:Q", y="y:Q", text="model:N", color=color)
