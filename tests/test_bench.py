@@ -170,8 +170,10 @@ def test_profile_names_the_matrix_products(capsys: pytest.CaptureFixture) -> Non
     rows = layer.profile_layer(1, n_tokens=32, d_model=16)
     for size in SIZES:
         own = {row["operation"]: row for row in rows if row["size"] == size.name}
-        assert own["aten::mm"]["dense"] > 0
-        assert own["all"]["layer"] >= own["aten::mm"]["layer"] > 0
+        assert own["aten::mm"]["dense"] == own["matrix products"]["dense"] > 0  # a dense FFN has no other products
+        for of in ("dense", "layer", "experts", "transformers"):
+            known = sum(own[name][of] for name in own if name not in ("matrix products", "all"))
+            assert own["all"][of] >= known > own["matrix products"][of] > 0
     with pytest.raises(SystemExit) as left:
         main(["bench", "train", "--profile"])
     assert left.value.code == 2
