@@ -1,6 +1,5 @@
 """Every way to run the experts against a loop over rows, forward and backward, in float64 where the way has it."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -141,7 +141,7 @@ def test_config_round_trip() -> None:
         ({"scoring_func": "sigmoidal"}, "scoring_func = 'sigmoidal': must be one of softmax, sigmoid, hash"),
         ({"scoring_func": "hash"}, "top_k = 2: must be 1"),
         ({"top_k": 1, "norm_topk_prob": True}, "norm_topk_prob = True"),
-        ({"top_k": 3, "second_choice": "random"}, "second_choice = 'random'"),
+        ({"second_choice": "random", "norm_topk_prob": False}, "second_choice = 'random'"),
         ({"expert_with": 3}, "expert_with"),
     ],
 )

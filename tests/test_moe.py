@@ -126,6 +126,7 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         return MoEConfig(experts, draw(st.integers(1, experts)), scoring_func=scoring, chooser="expert", **common)
     reach = draw(st.integers(1, groups))
     K = draw(st.integers(1, reach * size))
+    normalised = K > 1 and draw(st.booleans())
     return MoEConfig(
         experts,
         K,
@@ -135,15 +136,42 @@ def moe_configs(draw: st.DrawFn) -> MoEConfig:
         n_group=groups,
         topk_group=reach,
         group_score=draw(st.sampled_from(["max", "top2"])) if size > 1 else "max",
-        norm_topk_prob=K > 1 and draw(st.booleans()),
+        norm_topk_prob=normalised,
         scale_normalised=draw(st.booleans()),
-        second_choice=draw(st.sampled_from(["all", "random"])) if K == 2 else "all",
+        second_choice=draw(st.sampled_from(["all", "random"])) if K == 2 and normalised else "all",
         capacity_factor=draw(factor),
         eval_capacity_factor=draw(factor),
         group_capacity_factor=draw(factor) if groups > 1 else None,
         never_drop_share=draw(st.floats(0, 1)),
         **common,
     )
+
+
+EVERY_ROUTER = {
+    "softmax": {},
+    "V3": {"scoring_func": "sigmoid", "expert_bias": True, "norm_topk_prob": True, "n_group": 2, "group_score": "top2"},
+    "V2": {"n_group": 4, "topk_group": 2, "group_capacity_factor": 1.0},
+    "GShard": {"norm_topk_prob": True, "second_choice": "random", "capacity_factor": 1.0},
+    "Shazeer": {"norm_topk_prob": True, "noisy_gating": True},
+    "hash": {"scoring_func": "hash", "top_k": 1},
+    "expert choice": {"chooser": "expert"},
+}
+
+
+@pytest.mark.parametrize("backend", ["loop", "padded", "grouped"])
+@pytest.mark.parametrize("design", EVERY_ROUTER)
+def test_a_batch_without_tokens_goes_forward_and_back(design: str, backend: str) -> None:
+    values = {"n_routed_experts": 8, "top_k": 2, "expert_width": F_WIDTH, "n_shared_experts": 1, "backend": backend}
+    layer = MoELayer(D, MoEConfig(**(values | EVERY_ROUTER[design])), VOCAB)
+    for shape in ((0, 4), (3, 0)):
+        x = torch.randn(*shape, D, requires_grad=True)
+        y, routing = layer(x, torch.zeros(shape, dtype=torch.int64))
+        assert y.shape == x.shape
+        assert not routing.counts.any()
+        y.sum().backward()
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert all(weight.grad is None or not weight.grad.any() for weight in layer.parameters())
 
 
 @settings(max_examples=150, deadline=None)

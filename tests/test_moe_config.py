@@ -10,6 +10,7 @@ import torch
 from dsmoe_lite.accounting import parameters
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.job import Job
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.train import TrainConfig, train
@@ -17,6 +18,7 @@ from dsmoe_lite.train import TrainConfig, train
 BASE: dict[str, Any] = {"n_routed_experts": 8, "top_k": 2, "expert_width": 4}
 HASH = {"scoring_func": "hash", "top_k": 1}
 EXPERT = {"chooser": "expert"}
+GSHARD = {"second_choice": "random", "norm_topk_prob": True}
 
 # What is wrong, the field that the line starts with, words of the remedy, a change that follows it
 REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
@@ -42,8 +44,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({"scoring_func": "relu"}, "scoring_func = 'relu'", "one of softmax, sigmoid, hash", {"scoring_func": "sigmoid"}),
     ({"chooser": "tokens"}, "chooser = 'tokens'", "one of token, expert", {"chooser": "token"}),
     ({"group_score": "mean"}, "group_score = 'mean'", "one of max, top2", {"group_score": "max"}),
-    ({"second_choice": "none"}, "second_choice = 'none'", "one of all, random", {"second_choice": "random"}),
-    ({"top_k": 3, "second_choice": "random"}, "second_choice = 'random'", "needs top_k = 2", {"top_k": 2}),
+    ({"second_choice": "none"}, "second_choice = 'none'", "one of all, random", {"second_choice": "all"}),
+    ({**GSHARD, "top_k": 3}, "second_choice = 'random'", "needs top_k = 2", {"top_k": 2}),
+    ({"second_choice": "random"}, "second_choice = 'random'", "and norm_topk_prob = True", {"norm_topk_prob": True}),
+    ({"noisy_gating": "no"}, "noisy_gating = 'no'", "must be True or False", {"noisy_gating": False}),
+    ({"expert_bias": 1}, "expert_bias = 1", "must be True or False", {"expert_bias": True}),
+    ({"scale_normalised": None}, "scale_normalised = None", "must be True or False", {"scale_normalised": False}),
     ({"top_k": 1, "norm_topk_prob": True}, "norm_topk_prob = True", "must be False", {"norm_topk_prob": False}),
     ({"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0", "number above 0", {"routed_scaling_factor": 0.5}),
     ({"routed_scaling_factor": math.nan}, "routed_scaling_factor = nan", "above 0", {"routed_scaling_factor": 16}),
@@ -96,9 +102,8 @@ def test_what_cannot_work_is_one_line_and_its_remedy_works(
 
 
 def test_every_field_is_refused_somewhere() -> None:
-    """All but the yes-or-no that any other setting allows."""
     named = {field.split(" = ")[0] for _, field, _, _ in REFUSED}
-    assert named == set(to_dict(MoEConfig(**BASE))) - {"scale_normalised"}
+    assert named == set(to_dict(MoEConfig(**BASE)))
 
 
 # The model
@@ -186,10 +191,32 @@ def test_the_load_loss_is_for_the_plain_choice(change: dict[str, Any]) -> None:
     one_line(error, "balance weight of load = 0.1", "without expert_bias, and topk_group = n_group")
 
 
-def test_bias_speed_needs_a_bias() -> None:
+EXPERTS_CHOOSE, EVERY = MoEConfig(**BASE | EXPERT), MoEConfig(**BASE)
+NEEDS: list[tuple[MoEConfig | None, dict[str, Any], str, str]] = [
+    (EVERY, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
+    (None, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
+    (None, {"balance": {"device": 0.1}}, "balance weight of device = 0.1", "needs a model with n_group > 1"),
+    (EVERY, {"balance": {"communication": 0.1}}, "balance weight of communication = 0.1", "needs a model with n_group"),
+    (None, {"balance": {"load": 0.1}}, "balance weight of load = 0.1", "needs a model with noisy_gating"),
+    (EXPERTS_CHOOSE, {"balance": {"sequence": 0.1}}, "balance weight of sequence = 0.1", "chooser = 'expert'"),
+]
+
+
+@pytest.mark.parametrize(("moe", "asked", "field", "remedy"), NEEDS)
+def test_what_a_model_lacks_is_refused_by_job_and_training(
+    moe: MoEConfig | None, asked: dict[str, Any], field: str, remedy: str
+) -> None:
+    config = TrainConfig(1, seq_len=8, **asked)
     with pytest.raises(InputError) as error:
-        train(Transformer(model(1, moe=MoEConfig(**BASE))), None, TrainConfig(1, bias_speed=0.1))  # type: ignore[arg-type]
-    one_line(error, "bias_speed = 0.1", "needs a model with expert_bias")
+        train(Transformer(model(1, moe=moe)), None, config)  # type: ignore[arg-type]
+    one_line(error, field, remedy)
+    with pytest.raises(InputError) as error:
+        Job(model(1, moe=moe), config)
+    one_line(error, field, remedy)
+
+
+def test_other_losses_and_weights_of_zero_are_nothing_to_a_dense_model() -> None:
+    Job(model(1), TrainConfig(1, balance={"switch": 0.1, "sequence": 0.1, "device": 0.0}))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from routing_by_hand import decide
 
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.layers.balance import load_loss
 from dsmoe_lite.layers.router import Router
 from dsmoe_lite.model import Transformer
 
@@ -292,8 +293,27 @@ def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly(
     assert list(router.parameters()) == []
     table = Router(12, MoEConfig(16, 1, 16, scoring_func="hash"), vocab_size=1003).hash_table
     assert set(table.bincount().tolist()) == {1003 // 16, 1003 // 16 + 1}
-    with pytest.raises(InputError, match="the id of every token"):
-        router(torch.randn(64, 12), (1, 64))
+    for wrong in (None, ids[:-1], ids[None]):
+        with pytest.raises(InputError, match=r"token_ids = .*: hash routing needs the id of each of 64 tokens"):
+            router(torch.randn(64, 12), (1, 64), wrong)
+    with pytest.raises(InputError, match="vocab_size = 15: must be at least n_routed_experts = 16"):
+        Router(12, MoEConfig(16, 1, 16, scoring_func="hash"), vocab_size=15)
+
+
+@pytest.mark.parametrize(("E", "K", "scale", "mass"), [(64, 6, 1.0, 0.094), (160, 6, 16.0, 0.6)])
+def test_gate_mass_of_a_fresh_router_in_16b_and_v2(E: int, K: int, scale: float, mass: float) -> None:
+    router = Router(12, MoEConfig(E, K, 16, routed_scaling_factor=scale), 64).eval()
+    gates = router(torch.zeros(5, 12), (1, 5)).gates  # all logits are 0
+    assert gates.sum(dim=1).tolist() == pytest.approx([mass] * 5, abs=5e-4)
+
+
+def test_a_router_that_has_lost_its_noise_still_has_a_load_gradient() -> None:
+    router = Router(4, MoEConfig(8, 2, 4, noisy_gating=True, norm_topk_prob=True), 16)
+    torch.nn.init.constant_(router.noise, -100.0)  # softplus(-400) is 0 in float32
+    load_loss(router(torch.ones(6, 4), (1, 6))).backward()
+    for weight in router.parameters():
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
 
 
 def test_logits_are_float32_even_for_bfloat16_input() -> None:

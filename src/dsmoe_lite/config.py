@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import dacite
 
-from dsmoe_lite.errors import InputError, require, require_choice, require_number, require_whole
+from dsmoe_lite.errors import InputError, require, require_bool, require_choice, require_number, require_whole
 
 SCORING_FUNCS = ("softmax", "sigmoid", "hash")
 CHOOSERS = ("token", "expert")
@@ -65,11 +65,11 @@ class MoEConfig:
     norm_topk_prob: bool = False  # gates divided by their sum over the K chosen
     routed_scaling_factor: float = 1.0  # on the gates of routed experts
     scale_normalised: bool = True  # V3; False as in V2's published code: gates that were normalised are not scaled
-    second_choice: str = "all"  # "random": in training, keep the second expert with probability min(1, 2 * gate)
+    second_choice: str = "all"  # "random": in training, keep the second with probability min(1, 2 * its share)
     capacity_factor: float | None = None  # slots an expert has, over its fair share T*K/E; None: no token is dropped
     eval_capacity_factor: float | None = None  # the same outside training
     group_capacity_factor: float | None = None  # in training, slots a group has over its fair share T*K/n_group
-    never_drop_share: float = 0.1  # of the sequences, how many no full group drops
+    never_drop_share: float = 0.1  # of a batch's sequences, how many no full group drops, rounded to whole ones
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -77,6 +77,8 @@ class MoEConfig:
         for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group"):
             require_whole(name, getattr(self, name), 1)
         require_whole("n_shared_experts", self.n_shared_experts, 0)
+        for name in ("noisy_gating", "expert_bias", "norm_topk_prob", "scale_normalised"):
+            require_bool(name, getattr(self, name))
         require(K <= E, "top_k", K, f"must be at most n_routed_experts = {E}")
         require_choice("scoring_func", self.scoring_func, SCORING_FUNCS)
         require_choice("chooser", self.chooser, CHOOSERS)
@@ -103,8 +105,9 @@ class MoEConfig:
 
     def _check_choice(self) -> None:
         K = self.top_k
-        remedy = "needs top_k = 2, the only case GShard defines"
-        require(self.second_choice == "all" or K == 2, "second_choice", self.second_choice, remedy)
+        remedy = "needs top_k = 2 and norm_topk_prob = True, the only case GShard defines"
+        defined = K == 2 and self.norm_topk_prob
+        require(self.second_choice == "all" or defined, "second_choice", self.second_choice, remedy)
         remedy = "must be False with top_k = 1: the gate would be the constant 1 and the router would get no gradient"
         require(not (self.norm_topk_prob and K == 1), "norm_topk_prob", self.norm_topk_prob, remedy)
         if self.scoring_func == "hash":
@@ -158,6 +161,7 @@ class ModelConfig:
             require(left > 0, "n_dense_layers", self.n_dense_layers, remedy)
             remedy = f"must be at most {left}, the blocks that n_dense_layers = {self.n_dense_layers} leaves"
             require(self.interleave <= left, "interleave", self.interleave, remedy)
+        require_bool("tie_embeddings", self.tie_embeddings)
         require_number("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         require_number("init_std", self.init_std, 0.0, 10.0, open_low=True)
 

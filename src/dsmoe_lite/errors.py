@@ -37,6 +37,11 @@ def require_number(name: str, value: Any, low: float, high: float = float("inf")
     require(bool(above and value <= high and value != float("inf")), name, value, f"must be a finite number {bound}")
 
 
+def require_bool(name: str, value: Any) -> None:
+    """Require True or False itself, not something that counts as it."""
+    require(isinstance(value, bool), name, value, "must be True or False")
+
+
 def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Require one of `choices`."""
     require(value in choices, name, value, f"must be one of {', '.join(choices)}")

@@ -22,7 +22,7 @@ from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import swap_shared
-from dsmoe_lite.train import TrainConfig, run_record, train
+from dsmoe_lite.train import TrainConfig, check_balance, run_record, train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
 
@@ -61,6 +61,7 @@ class Job:
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
+        check_balance(self.model.moe, self.train)
 
 
 def read_job(path: Path) -> Job:

@@ -108,8 +108,7 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
     Raises RunError when the loss is not finite or another process works in `folder`, InputError when `folder` holds a
     run with other settings or when a balance loss does not fit the model.
     """
-    if model.config.moe is not None:
-        _check_balance(model.config.moe, config)
+    check_balance(model.config.moe, config)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed)
     with own(folder), stop_requested() as stop:
@@ -139,6 +138,25 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
         kept = f"run it again to go on from {folder}" if folder else "the model keeps what it has learnt so far"
         print(f"Stopped after step {run.steps_done} of {config.steps}: {kept}.")
     return run
+
+
+def check_balance(moe: MoEConfig | None, config: TrainConfig) -> None:
+    """Raise InputError where a model lacks what a loss or the bias needs; a dense model ignores the other losses."""
+    by_devices = moe is not None and moe.n_group > 1
+    by_logits = moe is not None and moe.noisy_gating and not moe.expert_bias and moe.topk_group == moe.n_group
+    needs = {
+        **dict.fromkeys(DEVICE_LOSSES, (by_devices, "needs a model with n_group > 1")),
+        "load": (
+            by_logits,
+            "needs a model with noisy_gating, without expert_bias, and topk_group = n_group: the K best logits win",
+        ),
+        "sequence": (moe is None or moe.chooser == "token", "is not defined for a model with chooser = 'expert'"),
+    }
+    for name, (fits, remedy) in needs.items():
+        weight = config.balance.get(name, 0.0)
+        require(fits or not weight, f"balance weight of {name}", weight, remedy)
+    biased = moe is not None and moe.expert_bias
+    require(biased or not config.bias_speed, "bias_speed", config.bias_speed, "needs a model with expert_bias")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -195,18 +213,6 @@ def _balance_loss(name: str, routing: Routing, moe: MoEConfig) -> Tensor:
     if name == "device":
         return balance.device_loss(routing, device_of=device_of)
     return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group)
-
-
-def _check_balance(moe: MoEConfig, config: TrainConfig) -> None:
-    for name in DEVICE_LOSSES:
-        weight = config.balance.get(name, 0.0)
-        require(not weight or moe.n_group > 1, f"balance weight of {name}", weight, "needs a model with n_group > 1")
-    weight = config.balance.get("load", 0.0)
-    by_logits = moe.noisy_gating and not moe.expert_bias and moe.topk_group == moe.n_group
-    remedy = "needs a model with noisy_gating, without expert_bias, and topk_group = n_group: the K best logits win"
-    require(not weight or by_logits, "balance weight of load", weight, remedy)
-    biased = moe.expert_bias or not config.bias_speed
-    require(biased, "bias_speed", config.bias_speed, "needs a model with expert_bias")
 
 
 class _Stopwatch:

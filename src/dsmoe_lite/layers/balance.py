@@ -100,7 +100,8 @@ def sequence_loss(routing: Routing, *, selected: bool = False) -> Tensor:
     """Return the mean over sequences of sum_i f_i P_i (DeepSeek-V3 Eq 17-20, arXiv:2412.19437): 1 at balance, E/K else.
 
     f and P are those of `expert_loss`, taken within one sequence. f counts the Topk of the scores without bias (Eq 18);
-    `selected` counts the experts really chosen, as published code does, and makes it DeepSeek-V2's Eq 23-25.
+    `selected` counts the experts really chosen, as published code does, and makes it DeepSeek-V2's Eq 23-25; only this
+    count is defined where experts choose.
     """
     (B, S), E, K = routing.batch_shape, routing.n_experts, routing.topk_ids.shape[1]
     if B * S == 0:

@@ -12,13 +12,14 @@ from dsmoe_lite.layers.capacity import capacity, exempt_tokens, group_budget, pl
 from dsmoe_lite.layers.selection import expert_choice, group_of, limit_groups, ordered_topk
 
 TINY = 1e-20  # all chosen sigmoids may underflow to 0
+LEAST_NOISE = 1e-6  # the load loss divides by its square
 
 
 @dataclass(frozen=True)
 class Routing:
     """The decision of one router on T tokens. Losses, metrics and charts all read this one record."""
 
-    logits: Tensor  # (T, E), at least float32, with the noise that was added
+    logits: Tensor  # (T, E), at least float32, with the noise that was added; hash routing: 0 and -inf
     scores: Tensor  # (T, E), affinities s_i,t, without bias
     topk_ids: Tensor  # (T, K), best first; ties go to the lower id; -1 fills the rows of expert choice
     gates: Tensor  # (T, K), weight of each chosen expert in the sum
@@ -59,6 +60,9 @@ class Router(nn.Module):
         self.config, self.layer = config, layer
         E = config.n_routed_experts
         if config.scoring_func == "hash":
+            require(
+                vocab_size >= E, "vocab_size", vocab_size, f"must be at least n_routed_experts = {E}, for hash routing"
+            )
             shuffled = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
             self.register_buffer("hash_table", shuffled % E)  # every expert gets V/E token ids, rounded
             return
@@ -72,7 +76,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None = None) -> Routing:
         """x (T, D), token_ids (T,) for hash routing -> Routing.
 
-        RunError where a logit is NaN or infinite; InputError when hash routing gets no token ids.
+        RunError where a logit is NaN or infinite; InputError when hash routing lacks the token ids.
         """
         if self.config.scoring_func == "hash":
             return self._by_table(x, batch_shape, token_ids)
@@ -94,7 +98,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(dtype), self.weight.to(dtype))
             noisy = self.config.noisy_gating and self.training
-            noise_scale = F.softplus(F.linear(x.to(dtype), self.noise.to(dtype))) if noisy else None
+            noise_scale = F.softplus(F.linear(x.to(dtype), self.noise.to(dtype))).clamp(LEAST_NOISE) if noisy else None
         return logits, noise_scale
 
     def _check_finite(self, logits: Tensor) -> None:
@@ -133,7 +137,8 @@ class Router(nn.Module):
         return kept
 
     def _by_table(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:
-        require(token_ids is not None, "token_ids", token_ids, "hash routing needs the id of every token")
+        shape = None if token_ids is None else tuple(token_ids.shape)
+        require(shape == x.shape[:1], "token_ids", shape, f"hash routing needs the id of each of {len(x)} tokens")
         assert token_ids is not None
         topk_ids = self.hash_table[token_ids].unsqueeze(1)  # (T, 1)
         scores = F.one_hot(topk_ids[:, 0], self.config.n_routed_experts)
