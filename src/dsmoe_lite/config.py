@@ -105,9 +105,6 @@ class MoEConfig:
 
     def _check_choice(self) -> None:
         K = self.top_k
-        remedy = "needs top_k = 2 and norm_topk_prob = True, the only case GShard defines"
-        defined = K == 2 and self.norm_topk_prob
-        require(self.second_choice == "all" or defined, "second_choice", self.second_choice, remedy)
         remedy = "must be False with top_k = 1: the gate would be the constant 1 and the router would get no gradient"
         require(not (self.norm_topk_prob and K == 1), "norm_topk_prob", self.norm_topk_prob, remedy)
         if self.scoring_func == "hash":
@@ -119,6 +116,9 @@ class MoEConfig:
             self._refuse("chooser = 'expert': every expert fills its slots exactly", "noisy_gating",
                          "expert_bias", "n_group", "norm_topk_prob", "second_choice", "capacity_factor",
                          "eval_capacity_factor", "group_capacity_factor")  # fmt: skip
+        remedy = "needs top_k = 2 and norm_topk_prob = True, the only case GShard defines"
+        defined = K == 2 and self.norm_topk_prob
+        require(self.second_choice == "all" or defined, "second_choice", self.second_choice, remedy)
         grouped = self.group_capacity_factor is None or self.n_group > 1
         require(grouped, "group_capacity_factor", self.group_capacity_factor, "needs n_group of at least 2")
 

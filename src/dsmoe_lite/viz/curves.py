@@ -166,7 +166,7 @@ def _panel(
 def _width_beside(names: Sequence[str]) -> int:
     """Width of a panel that leaves room for its axis, and for the longest name at the end of its line."""
     name = min(max(map(len, names)) * 12 * BOLD, LONGEST_NAME)
-    return min(520, int(theme.MAX_WIDTH - 106 - name))
+    return min(520, int(theme.MAX_WIDTH - 120 - name))
 
 
 def _names(lines: dict[str, list[dict[str, float]]], y_range: tuple[float, float], height: int) -> alt.Chart:
