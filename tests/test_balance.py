@@ -24,7 +24,7 @@ from dsmoe_lite.layers.balance import (
 )
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.layers.selection import expert_choice, group_of, ordered_topk
-from dsmoe_lite.routing.metrics import domain_share, drop_rate, load, max_vio
+from dsmoe_lite.routing.metrics import drop_rate, load, max_vio
 
 EXACT = 1e-12
 
@@ -402,10 +402,3 @@ def test_metrics_count_nobody_for_minus_one() -> None:
     assert load(routing).tolist() == [2.0, 1.0, 0.0]
     assert max_vio(routing) == 1
     assert drop_rate(routing) == 0
-    assert domain_share(routing, torch.tensor([0, 1, 1]), 2).tolist() == [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
-
-
-def test_domain_share_counts_assignments() -> None:
-    r = routing_of(torch.full((4, 3), 1 / 3), torch.tensor([[0, 1], [0, 2], [1, 2], [1, 0]]))
-    share = domain_share(r, torch.tensor([0, 0, 1, 1]), 3)
-    assert share.tolist() == [[0.5, 0.25, 0.25], [0.25, 0.5, 0.25], [0.0, 0.0, 0.0]]

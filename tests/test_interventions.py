@@ -1,6 +1,7 @@
 """Models with experts taken away or swapped, and what experts add, against a loop over tokens in float64."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.contributions import contributions
-from dsmoe_lite.routing.interventions import silence, swap_shared
+from dsmoe_lite.routing.interventions import mask_top, silence, swap_shared, switch_off, with_active
 
 E, K, D, WIDTH, V = 6, 3, 8, 4, 50
 MOE = MoEConfig(E, K, WIDTH, n_shared_experts=2, routed_scaling_factor=3.0)
@@ -23,13 +24,17 @@ def made(seed: int, config: ModelConfig = CONFIG) -> Transformer:
     return Transformer(config).double().eval()
 
 
-def layer_by_hand(layer, x, *, shared=True, left_out=(), top_k=K):
-    """Eq 9 token by token with the weights of `layer`; `left_out` are ranks among the chosen. x (T, D)."""
+def layer_by_hand(layer, x, *, shared=True, left_out=(), top_k=K, closed=(), masked=0):
+    """Eq 9 token by token with the weights of `layer`; x (T, D).
+
+    `left_out` are ranks among the chosen; `closed` experts and a token's `masked` best are not there to choose from.
+    """
     w, rows = layer.experts, []
     for u in x:
         scores = F.softmax(layer.router.weight @ u, dim=0).tolist()
         y = layer.shared(u) if shared else torch.zeros(D, dtype=x.dtype)
-        for rank, e in enumerate(sorted(range(E), key=lambda e: -scores[e])[:top_k]):
+        ranked = sorted(range(E), key=lambda e: -scores[e])[masked:]
+        for rank, e in enumerate([e for e in ranked if e not in closed][:top_k]):
             if rank not in left_out:
                 y = y + 3.0 * scores[e] * (w.down[e] @ (F.silu(w.gate[e] @ u) * (w.up[e] @ u)))
         rows.append(y)
@@ -59,13 +64,85 @@ def test_more_routed_experts_in_place_of_the_shared_ones(seed, more):
 
 
 @SEEDS
+@pytest.mark.parametrize("gone", [(), (0,), (1, 4), (0, 2, 5)])
+def test_experts_switched_off_are_replaced_by_the_next_best(seed, gone):
+    model = made(seed)
+    changed = switch_off(model, {1: gone})
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for number, (layer, before) in enumerate(zip(changed.moe_layers, model.moe_layers, strict=True)):
+        y, routing = layer(x)
+        closed = gone if number == 1 else ()
+        torch.testing.assert_close(y[0], layer_by_hand(before, x[0], closed=closed))
+        assert not set(routing.topk_ids.flatten().tolist()) & set(closed)
+
+
+@SEEDS
+@pytest.mark.parametrize(("share", "masked"), [(0.0, 0), (0.2, 1), (1 / 3, 2), (0.5, 3)])
+def test_the_best_experts_masked(seed, share, masked):
+    model = made(seed)
+    changed = mask_top(model, share)
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for layer, before in zip(changed.moe_layers, model.moe_layers, strict=True):
+        torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], masked=masked))
+
+
+@SEEDS
+@pytest.mark.parametrize("top_k", [1, 2, 3, E])
+def test_other_numbers_of_active_experts(seed, top_k):
+    model = made(seed)
+    changed = with_active(model, top_k)
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for layer, before in zip(changed.moe_layers, model.moe_layers, strict=True):
+        torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], top_k=top_k))
+
+
+def test_masks_act_before_groups_and_on_biased_choice():
+    moe = replace(MOE, scoring_func="sigmoid", expert_bias=True, n_group=3, topk_group=2, norm_topk_prob=True)
+    model = made(0, replace(CONFIG, moe=moe))
+    for layer in model.moe_layers:
+        layer.router.expert_bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0, 0.0, 0.0]))
+    x = torch.randn(1, 20, D, dtype=torch.float64)
+    ids = switch_off(model, {0: (0, 1)}).moe_layers[0](x)[1].topk_ids
+    assert set(ids.flatten().tolist()) == {2, 3, 4, 5}  # the group of 0 and 1 is worth nothing now
+
+
+@pytest.mark.parametrize("change", [partial(switch_off, experts={0: (1,)}), partial(mask_top, share=0.1),
+                                    partial(with_active, top_k=2)])  # fmt: skip
+def test_only_experts_chosen_by_score_have_a_next_best(change):
+    hashed = Transformer(replace(CONFIG, moe=MoEConfig(E, 1, WIDTH, scoring_func="hash")))
+    choosing = Transformer(replace(CONFIG, moe=MoEConfig(E, 2, WIDTH, chooser="expert")))
+    for model, message in ((hashed, "scoring_func = 'hash'"), (choosing, "chooser = 'expert'"),
+                           (Transformer(replace(CONFIG, moe=None)), "moe = None")):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            change(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(partial(switch_off, experts={2: (0,)}), "layer = 2: must be"),
+     (partial(switch_off, experts={0: (E,)}), f"expert = {E}: must be"),
+     (partial(switch_off, experts={0: range(E - K + 1)}), f"experts left = {K - 1}: must be"),
+     (partial(mask_top, share=0.51), None), (partial(mask_top, share=0.7), "share = 0.7: leaves 2 experts"),
+     (partial(mask_top, share=-0.1), "share = -0.1: must be"),
+     (partial(with_active, top_k=E + 1), f"top_k = {E + 1}"), (partial(with_active, top_k=0), "top_k = 0")],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused(change, message):
+    if message is None:
+        change(made(0))
+        return
+    with pytest.raises(InputError, match=message):
+        change(made(0))
+
+
+@SEEDS
 @pytest.mark.parametrize("training", [False, True])
 def test_the_model_itself_stays_as_it_was(seed, training):
     model = made(seed).train(training)
     tokens = torch.randint(V, (2, 9))
     with torch.no_grad():
         before = model(tokens).logits
-        copies = [silence(model, shared=True), silence(model, ranks=(1,)), swap_shared(model, 2)]
+        copies = [silence(model, shared=True), silence(model, ranks=(1,)), swap_shared(model, 2),
+                  switch_off(model, {0: range(E - K)}), mask_top(model, 0.5), with_active(model, K + 1)]  # fmt: skip
         contributions(model, tokens)
         for changed in copies:
             assert changed.training == model.training == training

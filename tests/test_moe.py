@@ -14,6 +14,7 @@ from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.routing import metrics
+from dsmoe_lite.routing.specialization import specialization
 
 D, F_WIDTH, VOCAB = 16, 8, 64  # of 16 bytes and more, so that "auto" may group them
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the largest output
@@ -252,7 +253,10 @@ def check_figures(routing: Routing, config: MoEConfig) -> None:
         "max_vio": torch.tensor(metrics.max_vio(routing)),
         "drop_rate": torch.tensor(metrics.drop_rate(routing)),
         "load": metrics.load(routing),
-        "domain_share": metrics.domain_share(routing, torch.zeros(len(routing.scores)), 2),
+        "load_cv": torch.tensor(metrics.load_cv(routing)),
+        "load_entropy": torch.tensor(metrics.load_entropy(routing)),
+        "dead_share": torch.tensor(metrics.dead_share(routing)),
+        "specialization": specialization(routing.topk_ids, torch.zeros(len(routing.scores)), 2, routing.n_experts),
     }
     if routing.noise_scale is not None:
         figures["load loss"] = balance.load_loss(routing)

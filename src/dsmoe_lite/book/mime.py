@@ -10,7 +10,7 @@ from dsmoe_lite.viz.renderer import MIME as CHART
 
 RESULT = "application/vnd.dsmoe.result+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-AFTER_PICTURES, LAST = 65, 1000
+LAST = 1000
 
 
 class Chart:
@@ -36,16 +36,22 @@ class Result:
 
 
 class Widget:
-    """A control that needs a kernel: its picture where it has one, a note otherwise."""
+    """A place for a widget: static/widgets.js fills it where the saved state suffices; else its note stays."""
 
-    mime_priority_overrides = (("html", WIDGET, AFTER_PICTURES),)
+    mime_priority_overrides = (("html", WIDGET, 1),)
 
     @staticmethod
     def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
-        """Return the note for a widget, or None for other outputs."""
-        if data.mime_type != WIDGET:
-            return None
-        return [nodes.paragraph(text="Here JupyterLab shows a control that needs Python.", classes=["widget-note"])]
+        """Return the widget's HTML, or None for other outputs."""
+        return [nodes.raw("", widget_html(data.content), format="html")] if data.mime_type == WIDGET else None
+
+
+def widget_html(view: dict[str, Any]) -> str:
+    """The place of one widget."""
+    return (
+        f'<div class="saved-widget" data-model="{html.escape(view["model_id"], quote=True)}">'
+        '<p class="widget-note">Here JupyterLab shows a control that needs Python.</p></div>'
+    )
 
 
 def chart_html(spec: dict[str, Any]) -> str:

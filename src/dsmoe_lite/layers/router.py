@@ -1,5 +1,7 @@
 """Who goes where, and why: scores, the K experts of every token, their gates, and what capacity leaves."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,11 +51,13 @@ class Router(nn.Module):
       `routed_scaling_factor`.
     - hash: a fixed balanced table from token id to one expert, gate 1, nothing learnt (arXiv:2106.04426).
 
-    `layer` is the block's number, for error lines.
+    `layer` is the block's number, for error lines. `forbidden`, for experiments on a trained router, takes the scores
+    (T, E) and returns which experts (T, E) a token may not choose; gates stay what the scores make them.
     """
 
     hash_table: Tensor
     expert_bias: Tensor
+    forbidden: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
@@ -112,9 +116,15 @@ class Router(nn.Module):
             return expert_choice(ranked, capacity(scores.shape[0], config.top_k, config.n_routed_experts, 1.0))
         if config.expert_bias:
             ranked = ranked + self.expert_bias
+        if self.forbidden is not None:
+            ranked = ranked.masked_fill(self.forbidden(scores.detach()), -math.inf)
         if config.topk_group < config.n_group:
             ranked = limit_groups(ranked, config.n_group, config.topk_group, config.group_score)
-        return ordered_topk(ranked, config.top_k)
+        topk_ids = ordered_topk(ranked, config.top_k)
+        if self.forbidden is not None:
+            reached = int(ranked.gather(1, topk_ids).isfinite().sum(dim=1).min()) if len(topk_ids) else config.top_k
+            require(reached == config.top_k, "experts left", reached, f"must be top_k = {config.top_k}: forbid fewer")
+        return topk_ids
 
     def _scale(self) -> float:
         config = self.config

@@ -1,0 +1,59 @@
+// Bring the page's saved anywidgets to life: their own script and state, without Python behind them.
+(function () {
+  "use strict";
+
+  // What a widget's script asks of its model. Messages to Python go nowhere.
+  class SavedModel {
+    constructor(state) {
+      this.state = state;
+      this.listeners = new Map();
+    }
+    get(name) {
+      return this.state[name];
+    }
+    set(name, value) {
+      this.state[name] = value;
+      for (const listener of this.listeners.get(`change:${name}`) || []) listener();
+    }
+    save_changes() {}
+    send() {}
+    on(event, listener) {
+      this.listeners.set(event, [...(this.listeners.get(event) || []), listener]);
+    }
+    off(event, listener) {
+      this.listeners.set(event, (this.listeners.get(event) || []).filter((other) => other !== listener));
+    }
+  }
+
+  // The state with its binary parts put back where they were.
+  function restored(saved) {
+    const state = saved.state;
+    for (const { path, data } of saved.buffers || []) {
+      const parent = path.slice(0, -1).reduce((node, key) => node[key], state);
+      parent[path.at(-1)] = new DataView(Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)).buffer);
+    }
+    return state;
+  }
+
+  async function mount(box, saved) {
+    const state = restored(saved);
+    const address = URL.createObjectURL(new Blob([state._esm], { type: "text/javascript" }));
+    const { default: widget } = await import(address);
+    URL.revokeObjectURL(address);
+    const style = document.createElement("style");
+    style.textContent = state._css;
+    const el = document.createElement("div");
+    box.replaceChildren(style, el);
+    await widget.render({ model: new SavedModel(state), el });
+    box.dataset.mounted = "true";
+  }
+
+  document.addEventListener("DOMContentLoaded", () => {
+    const script = document.querySelector('script[type="application/vnd.jupyter.widget-state+json"]');
+    const all = script ? JSON.parse(script.textContent).state : {};
+    for (const box of document.querySelectorAll(".saved-widget")) {
+      const saved = all[box.dataset.model];
+      if (saved && saved.model_module === "anywidget") mount(box, saved);
+    }
+  });
+})();

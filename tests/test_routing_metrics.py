@@ -1,0 +1,324 @@
+"""Routing metrics against loops over tokens, their nulls against every order of the tokens, and bad input."""
+
+import math
+from collections import Counter
+from itertools import permutations
+from types import SimpleNamespace
+
+import pytest
+import torch
+from routing_samples import EMPTY, NOBODY, in_turn, line_of, random_choices, rows, seeded
+from torch import Tensor
+
+from dsmoe_lite.routing.metrics import dead_share, drop_rate, load, load_cv, load_entropy, max_vio, overflow
+from dsmoe_lite.routing.positions import drop_rate_by_position, repetition, repetition_null
+from dsmoe_lite.routing.saturation import saturation, saturation_null
+from dsmoe_lite.routing.specialization import (
+    context_independence,
+    null_specialization,
+    shuffled,
+    specialization,
+    vocabulary_by_expert,
+    vocabulary_specialization,
+)
+
+SEEDS = range(6)
+
+
+def trace_of(topk_ids: Tensor, n_experts: int) -> SimpleNamespace:
+    """What the metrics of loads read, and nothing more."""
+    counts = torch.bincount(topk_ids[topk_ids >= 0], minlength=n_experts)
+    return SimpleNamespace(topk_ids=topk_ids, kept=topk_ids >= 0, counts=counts, n_experts=n_experts)
+
+
+# Loads
+
+
+@pytest.mark.parametrize(("E", "K"), [(8, 2), (16, 1), (4, 3)])
+def test_loads_at_balance_and_at_collapse(E: int, K: int) -> None:
+    even = trace_of(in_turn(5 * E, E, K), E)
+    odd = trace_of(torch.arange(K).expand(5 * E, K), E)
+    assert (load_cv(even), dead_share(even), max_vio(even)) == (0, 0, 0)
+    assert load_entropy(even) == pytest.approx(1)
+    assert load_cv(odd) == pytest.approx(math.sqrt(E / K - 1))
+    assert load_entropy(odd) == pytest.approx(math.log(K) / math.log(E))
+    assert dead_share(odd) == 1 - K / E
+
+
+def test_loads_by_hand() -> None:
+    trace = trace_of(torch.tensor([[0, 1], [0, 2], [0, -1], [0, -1]]), 4)  # 4, 1, 1, 0
+    assert load(trace).tolist() == pytest.approx([8 / 3, 2 / 3, 2 / 3, 0])
+    assert load_cv(trace) == pytest.approx(math.sqrt((2.5**2 + 2 * 0.5**2 + 1.5**2) / 4) / 1.5)
+    assert load_entropy(trace) == pytest.approx((4 / 6 * math.log(6 / 4) + 2 / 6 * math.log(6)) / math.log(4))
+    assert dead_share(trace) == 0.25
+    assert dead_share(trace, 0.7) == 0.75
+    assert drop_rate(trace) == 0
+    assert overflow(trace, 1.0) == pytest.approx(2 / 6)  # two slots an expert
+
+
+@pytest.mark.parametrize("ids", [EMPTY, NOBODY])
+def test_loads_of_nobody_are_zero(ids: Tensor) -> None:
+    trace = trace_of(ids, 4)
+    assert (load_cv(trace), load_entropy(trace), dead_share(trace), drop_rate(trace)) == (0, 0, 0, 0)
+    assert load(trace).tolist() == [0.0] * 4
+
+
+def test_one_expert_is_balanced() -> None:
+    assert load_entropy(trace_of(torch.zeros(3, 1, dtype=torch.long), 1)) == 1
+    assert load_cv(trace_of(torch.zeros(3, 1, dtype=torch.long), 1)) == 0
+
+
+# Labels: domains and token types
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_specialization_counts_tokens(seed: int) -> None:
+    ids, labels = random_choices(seed), torch.randint(4, (40,), generator=seeded(seed + 100))
+    table = specialization(ids, labels, 5, 6)  # label 4 has no tokens
+    for label in range(5):
+        mine = [row for row, its in zip(rows(ids), labels.tolist(), strict=True) if its == label]
+        for e in range(6):
+            expected = sum(e in row for row in mine) / len(mine) if mine else 0
+            assert table[label, e] == pytest.approx(expected)
+    assert null_specialization(ids, 6).tolist() == pytest.approx(
+        [sum(e in row for row in rows(ids)) / 40 for e in range(6)]
+    )
+
+
+def test_specialization_by_hand() -> None:
+    ids = torch.tensor([[0, 1], [0, 2], [1, 2], [1, -1]])
+    assert specialization(ids, torch.tensor([0, 0, 1, 1]), 3, 3).tolist() == [
+        [1.0, 0.5, 0.5],
+        [0.0, 1.0, 0.5],
+        [0.0, 0.0, 0.0],
+    ]
+    assert specialization(ids[:3], torch.tensor([0, 0, 1]), 2, 3).sum(dim=1).tolist() == [2, 2]  # K
+
+
+def test_the_null_is_the_load_and_k_over_e_only_at_balance() -> None:
+    even = in_turn(24, 8, 2)
+    assert null_specialization(even, 8).tolist() == [2 / 8] * 8
+    skewed, labels = random_choices(0, 4000, 8, 2, padded=False), torch.arange(4000) % 2
+    null = null_specialization(skewed, 8)
+    assert null[0] > 2 * 2 / 8
+    torch.testing.assert_close(specialization(skewed, labels, 2, 8), null.expand(2, 8), atol=0.04, rtol=0)
+
+
+def test_shuffling_rows_gives_the_null_on_average() -> None:
+    ids, labels = random_choices(3), (torch.arange(40) >= 20).long()
+    drawn = shuffled(lambda i: specialization(i, labels, 2, 6), ids, seeded(0), draws=400)
+    assert drawn.shape == (400, 2, 6)
+    torch.testing.assert_close(drawn.mean(dim=0), null_specialization(ids, 6).expand(2, 6), atol=0.02, rtol=0)
+    again = shuffled(lambda i: specialization(i, labels, 2, 6), ids, seeded(0), draws=2)
+    assert torch.equal(again, drawn[:2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_shuffling_moves_rows_whole() -> None:
+    ids, seen = random_choices(4), []
+    shuffled(lambda i: seen.append(i.tolist()) or 0.0, ids, seeded(0), draws=3)
+    assert all(sorted(i) == sorted(ids.tolist()) for i in seen)
+    assert len({str(i) for i in [ids.tolist(), *seen]}) == 4
+
+
+# Token ids
+
+
+def peaks(ids: Tensor, tokens: Tensor, least: int) -> list[tuple[float, int]]:
+    """For each token id its largest share and who has it, the lower number first."""
+    result = []
+    for token, times in Counter(tokens.tolist()).items():
+        chosen = Counter(e for row, its in zip(rows(ids), tokens.tolist(), strict=True) if its == token for e in row)
+        if times >= least and chosen:
+            e, n = min(chosen.items(), key=lambda item: (-item[1], item[0]))
+            result.append((n / times, e))
+    return result
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("least", [1, 3])
+def test_vocabulary_specialization_against_a_loop(seed: int, least: int) -> None:
+    ids, tokens = random_choices(seed), 7 * torch.randint(12, (40,), generator=seeded(seed + 200))
+    expected = peaks(ids, tokens, least)
+    assert vocabulary_specialization(ids, tokens, 6, least) == pytest.approx(
+        sum(p for p, _ in expected) / len(expected)
+    )
+    mine = [[p for p, owner in expected if owner == e] for e in range(6)]
+    by_expert = [sum(ps) / len(ps) if ps else 0 for ps in mine]
+    assert vocabulary_by_expert(ids, tokens, 6, least).tolist() == pytest.approx(by_expert)
+
+
+def test_vocabulary_specialization_of_a_table_is_one() -> None:
+    tokens = torch.randint(50, (400,), generator=seeded(0))
+    table = torch.arange(50) % 6
+    assert vocabulary_specialization(table[tokens].unsqueeze(1), tokens, 6) == 1
+    assert context_independence(table[tokens].unsqueeze(1), tokens, 6) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("T", "published"), [(20_000, 0.84), (200_000, 0.67), (870_000, 0.40)])
+def test_random_choices_look_specialized_until_ids_are_common(T: int, published: float) -> None:
+    weights = 1 / torch.arange(1, 50_305, dtype=torch.double)  # Zipf ids of a vocabulary as large as OLMoE's
+    drawn = torch.rand(T, dtype=torch.double, generator=seeded(1))
+    tokens = torch.searchsorted((weights / weights.sum()).cumsum(0), drawn)
+    first = torch.randint(64, (T, 1), generator=seeded(2))
+    assert vocabulary_specialization(first, tokens, 64) == pytest.approx(published, abs=0.01)  # not 1 / 64
+    assert vocabulary_specialization(first, tokens, 64, least=10) == pytest.approx(0.11, abs=0.01)
+    null = shuffled(lambda i: vocabulary_specialization(i, tokens, 64), first, seeded(3), draws=1)
+    assert float(null) == pytest.approx(published, abs=0.01)
+    assert context_independence(first, tokens, 64) > 0.15  # and so does mutual information
+
+
+def entropy(values: list) -> float:
+    return -sum(n / len(values) * math.log(n / len(values)) for n in Counter(values).values())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_context_independence_against_a_loop(seed: int) -> None:
+    ids, tokens = random_choices(seed), torch.randint(9, (40,), generator=seeded(seed + 300))
+    pairs = [(row[0], token) for row, token in zip(ids.tolist(), tokens.tolist(), strict=True) if row[0] >= 0]
+    experts, seen = [e for e, _ in pairs], [token for _, token in pairs]
+    expected = (entropy(experts) + entropy(seen) - entropy(pairs)) / entropy(experts)
+    assert context_independence(ids, tokens, 6) == pytest.approx(expected)
+    assert 0 < expected < 1
+
+
+def test_context_independence_of_choices_that_ignore_the_id() -> None:
+    every_pair = torch.cartesian_prod(torch.arange(5), torch.arange(4))
+    assert context_independence(every_pair[:, 1:], every_pair[:, 0], 4) == pytest.approx(0, abs=1e-12)
+    assert context_independence(torch.zeros(9, 1, dtype=torch.long), torch.arange(9), 4) == 0  # nothing to tell
+
+
+# Checkpoints
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_saturation_against_a_loop(seed: int) -> None:
+    then, final = random_choices(seed), random_choices(seed + 50, K=2)
+    shared = sum(len({*a} & {*b}) for a, b in zip(rows(then), rows(final), strict=True))
+    assert saturation(then, final) == pytest.approx(shared / sum(map(len, rows(final))))
+    assert saturation(final.flip(1), final) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_saturation_null_is_the_mean_over_all_orders(seed: int) -> None:
+    then, final = random_choices(seed, 5, 4, 2), random_choices(seed + 50, 5, 4, 2, padded=seed % 2 == 0)
+    every = [saturation(then[list(order)], final) for order in permutations(range(5))]
+    assert saturation_null(then, final, 4) == pytest.approx(sum(every) / len(every))
+
+
+def test_saturation_null_at_balance() -> None:
+    even = in_turn(64, 64, 8)
+    assert saturation_null(even, even, 64) == pytest.approx(8 / 64)
+    skewed = random_choices(0, 500, 64, 8, padded=False)
+    assert saturation_null(skewed, even[:20].repeat(25, 1), 64) > 1.2 * 8 / 64
+    assert saturation_null(skewed, skewed, 64) > 1.5 * 8 / 64
+
+
+# Positions
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bins", [1, 3, 8])
+def test_drop_rate_by_position_against_a_loop(seed: int, bins: int) -> None:
+    ids = random_choices(seed)
+    kept = (torch.rand(40, 3, generator=seeded(seed)) < 0.6) & (ids >= 0)
+    total, dropped = [0] * bins, [0] * bins
+    for t in range(40):
+        for k in range(3):
+            if ids[t, k] >= 0:
+                total[t % 8 * bins // 8] += 1
+                dropped[t % 8 * bins // 8] += not kept[t, k]
+    rates = drop_rate_by_position(kept, ids, (5, 8), bins)
+    assert rates.tolist() == pytest.approx([d / max(1, n) for d, n in zip(dropped, total, strict=True)])
+    if bins == 1:
+        assert float(rates) == pytest.approx(drop_rate(SimpleNamespace(**{**vars(trace_of(ids, 6)), "kept": kept})))
+
+
+def test_drops_at_the_end_of_the_batch_and_of_the_sequence() -> None:
+    ids = torch.zeros(8, 1, dtype=torch.long)
+    kept = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]).bool().unsqueeze(1)
+    assert drop_rate_by_position(kept, ids, (2, 4), 2).tolist() == [0.5, 0.5]
+    assert drop_rate_by_position(kept, ids, (1, 8), 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_repetition_against_a_loop(seed: int, K: int) -> None:
+    top = [row[:2] for row in rows(random_choices(seed, K=K))]
+    pairs = [(top[t], top[t + 1]) for t in range(39) if t % 8 != 7 and top[t] and top[t + 1]]
+    first, either = repetition(random_choices(seed, K=K), (5, 8))
+    assert first == pytest.approx(sum(a[0] == b[0] for a, b in pairs) / len(pairs))
+    assert either == pytest.approx(sum(bool({*a} & {*b}) for a, b in pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("K", [1, 2, 3])
+def test_repetition_null_is_the_mean_over_all_orders(seed: int, K: int) -> None:
+    ids = random_choices(seed, 5, 4, K)
+    ids[0, 0] = max(0, int(ids[0, 0]))  # somebody chose
+    there = ids[ids[:, 0] >= 0]
+    every = [repetition(there[list(order)], (1, len(there))) for order in permutations(range(len(there)))]
+    mean = [sum(column) / len(every) for column in zip(*every, strict=True)]
+    assert repetition_null(ids, 4) == pytest.approx(mean)
+
+
+def test_repetition_of_a_random_balanced_router() -> None:
+    ids = random_choices(0, 40_000, 8, 2, padded=False, skew=0)
+    published = (1 / 8, 1 - math.comb(6, 2) / math.comb(8, 2))
+    assert published[1] == pytest.approx(0.464, abs=5e-4)
+    assert repetition(ids, (40, 1000)) == pytest.approx(published, abs=0.01)
+    assert repetition_null(ids, 8) == pytest.approx(published, abs=0.003)
+    skewed = random_choices(0, 4000, 8, 2, padded=False)
+    assert repetition_null(skewed, 8) == pytest.approx(repetition(skewed, (4, 1000)), abs=0.03)
+    assert repetition_null(skewed, 8)[0] > 1.5 / 8
+
+
+# No tokens, nobody chosen, bad input
+
+
+@pytest.mark.parametrize("ids", [EMPTY, NOBODY])
+def test_nobody_chosen_gives_zeros(ids: Tensor) -> None:
+    tokens = torch.arange(len(ids))
+    assert specialization(ids, tokens, 3, 4).tolist() == [[0.0] * 4] * 3
+    assert null_specialization(ids, 4).tolist() == [0.0] * 4
+    assert vocabulary_specialization(ids, tokens, 4) == 0
+    assert vocabulary_by_expert(ids, tokens, 4).tolist() == [0.0] * 4
+    assert context_independence(ids, tokens, 4) == 0
+    assert saturation(ids, ids) == 0
+    assert saturation_null(ids, ids, 4) == 0
+    assert repetition(ids, (1, len(ids))) == (0, 0)
+    assert repetition_null(ids, 4) == (0, 0)
+    assert drop_rate_by_position(ids >= 0, ids, (1, len(ids)), 1).tolist() == [0.0]
+    assert shuffled(lambda i: vocabulary_specialization(i, tokens, 4), ids, seeded(0), 2).tolist() == [0.0, 0.0]
+
+
+def test_bad_input_is_one_line() -> None:
+    ids, tokens = torch.tensor([[0, 1], [2, -1], [1, 3]]), torch.arange(3)
+    lines = {
+        "labels = (2,): must be one for each of 3 tokens": lambda: specialization(ids, tokens[:2], 3, 4),
+        "labels = 2: must be at least 0 and below 2": lambda: specialization(ids, tokens, 2, 4),
+        "labels = -1: must be at least 0 and below 3": lambda: specialization(ids, tokens - 1, 3, 4),
+        "n_labels = 0: must be a whole number of at least 1": lambda: specialization(ids, tokens, 0, 4),
+        "topk_ids = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: null_specialization(ids, 3),
+        "topk_ids = -2: experts are numbered from 0 to 3, -1 is nobody": lambda: null_specialization(ids - 1, 4),
+        "topk_ids = (3,): must be (tokens, choices)": lambda: context_independence(ids[:, 0], tokens, 4),
+        "n_experts = 0: must be a whole number of at least 1": lambda: repetition_null(ids, 0),
+        "token_ids = -1: must be at least 0": lambda: vocabulary_specialization(ids, tokens - 1, 4),
+        "token_ids = (3, 1): must be one for each of 3 tokens": lambda: context_independence(ids, tokens[:, None], 4),
+        "least = 0: must be a whole number of at least 1": lambda: vocabulary_by_expert(ids, tokens, 4, 0),
+        "draws = 0: must be a whole number of at least 1": lambda: shuffled(len, ids, seeded(0), 0),
+        "topk_ids_then = 2: must be of the same 3 tokens": lambda: saturation(ids[:2], ids),
+        "topk_ids_final = (3,): must be (tokens, choices)": lambda: saturation(ids, ids[:, 0]),
+        "topk_ids_final = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: saturation_null(NOBODY, ids, 3),
+        "kept = (3, 1): must be as topk_ids, (3, 2)": lambda: drop_rate_by_position(ids[:, :1] > 0, ids, (1, 3), 1),
+        "bins = 0: must be a whole number of at least 1 and at most 3": lambda: drop_rate_by_position(
+            ids >= 0, ids, (1, 3), 0
+        ),
+        "bins = 4: must be a whole number of at least 1 and at most 3": lambda: drop_rate_by_position(
+            ids >= 0, ids, (1, 3), 4
+        ),
+        "batch_shape = (2, 2): must be (sequences, tokens a sequence) of 3 tokens": lambda: repetition(ids, (2, 2)),
+        "below = -1: must be a finite number of at least 0": lambda: dead_share(trace_of(ids, 4), -1),
+    }
+    for line, call in lines.items():
+        assert line_of(call) == line

@@ -1,0 +1,199 @@
+"""RoutingTrace: the same routing as the model's own, whole after a trip to disk, and refused in one line."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.data.corpus import Document
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.routing import trace as module
+from dsmoe_lite.routing.metrics import drop_rate, load
+from dsmoe_lite.routing.token_types import TYPES, token_types
+from dsmoe_lite.routing.trace import RoutingTrace
+
+TEXT = "def f(x): 12+30=42 日本 🙂 héllo\n"
+CONFIG = ModelConfig(
+    256, 16, 3, AttentionConfig(n_heads=2, head_dim=8), ffn_width=16, moe=MoEConfig(6, 2, 8), max_seq_len=16,
+    init_std=0.3,
+)  # fmt: skip
+
+
+def bytes_tokenizer() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def made(**moe) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(replace(CONFIG, moe=replace(CONFIG.moe, **moe)))
+
+
+TOKENIZER = bytes_tokenizer()
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize(
+    "moe",
+    [{}, {"n_shared_experts": 1}, {"eval_capacity_factor": 1.0}, {"chooser": "expert"},
+     {"scoring_func": "sigmoid", "expert_bias": True, "norm_topk_prob": True},
+     {"scoring_func": "hash", "top_k": 1}],
+    ids=["plain", "shared", "capacity", "expert choice", "bias", "hash"],
+)  # fmt: skip
+def test_holds_what_the_model_did(moe):
+    model = made(**moe)
+    for layer in model.moe_layers:
+        if moe.get("expert_bias"):
+            layer.router.expert_bias.copy_(torch.linspace(-1, 1, 6))
+    trace = RoutingTrace.of(model, TOKENIZER, TEXT, window=7, n_devices=3)
+    ids = TOKENIZER.encode(TEXT).ids
+    assert trace.token_ids.tolist() == ids
+    assert "".join(trace.tokens) == TEXT
+    assert trace.device_of.tolist() == [0, 0, 1, 1, 2, 2]
+    assert (trace.n_layers, trace.n_routed, trace.n_shared) == (3, 6, moe.get("n_shared_experts", 0))
+    model.eval()
+    for start in range(0, len(ids), 7):
+        tokens = torch.tensor([ids[start : start + 7]])
+        with torch.no_grad():
+            output = model(tokens)
+        for layer, routing in enumerate(output.routings):
+            for t, (chosen, gates, kept) in enumerate(zip(routing.topk_ids, routing.gates, routing.kept, strict=True)):
+                found = {
+                    int(e): (float(g), bool(k))
+                    for e, g, k in zip(trace.expert[layer, start + t], trace.gate[layer, start + t],
+                                       trace.kept[layer, start + t], strict=True)
+                    if e >= 0
+                }  # fmt: skip
+                right = {int(e): (float(g.half()), bool(k)) for e, g, k in zip(chosen, gates, kept, strict=True)
+                         if e >= 0}  # fmt: skip
+                assert found == right
+            stored = torch.from_numpy(trace.scores[layer, start : start + 7])
+            torch.testing.assert_close(stored, routing.scores.half())
+        losses = F.cross_entropy(output.logits[0, :-1], tokens[0, 1:], reduction="none")
+        assert np.isnan(trace.loss[start])
+        np.testing.assert_allclose(trace.loss[start + 1 : start + 7], losses, rtol=1e-5)
+
+
+def test_gates_fall_and_loads_add_up():
+    trace = RoutingTrace.of(made(top_k=3), TOKENIZER, TEXT)
+    assert (np.diff(trace.gate.astype(np.float32), axis=2) <= 0).all()
+    for number in range(trace.n_layers):
+        layer = trace.layer(number)
+        assert int(layer.counts.sum()) == len(trace.tokens) * 3
+        assert float(load(layer).mean()) == pytest.approx(1)
+        assert drop_rate(layer) == 0
+
+
+def test_documents_keep_apart():
+    model, documents = made(), [Document("one two", "a"), Document("three", "b")]
+    trace = RoutingTrace.of(model, TOKENIZER, documents)
+    alone = RoutingTrace.of(model, TOKENIZER, "three")
+    assert trace.domain == ("a",) * 7 + ("b",) * 5
+    np.testing.assert_array_equal(trace.expert[:, 7:], alone.expert)
+    np.testing.assert_array_equal(np.isnan(trace.loss).nonzero()[0], [0, 7])
+    assert trace.mean_loss == pytest.approx(np.nanmean(trace.loss))
+
+
+def test_the_model_stays_in_its_mode():
+    model = made().train()
+    RoutingTrace.of(model, TOKENIZER, TEXT)
+    assert model.training
+
+
+def test_disk_and_back(tmp_path: Path):
+    trace = RoutingTrace.of(made(eval_capacity_factor=1.0), TOKENIZER, TEXT + "\0", n_devices=2)
+    path = tmp_path / "a folder" / "trace.npz"
+    trace.save(path)
+    again = RoutingTrace.load(path)
+    for field in fields(trace):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(trace, field.name))
+        assert type(getattr(again, field.name)) is type(getattr(trace, field.name))
+    with np.load(path, allow_pickle=False) as file:  # no pickles anywhere
+        assert all(file[name].dtype != object for name in file)
+
+
+def rewritten(path: Path, **changed) -> None:
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file}
+    for name, value in changed.items():
+        if value is None:
+            del arrays[name]
+        else:
+            arrays[name] = value
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"schema_version": np.int64(2)}, "schema_version = 2: this package reads 1"),
+     ({"schema_version": None}, "is no trace, or damaged"),
+     ({"gate": None}, "is no trace, or damaged"),
+     ({"tokens": np.zeros(3, np.uint8)}, "is no trace, or damaged"),
+     ({"gate": np.zeros((1, 2, 3), np.float16)}, r"gate is float16\[1, 2, 3\]: damaged"),
+     ({"expert": np.zeros((3, 45, 2), np.int64)}, "expert is int64")],
+)  # fmt: skip
+def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, message):
+    path = tmp_path / "trace.npz"
+    RoutingTrace.of(made(), TOKENIZER, TEXT).save(path)
+    rewritten(path, **changed)
+    with pytest.raises(InputError, match=message) as error:
+        RoutingTrace.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no zip at all"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "trace.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"trace\.npz: is no trace, or damaged"):
+        RoutingTrace.load(path)
+    with pytest.raises(InputError, match=r"none\.npz: no such trace"):
+        RoutingTrace.load(tmp_path / "none.npz")
+
+
+def test_bad_input():
+    of = RoutingTrace.of
+    dense = Transformer(replace(CONFIG, moe=None))
+    small = Transformer(replace(CONFIG, vocab_size=100))
+    for call, message in (
+        (lambda: of(made(), TOKENIZER, ""), r"text = '': is empty"),
+        (lambda: of(made(), TOKENIZER, []), r"text = '': is empty"),
+        (lambda: of(made(), TOKENIZER, "x" * (module.MOST_CHARACTERS + 1)), r"text = 1,000,001 characters"),
+        (lambda: of(made(), TOKENIZER, "\ud800"), r"text: holds half a character"),
+        (lambda: of(dense, TOKENIZER, "x"), r"model = 'dense': has no MoE layers"),
+        (lambda: of(small, TOKENIZER, "x"), r"tokenizer = 256: has more ids than the model's vocab_size = 100"),
+        (lambda: of(made(), TOKENIZER, "x", window=17), r"window = 17: must be"),
+        (lambda: of(made(), TOKENIZER, "x", n_devices=7), r"n_devices = 7: must be"),
+        (lambda: of(made(), TOKENIZER, "x").layer(3), r"layer = 3: must be"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
+
+
+def test_a_hundred_thousand_characters():
+    text = "ab 12, " * 14_286
+    torch.manual_seed(0)
+    trace = RoutingTrace.of(Transformer(replace(CONFIG, n_layers=1, max_seq_len=2048)), TOKENIZER, text)
+    assert len(trace.tokens) == len(text)
+    assert trace.expert.shape == (1, len(text), 2)
+    assert np.isnan(trace.loss).sum() == -(-len(text) // 2048)
+
+
+def test_token_types():
+    pieces = ["def", " f", "(", "x", "):", " ", "1", "2", " Nor", "vania", "日", "🙂", "", "", "\n", "a"]
+    found = token_types(pieces)
+    assert found == (
+        "word", "word", "punctuation", "word", "punctuation", "space", "digit", "digit", "word", "part of a word",
+        "part of a word", "punctuation", "byte", "byte", "space", "word",
+    )  # fmt: skip
+    assert set(found) == set(TYPES)
