@@ -63,6 +63,74 @@ def table_rows() -> list[dict[str, Any]]:
     ]
 
 
+def device_limits(tokens: int, devices: int, k: int = 6) -> list[dict[str, Any]]:
+    """k experts a token over the devices, at most m of them at limit m."""
+    draw = random.Random(4)
+    limits = []
+    for m in range(1, devices + 1):
+        counts, gates = [[0] * devices for _ in range(tokens)], [[0.0] * devices for _ in range(tokens)]
+        for t in range(tokens):
+            own = draw.sample(range(devices), m)
+            for _ in range(k):
+                d = draw.choice(own)
+                counts[t][d] += 1
+                gates[t][d] += 1 / k
+        reached = sum(count > 0 for row in counts for count in row) / tokens
+        limits.append({"counts": counts, "gates": gates, "reached": reached, "kept": m / (m + 1)})
+    return limits
+
+
+def together(experts: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Shares of common tokens of experts in four groups, and those of chance."""
+    draw = random.Random(5)
+    null = [[0.05 + 0.1 * draw.random() for _ in range(experts)] for _ in range(experts)]
+    shares = [[null[i][j] * draw.uniform(0.5, 1.5) * (2.5 if i % 4 == j % 4 else 0.7) for j in range(experts)]
+              for i in range(experts)]  # fmt: skip
+    return shares, null
+
+
+def loss_rows(field: str, places: list[float], models: int, seeds: int) -> list[dict[str, Any]]:
+    draw = random.Random(6)
+    return [
+        {
+            "model": f"model {m}",
+            "seed": seed,
+            field: place,
+            "loss": 2 + 0.1 * m + (m + 1) * 0.2 * i + 0.1 * draw.random(),
+        }
+        for m in range(models)
+        for seed in range(seeds)
+        for i, place in enumerate(places)
+    ]
+
+
+def lift_rows(layers: int, experts: int) -> list[dict[str, Any]]:
+    draw = random.Random(7)
+    return [
+        {"what": f"layer {i}", "expert": e, "value": 0.3 + 0.2 * abs(draw.gauss()), "null_low": null - 0.05,
+         "null": null, "null_high": null + 0.05}
+        for i in range(1, layers + 1)
+        for e in range(experts)
+        for null in [0.3 + 0.2 * draw.random()]
+    ]  # fmt: skip
+
+
+RATIOS = [
+    {"what": "SparseMoE, 16 experts", "against": "dense of equal FLOPs", "ratio": 1.32, "low": 1.28, "high": 1.37,
+     "goal": 1.1},
+    {"what": "grouped", "against": "loop over experts", "ratio": 0.61, "low": 0.55, "high": 0.7},
+    {"what": "this layer", "against": "transformers' layer", "ratio": 0.97, "low": 0.93, "high": 1.01, "goal": 1.0},
+]  # fmt: skip
+POINTS = [
+    {"name": "experts, 1 token", "intensity": 1, "flops": 1.9e12},
+    {"name": "experts, 64 tokens", "intensity": 8},
+    {"name": "experts, 4096 tokens", "intensity": 500, "flops": 4.1e14},
+    {"name": "attention", "intensity": 90, "flops": 9e13},
+    {"name": "router", "intensity": 85},
+    {"name": "output head", "intensity": 900},
+]
+
+
 def every_chart() -> dict[str, Any]:
     draw = random.Random(2)
     split = [
@@ -88,6 +156,7 @@ def every_chart() -> dict[str, Any]:
     spread = [{"model": m, "value": 2 + draw.random(), "null": 3 + draw.random()} for m in MODELS for _ in range(16)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
     balanced = balance_rows()
+    pairs, null_of_pairs = together(64)
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
         "training_curves, one": charts.training_curves(curve_rows(1, 1, 20)),
@@ -115,6 +184,25 @@ def every_chart() -> dict[str, Any]:
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "kept": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]
+        ),
+        "device_flow": charts.device_flow(text[:48], device_limits(48, 8)),
+        "device_flow, few": charts.device_flow(text[:8], device_limits(8, 3), limit=2),
+        "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
+        "coactivation, few": charts.coactivation(together(8)[0]),
+        "loss_against_disabled": charts.loss_against_disabled(loss_rows("share", [0, 1 / 16, 1 / 8, 1 / 4], 4, 3)),
+        "loss_against_disabled, one seed": charts.loss_against_disabled(
+            loss_rows("share", [0, 0.0625, 0.125], 1, 1), relative=True
+        ),
+        "loss_against_active": charts.loss_against_active(
+            loss_rows("active", [1, 2, 3, 4, 5, 6, 7], 2, 3), reference={"GShard top-2": 2.808, "dense": 3.2}
+        ),
+        "ratio_bars": charts.ratio_bars(RATIOS),
+        "ratio_bars, wide": charts.ratio_bars([{**row, "ratio": 9.5, "high": 12} for row in RATIOS[:1]] + RATIOS[1:2]),
+        "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),
+        "roofline, one": charts.roofline(POINTS[1:2], peak=2e11, bandwidth=4e10),
+        "specialization_against_null": charts.specialization_against_null(lift_rows(4, 64)),
+        "specialization_against_null, layers": charts.specialization_against_null(
+            [{key: row[key] for key in row if key != "expert"} for row in lift_rows(5, 1)]
         ),
         "token_routing": charts.token_routing(text, routing(len(text), 4)),
     }  # fmt: skip

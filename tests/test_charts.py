@@ -178,7 +178,7 @@ def test_long_runs_are_thinned_and_averaged():
 
 def test_band_spans_the_seeds():
     rows = [{"model": "m", "seed": seed, "step": 0, "loss": loss} for seed, loss in enumerate((1.0, 2.0, 6.0))]
-    point = curves._over_seeds(rows, "loss", curves.POINTS)["m"][0]
+    point = curves.over_seeds(rows, "loss")["m"][0]
     assert (point["low"], point["mean"], point["high"]) == (1.0, 3.0, 6.0)
 
 

@@ -1,10 +1,15 @@
 """Every chart of the course, by name; each takes plain rows and returns an Altair chart with title and description."""
 
 from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
+from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
+from dsmoe_lite.viz.causal import loss_against_active, loss_against_disabled
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
+from dsmoe_lite.viz.devices import device_flow
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
 from dsmoe_lite.viz.kinds import effects_by_kind
+from dsmoe_lite.viz.lift import specialization_against_null
+from dsmoe_lite.viz.pairs import coactivation
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
@@ -12,16 +17,23 @@ from dsmoe_lite.viz.tokens import token_routing
 __all__ = [
     "balance_scatter",
     "capacity_curve",
+    "coactivation",
+    "device_flow",
     "domain_heatmap",
     "effects_by_kind",
     "expert_load",
     "expert_spread",
     "finer_experts",
+    "loss_against_active",
+    "loss_against_disabled",
     "loss_table",
     "model_comparison",
     "parameter_split",
+    "ratio_bars",
     "reach_curve",
+    "roofline",
     "router_probabilities",
+    "specialization_against_null",
     "token_routing",
     "training_curves",
 ]

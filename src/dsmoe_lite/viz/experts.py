@@ -8,7 +8,7 @@ import altair as alt
 
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.parts import data, in_order, need_rows, plain
+from dsmoe_lite.viz.parts import data, expert_axis, gradient, in_order, need_rows, plain
 
 STARVED, OVERLOADED = 0.5, 1.5  # load over the mean load, where colours change
 STATES = {"starved": "▼", "fair": "", "overloaded": "▲"}
@@ -82,17 +82,6 @@ def _slider(steps: list[Any]) -> Any:
     return alt.binding_select(options=steps, name="Step ")
 
 
-def _expert_axis(n_experts: int, *, title: str | None = "expert", labels: bool = True) -> alt.X:
-    every = -(-n_experts // 20)
-    shown = [f"e{e}" for e in range(0, n_experts, every)]
-    axis = alt.Axis(values=shown, labels=labels, labelAngle=0, title=title, grid=False, labelFontSize=11)
-    return alt.X("expert:N", sort=[f"e{e}" for e in range(n_experts)], axis=axis)
-
-
-def _gradient(title: str, **options: Any) -> alt.Legend:
-    return alt.Legend(title=title, orient="bottom", gradientLength=160, gradientThickness=10, **options)
-
-
 def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, at: Any = None) -> Any:
     colors = [theme.LIGHT[state] for state in STATES]
     top = max([OVERLOADED + 0.2, 1.1 * max(row["load"] for row in rows), *([1.1 * limit] if limit is not None else [])])
@@ -104,7 +93,7 @@ def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, 
         alt.Tooltip("load:Q", title="load / mean", format=".3~g"),
         alt.Tooltip("state:N"),
     ]
-    base = alt.Chart(data(rows)).encode(x=_expert_axis(n_experts), y=y)
+    base = alt.Chart(data(rows)).encode(x=expert_axis(range(n_experts)), y=y)
     if at is not None:
         base = base.transform_filter(f"datum.step == {at.name}")
     signs = "{" + ", ".join(f"{state}: '{sign}'" for state, sign in STATES.items()) + "}"
@@ -132,9 +121,9 @@ def _strip(rows: list[dict[str, Any]], steps: list[Any], at: Any) -> Any:
     n_experts = len({row["expert"] for row in rows})
     named = [steps[0], steps[len(steps) // 2], steps[-1]]
     y = alt.Y("step:O", title="step", sort=steps, axis=alt.Axis(values=named))
-    legend = _gradient("load / mean", values=[0, 1, 2])
+    legend = gradient("load / mean", values=[0, 1, 2])
     cells = alt.Chart(data(rows)).mark_rect().encode(
-        x=_expert_axis(n_experts, title=None, labels=False),
+        x=expert_axis(range(n_experts), title=None, labels=False),
         y=y,
         color=alt.Color("load:Q", scale=theme.ramp((0, 2)), legend=legend),
         tooltip=["step:O", "expert:N", alt.Tooltip("load:Q", format=".3~g")],
@@ -200,10 +189,10 @@ def _heat(
     *,
     axis: bool,
 ) -> Any:
-    x = _expert_axis(n_experts, title="expert" if axis else None, labels=axis)
+    x = expert_axis(range(n_experts), title="expert" if axis else None, labels=axis)
     y = alt.Y("domain:N", sort=domains, title=None,
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], minExtent=90, maxExtent=90, labelLimit=90))  # fmt: skip
-    legend = _gradient("share of tokens", format="%")
+    legend = gradient("share of tokens", format="%")
     base = alt.Chart(data(cells)).encode(x=x, y=y)
     rects = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=1).encode(
         color=alt.Color("share:Q", scale=theme.ramp((0.0, highest)), legend=legend),
@@ -247,7 +236,7 @@ def router_probabilities(
     subtitle = subtitle or "Outlined: the experts chosen. Dotted: a router that cannot tell experts apart."
     top = max(*values, 1.5 / len(values)) * 1.15
     y = alt.Y("score:Q", title="router score", scale=alt.Scale(domain=[0, top], nice=False), axis=alt.Axis(tickCount=4))
-    base = alt.Chart(data(rows)).encode(x=_expert_axis(len(values)), y=y)
+    base = alt.Chart(data(rows)).encode(x=expert_axis(range(len(values))), y=y)
     blue, pale, ink = theme.LIGHT["line1"], theme.LIGHT["fair"], theme.LIGHT["ink"]
     bars = base.mark_bar(strokeWidth=1.5).encode(
         color=alt.condition("datum.chosen", alt.value(blue), alt.value(pale)),

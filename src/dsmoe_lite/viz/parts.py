@@ -29,6 +29,16 @@ def in_order(values: Iterable[Any]) -> list[Any]:
     return list(dict.fromkeys(values))
 
 
+def flattened(chart: Any, fields: Sequence[str]) -> Any:
+    """The chart with each row opened into one row an element: `fields` hold as many numbers, joined by spaces.
+
+    nbformat writes one JSON element a line, so a table of numbers is a few strings in the notebook.
+    """
+    lists = {field: f"split(datum.{field}, ' ')" for field in fields}
+    numbers = {field: f"datum.{field} === '' ? null : toNumber(datum.{field})" for field in fields}
+    return chart.transform_calculate(**lists).transform_flatten(list(fields)).transform_calculate(**numbers)
+
+
 def need_rows(rows: Sequence[dict[str, Any]], *fields: str) -> None:
     """Raise InputError where there are no rows, or where a row lacks a field."""
     if not rows:
@@ -56,12 +66,15 @@ def spread(positions: Sequence[float], gap: float, low: float, high: float) -> l
     blocks: list[tuple[float, list[int]]] = []  # centre, members in order
     for i in order:
         centre, members = positions[i], [i]
-        while blocks and centre - gap * (len(members) - 1) / 2 < _end(blocks[-1], gap) + gap:
+        while True:
+            half = gap * (len(members) - 1) / 2
+            placed = min(max(centre, low + half), max(high - half, low + half))
+            if not blocks or placed - half >= _end(blocks[-1], gap) + gap:
+                break
             before, earlier = blocks.pop()
             members = earlier + members
             centre = (before * len(earlier) + centre * (len(members) - len(earlier))) / len(members)
-        half = gap * (len(members) - 1) / 2
-        blocks.append((min(max(centre, low + half), max(high - half, low + half)), members))
+        blocks.append((placed, members))
     moved = [0.0] * len(positions)
     for centre, members in blocks:
         for place, i in enumerate(members):
@@ -90,7 +103,7 @@ def number_format(highest: float) -> Any:
 
 def short(value: float) -> str:
     """A number in three digits with its unit: 1.23M, 45.0k, 0.312; whole numbers as they are: 7M, 2."""
-    units = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+    units = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
     size, unit = next((pair for pair in units if abs(value) >= pair[0]), (1.0, ""))
     shown = value / size
     if shown == int(shown) or abs(shown) < 0.01:
@@ -102,3 +115,23 @@ def listed(names: Sequence[Any], most: int = 6) -> str:
     """Names as a phrase: 'a, b and c'."""
     words = [str(name) for name in names[:most]] + ([f"{len(names) - most} more"] if len(names) > most else [])
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def expert_axis(
+    experts: Sequence[int],
+    *,
+    field: str = "expert:N",
+    channel: Any = alt.X,
+    title: str | None = "expert",
+    labels: bool = True,
+) -> Any:
+    """The axis e0, e1, ... of `experts`, in their order; at most 20 of them are labelled."""
+    every = -(-len(experts) // 20)
+    shown = [f"e{e}" for e in experts[::every]]
+    axis = alt.Axis(values=shown, labels=labels, labelAngle=0, title=title, grid=False, labelFontSize=11)
+    return channel(field, sort=[f"e{e}" for e in experts], axis=axis)
+
+
+def gradient(title: str, **options: Any) -> alt.Legend:
+    """The legend of a sequential scale, beneath the chart."""
+    return alt.Legend(title=title, orient="bottom", gradientLength=160, gradientThickness=10, **options)

@@ -80,15 +80,13 @@ def _choices(layer: Mapping[str, Any]) -> list[list[tuple[int, float, bool]]]:
 
 
 def _layout(tokens: Sequence[str]) -> list[dict[str, Any]]:
-    """Place tokens on lines as text would wrap; a line break in a token ends its line. Spaces show as gaps or ␣."""
+    """Place tokens on lines as text would wrap; a line break in a token ends its line, a space before it is a gap."""
     cells: list[dict[str, Any]] = []
     x, row = 0.0, 0
     for token in tokens:
-        shown = token.replace("\n", "↵").replace("\t", "⇥")
-        if shown.startswith(" ") and shown.strip():
-            shown, x = shown[1:], x + (5 if x else 0)
-        shown = shown.replace(" ", "␣")
-        shown = shown if len(shown) <= 24 else shown[:23] + "…"
+        shown = visible(token, 24)
+        if token.startswith(" ") and token.strip(" ") and x:
+            x += 5
         width = max(len(shown) * WORD_WIDTH + 10, 7 * LABEL_WIDTH + 4)
         if x + width > LINE and shown != "↵":
             x, row = 0.0, row + 1
@@ -97,6 +95,13 @@ def _layout(tokens: Sequence[str]) -> list[dict[str, Any]]:
         if token.endswith("\n"):
             x, row = 0.0, row + 1
     return cells
+
+
+def visible(token: str, longest: int) -> str:
+    """A token as one word, cut to `longest`: line breaks, tabs and spaces as signs, but for the space before a word."""
+    shown = token.replace("\n", "↵").replace("\t", "⇥")
+    shown = (shown[1:] if shown.startswith(" ") and shown.strip(" ") else shown).replace(" ", "␣")
+    return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
 
 def _menus(n_layers: int, n_experts: int, layer: int, focus: int) -> list[Any]:

@@ -1,0 +1,278 @@
+"""Charts of devices, pairs, interventions, the bench and chance: what is drawn is what the rows say."""
+
+import copy
+import itertools
+import re
+
+import chart_samples
+import pytest
+import vl_convert
+
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.viz import benchmarks, charts, renderer
+from dsmoe_lite.viz.parts import short, spread
+
+TOKENS, DEVICES, K = ["The", " capital", "\n", " of"], 3, 6
+
+
+def svg(chart, **params):
+    spec = copy.deepcopy(renderer.stable(chart.to_dict()))
+    for param in spec.get("params", []):
+        param["value"] = params.pop(param["name"], param.get("value"))
+    assert not params
+    return vl_convert.vegalite_to_svg(spec, vl_version=renderer.VEGALITE)
+
+
+def marks(picture, first):
+    """What each mark says of itself, as {field: text}, for marks whose first field is `first`."""
+    said = re.findall(rf'aria-label="({first}: [^"]*)"', picture)
+    return [dict(part.split(": ", 1) for part in label.split("; ")) for label in said]
+
+
+def values(node, field):
+    """The inline rows, of the first data whose rows have `field`."""
+    rows = next(found for found in _inline(node) if field in found[0])
+    return list(rows)
+
+
+def _inline(node):
+    if isinstance(node, dict):
+        if isinstance(node.get("values"), list) and node["values"] and isinstance(node["values"][0], dict):
+            yield node["values"]
+        node = list(node.values())
+    if isinstance(node, list):
+        for value in node:
+            yield from _inline(value)
+
+
+def test_a_tokens_cells_sum_to_its_experts_at_every_limit_and_the_slider_changes_them():
+    limits = chart_samples.device_limits(len(TOKENS), DEVICES, K)
+    chart = charts.device_flow(TOKENS, limits)
+    for m, one in enumerate(limits, 1):
+        picture = svg(chart, limit=m)
+        numbers = [int(text) for text in re.findall(r'font-size="10.5px"[^>]*>(\d+)<', picture)]
+        assert sorted(numbers) == sorted(count for row in one["counts"] for count in row if count)
+        assert sum(numbers) == K * len(TOKENS)
+    boxes = marks(svg(chart, limit=1), "t")
+    gates = {(int(box["t"]), box["device"]): float(box["gate"]) for box in boxes if "gate" in box and "device" in box}
+    assert len(gates) == len(TOKENS) * DEVICES
+    for t in range(len(TOKENS)):
+        own = [gates[t, f"d{d}"] for d in range(DEVICES)]
+        assert own == pytest.approx(limits[0]["gates"][t], abs=1e-3)
+        assert sorted(own) == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+def test_the_limits_costs_are_written_out_and_described():
+    limits = chart_samples.device_limits(len(TOKENS), DEVICES, K)
+    chart = charts.device_flow(TOKENS, limits, limit=2)
+    spec = chart.to_dict()
+    assert [(param["name"], param["value"]) for param in spec["params"]] == [("limit", 2)]
+    bind = spec["params"][0]["bind"]
+    assert (bind["input"], bind["min"], bind["max"], bind["step"]) == ("range", 1, DEVICES, 1)
+    cells = {(row["limit"], row["name"]): row["text"] for row in values(spec["vconcat"][1], "text")}
+    for m, one in enumerate(limits, 1):
+        assert cells[m, "devices reached"] == f"{one['reached']:.2f}"
+        assert cells[m, "affinity kept"] == f"{one['kept']:.0%}"
+    for end in (0, -1):
+        said = f"{limits[end]['reached']:.2f} devices and keeps {limits[end]['kept']:.1%}"
+        assert said in spec["description"]
+
+
+def test_the_frame_is_on_the_chosen_limit():
+    chart = charts.device_flow(TOKENS, chart_samples.device_limits(len(TOKENS), DEVICES, K))
+    framed = {m: {mark["limit"] for mark in marks(svg(chart, limit=m), "limit") if len(mark) == 1} for m in (1, 3)}
+    assert framed == {1: {"1"}, 3: {"3"}}
+
+
+def pairs(chart, field):
+    """The number `field` of each box drawn, by row and column."""
+    boxes = [mark for mark in marks(svg(chart), "expert") if "share" in mark]
+    numbers = [float(mark[field].rstrip("%")) / (100 if mark[field].endswith("%") else 1) for mark in boxes]
+    return {(mark["i"], mark["expert"]): number for mark, number in zip(boxes, numbers, strict=True)}
+
+
+def test_pairs_are_drawn_in_the_callers_order_with_the_diagonal_blank():
+    shares = [[1.0, 0.125, 0.5], [0.25, 1.0, None], [0.0, 0.75, 1.0]]
+    chart = charts.coactivation(shares, order=[2, 0, 1])
+    known = {(0, 1): 0.125, (0, 2): 0.5, (1, 0): 0.25, (2, 0): 0.0, (2, 1): 0.75}
+    assert pairs(chart, "share") == {(f"e{i}", f"e{j}"): share for (i, j), share in known.items()}
+    assert re.findall(r">(e\d)</text>", svg(chart)) == ["e2", "e0", "e1"] * 2
+    assert "75.0% of the tokens of e2 also use e1" in chart.to_dict()["description"]
+
+
+@pytest.mark.parametrize("null", [0.25, [[0.25] * 3] * 3])
+def test_lift_is_the_share_over_chance(null):
+    shares = [[1.0, 0.125, 0.5], [0.25, 1.0, float("nan")], [0.0, 1.0, 1.0]]
+    chart = charts.coactivation(shares, null=null)
+    known = {(0, 1): 0.5, (0, 2): 2.0, (1, 0): 1.0, (2, 0): 0.0, (2, 1): 4.0}
+    assert pairs(chart, "times") == {(f"e{i}", f"e{j}"): lift for (i, j), lift in known.items()}
+    assert set(pairs(chart, "by chance").values()) == {0.25}
+    assert "100.0% of the tokens of e2 also use e1, 4.00 times chance" in chart.to_dict()["description"]
+
+
+def points(chart):
+    rows = values(chart.to_dict(), "mean")
+    return {(row["model"], row["x"]): row for row in rows if "model" in row}
+
+
+def test_a_rise_is_over_each_seeds_own_loss_and_zero_where_nothing_is_disabled():
+    losses = {0: {0.0: 1.0, 0.25: 2.0}, 1: {0.0: 3.0, 0.25: 6.0}}
+    rows = [{"model": "m", "seed": seed, "share": share, "loss": loss}
+            for seed, own in losses.items() for share, loss in own.items()]  # fmt: skip
+    rise = points(charts.loss_against_disabled(rows, relative=True))
+    assert [rise["m", 0.0][key] for key in ("mean", "low", "high")] == [0, 0, 0]
+    assert [rise["m", 0.25][key] for key in ("mean", "low", "high")] == [2.0, 1.0, 3.0]
+    plain = points(charts.loss_against_disabled(rows))
+    assert [plain["m", 0.25][key] for key in ("mean", "low", "high")] == [4.0, 2.0, 6.0]
+    assert "m: 0 at 0.0% to 2 at 25.0%" in charts.loss_against_disabled(rows, relative=True).to_dict()["description"]
+
+
+def test_a_reference_is_a_level_with_its_name_and_inside_the_axis():
+    rows = chart_samples.loss_rows("active", [1, 2, 4], 2, 2)
+    reference = {"GShard top-2": 1.808, "dense": 9.5}
+    spec = charts.loss_against_active(rows, reference=reference).to_dict()
+    rules = [layer for layer in spec["layer"] if layer["mark"]["type"] == "rule"]
+    levels = [values(layer, "mean")[0]["mean"] for layer in rules]
+    assert levels == list(reference.values())
+    low, high = rules[0]["encoding"]["y"]["scale"]["domain"]
+    assert low < 1.808 < 9.5 < high
+    names = values(spec["layer"][-1], "model")
+    assert [row["model"] for row in names] == ["model 0", "model 1", "GShard top-2 1.81", "dense 9.50"]
+    assert "GShard top-2 1.81 and dense 9.50" in spec["description"]
+
+
+def test_ratios_are_written_out_beside_one_and_their_goal():
+    chart = charts.ratio_bars(chart_samples.RATIOS)
+    spec = chart.to_dict()
+    rows = values(spec, "low")
+    for row, given in zip(rows, chart_samples.RATIOS, strict=True):
+        assert (row["low"], row["ratio"], row["high"]) == (given["low"], given["ratio"], given["high"])
+        assert row["text"].startswith(f"{given['ratio']:.2f} ({given['low']:.2f} to {given['high']:.2f})")
+        assert row["text"] in spec["description"]
+    goals = [row["goal"] for row in values(spec["layer"][-1], "goal")]
+    assert goals == [given["goal"] for given in chart_samples.RATIOS if "goal" in given]
+    assert values(spec["layer"][0], "ratio") == [{"ratio": 1.0}]
+
+
+@pytest.mark.parametrize(("high", "kind"), [(1.4, None), (9.0, "log")])
+def test_the_ratio_axis_holds_one_and_is_logarithmic_where_it_is_wide(high, kind):
+    axis = benchmarks._ratio_axis([1.0, 1.2, high], "t").to_dict()
+    assert axis["scale"].get("type") == kind
+    assert axis["scale"]["domain"][0] < 1.0
+    assert axis["scale"]["domain"][1] > high
+
+
+def test_the_roof_bends_where_bandwidth_meets_the_peak_and_unmeasured_points_lie_on_it():
+    peak, bandwidth = 800e9, 100e9
+    rows = [{"name": "a", "intensity": 2.0}, {"name": "b", "intensity": 64.0}, {"name": "c", "intensity": 4.0,
+             "flops": 100e9}]  # fmt: skip
+    spec = charts.roofline(rows, peak=peak, bandwidth=bandwidth).to_dict()
+    first, knee, last = values(spec["layer"][0], "flops")
+    assert knee == {"intensity": 8.0, "flops": peak}
+    assert first["flops"] == pytest.approx(bandwidth * first["intensity"])
+    assert first["intensity"] < 2.0
+    assert last["intensity"] > 64.0
+    assert last["flops"] == peak
+    drawn = {row["name"]: (row["flops"], row["measured"]) for row in values(spec, "measured")}
+    assert drawn == {"a": (200e9, False), "b": (peak, False), "c": (100e9, True)}
+    assert "Peak 800 GFLOP/s, bandwidth 100 GB/s; they meet at 8 FLOP a byte" in spec["description"]
+    assert "c 4 FLOP a byte, 100 GFLOP/s, 25% of the roof" in spec["description"]
+
+
+@pytest.mark.parametrize(
+    ("positions", "moved"),
+    [([12.0, 12.0, 11.0], [9.0, 10.0, 8.0]), ([8.4, 10.0, 10.0], [8.0, 9.0, 10.0]), ([-3.0, -3.0], [0.0, 1.0])],
+)
+def test_labels_that_belong_outside_the_range_are_kept_apart_inside(positions, moved):
+    assert spread(positions, 1.0, 0.0, 10.0) == pytest.approx(moved)
+
+
+def test_names_of_the_roofline_do_not_lie_above_one_another():
+    rows = [{"name": f"layer {i}", "intensity": 300.0 + i} for i in range(8)]
+    picture = svg(charts.roofline(rows, peak=989e12, bandwidth=3.35e12))
+    heights = {float(y) for y in re.findall(r'translate\([-\d.]+,([\d.]+)\)"[^>]*>layer \d<', picture)}
+    assert len(heights) == 8
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= benchmarks.LINE - 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(989e12, "989 TB/s"), (3.35e9, "3.35 GB/s"), (1.979e15, "1.98 PB/s"), (7, "7 B/s")]
+)
+def test_units_stand_after_a_space(value, text):
+    assert benchmarks._unit(value, "B/s") == text
+
+
+def lift_row(value, expert=None, what="layer 1"):
+    row = {"what": what, "value": value, "null_low": 0.2, "null": 0.3, "null_high": 0.4}
+    return row if expert is None else {**row, "expert": expert}
+
+
+def test_experts_beyond_chance_are_counted_and_told_apart():
+    seen = {0: 0.3, 1: 0.9, 2: 0.1, 3: 0.4, 4: 0.5}
+    chart = charts.specialization_against_null([lift_row(value, e) for e, value in seen.items()])
+    drawn = {mark["expert"]: (float(mark["specialisation"]), mark["state"])
+             for mark in marks(svg(chart), "expert") if "state" in mark}  # fmt: skip
+    states = {0: "within", 1: "above", 2: "below", 3: "within", 4: "above"}
+    assert drawn == {f"e{e}": (seen[e], f"{states[e]} chance") for e in seen}
+    assert "2 of 5 above chance, 1 below; highest e1 0.900, by chance 0.300" in chart.to_dict()["description"]
+    axis = re.findall(r">(e\d)</text>", svg(chart))
+    assert axis == ["e1", "e4", "e3", "e0", "e2"]
+
+
+def test_without_experts_each_layer_is_a_row_with_its_own_chance():
+    rows = [lift_row(0.5, what="layer 1"), {**lift_row(0.5, what="layer 2"), "null_high": 0.6}]
+    chart = charts.specialization_against_null(rows)
+    drawn = values(chart.to_dict(), "state")
+    assert [(row["what"], row["state"]) for row in drawn] == [("layer 1", "above chance"), ("layer 2", "within chance")]
+    assert all(f"{row['what']}: {short(row['value'])}" in chart.to_dict()["description"] for row in rows)
+
+
+def flow(**changes):
+    one = {"counts": [[1, 0]], "gates": [[1.0, 0.0]], "reached": 1.0, "kept": 0.5}
+    return lambda: charts.device_flow(["a"], [{**one, **changes}])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: charts.device_flow([], []), "tokens = 0"),
+        (lambda: charts.device_flow(["a"] * 49, []), "tokens = 49"),
+        (lambda: charts.device_flow(["a"], []), r"limits = \[\]"),
+        (lambda: charts.device_flow(["a"], [{"counts": [[1]]}]), "no 'reached'"),
+        (lambda: charts.device_flow(["a"], chart_samples.device_limits(1, 2), limit=3), "limit = 3"),
+        (flow(counts=[[1] * 9]), "9 devices"),
+        (flow(counts=[[1, 1]]), "token 0 reaches 2 devices"),
+        (flow(counts=[[1, 0], [1, 0]]), "1 rows of 2"),
+        (flow(counts=[[-1, 0]]), "0 or above"),
+        (flow(gates=[[1.0]]), "gates has 1 devices, counts 2"),
+        (flow(kept=50), "kept = 50"),
+        (lambda: charts.coactivation([[1.0]]), "1 rows"),
+        (lambda: charts.coactivation([[1.0] * 65] * 65), "65 rows"),
+        (lambda: charts.coactivation([[1.0, 0.5], [1.0]]), "2 rows of 2"),
+        (lambda: charts.coactivation([[1.0, 7.0], [1.0, 1.0]]), "7 is not a share"),
+        (lambda: charts.coactivation([[1.0, None], [None, 1.0]]), "no pair"),
+        (lambda: charts.coactivation([[1.0, 0.5]] * 2, order=[0, 0]), "each of the 2 experts once"),
+        (lambda: charts.coactivation([[1.0, 0.5]] * 2, null=[[0.5]]), "null: must have 2"),
+        (lambda: charts.loss_against_disabled([]), "at least one row"),
+        (lambda: charts.loss_against_disabled([{"model": "a", "share": 25, "loss": 1.0}]), "share = 25"),
+        (lambda: charts.loss_against_disabled(chart_samples.loss_rows("share", [0.1], 1, 1), relative=True), "share 0"),
+        (lambda: charts.loss_against_disabled(chart_samples.loss_rows("share", [0], 5, 1)), "models = 5"),
+        (lambda: charts.loss_against_active(chart_samples.loss_rows("active", [1], 5, 1)), "models = 5"),
+        (lambda: charts.loss_against_active([{"model": "a", "loss": 1.0}]), "no 'active'"),
+        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": 2.0}]), "low = 2"),
+        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": -1.0}]), "low = -1"),
+        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "goal": 0}]), "goal = 0"),
+        (lambda: charts.ratio_bars(chart_samples.RATIOS[:1] * 2), "same 'what'"),
+        (lambda: charts.roofline(chart_samples.POINTS, peak=0, bandwidth=1), "peak = 0"),
+        (lambda: charts.roofline(chart_samples.POINTS, peak=1, bandwidth=float("nan")), "bandwidth = nan"),
+        (lambda: charts.roofline([{"name": "a", "intensity": 0}], peak=1, bandwidth=1), "above 0"),
+        (lambda: charts.specialization_against_null([lift_row(0.5, 1), lift_row(0.5)]), "either every row"),
+        (lambda: charts.specialization_against_null([lift_row(0.5, 1)] * 2), "an expert twice"),
+        (lambda: charts.specialization_against_null([lift_row(0.5)] * 2), "one row"),
+        (lambda: charts.specialization_against_null([{**lift_row(0.5), "null_low": 0.6}]), "null_low = 0.6"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)
