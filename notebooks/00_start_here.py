@@ -93,7 +93,9 @@ from dsmoe_lite.evaluate import recall
 from dsmoe_lite.model import generate
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.routing.trace import RoutingTrace
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.explorer import explore
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -148,28 +150,21 @@ report(the_model_goes_on=tokenizer.decode(spoken[0].tolist()))
 # %%
 predict("00-same-word", None)  # "always", "mostly" or "no"
 
-encoded = tokenizer.encode(sentence)
-pieces = [sentence[start:end] for start, end in encoded.offsets][:80]
-with torch.no_grad():
-    routings = model(torch.tensor([encoded.ids[:80]], device=device)).routings
-layers = [
-    {
-        "topk_ids": r.topk_ids.tolist(),
-        "gates": [[round(g, 2) for g in row] for row in r.gates.tolist()],
-    }
-    for r in routings
-]
+LENGTH = 64  # tokens: the model was trained on sequences of this length
+trace = RoutingTrace.of(model, tokenizer, sentence, window=LENGTH)
 print(
-    f"{len(pieces)} tokens shown, {len(layers)} layers of experts, {len(layers[0]['topk_ids'][0])} experts for each token"
+    f"{len(trace.tokens)} tokens, {trace.n_layers} layers of experts, {trace.top_k} experts for each token"
 )
 
 # %% tags=["trained"]
-charts.token_routing(pieces, layers)
+explore({"GShard": model}, tokenizer, sentence, window=LENGTH, layer=1)
 
 # %% [markdown]
-# Choose a layer and an expert in the menus. The deeper the fill, the larger the expert's gate (its weight in the sum) for
-# that token; beneath each token stand its two experts. Put in a sentence of your own (80 tokens are shown): change
-# `sentence` in the parameters cell and run all.
+# This is the **routing explorer**. One expert is in focus; the tokens that it gets are underlined, and the deeper their
+# fill, the larger its gate (its weight in the sum). Struck out: the expert had no room left. Click another expert, step
+# to the other layer, or click a token to see its two experts in every layer; arrow keys do the same. With Python
+# running, type a sentence of your own and press *Route this text*. And try this: colour by the *loss of the token* to
+# see what the model did not expect, then switch the expert in focus off and see which tokens it is missed at.
 #
 # One sentence can mislead. Over thousands of tokens of text that the model was not trained on: how often does a token
 # get, as its first choice, the expert that its word gets most often?
@@ -212,7 +207,7 @@ for layer, experts in enumerate(choices):
 
 # %% tags=["trained"]
 charts.expert_load(
-    load(routings[-1]).tolist(),
+    load(trace.layer(trace.n_layers - 1)).tolist(),
     title="How much does each expert get? (your sentence, last layer)",
 )
 

@@ -46,6 +46,7 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
+from ipywidgets import FloatSlider
 from torch.testing import assert_close
 
 from dsmoe_lite import accounting, published
@@ -62,6 +63,7 @@ from dsmoe_lite.model import Transformer, generate
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.live import live
 
 renderer.enable()
 torch.set_num_threads(1)  # small matrices: one thread is nearly as fast
@@ -354,6 +356,44 @@ report(
     prompt=start,
     right_answer=questions[0].answer,
     the_model_says=tokenizer.decode(said[0].tolist())[len(start) :],
+)
+
+# %% [markdown]
+# That was the likeliest token each time. More freely, tokens are drawn from $\operatorname{Softmax}(\mathbf{z} / \tau)$,
+# with the logits $\mathbf{z}$ and a **temperature** $\tau$: near 0 only the likeliest has a chance, and the larger $\tau$,
+# the more alike all become.
+#
+# **Ask.** At $\tau = 1$ the model says what it believes. How far must the temperature rise until the likeliest token
+# comes less than half the time? Move the control.
+
+# %% tags=["trained"]
+predict("01-temperature", None)  # a temperature
+
+with torch.no_grad():
+    asked = torch.tensor([tokenizer.encode(start).ids], device=device)
+    next_logits = model(asked).logits[0, -1].cpu()
+
+
+def next_token(temperature):
+    chances, best = (next_logits / temperature).softmax(dim=-1).topk(8)
+    name = f"chance at temperature {temperature:g}"
+    rows = [
+        {"kind": repr(tokenizer.decode([i])), "effect": name, "value": chance}
+        for i, chance in zip(best.tolist(), chances.tolist(), strict=True)
+    ]
+    return charts.effects_by_kind(
+        rows,
+        overall={name: 1 / V},
+        dashed="all tokens alike",
+        number=".1%",
+        title="Which token comes next?",
+        subtitle=f"The eight likeliest after {start!r}",
+    )
+
+
+live(
+    next_token,
+    temperature=FloatSlider(1.0, min=0.1, max=4.0, step=0.1, description="temperature"),
 )
 
 # %% [markdown]

@@ -48,6 +48,7 @@ from statistics import mean, stdev
 
 import torch
 import torch.nn.functional as F
+from ipywidgets import FloatSlider, IntSlider
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
@@ -65,12 +66,22 @@ from dsmoe_lite.layers.capacity import capacity, place_in_expert
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.router import Router, Routing
+from dsmoe_lite.layers.selection import ordered_topk
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.metrics import domain_share, load
+from dsmoe_lite.routing.interventions import switch_off
+from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.routing.specialization import (
+    null_specialization,
+    shuffled,
+    specialization,
+    vocabulary_specialization,
+)
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.explorer import explore
+from dsmoe_lite.viz.live import live
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -264,13 +275,17 @@ torch.manual_seed(seed)
 fresh_model = Transformer(trained_model.config)
 
 
-def routings_of(model):
-    """One Routing for each layer of experts, nothing dropped, on 4,096 tokens."""
+def without_capacity(model):
     free = replace(model.config.moe, capacity_factor=None, eval_capacity_factor=None)
     copy = Transformer(replace(model.config, moe=free)).eval()
     copy.load_state_dict(model.state_dict())
+    return copy
+
+
+def routings_of(model):
+    """One Routing for each layer of experts, nothing dropped, on 4,096 tokens."""
     with torch.no_grad():
-        return copy(held_out[0].tokens[:, :-1]).routings
+        return without_capacity(model)(held_out[0].tokens[:, :-1]).routings
 
 
 def share_dropped(routing, factor):
@@ -294,6 +309,37 @@ charts.capacity_curve(rows, title="How many choices are dropped?")
 # **What to notice.** With slots for the fair share, any imbalance drops choices. Training with the balance loss of the next
 # section lowers the curve, but not to zero: loads stay uneven. Capacity is a price paid either in dropped choices (small
 # $c$) or in empty slots (large $c$). DeepSeekMoE's validation runs drop no token.
+#
+# **Ask.** Let every token take more of the trained router's experts than the two it was trained with, at the same $c$. Will
+# a larger share of the choices be dropped, or a smaller one? Move the controls.
+
+# %% tags=["trained"]
+predict("02-more-choices", None)  # "larger" or "smaller"
+
+affinity = routings_of(trained_model)[0].scores  # (T, 16)
+
+
+def who_gets_what(k, c):
+    ids = ordered_topk(affinity, k)
+    slots = capacity(len(ids), k, affinity.shape[1], c)
+    lost = (place_in_expert(ids, affinity.shape[1]) >= slots).float().mean().item()
+    return charts.expert_load(
+        torch.bincount(ids.flatten(), minlength=affinity.shape[1]).tolist(),
+        capacity=slots,
+        title=f"Top-{k} at capacity {c:g}: {lost:.1%} of the choices are dropped",
+    )
+
+
+live(
+    who_gets_what,
+    k=IntSlider(2, min=1, max=16, description="top-k"),
+    c=FloatSlider(1.25, min=0.5, max=4.0, step=0.25, description="capacity factor"),
+)
+
+# %% [markdown]
+# **What to notice.** The more experts a token takes, the more alike the loads become: at 16 of 16 every expert gets every
+# token, and there is nothing left to choose. Narrow experts of which a token takes many, as in chapter 03, are easier to
+# keep even for this reason alone.
 #
 # ## Balance: who keeps the experts busy?
 #
@@ -530,16 +576,17 @@ for row in measured[1:]:
 # %% tags=["trained"]
 routings = routings_of(trained_model)
 labels = held_out[0].domains[:, :-1].flatten()
-table = domain_share(routings[0], labels, len(world.domains))  # (domains, E)
+N_domains, N_experts = len(world.domains), routings[0].n_experts
+ids = routings[0].topk_ids
+table = specialization(ids, labels, N_domains, N_experts)  # (domains, E)
 rows = [
     {"domain": domain, "expert": e, "share": table[d, e].item()}
     for d, domain in enumerate(world.domains)
     for e in range(table.shape[1])
 ]
-everyone = load(routings[0]) / routings[0].n_experts
 charts.domain_heatmap(
     rows,
-    null=everyone.tolist(),
+    null=null_specialization(ids, N_experts).tolist(),
     title="Which experts does each domain use? (first layer)",
 )
 
@@ -548,26 +595,146 @@ charts.domain_heatmap(
 def domains_of_an_expert(labels):
     found = []  # effective number, all domains weighing the same
     for routing in routings:
-        p = domain_share(routing, labels, len(world.domains))
+        p = specialization(routing.topk_ids, labels, N_domains, N_experts)
         p = p / p.sum(dim=0, keepdim=True)  # each expert's mix of domains
         found.append(torch.special.entr(p).sum(dim=0).exp().mean().item())
     return mean(found)
 
 
-shuffled = labels[
-    torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-]
+mixed = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
 claim(
     "effective number of domains that an expert serves",
     domains_of_an_expert(labels),
     (3.0, 4.3),
 )
-report(with_domains_shuffled=domains_of_an_expert(shuffled))
+report(with_domains_shuffled=domains_of_an_expert(mixed))
 
 # %% [markdown]
 # The *effective number of domains* is the exponential of the entropy of an expert's mix: 1 for a specialist, 5 for an
 # expert that serves all five alike. Shuffling the domains over the tokens gives what chance would. The experts lean
 # towards domains, and still each serves several.
+#
+# Perhaps they know *words* rather than domains. For each token of the vocabulary, take the share of its occurrences that have
+# the same first expert, whichever that is most often; then the mean over the vocabulary (*vocabulary specialization*,
+# after {cite:t}`OLMoE2024`). At 1 the token alone decides.
+#
+# **Ask.** Sixteen experts: a router that throws dice should give about 1/16. Should it?
+
+# %% tags=["trained"]
+predict("02-vocabulary", None)  # yes or no
+
+words = held_out[0].tokens[:, :-1].flatten()
+draw = torch.Generator().manual_seed(0)
+rows = []
+for number, routing in enumerate(routings):
+    for least in (1, 10):
+
+        def by_word(ids, least=least):
+            return vocabulary_specialization(ids, words, N_experts, least=least)
+
+        chance = shuffled(by_word, routing.topk_ids, draw)
+        rows.append(
+            {
+                "what": f"layer {number}, {'any' if least == 1 else 'frequent'} token",
+                "value": by_word(routing.topk_ids),
+                "null": chance.median(),
+                "null_low": chance.min(),
+                "null_high": chance.max(),
+            }
+        )
+charts.specialization_against_null(
+    rows,
+    value_title="vocabulary specialization",
+    title="Does the word decide, more than chance would have it?",
+    subtitle=[
+        "Mark: the router. Bar: 20 shuffles of its choices over the tokens.",
+        "Frequent: seen at least 10 times.",
+    ],
+)
+
+# %% tags=["trained"]
+claim("vocabulary specialization, first layer", rows[0]["value"], (0.85, 0.95))
+claim("the null of it", rows[0]["null"], (0.5, 0.65))
+claim("first layer, frequent tokens", rows[1]["value"], (0.7, 0.86))
+claim("the null of that", rows[1]["null"], (0.2, 0.38))
+
+# %% [markdown]
+# **What to notice.** The null is nowhere near 1/16. A token seen once has all of its occurrences at one expert, whatever
+# the router does, and most of a vocabulary is rare. Leaving rare tokens out brings the null down; the router stays far
+# above it. So the word decides much, as chapter 00 suggested, and a number without its null would have said so for dice as
+# well.
+#
+# ## Take one away
+#
+# All of this was looking. What does an expert *do*? Switch one off: its tokens go to the next best expert, and the loss
+# says what it was worth.
+#
+# **Ask.** Does the busiest expert cost the most? Here is each expert of each layer switched off in turn, on held-out text.
+
+# %% tags=["trained"]
+predict("02-busiest", None)  # yes or no
+
+intact = without_capacity(trained_model)
+part = held_out[: {"smoke": 1, "cpu": 2, "gpu": 8}[profile]]
+whole = heldout_loss(intact, part, world.domains)
+rise = {  # (layer, expert): what the loss gains
+    (at, e): heldout_loss(switch_off(intact, {at: [e]}), part, world.domains).loss
+    - whole.loss
+    for at in range(len(intact.moe_layers))
+    for e in range(N_experts)
+}
+rows = [
+    {
+        "kind": f"e{e}",
+        "effect": f"layer {at}: {what}",
+        "value": rise[at, e] if what == "rise in loss" else whole.experts[at].load[e],
+    }
+    for at in range(2)
+    for what in ("rise in loss", "load")
+    for e in range(N_experts)
+]
+charts.effects_by_kind(
+    rows,
+    overall={
+        row["effect"]: mean(r["value"] for r in rows if r["effect"] == row["effect"])
+        for row in rows
+    },
+    dashed="mean",
+    number=".3f",
+    title="Is a busy expert a needed one?",
+    subtitle="Dashed: mean of the experts. Bold: the largest of a panel.",
+)
+
+# %% tags=["trained"]
+EXPECTED = {  # mean rise of one expert, rise without the busiest, correlation
+    0: ((0.015, 0.08), (-0.01, 0.02), (-0.6, 0.4)),
+    1: ((0.005, 0.04), (-0.01, 0.02), (-0.9, 0.0)),
+}
+for at, (of_one, of_busiest, related) in EXPECTED.items():
+    loads = torch.tensor(whole.experts[at].load)
+    rises = torch.tensor([rise[at, e] for e in range(N_experts)])
+    claim(f"layer {at}: mean rise without one expert", rises.mean(), of_one)
+    claim(f"layer {at}: rise without the busiest", rises[loads.argmax()], of_busiest)
+    r = torch.corrcoef(torch.stack((loads, rises)))[0, 1]
+    claim(f"layer {at}: correlation of load and rise", r, related)
+
+# %% [markdown]
+# **What to notice.** In both layers the busiest expert is one that the model hardly misses, and load and need do not go
+# together. How often an expert is chosen says how much work it does, not what it is good for: a token may go there because it has
+# to go somewhere. Chapters 04 and 08 take this further.
+#
+# **Ask.** Now look at the tokens themselves. In the explorer, focus on e4 of layer 0, the expert with the largest rise, and
+# switch it off. Which tokens lose? And what happens at e3, the busiest?
+
+# %% tags=["trained"]
+sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
+explore(
+    {"GShard": trained_model}, tokenizer, sentence, window=64, n_devices=4, expert=4
+)
+
+# %% [markdown]
+# One sentence proves nothing, but it shows *where* an expert is missed, which no mean can. Type a text of your own, too.
+# The model knows only its small world: its people, sums, brackets, a little code.
 #
 # ## What is wrong with sixteen experts?
 #

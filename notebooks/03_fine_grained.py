@@ -51,6 +51,7 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
+from ipywidgets import IntSlider
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
@@ -70,9 +71,11 @@ from dsmoe_lite.layers.upcycle import split_expert
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.metrics import domain_share
+from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
+from dsmoe_lite.routing.specialization import specialization
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.live import live
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -140,6 +143,32 @@ charts.finer_experts(rows)
 # exponentially with $m$. It only says what a router *could* choose. Whether training finds a use for it is another
 # question; we come to it after the algebra.
 #
+# **Ask.** Which gives more ways, cutting the experts finer or storing more of them? Move the controls: $E$ experts, $K$ for a
+# token, each cut into $m$. Stored weights grow with $E$, work with $K$, neither with $m$.
+
+# %%
+predict("03-more-ways", None)  # "finer" or "more"
+
+
+def ways(n, k, pieces):
+    cuts = sorted({1, pieces})
+    return charts.finer_experts(
+        [
+            {"layer": f"m = {one}", "n_experts": one * n, "top_k": one * k}
+            for one in cuts
+        ],
+        title=f"{k} of {n} experts, and cut into {pieces}",
+    )
+
+
+live(
+    ways,
+    n=IntSlider(16, min=2, max=64, description="E"),
+    k=IntSlider(2, min=1, max=16, description="K"),
+    pieces=IntSlider(4, min=1, max=8, description="m"),
+)
+
+# %% [markdown]
 # ## Cutting an FFN changes nothing
 #
 # Why may an FFN be cut at all? Write SwiGLU channel by channel. Let $\mathbf{w}^{gate}_c$, $\mathbf{w}^{up}_c$ be row
@@ -497,7 +526,7 @@ shuffled = labels[
 
 def domains_served(routing, labels):
     """Effective number of domains of each expert that met at least 50 tokens."""
-    p = domain_share(routing, labels, len(world.domains))
+    p = specialization(routing.topk_ids, labels, len(world.domains), routing.n_experts)
     p = p[:, routing.counts >= 50]
     p = p / p.sum(dim=0, keepdim=True)  # each expert's mix of domains
     return torch.special.entr(p).sum(dim=0).exp().tolist()
@@ -549,6 +578,54 @@ report(domains_by_chance=by_chance)
 # coarse ones. Cutting gave more experts, and not, by this measure and after so few tokens, more specialised ones. The
 # measure is coarse itself: it knows five domains, and cannot see whether an expert has settled on one kind of fact. And
 # it is a correlation; what a token loses without its experts is the subject of chapter 08.
+#
+# ## Do the pieces work together?
+#
+# A token takes $mK$ experts at once. If some pairs always came together, they would be one wider expert again, and the
+# freedom gained by cutting would be lost. *Co-activation* is the share of expert $i$'s tokens that also take expert $j$:
+#
+# $$
+# C(i \to j) = N_{ij} / N_i
+# $$ (eq:coactivation)
+#
+# with $N_i$ the tokens of expert $i$ and $N_{ij}$ those that take both. Busy experts meet often by chance, so the null
+# deals the experts out anew, every expert keeping its number of tokens and every token its number of experts.
+#
+# **Ask.** In the finest model trained here, do pairs come together more often than chance would have it?
+
+# %% tags=["trained"]
+predict("03-pairs", None)  # "as chance", "somewhat more", "far more"
+
+fine = routings[0]  # of the last model, the finest
+together = coactivation(fine.topk_ids, fine.n_experts)
+draw = torch.Generator().manual_seed(0)
+null = coactivation_null(fine.topk_ids, fine.n_experts, draw, draws=10)
+charts.coactivation(
+    together.tolist(),
+    null=null.mean(dim=0).tolist(),
+    order=seriate(together),
+    title=f"Which of {fine.n_experts} experts fire together? (first layer)",
+)
+
+# %% tags=["trained"]
+pairs = ~torch.eye(fine.n_experts, dtype=torch.bool)
+above = (together > null.amax(dim=0)) & pairs
+below = (together < null.amin(dim=0)) & pairs
+lift = (together / null.mean(dim=0).clamp(min=1e-9))[pairs & (fine.counts >= 50)]
+report(
+    pairs_above_every_shuffle=above.float().sum() / pairs.sum(),
+    pairs_below_every_shuffle=below.float().sum() / pairs.sum(),
+    strongest_lift_among_busy_experts=lift.max(),
+    different_sets_of_experts=len(fine.topk_ids.sort(dim=1).values.unique(dim=0)),
+    tokens=len(fine.topk_ids),
+)
+
+# %% [markdown]
+# **What to notice.** The order of rows and columns puts those that meet often side by side, and teams appear: blocks along the
+# diagonal whose members meet several times as often as chance would have it. If nothing but chance were at work, one
+# ordered pair in eleven would lie above all ten shuffles, and as many below. So the choice is much less free than the number of
+# ways suggests, and the pieces that were not cut from one expert here have found each other. Part of it is plain: the
+# same word comes again and takes the same experts again. And it is one short run.
 #
 # ## What finer costs on the clock
 #

@@ -70,10 +70,17 @@ from dsmoe_lite.model import Transformer
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.contributions import contributions
-from dsmoe_lite.routing.interventions import silence, swap_shared
-from dsmoe_lite.routing.metrics import domain_share, load
+from dsmoe_lite.routing.interventions import (
+    mask_top,
+    silence,
+    swap_shared,
+    with_active,
+)
+from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.routing.specialization import specialization
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.explorer import explore
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -176,7 +183,12 @@ def joined(layer):  # one Routing of all parts
 
 
 def effective(shares):
+    shares = shares / shares.sum(dim=-1, keepdim=True)
     return torch.special.entr(shares).sum(dim=-1).exp()
+
+
+def of_kinds(ids):  # (T, K) -> (kinds, E)
+    return specialization(ids, due, len(KINDS), gshard.config.moe.n_routed_experts)
 
 
 # the null: each place gets the experts of another place where the same token stands
@@ -187,13 +199,12 @@ places, mixed = current.argsort(stable=True), (current + 0.9 * dice).argsort()
 rows, nulls, overall = [], [], {}
 for layer in range(gshard.config.n_layers):
     routing = joined(layer)
-    number = effective(domain_share(routing, due, len(KINDS)))
+    number = effective(of_kinds(routing.topk_ids))
     dealt = torch.empty_like(routing.topk_ids)
     dealt[places] = routing.topk_ids[mixed]
-    dealt = replace(routing, topk_ids=dealt)
-    nulls.append(effective(domain_share(dealt, due, len(KINDS))))
-    name = f"layer {layer + 1}"
-    overall[name] = effective(load(routing) / routing.n_experts)
+    nulls.append(effective(of_kinds(dealt)))
+    name = f"layer {layer}"
+    overall[name] = effective(load(routing).double())
     rows += [
         {"kind": kind, "effect": name, "value": number[KINDS.index(kind)]}
         for kind in shown
@@ -370,7 +381,7 @@ for number, part in enumerate(parts):
     for layer, (of_shared, of_routed) in enumerate(contributions(model, tokens)):
         ours, others = of_shared.norm(dim=1), of_routed.norm(dim=1)  # (T,)
         share = ours / (ours + others)
-        name = f"layer {layer + 1}"
+        name = f"layer {layer}"
         seen.setdefault(name, []).append(share)
         for kind in shown:
             here = due_here == KINDS.index(kind)
@@ -394,10 +405,10 @@ charts.effects_by_kind(
 )
 
 # %% tags=["trained"]
-claim("share of the shared expert, layer 1", overall["layer 1"], (0.2, 0.27))
-claim("share of the shared expert, layer 2", overall["layer 2"], (0.1, 0.2))
+claim("share of the shared expert, layer 0", overall["layer 0"], (0.2, 0.27))
+claim("share of the shared expert, layer 1", overall["layer 1"], (0.1, 0.2))
 longer = torch.cat(first_longer).double().mean()
-claim("layer 1: places where the first choice alone is longer", longer, (0.6, 0.8))
+claim("layer 0: places where the first choice alone is longer", longer, (0.6, 0.8))
 
 # %%
 print(f"{routed_k} + 1 unrelated outputs of one length: {1 / (1 + routed_k**0.5):.2f}")
@@ -405,8 +416,8 @@ print(f"{routed_k} + 1 unrelated outputs of one length: {1 / (1 + routed_k**0.5)
 # %% [markdown]
 # **What to notice.** Eight outputs of one length with unrelated directions would give 0.27, because a sum of seven such
 # vectors is only $\sqrt 7$ times as long as one. The shared expert's part is below that in both layers. Its gate is 1,
-# but at most places the first choice alone is longer. And does it hold the grammar? In layer 1 its part is long where a
-# mark is due, as where a relation is, and short where a function word is; in layer 2 it is short at both.
+# but at most places the first choice alone is longer. And does it hold the grammar? In layer 0 its part is long where a
+# mark is due, as where a relation is, and short where a function word is; in layer 1 it is short at both.
 #
 # Lengths cannot settle it. A long output may point in a direction that nothing later reads, and a short one may decide.
 # All this is correlation.
@@ -505,7 +516,7 @@ report(recall_of_frequent_people=knows, rise=total)
 # **What to notice.** Without the shared expert this model loses less than without one routed expert of a token. Where a
 # function word, a first name or a value is due, next to nothing happens, and frequent people are remembered as before.
 # What little it is worth sits in the second language, in sums, and at marks and relations: the four kinds where its part
-# of layer 1 was longest. So here the shared expert holds no facts and no function words, perhaps some punctuation. What a
+# of layer 0 was longest. So here the shared expert holds no facts and no function words, perhaps some punctuation. What a
 # token needs comes from its routed experts, above all from the first; with all of them gone values lose most.
 #
 # The lengths pointed at the right places, and said nothing of how little is lost there. And a lesion has limits, too:
@@ -588,6 +599,109 @@ lost = next(
 )
 what = lost["what"].removeprefix("The same fusion: ")
 print(textwrap.fill(f"{what[0].upper()}{what[1:]} ({lost['source']})", width=76))
+
+# %% [markdown]
+# ## Are experts replaceable?
+#
+# If several experts held the same knowledge, a token could do without its best ones: the next in its ranking would know it
+# too. So the paper forbids each token the share $r$ of the experts that it ranks highest, lets it choose among the rest,
+# and compares DeepSeekMoE with GShard (its Figure 4, for the 2B model and GShard x1.5). If DeepSeekMoE's loss rises
+# faster, its experts are the less replaceable ones: less redundancy.
+#
+# **Ask.** Whose loss rises faster here?
+
+# %%
+predict("04-replaceable", None)  # "GShard" or "DeepSeekMoE"
+
+both = {"GShard": gshard, "DeepSeekMoE": model}
+some = parts[: {"smoke": 1, "cpu": 2, "gpu": 8}[profile]]
+SHARES = (0, 1 / 16, 1 / 8, 3 / 16, 1 / 4)
+rows = [
+    {
+        "model": name,
+        "share": share,
+        "loss": heldout_loss(mask_top(one, share), some, KINDS).loss,
+    }
+    for name, one in both.items()
+    for share in SHARES
+]
+intact_loss = {row["model"]: row["loss"] for row in rows if row["share"] == 0}
+print("experts forbidden at the largest share:", end=" ")
+print(
+    ", ".join(
+        f"{SHARES[-1] * one.config.moe.n_routed_experts:.0f}" for one in both.values()
+    )
+)
+
+# %% tags=["trained"]
+charts.loss_against_disabled(rows, title="Whose experts can be replaced?")
+
+# %% tags=["trained"]
+RISES = {  # at the first sixteenth, at a quarter
+    "GShard": ((0.7, 1.15), (1.3, 1.9)),
+    "DeepSeekMoE": ((1.0, 1.6), (1.25, 1.85)),
+}
+for name in both:
+    first, last = (
+        row["loss"] - intact_loss[name]
+        for row in rows
+        if row["model"] == name and row["share"] in (SHARES[1], SHARES[-1])
+    )
+    claim(f"{name}: rise at the first sixteenth", first, RISES[name][0])
+    claim(f"{name}: rise at a quarter", last, RISES[name][1])
+
+# %% [markdown]
+# **What to notice.** Both models depend on their best experts: the first step costs each more than all the rest together. At
+# first DeepSeekMoE loses more, as in the paper; at a quarter the two have met. Read it with care. A sixteenth of the
+# experts is one of the two that GShard would have taken, and four of the seven of DeepSeekMoE: by weights the same, by what
+# a token chose not quite. And it is one trained model of each kind, so that no interval can be given. Chapter 08
+# repeats it with more seeds.
+#
+# ## How many active experts are enough?
+#
+# The paper asks the trained model to do with fewer routed experts at each token (its Figure 5): with 4 it is as good as
+# GShard with 2 wide ones, at half the expert work.
+#
+# **Ask.** With how many of its 7 is this one as good as the GShard of the same size?
+
+# %%
+predict("04-active", None)  # 1 to 7, or "never"
+
+rows = [
+    {
+        "model": "DeepSeekMoE",
+        "active": active,
+        "loss": heldout_loss(with_active(model, active), some, KINDS).loss,
+    }
+    for active in range(1, routed_k + 1)
+]
+
+# %% tags=["trained"]
+charts.loss_against_active(
+    rows,
+    reference={"GShard": intact_loss["GShard"]},
+    subtitle="Dashed: GShard with its 2 of 16 wide experts.",
+)
+
+# %% tags=["trained"]
+losses_by_active = {row["active"]: row["loss"] for row in rows}
+lead = intact_loss["GShard"] - losses_by_active[routed_k]
+claim("GShard minus DeepSeekMoE, all 7 active", lead, (-0.015, 0.02))
+half = losses_by_active[routed_k // 2] - losses_by_active[routed_k]
+claim(f"rise with {routed_k // 2} of {routed_k} routed experts", half, (0.005, 0.04))
+
+# %% [markdown]
+# **What to notice.** The first experts of a token's ranking do nearly all of the work. With 4 or 5 of 7 this model is
+# where GShard is with both of its wide ones, at about two thirds of the expert work, and the last two add next to
+# nothing. That is the paper's trend. It needs no finer knowledge to explain it: a softmax falls off, and experts with
+# small gates add little. And with all seven the two models are as good as equal here.
+#
+# Here are both models side by side, on one sentence. Focus on an expert of each, step through the layers, switch experts
+# off, or type a text of your own.
+
+# %% tags=["trained"]
+sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
+explore(both, tokenizer, sentence, window=64, n_devices=4)
 
 # %% [markdown]
 # ## How many?

@@ -53,6 +53,7 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
+from ipywidgets import FloatLogSlider, IntSlider
 from torch.testing import assert_close
 
 from dsmoe_lite import published
@@ -76,6 +77,7 @@ from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.metrics import load, max_vio, overflow
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.live import live
 from dsmoe_lite.viz.parts import mean_and_half_width
 
 renderer.enable()
@@ -631,6 +633,51 @@ report(
 # The text's loss hardly moves. On one machine, without slots, imbalance costs this small model nothing that a short
 # run could show. What differs is the overflow, and that is what a cluster pays for.
 #
+# How fast should the bias move? Take the router of the model that was left alone, as it is at the end, nothing learning any
+# more, and let only the bias act, on one batch of held-out text after another.
+#
+# **Ask.** With a small step it takes long. With a large one? Move the control, and look at where MaxVio settles.
+
+# %% tags=["trained"]
+predict("05-bias-speed", None)  # what a large step does
+
+with torch.no_grad():
+    frozen = models["none"].cpu().eval()
+    affinities = torch.cat(
+        [frozen(batch.tokens[:, :-1]).routings[0].scores for batch in held_out]
+    )
+
+
+def settle(speed, batch):
+    bias, rows = torch.zeros(n_experts), []
+    for step in range(400):
+        start = step * batch % (len(affinities) - batch + 1)
+        ids = ordered_topk(affinities[start : start + batch] + bias, top_k)
+        counts = torch.bincount(ids.flatten(), minlength=n_experts)
+        vio = float(counts.max() / counts.float().mean() - 1)
+        rows.append({"model": "MaxVio of a batch", "step": step, "max_vio": vio})
+        balance.update_bias(bias, counts, speed)
+    late = mean(row["max_vio"] for row in rows[-100:])
+    return charts.training_curves(
+        rows,
+        y="max_vio",
+        y_title="MaxVio",
+        title=f"Bias speed {speed:.2g}: MaxVio settles at {late:.2f}",
+        subtitle="Affinities stand still; the bias alone moves. Mean of the last 100 steps.",
+    )
+
+
+live(
+    settle,
+    speed=FloatLogSlider(
+        bias_speed, min=-4, max=0, step=0.25, description="bias speed"
+    ),
+    batch=IntSlider(1024, min=64, max=4096, step=64, description="tokens a step"),
+)
+
+# %% [markdown]
+# **What to notice.** TODO
+#
 # ## All remedies on one axis
 #
 # `dsmoe experiment balance` trains one design left alone and with each of ten remedies, five seeds each: 64 narrow experts,
@@ -971,6 +1018,29 @@ report(
 # scores (Section 2.1.2; its published code adds the biases first). This router was trained without a limit; one that
 # lives with it from the start can arrange itself.
 #
+# Which experts of which tokens are they? Here are the first tokens of the held-out text, on their devices, with the same
+# router. Set $M$ to 3, then to 1, and watch a token whose experts were spread wide.
+
+# %% tags=["trained"]
+few_ids = held_out[0].tokens[0, :40]
+tokens_shown = [tokenizer.decode([i]) for i in few_ids.tolist()]
+limits = []
+for M in range(1, DEVICES + 1):
+    ids = ordered_topk(limit_groups(seen.scores, DEVICES, M, "max"), CHOSEN)[:40]
+    on = F.one_hot(group_of(EXPERTS, DEVICES)[ids], DEVICES)  # (40, K, devices)
+    gates = on * seen.scores[:40].gather(1, ids).unsqueeze(-1)
+    reached, share = kept(seen.scores, M)
+    limits.append(
+        {
+            "counts": on.sum(dim=1).tolist(),
+            "gates": gates.sum(dim=1).tolist(),
+            "reached": reached,
+            "kept": share,
+        }
+    )
+charts.device_flow(tokens_shown, limits)
+
+# %% [markdown]
 # ## What V2 drops
 #
 # V2's losses make devices nearly even. What still goes beyond, it drops, in training only (Section 2.2.4). The budget is

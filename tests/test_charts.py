@@ -102,6 +102,14 @@ def test_numbers_keep_four_digits(number, kept):
     assert type(spec["data"]["values"][0]["a"]) is type(kept)
 
 
+@pytest.mark.parametrize("character", ["\0", "\x1b", "\ud800", "\uffff"])
+def test_characters_that_no_picture_can_hold(character):
+    text = [f"a{character}b", " c"]
+    data, _ = renderer.bundle(charts.token_routing(text, chart_samples.routing(2, 1)).to_dict())
+    assert character not in json.dumps(data, ensure_ascii=False)
+    assert "a\ufffdb" in json.dumps(data, ensure_ascii=False)
+
+
 @pytest.mark.parametrize("description", [None, "", "too short", 40 * " "])
 def test_a_chart_without_description_is_refused(description):
     chart = alt.Chart(alt.Data(values=[{"a": 1}])).mark_point().encode(x="a:Q").to_dict()

@@ -6,9 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import nbformat
@@ -141,13 +142,20 @@ def code_cells(copy: Path) -> list[nbformat.NotebookNode]:
     ]
 
 
-def run_top_to_bottom(browser, lab: Lab, name: str, screenshot: Path, timeout: int) -> list[nbformat.NotebookNode]:
-    """Run the copy of a chapter in the browser as a reader would; return its code cells as saved."""
+def run_top_to_bottom(
+    browser, lab: Lab, name: str, screenshot: Path, timeout: int, then: Callable[[Any], None] | None = None
+) -> list[nbformat.NotebookNode]:
+    """Run the copy of a chapter in the browser as a reader would, and `then` use it; return its code cells as saved."""
     copy = lab.repository / "work" / name
     set_profile(copy, "smoke")
     page, hosts = opened(browser, lab, f"work/{name}")
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
     assert_no_pop_up(page)
     run_all(page, timeout)
+    if then is not None:
+        then(page)
     page.keyboard.press("Control+s")
     page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=MINUTE)
     cells = code_cells(copy)
@@ -157,6 +165,7 @@ def run_top_to_bottom(browser, lab: Lab, name: str, screenshot: Path, timeout: i
     assert_charts_drawn(page, cells)
     assert_no_pop_up(page)
     assert hosts <= {"localhost", "127.0.0.1", None}  # None: data and blob addresses
+    assert complaints == []
     height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
     page.set_viewport_size({"width": 1400, "height": min(200 + height, 12_000)})
     page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
@@ -185,7 +194,61 @@ def test_tiny_notebook_runs_in_this_environment(browser, lab: Lab, tmp_path: Pat
     "name", [pytest.param(n, marks=[] if n.startswith("02") else [pytest.mark.slow]) for n in CHAPTERS]
 )
 def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, tmp_path: Path) -> None:
-    run_top_to_bottom(browser, lab, name, tmp_path / f"{name}.png", 5 * MINUTE)
+    then = move_and_switch if name.startswith("02") else None
+    run_top_to_bottom(browser, lab, name, tmp_path / f"{name}.png", 5 * MINUTE, then)
+
+
+def move_and_switch(page) -> None:
+    """What a reader of chapter 02 does: move a control, switch an expert off, try texts, good and bad ones."""
+    chart = page.locator(".vega-embed", has_text="of the choices are dropped")
+    before = bars(chart)
+    assert "Top-2 at capacity 1.25" in chart.inner_text()
+    slider = page.locator(".widget-slider", has_text="top-k").locator(".noUi-handle")
+    for _ in range(3):
+        slider.press("ArrowRight")
+    page.locator(".vega-embed", has_text="Top-5 at capacity 1.25").wait_for(timeout=MINUTE)
+    page.locator(".widget-html", has_text="Computing").wait_for(state="detached", timeout=MINUTE)
+    assert bars(chart) != before
+
+    explorer = page.locator(".dsmoe-explorer")
+    status, tokens = explorer.get_by_role("status"), explorer.locator(".dx-tokens [role=option]")
+    switch = explorer.get_by_role("button", name="Switch e4 of layer 0 off")
+    switch.click()
+    explorer.get_by_text("by the experts switched off").wait_for(timeout=MINUTE)
+    assert explorer.locator(".dx-worse, .dx-better").count() > 0
+    assert "dx-off" in explorer.locator(".dx-experts [role=option]").nth(4).get_attribute("class")
+    explorer.get_by_role("button", name="All experts on").click()
+    switch.wait_for(timeout=MINUTE)
+    assert explorer.locator(".dx-worse, .dx-better").count() == 0
+
+    route, text = explorer.get_by_role("button", name="Route this text"), explorer.locator("textarea")
+    for bad, said in (("", "text = '': is empty"), ("x" * 100_000, "text = 100,000 characters")):
+        text.fill(bad)
+        route.click()
+        status.get_by_text(said).wait_for(timeout=MINUTE)
+    text.fill("日本 🙂 12+30=42.")
+    route.click()
+    explorer.locator(".dx-tokens", has_text="🙂").wait_for(timeout=MINUTE)
+    assert status.inner_text() == ""
+    assert tokens.first.inner_text() == "日"
+
+
+def bars(chart) -> list[str | None]:
+    return [bar.get_attribute("d") for bar in chart.locator(".mark-rect path").all()]
+
+
+def test_a_saved_chapter_shows_its_explorer_before_any_cell_is_run(browser, lab: Lab) -> None:
+    renewed = lab.repository / "work" / "00_start_here.ipynb"  # as `dsmoe lab` made it
+    page, hosts = opened(browser, lab, f"work/{renewed.name}")
+    explorer = page.locator(".dsmoe-explorer")
+    explorer.wait_for(timeout=MINUTE)
+    explorer.get_by_role("button", name="previous layer").click()
+    explorer.locator(".dx-experts [role=option]").nth(7).click()
+    assert explorer.locator(".dx-mine").count() > 0
+    assert explorer.get_by_role("button", name="Switch e7 of layer 0 off").is_disabled()
+    assert "Run this cell" in explorer.get_by_role("status").inner_text()
+    assert hosts <= {"localhost", "127.0.0.1", None}
+    page.close()
 
 
 def test_py_source_opens_as_a_notebook(browser, lab: Lab) -> None:

@@ -10,6 +10,8 @@ from dsmoe_lite.files import write_json
 SETTINGS: dict[str, dict[str, Any]] = {
     # A chapter's .py source opens as the notebook it is.
     "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}},
+    # A saved chapter keeps its widgets, and shows them before any cell is run.
+    "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
     # No pop-ups about news or new versions, and no request for them.
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }

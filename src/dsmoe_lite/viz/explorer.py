@@ -143,14 +143,13 @@ class Explorer(anywidget.AnyWidget):
         assert self._recompute is not None
         self.busy, self.message = True, ""
         try:
-            whole = (
-                self._traces if text == self.text else {name: self._recompute(name, text, frozenset()) for name in off}
-            )
+            same = text == self.text
+            whole = self._traces if same else {name: self._recompute(name, text, frozenset()) for name in off}
             now = {name: self._recompute(name, text, off[name]) if off[name] else whole[name] for name in off}
+            views = [_view(name, now[name], whole[name], off[name]) for name in off]
         except (InputError, RunError) as error:
             self.message = str(error)
         else:
-            views = [_view(name, now[name], whole[name], off[name]) for name in off]
             self._traces, self._off = whole, off
             with self.hold_sync():
                 self.token = min(self.token, len(views[0]["tokens"]) - 1)
@@ -208,9 +207,15 @@ def _picture(name: str, trace: RoutingTrace, layer: int, expert: int) -> Any:
         {"topk_ids": trace.expert[i, shown], "gates": trace.gate[i, shown], "kept": trace.kept[i, shown]}
         for i in range(trace.n_layers)
     ]
-    tokens = [token or "∙" for token in trace.tokens[shown]]
+    mine = (trace.expert[layer] == expert).any(axis=1)
     return token_routing(
-        tokens, layers, focus=expert, layer=layer, title=f"{name}, layer {layer}: who goes to e{expert}?"
+        [token or "∙" for token in trace.tokens[shown]],
+        layers,
+        focus=expert,
+        layer=layer,
+        title=f"{name}, layer {layer}: who goes to e{expert}?",
+        description=f"Routing explorer of {name}: {len(trace.tokens)} tokens in {trace.n_layers} MoE layers of "
+        f"{trace.n_routed} experts. In layer {layer}, expert e{expert} is chosen by {mine.sum()} tokens.",
     )
 
 

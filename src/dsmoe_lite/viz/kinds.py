@@ -20,6 +20,7 @@ def effects_by_kind(
     rows: Sequence[dict[str, Any]],
     *,
     overall: Mapping[str, float],
+    dashed: str = "all tokens",
     number: str = "+.3f",
     title: str = "Which tokens does it hit?",
     subtitle: str | Sequence[str] = "",
@@ -28,8 +29,8 @@ def effects_by_kind(
     """One panel an effect, one row a kind of token: the mean with its 95% t-interval over parts of the text.
 
     rows: {kind, effect, value, part (optional)}; overall: each effect over all tokens, a dashed line, which is where
-    every dot would lie if the kind did not matter. The largest mean of a panel stands out. At most four panels, each
-    with a scale of its own; `number` is the format of the values.
+    every dot would lie if the kind did not matter (`dashed` is its name). The largest mean of a panel stands out. At
+    most four panels, each with a scale of its own; `number` is the format of the values.
     """
     need_rows(rows, "kind", "effect", "value")
     kinds, effects = in_order(row["kind"] for row in rows), in_order(row["effect"] for row in rows)
@@ -46,14 +47,14 @@ def effects_by_kind(
     width = int((theme.MAX_WIDTH - 40 - labels) / len(effects)) - 20
     marks = {effect: _marks(values[effect], number) for effect in effects}
     if not description:
-        said = [f"{effect}: all tokens {levels[effect]:{number}}, most for {_top(marks[effect])}" for effect in effects]
+        said = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_top(marks[effect])}" for effect in effects]
         description = f"Dot chart of {len(kinds)} kinds of token by {listed(effects)}. {'; '.join(said)}."
-    subtitle = subtitle or "Dashed: all tokens. Bar: 95% interval over parts of the text. Bold: the largest of a panel."
+    subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: the largest of a panel."
     panels = [
         _panel(marks[effect], kinds, levels[effect], number, width, labels if i == 0 else 0).properties(
             title=alt.TitleParams(
                 effect,
-                subtitle=f"all tokens {levels[effect]:{number}}",
+                subtitle=f"{dashed} {levels[effect]:{number}}",
                 fontSize=12.5,
                 subtitleFontSize=11.5,
                 offset=8,

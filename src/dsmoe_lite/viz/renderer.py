@@ -17,6 +17,7 @@ VEGALITE = "5.8"  # the oldest that vl-convert carries: what it draws, JupyterLa
 SCALE = 1.5
 COLOURS = 128
 DIGITS = 4
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # vl-convert aborts the process on them
 _GIVEN = re.compile(r"(view|param)_(\d+|[0-9a-f]{16}(_\d+)?)")  # names that Altair gives, by a count or a hash
 
 
@@ -42,7 +43,7 @@ def stable(spec: dict[str, Any]) -> dict[str, Any]:
     """The spec as Vega-Lite 5, the same in every run: numbers rounded to 4 significant digits, given names renumbered.
 
     Altair names views, parameters and data sets by a count over the whole process or by a hash of the unrounded
-    numbers; they are renumbered here in order of appearance.
+    numbers; they are renumbered here in order of appearance. Characters that no SVG can hold become U+FFFD.
     """
     names: dict[str, str] = {}
     _collect(spec, names)
@@ -89,6 +90,8 @@ def _rounded(node: Any) -> Any:
         return [_rounded(value) for value in node]
     if isinstance(node, float):
         return _round(node)
+    if isinstance(node, str):
+        return _NO_XML.sub("\ufffd", node)
     return node
 
 

@@ -30,7 +30,10 @@
     const state = saved.state;
     for (const { path, data } of saved.buffers || []) {
       const parent = path.slice(0, -1).reduce((node, key) => node[key], state);
-      parent[path.at(-1)] = new DataView(Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)).buffer);
+      const letters = atob(data);
+      const numbers = new Uint8Array(letters.length);
+      for (let i = 0; i < letters.length; i += 1) numbers[i] = letters.charCodeAt(i);
+      parent[path.at(-1)] = new DataView(numbers.buffer);
     }
     return state;
   }
@@ -48,6 +51,7 @@
     box.dataset.mounted = "true";
   }
 
+  window.dsmoeMount = mount;
   document.addEventListener("DOMContentLoaded", () => {
     const script = document.querySelector('script[type="application/vnd.jupyter.widget-state+json"]');
     const all = script ? JSON.parse(script.textContent).state : {};

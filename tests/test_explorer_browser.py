@@ -1,0 +1,214 @@
+"""The explorer on a page of its own, without a kernel: drawn fast, moved by mouse and keys, readable by everyone."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+from explorer_samples import made_up
+from ipywidgets import Widget
+
+from dsmoe_lite.book import build as book
+from dsmoe_lite.book.mime import widget_html
+from dsmoe_lite.viz.explorer import Explorer
+
+PHONE, WIDE = (390, 844), (1280, 900)
+FRAME = """() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))"""
+
+
+def written(folder: Path, *widgets: Explorer) -> str:
+    """A page with the saved widgets, as a page of the book has them; its address."""
+    state = json.dumps(Widget.get_manager_state(widgets=widgets)).replace("</", "<\\/")
+    places = "".join(widget_html({"model_id": widget.model_id}) for widget in widgets)
+    script = (book.STATIC / "widgets.js").read_text(encoding="utf-8")
+    page = folder / "page.html"
+    head = '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>t</title></head>'
+    saved = f'<script type="application/vnd.jupyter.widget-state+json">{state}</script>'
+    body = f"<body><main><h1>t</h1>{places}</main>{saved}<script>{script}</script></body></html>"
+    page.write_text(head + body, encoding="utf-8")
+    return page.as_uri()
+
+
+@pytest.fixture
+def show(browser, tmp_path):
+    """Open a page with widgets; every complaint of the browser fails the test."""
+    contexts, complaints = [], []
+
+    def opened(*widgets: Explorer, size=WIDE, mode="light"):
+        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=mode)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        page.goto(written(tmp_path, *widgets))
+        page.locator(".saved-widget[data-mounted] .dsmoe-explorer").last.wait_for()
+        if mode == "dark":
+            page.evaluate("document.documentElement.dataset.theme = 'dark'")
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert complaints == []
+
+
+def texts(locator) -> list[str]:
+    return [one.strip() for one in locator.all_inner_texts()]
+
+
+def test_tokens_experts_and_the_way_of_a_token(show):
+    trace = made_up(2, 16, 20)
+    page = show(Explorer({"GShard": trace}, expert=5))
+    tokens, experts = page.locator(".dx-tokens [role=option]"), page.locator(".dx-experts [role=option]")
+    assert texts(tokens)[:5] == ["The", "tool", "of", "Ridi", "Lava"]
+    assert texts(experts) == [f"e{e}" for e in range(16)]
+    mine = [t for t in range(20) if 5 in trace.expert[0, t]]
+    assert [t for t in range(20) if "dx-mine" in tokens.nth(t).get_attribute("class")] == mine
+    tokens.nth(7).click()
+    rows = page.locator(".dx-panel tr")
+    for layer in range(2):
+        chips = texts(rows.nth(layer).locator(".dx-chip"))
+        right = [f"e{e} {g:.2f} d{trace.device_of[e]}"
+                 for e, g in zip(trace.expert[layer, 7], trace.gate[layer, 7].astype(float), strict=True)]  # fmt: skip
+        assert chips == right
+    assert f"loss {trace.loss[7]:.2f}" in page.locator("caption").inner_text()
+    tokens.nth(3).click()
+    assert "×" in texts(rows.nth(0).locator(".dx-chip"))[0]  # dropped
+    assert f"mean loss {trace.mean_loss:.2f}" in page.locator(".dx-losses").inner_text()
+
+
+def test_layers_focus_and_colour_change_what_is_marked(show):
+    trace = made_up(3, 16, 20)
+    page = show(Explorer({"GShard": trace}, expert=0))
+    tokens = page.locator(".dx-tokens [role=option]")
+
+    def marked():
+        return {t for t in range(20) if "dx-mine" in (tokens.nth(t).get_attribute("class") or "")}
+
+    def chosen(layer, expert):
+        return {t for t in range(20) if expert in trace.expert[layer, t]}
+
+    assert marked() == chosen(0, 0)
+    page.get_by_role("button", name="next layer").click()
+    assert marked() == chosen(1, 0)
+    page.get_by_label("Layer", exact=True).select_option("2")
+    assert marked() == chosen(2, 0)
+    page.locator(".dx-experts [role=option]").nth(11).click()
+    assert marked() == chosen(2, 11)
+    page.get_by_label("Colour", exact=True).select_option("loss")
+    deepest = max(range(1, 20), key=lambda t: trace.loss[t])
+    assert "dx-s5" in tokens.nth(deepest).get_attribute("class")
+    assert page.get_by_label("Colour", exact=True).locator("option").nth(2).is_disabled()  # nothing is switched off
+
+
+def test_keys_move_and_stay_inside(show):
+    page = show(Explorer({"GShard": made_up(2, 16, 40)}))
+    page.locator(".dx-tokens").focus()
+
+    def selected():
+        return page.locator(".dx-tokens [aria-selected=true]").get_attribute("data-i")
+
+    for key, at in (("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1"), ("End", "39"), ("ArrowRight", "39"),
+                    ("Home", "0"), ("ArrowLeft", "0")):  # fmt: skip
+        page.keyboard.press(key)
+        assert selected() == at
+    page.keyboard.press("ArrowDown")
+    below = page.locator(".dx-tokens [aria-selected=true]").bounding_box()["y"]
+    assert below > page.locator(".dx-tokens [role=option]").first.bounding_box()["y"]
+    page.keyboard.press("ArrowUp")
+    assert selected() == "0"
+    page.keyboard.press("PageDown")
+    assert page.get_by_label("Layer", exact=True).input_value() == "1"
+    assert "Token 0" in page.locator("[aria-live]").inner_text()
+    page.locator(".dx-experts").focus()
+    page.keyboard.press("End")
+    assert page.locator(".dx-experts [aria-selected=true]").inner_text().strip() == "e15"
+    stops = page.evaluate(
+        "[...document.querySelectorAll('.dsmoe-explorer [tabindex], .dsmoe-explorer [role=option]')]"
+        ".filter(node => node.tabIndex >= 0).length"
+    )
+    assert stops == 2  # one for the experts, one for the text
+
+
+def test_two_models_move_together(show):
+    first, second = made_up(2, 16, 12), made_up(3, 64, 12, top_k=6, seed=1)
+    page = show(Explorer({"GShard": first, "DeepSeekMoE": second}))
+    panels = page.get_by_role("group")
+    page.get_by_label("Layer", exact=True).select_option("2")  # the first model has only two
+    panels.nth(1).locator(".dx-tokens [role=option]").nth(4).click()
+    for panel, trace in ((panels.nth(0), first), (panels.nth(1), second)):
+        assert "Token 4" in panel.locator("caption").inner_text()
+        assert panel.locator("tr").count() == trace.n_layers
+    page.locator(".dx-experts").nth(1).locator("[role=option]").nth(63).click()
+    assert panels.nth(0).locator(".dx-experts [aria-selected=true]").inner_text() != "e63"
+
+
+def test_without_python_nothing_pretends_to_compute(show):
+    page = show(Explorer({"a": made_up(1, 4, 5)}))
+    for name in ("Route this text", "All experts on", "Switch"):
+        assert page.get_by_role("button", name=name).is_disabled()
+    assert "A recorded trace" in page.get_by_role("status").inner_text()
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_nothing_that_hinders_readers(show, size, mode, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
+
+    widgets = (Explorer({"GShard": made_up(2, 16, 40), "DeepSeekMoE": made_up(2, 63, 40, top_k=7)}),)
+    page = show(*widgets, size=size, mode=mode)
+    for colour in ("gate", "loss"):
+        page.get_by_label("Colour", exact=True).select_option(colour)
+        found = Axe().run(page, context=".dsmoe-explorer").response["violations"]
+        assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    small = page.evaluate(
+        "[...document.querySelectorAll('.dsmoe-explorer :is(button, select, [role=option])')]"
+        ".map(node => node.getBoundingClientRect()).filter(box => box.width < 24 || box.height < 24).length"
+    )
+    assert small == 0
+    card = page.locator(".dsmoe-explorer").evaluate("node => getComputedStyle(node).backgroundColor")
+    assert card == ("rgb(255, 255, 255)" if mode == "light" else "rgb(20, 24, 31)")
+    page.screenshot(path=tmp_path / f"explorer_{mode}_{size[0]}.png", full_page=True)
+
+
+def test_first_paint_and_updates_are_fast(show):
+    """Medians, in milliseconds, for 4 layers of 64 experts and 512 tokens; layout and paint included."""
+    page = show(Explorer({"large": made_up(4, 64, 512, top_k=6)}))
+    first = page.evaluate(
+        f"""async () => {{
+        const frame = {FRAME};
+        const box = document.querySelector('.saved-widget');
+        const all = JSON.parse(document.querySelector('script[type*=widget-state]').textContent).state;
+        const times = [];
+        for (let i = 0; i < 7; i += 1) {{
+            await frame();
+            const start = performance.now();
+            await window.dsmoeMount(box, structuredClone(all[box.dataset.model]));
+            await frame();
+            times.push(performance.now() - start);
+        }}
+        return times;
+    }}"""
+    )
+    update = page.evaluate(
+        f"""async () => {{
+        const frame = {FRAME};
+        const layers = document.querySelector('.dx-step select');
+        const experts = document.querySelectorAll('.dx-experts [role=option]');
+        const times = [];
+        for (let i = 0; i < 12; i += 1) {{
+            await frame();
+            const start = performance.now();
+            if (i % 2) experts[5 * i].click();
+            else {{ layers.value = (i / 2) % 4; layers.dispatchEvent(new Event('change')); }}
+            await frame();
+            times.push(performance.now() - start);
+        }}
+        return times;
+    }}"""
+    )
+    slack = 2.5  # this is no quiet machine
+    print(f"first paint {statistics.median(first):.0f} ms, update {statistics.median(update):.0f} ms")
+    assert statistics.median(first) < 100 * slack
+    assert statistics.median(update) < 50 * slack
