@@ -363,8 +363,8 @@ report(
 # with the logits $\mathbf{z}$ and a **temperature** $\tau$: near 0 only the likeliest has a chance, and the larger $\tau$,
 # the more alike all become.
 #
-# **Ask.** At $\tau = 1$ the model says what it believes. How far must the temperature rise until the likeliest token
-# comes less than half the time? Move the control.
+# **Ask.** At $\tau = 1$ the model says what it believes. How far must the temperature fall until the likeliest token comes
+# nine times in ten? And can any temperature make another token the likeliest? Move the control.
 
 # %% tags=["trained"]
 predict("01-temperature", None)  # a temperature
@@ -397,6 +397,9 @@ live(
 )
 
 # %% [markdown]
+# **What to notice.** The order of the tokens never changes: dividing by $\tau$ stretches or shrinks their distances, and teaches
+# the model nothing. After this short training it knows that a tool must follow, and which words are tools, better than whose.
+#
 # ## What is each part good for?
 #
 # **Ask.** Take one part out of the trained model, an attention or an FFN, by making it add nothing in {eq}`eq:block`.

@@ -76,6 +76,9 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SCREENSHOTS = paths.REPOSITORY / "build" / "screenshots"  # what CI keeps of a run
+
+
 class Course:
     """A repository in a folder with a space in its name; `write` gives it a chapter."""
 
@@ -106,7 +109,15 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
     monkeypatch.setattr(paths, "NOTEBOOKS", small.notebooks)
     monkeypatch.setattr(paths, "RUNS", small.runs)
     monkeypatch.setattr(paths, "WORK", small.root / "work")
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     return small
+
+
+@pytest.fixture(scope="session")
+def screenshots() -> Path:
+    """The folder for pictures of pages, for people to look at."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    return SCREENSHOTS
 
 
 @pytest.fixture(scope="module")

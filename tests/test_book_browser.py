@@ -13,6 +13,7 @@ from dsmoe_lite import paths
 from dsmoe_lite.book.build import build
 
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
+ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"
 LOCAL = ("127.0.0.1", "localhost")
 WIDE, PHONE = (1280, 900), (390, 844)
 CHAPTER = "01_second.html"
@@ -48,6 +49,7 @@ class Page:
         self.page.on("console", self._listen)
         self.page.goto(address)
         self.page.wait_for_function(ALL_DRAWN.format(mode=mode), timeout=60_000)
+        self.page.wait_for_function(ALL_MOUNTED)
         self.page.wait_for_function(
             "() => !document.querySelector('.math') || document.querySelector('.math mjx-container')"
         )
@@ -96,18 +98,21 @@ def test_charts_and_equations_are_drawn(browser, small, mode, size):
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
 def test_nothing_that_hinders_readers(browser, small, mode):
-    from axe_playwright_python.sync_playwright import Axe
-
     for name in ("00_first.html", CHAPTER, "references.html"):
         with Page(browser, (small / name).as_uri(), mode=mode) as opened:
-            found = Axe().run(opened.page, context="article").response["violations"]
-            serious = {
-                (violation["id"], node["html"][:200])
-                for violation in found
-                if violation["impact"] in ("serious", "critical")
-                for node in violation["nodes"]
-            }
-            assert serious == set()
+            assert serious_faults(opened.page) == set()
+
+
+def serious_faults(page):
+    """What axe-core finds in the article that keeps people from reading it."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    return {
+        (violation["id"], node["html"][:200])
+        for violation in Axe().run(page, context="article").response["violations"]
+        if violation["impact"] in ("serious", "critical")
+        for node in violation["nodes"]
+    }
 
 
 def test_menus_redraw_and_survive_a_change_of_mode(browser, small):
@@ -155,7 +160,7 @@ def test_from_a_server_too(browser, small):
         server.shutdown()
 
 
-def test_the_course_book_opens(browser, course, tmp_path):
+def test_the_course_book_opens(browser, course, screenshots):
     pages = sorted(course.glob("[0-9]*.html"))
     assert pages
     for path in pages:
@@ -163,5 +168,27 @@ def test_the_course_book_opens(browser, course, tmp_path):
             with Page(browser, path.as_uri(), size, mode) as opened:
                 assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0]
                 assert opened.page.locator("mjx-merror, [data-mjx-error]").count() == 0
-                opened.page.screenshot(path=tmp_path / f"{path.stem}_{mode}.png", full_page=True)
-                opened.assert_quiet()
+                opened.page.screenshot(path=screenshots / f"book_{path.stem}_{mode}.png", full_page=True)
+                assert_controls_work(opened.page)
+                opened.assert_quiet()  # before axe, which asks for style sheets and is refused
+                assert serious_faults(opened.page) == set()
+
+
+def assert_controls_work(page):
+    """Every slider of every chart changes its drawing, and every explorer steps to another expert."""
+    for figure in page.locator("figure.chart").all():
+        for slider in figure.locator("input[type=range]").all():
+            before = figure.locator("svg").inner_html()
+            slider.press("Home" if slider.input_value() != slider.get_attribute("min") else "End")
+            page.wait_for_timeout(300)
+            assert figure.locator("svg").inner_html() != before
+    for explorer in page.locator(".dsmoe-explorer").all():
+        before = explorer.locator(".dx-tokens").first.inner_html()
+        explorer.locator(".dx-experts").first.press("End")
+        assert explorer.locator(".dx-tokens").first.inner_html() != before
+
+
+def test_chapters_have_their_explorers(course):
+    pages = {page.name[:2]: page.read_text(encoding="utf-8") for page in course.glob("[0-9]*.html")}
+    found = {number for number, text in pages.items() if "dsmoe-explorer" in text}
+    assert found == {"00", "02", "04"}

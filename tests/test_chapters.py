@@ -1,5 +1,6 @@
 """Every chapter: its two files agree, its form holds, and it runs with parameters that are not its own."""
 
+import json
 import os
 import re
 import subprocess
@@ -14,6 +15,7 @@ import nbformat
 import pytest
 
 from dsmoe_lite import paths
+from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
 from dsmoe_lite.labs.order import chapters
 from dsmoe_lite.labs.parameters import check, find
 from dsmoe_lite.labs.refresh import LIMIT
@@ -21,10 +23,12 @@ from dsmoe_lite.labs.run import chapter_schema, run_chapter
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.renderer import MIME as CHART
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 KINDS = {"trained", "measured"}  # an untagged cell is exact
 OTHER_TAGS = {"parameters", "hide-input", "hide-cell", "hide-output", "remove-input", "remove-cell", "remove-output"}
+CHART_LIMIT = 150 * 1024  # bytes, one element a line as nbformat writes it
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from run to run
 
 SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the quiet reference machine, beyond kernel start and imports
@@ -82,6 +86,24 @@ def test_no_chart_is_wider_than_a_page(notebook):
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     sizes = [output.get("metadata", {}).get("image/png", {}).get("width", 0) for output in outputs]
     assert max(sizes) <= theme.MAX_WIDTH
+
+
+@each_chapter
+def test_every_chart_and_explorer_holds_its_picture_and_words(notebook):
+    for cell in code_cells(notebook):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            if CHART in data or ("explore(" in cell.source and WIDGET_VIEW in data):
+                assert len(data["image/png"]) > 2000
+                assert len(data["text/plain"]) >= theme.SHORTEST_DESCRIPTION
+                assert len(json.dumps(data, indent=1)) < CHART_LIMIT
+
+
+@each_chapter
+def test_every_chapter_that_builds_has_a_control_and_a_chart(notebook):
+    data = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
+    assert notebook.name.startswith("00") or any(CHART in one for one in data)
+    assert any(WIDGET_VIEW in one for one in data)
 
 
 @each_chapter

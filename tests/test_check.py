@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from click.testing import CliRunner
+from nbformat.sign import NotebookNotary
 
 from dsmoe_lite import machine
 from dsmoe_lite.cli.check import command
@@ -147,6 +149,15 @@ def test_copies_are_made_once_and_renewed_on_request(course) -> None:
     assert "A better one" in copy.read_text(encoding="utf-8")
     assert before != chapter.read_bytes()
     assert work.copy_chapters(course.notebooks, folder) == []
+
+
+def test_a_copy_is_trusted_until_somebody_else_changes_it(course) -> None:
+    chapter = course.write()
+    work.copy_chapters(course.notebooks, course.root / "work")
+    copy = nbformat.read(course.root / "work" / chapter.name, as_version=4)
+    assert NotebookNotary().check_signature(copy)
+    copy.cells[-1].source += "  # changed"
+    assert not NotebookNotary().check_signature(copy)
 
 
 def test_a_broken_copy_is_left_alone(course) -> None:

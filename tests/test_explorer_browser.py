@@ -41,7 +41,7 @@ def show(browser, tmp_path):
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.goto(written(tmp_path, *widgets))
-        page.locator(".saved-widget[data-mounted] .dsmoe-explorer").last.wait_for()
+        page.locator(".saved-widget[data-mounted=yes] .dsmoe-explorer").last.wait_for()
         if mode == "dark":
             page.evaluate("document.documentElement.dataset.theme = 'dark'")
         return page
@@ -152,7 +152,7 @@ def test_without_python_nothing_pretends_to_compute(show):
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_nothing_that_hinders_readers(show, size, mode, tmp_path):
+def test_nothing_that_hinders_readers(show, size, mode, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
     widgets = (Explorer({"GShard": made_up(2, 16, 40), "DeepSeekMoE": made_up(2, 63, 40, top_k=7)}),)
@@ -169,7 +169,7 @@ def test_nothing_that_hinders_readers(show, size, mode, tmp_path):
     assert small == 0
     card = page.locator(".dsmoe-explorer").evaluate("node => getComputedStyle(node).backgroundColor")
     assert card == ("rgb(255, 255, 255)" if mode == "light" else "rgb(20, 24, 31)")
-    page.screenshot(path=tmp_path / f"explorer_{mode}_{size[0]}.png", full_page=True)
+    page.screenshot(path=screenshots / f"explorer_{mode}_{size[0]}.png", full_page=True)
 
 
 def test_first_paint_and_updates_are_fast(show):

@@ -177,25 +177,26 @@ def run_top_to_bottom(
 
 def assert_charts_drawn(page, cells: list[nbformat.NotebookNode]) -> None:
     charts = sum("vegalite" in kind for cell in cells for out in cell.outputs for kind in out.get("data", {}))
-    drawn = page.locator(".jp-OutputArea-output .vega-embed").locator("svg.marks, canvas.marks")
+    drawn = page.locator(".jp-OutputArea-output .vega-embed").locator("svg.marks, canvas.marks")  # a bare spec: canvas
     page.wait_for_timeout(1000)  # the last chart is drawn after its cell is done
     assert drawn.count() == charts
     sizes = [box for box in (mark.bounding_box() for mark in drawn.all()) if box]
     assert all(box["width"] > 50 and box["height"] > 20 for box in sizes)
 
 
-def test_tiny_notebook_runs_in_this_environment(browser, lab: Lab, tmp_path: Path) -> None:
-    cells = run_top_to_bottom(browser, lab, "99_tiny.ipynb", tmp_path / "tiny.png", MINUTE)
+def test_tiny_notebook_runs_in_this_environment(browser, lab: Lab, screenshots: Path) -> None:
+    picture = screenshots / "lab_tiny.png"
+    cells = run_top_to_bottom(browser, lab, "99_tiny.ipynb", picture, MINUTE)
     assert cells[1].outputs[0].text == f"smoke {sys.executable}\n"
-    assert (tmp_path / "tiny.png").stat().st_size > 10_000
+    assert picture.stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n.startswith("02") else [pytest.mark.slow]) for n in CHAPTERS]
 )
-def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, tmp_path: Path) -> None:
+def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, screenshots: Path) -> None:
     then = move_and_switch if name.startswith("02") else None
-    run_top_to_bottom(browser, lab, name, tmp_path / f"{name}.png", 5 * MINUTE, then)
+    run_top_to_bottom(browser, lab, name, screenshots / f"lab_{name[:2]}.png", 5 * MINUTE, then)
 
 
 def move_and_switch(page) -> None:

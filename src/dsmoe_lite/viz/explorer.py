@@ -164,7 +164,7 @@ class Explorer(anywidget.AnyWidget):
         picture = _picture(name, trace, min(self.layer, trace.n_layers - 1), self.focus[0])
         still, metadata = renderer.bundle(picture.to_dict())
         data = {**(bundle[0] if bundle else {}), "image/png": still["image/png"], "text/plain": still["text/plain"]}
-        return data, metadata
+        return data, {"image/png": metadata["image/png"]}
 
 
 def _check_length(text: str) -> None:

@@ -36,7 +36,8 @@ def bundle(spec: dict[str, Any], **_: Any) -> tuple[dict[str, Any], dict[str, An
     spec = stable(spec)
     picture, width = png(spec)
     data = {MIME: spec, "image/png": base64.b64encode(picture).decode("ascii"), "text/plain": description}
-    return data, {"image/png": {"width": width}}
+    # JupyterLab would draw on a canvas, which says nothing to a screen reader
+    return data, {"image/png": {"width": width}, MIME: {"embed_options": {"renderer": "svg"}}}
 
 
 def stable(spec: dict[str, Any]) -> dict[str, Any]:

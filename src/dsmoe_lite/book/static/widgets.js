@@ -48,7 +48,7 @@
     const el = document.createElement("div");
     box.replaceChildren(style, el);
     await widget.render({ model: new SavedModel(state), el });
-    box.dataset.mounted = "true";
+    box.dataset.mounted = "yes";
   }
 
   window.dsmoeMount = mount;
@@ -58,6 +58,7 @@
     for (const box of document.querySelectorAll(".saved-widget")) {
       const saved = all[box.dataset.model];
       if (saved && saved.model_module === "anywidget") mount(box, saved);
+      else box.dataset.mounted = "no";
     }
   });
 })();

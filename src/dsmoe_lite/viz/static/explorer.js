@@ -258,7 +258,7 @@ function panel(number, prefix, state, act) {
     const layer = Math.min(state.layer, view.n_layers - 1);
     const focus = state.focus[number];
     drawExperts(layer, focus);
-    drawTokens(layer, focus, state.colour);
+    drawTokens(layer, focus, state.shade);
     drawPath(layer);
     const now = mean(Array.from(view.loss));
     const was = view.before ? mean(Array.from(view.before)) : NaN;
@@ -298,7 +298,7 @@ function render({ model, el }) {
     toggle: (number) => {
       const view = state.views[number];
       const layer = Math.min(state.layer, view.n_layers - 1);
-      colour.value = state.colour = "change";
+      state.colour = "change";
       ask({ do: "toggle", view: number, layer, expert: state.focus[number] });
     },
     stepLayer: (step) => {
@@ -350,7 +350,8 @@ function render({ model, el }) {
     down.disabled = state.layer >= depth() - 1;
     const changed = state.views.some((view) => view.before);
     colour.options[2].disabled = !changed;
-    if (!changed && state.colour === "change") colour.value = state.colour = "gate";
+    state.shade = changed || state.colour !== "change" ? state.colour : "gate"; // what can be shown now
+    colour.value = state.shade;
     all.disabled = !state.awake || state.busy || !state.views.some((view) => view.isOff.size);
     text.disabled = route.disabled = !state.awake;
     route.disabled ||= state.busy;

@@ -1,0 +1,121 @@
+"""Live controls: drawn again with the last values, at most twice a second, errors said in one line."""
+
+import asyncio
+from itertools import pairwise
+from types import SimpleNamespace
+
+import ipywidgets
+import pytest
+from IPython.display import Markdown
+
+from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.viz import live as module
+
+
+class Shown:
+    """Stands for the displayed chart: keeps what it was updated with."""
+
+    def __init__(self) -> None:
+        self.charts: list[object] = []
+
+    def update(self, chart: object) -> None:
+        self.charts.append(chart)
+
+
+@pytest.fixture
+def page(monkeypatch):
+    """What `live` displays: the bundle of its controls, then the chart."""
+    seen = SimpleNamespace(bundles=[], first=[], shown=Shown())
+
+    def display(value, *, raw=False, display_id=False):
+        if display_id:
+            seen.first.append(value)
+            return seen.shown
+        seen.bundles.append(value)
+        return None
+
+    def html():
+        seen.status = make_html()
+        return seen.status
+
+    make_html = ipywidgets.HTML
+    monkeypatch.setattr(module, "display", display)
+    monkeypatch.setattr(ipywidgets, "HTML", html)
+    return seen
+
+
+def control(value: int = 2, **options) -> ipywidgets.IntSlider:
+    return ipywidgets.IntSlider(value, min=0, max=100, **options)
+
+
+def test_first_the_chart_of_the_first_values(page):
+    module.live(lambda k: f"chart {k}", k=control(description="top-k"))
+    assert page.first == ["chart 2"]
+    assert page.bundles[0]["text/plain"] == "Here JupyterLab shows what can be moved: top-k."
+    assert "application/vnd.jupyter.widget-view+json" in page.bundles[0]
+
+
+def test_without_a_loop_every_move_draws(page):
+    k = control()
+    module.live(lambda k: f"chart {k}", k=k)
+    k.value = 3
+    k.value = 4
+    assert page.shown.charts == ["chart 3", "chart 4"]
+
+
+def test_many_moves_are_two_drawings_a_second_and_the_last_one_counts(page, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    k, times = control(), []
+
+    def draw(k):
+        times.append(asyncio.get_running_loop().time() if page.first else 0.0)
+        return f"chart {k}"
+
+    async def move():
+        module.live(draw, k=k)
+        for value in range(3, 33):
+            k.value = value
+            assert "Computing" in page.status.value
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)
+
+    asyncio.run(move())
+    gaps = [later - earlier for earlier, later in pairwise(times[1:])]
+    assert page.shown.charts[-1] == "chart 32"
+    assert 3 <= len(page.shown.charts) <= 5
+    assert min(gaps) >= 0.19
+    assert page.status.value.endswith("></span>")  # nothing to say
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("top_k = 9: must be <8"), RunError("top_k = 9: must be <8"), ValueError("<8")]
+)
+def test_errors_are_said_and_the_chart_stays(page, error):
+    def draw(k):
+        if k == 9:
+            raise error
+        return f"chart {k}"
+
+    k = control()
+    module.live(draw, k=k)
+    k.value = 9
+    said = str(error) if type(error) is not ValueError else "ValueError: <8"
+    assert said.replace("<", "&lt;") in page.status.value
+    assert page.shown.charts == []
+    k.value = 5
+    assert page.shown.charts == ["chart 5"]
+    assert "&lt;8" not in page.status.value
+
+
+def test_what_cannot_be_drawn_first_fails_in_the_cell(page):
+    def draw(k):
+        raise InputError("k = 2: never")
+
+    with pytest.raises(InputError, match="k = 2: never"):
+        module.live(draw, k=control())
+    assert page.bundles == []
+
+
+def test_anything_that_can_be_displayed_can_be_drawn(page):
+    module.live(lambda k: Markdown(f"**{k}**"), k=control())
+    assert page.first[0].data == "**2**"
