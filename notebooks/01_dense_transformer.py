@@ -384,6 +384,7 @@ def next_token(temperature):
     return charts.effects_by_kind(
         rows,
         overall={name: 1 / V},
+        kinds_are="tokens",
         dashed="all tokens alike",
         number=".1%",
         title="Which token comes next?",
@@ -394,6 +395,13 @@ def next_token(temperature):
 live(
     next_token,
     temperature=FloatSlider(1.0, min=0.1, max=4.0, step=0.1, description="temperature"),
+)
+
+# %% tags=["trained"]
+taus = torch.arange(1, 101) / 100
+sure = [t for t in taus if (next_logits / t).softmax(dim=-1).max() >= 0.9]
+report(
+    temperature_at_which_the_likeliest_comes_nine_times_in_ten=max(sure, default=0.0)
 )
 
 # %% [markdown]

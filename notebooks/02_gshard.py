@@ -44,6 +44,7 @@ need("torch", "altair", "vl_convert", "tokenizers")
 
 # %% tags=["hide-input"]
 from dataclasses import replace
+from itertools import islice
 from statistics import mean, stdev
 
 import torch
@@ -72,12 +73,15 @@ from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.routing.positions import drop_rate_by_position
 from dsmoe_lite.routing.specialization import (
     null_specialization,
     shuffled,
     specialization,
     vocabulary_specialization,
 )
+from dsmoe_lite.routing.token_types import TYPES
+from dsmoe_lite.routing.trace import RoutingTrace
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.explorer import explore
@@ -314,15 +318,20 @@ charts.capacity_curve(rows, title="How many choices are dropped?")
 # a larger share of the choices be dropped, or a smaller one? Move the controls.
 
 # %% tags=["trained"]
-predict("02-more-choices", None)  # "larger" or "smaller"
+predict("02-more-choices", None)  # "larger", "smaller", or first one and then the other
 
 affinity = routings_of(trained_model)[0].scores  # (T, 16)
 
 
-def who_gets_what(k, c):
+def sent(k, c):  # chosen experts, and which of the choices find a slot
     ids = ordered_topk(affinity, k)
     slots = capacity(len(ids), k, affinity.shape[1], c)
-    lost = (place_in_expert(ids, affinity.shape[1]) >= slots).float().mean().item()
+    return ids, slots, place_in_expert(ids, affinity.shape[1]) < slots
+
+
+def who_gets_what(k, c):
+    ids, slots, found = sent(k, c)
+    lost = 1 - found.float().mean().item()
     return charts.expert_load(
         torch.bincount(ids.flatten(), minlength=affinity.shape[1]).tolist(),
         capacity=slots,
@@ -336,10 +345,46 @@ live(
     c=FloatSlider(1.25, min=0.5, max=4.0, step=0.25, description="capacity factor"),
 )
 
+# %% tags=["trained"]
+lost = {k: 1 - sent(k, 1.25)[2].float().mean().item() for k in (1, 2, 4, 8, 16)}
+claim("choices dropped at c = 1.25, top-4 minus top-2", lost[4] - lost[2], (0.01, 0.06))
+claim("top-8 minus top-4", lost[8] - lost[4], (-0.06, -0.01))
+report(choices_dropped={f"top-{k}": share for k, share in lost.items()})
+
 # %% [markdown]
-# **What to notice.** The more experts a token takes, the more alike the loads become: at 16 of 16 every expert gets every
-# token, and there is nothing left to choose. Narrow experts of which a token takes many, as in chapter 03, are easier to
-# keep even for this reason alone.
+# **What to notice.** First more is dropped, then less. This router was trained to balance first choices; its third and fourth
+# are less even. And at 16 of 16 every expert gets every token: there is nothing left to choose, and nothing to drop.
+#
+# **Ask.** First choices queue before second ones, and among each the order is that of the tokens. In which part of the text
+# are choices lost?
+
+# %% tags=["trained"]
+predict("02-where-dropped", None)  # "everywhere alike", "at the start", "at the end"
+
+ids, _, found = sent(2, 1.0)
+by_place = drop_rate_by_position(found, ids, (1, len(ids)), bins=8)
+effect = "choices dropped at c = 1"
+charts.effects_by_kind(
+    [
+        {"kind": f"part {i + 1} of 8", "effect": effect, "value": share}
+        for i, share in enumerate(by_place)
+    ],
+    overall={effect: 1 - found.float().mean().item()},
+    kinds_are="parts of the text",
+    dashed="all of it",
+    number=".1%",
+    title="Who finds the queue full?",
+    subtitle="Dashed: what every part would lose if the place did not matter.",
+)
+
+# %% tags=["trained"]
+gap = by_place[-1] - by_place[0]
+claim("choices dropped, last eighth minus first", gap, (0.05, 0.4))
+
+# %% [markdown]
+# **What to notice.** Whoever comes late finds no room: the first tokens lose nothing, the last ones most. OpenMoE
+# {cite:p}`OpenMoE2024` found the same and called it *drop towards the end*. It is an accident of the queue, not of what the
+# tokens are.
 #
 # ## Balance: who keeps the experts busy?
 #
@@ -614,7 +659,43 @@ report(with_domains_shuffled=domains_of_an_expert(mixed))
 # expert that serves all five alike. Shuffling the domains over the tokens gives what chance would. The experts lean
 # towards domains, and still each serves several.
 #
-# Perhaps they know *words* rather than domains. For each token of the vocabulary, take the share of its occurrences that have
+# Perhaps it is not domains that they know, but *kinds of token*: whole words, parts of words, digits, punctuation.
+#
+# **Ask.** Is there an expert for digits? One for punctuation?
+
+# %% tags=["trained"]
+predict("02-types", None)
+
+documents = list(islice(world.documents("heldout"), 60))
+trace = RoutingTrace.of(
+    without_capacity(trained_model), tokenizer, documents, window=64
+)
+kind = torch.tensor([TYPES.index(each) for each in trace.token_type])
+seen = [each for each in TYPES if each in trace.token_type]
+ids = trace.layer(0).topk_ids
+table = specialization(ids, kind, len(TYPES), N_experts)
+charts.domain_heatmap(
+    [
+        {"domain": each, "expert": e, "share": table[TYPES.index(each), e].item()}
+        for each in seen
+        for e in range(N_experts)
+    ],
+    null=null_specialization(ids, N_experts).tolist(),
+    title="Which experts does each kind of token use? (first layer)",
+    subtitle=[
+        "Share of the tokens of a kind that choose the expert.",
+        "Bottom row: all tokens. If the kind did not matter every row would look like it.",
+    ],
+)
+
+# %% tags=["trained"]
+digits = table[TYPES.index("digit")]
+claim("digits that choose the expert they choose most", digits.max(), (0.4, 1.0))
+lift = digits / null_specialization(ids, N_experts)
+claim("that over the share of all tokens", lift[digits.argmax()], (1.5, 20.0))
+
+# %% [markdown]
+# Or they know single *words*. For each token of the vocabulary, take the share of its occurrences that have
 # the same first expert, whichever that is most often; then the mean over the vocabulary (*vocabulary specialization*,
 # after {cite:t}`OLMoE2024`). At 1 the token alone decides.
 #
@@ -632,11 +713,12 @@ for number, routing in enumerate(routings):
         def by_word(ids, least=least):
             return vocabulary_specialization(ids, words, N_experts, least=least)
 
-        chance = shuffled(by_word, routing.topk_ids, draw)
+        first_choice = routing.topk_ids[:, :1]
+        chance = shuffled(by_word, first_choice, draw)
         rows.append(
             {
                 "what": f"layer {number}, {'any' if least == 1 else 'frequent'} token",
-                "value": by_word(routing.topk_ids),
+                "value": by_word(first_choice),
                 "null": chance.median(),
                 "null_low": chance.min(),
                 "null_high": chance.max(),
@@ -653,10 +735,10 @@ charts.specialization_against_null(
 )
 
 # %% tags=["trained"]
-claim("vocabulary specialization, first layer", rows[0]["value"], (0.85, 0.95))
-claim("the null of it", rows[0]["null"], (0.5, 0.65))
-claim("first layer, frequent tokens", rows[1]["value"], (0.7, 0.86))
-claim("the null of that", rows[1]["null"], (0.2, 0.38))
+claim("vocabulary specialization, first layer", rows[0]["value"], (0.68, 0.82))
+claim("the null of it", rows[0]["null"], (0.42, 0.55))
+claim("first layer, frequent tokens", rows[1]["value"], (0.52, 0.68))
+claim("the null of that", rows[1]["null"], (0.12, 0.24))
 
 # %% [markdown]
 # **What to notice.** The null is nowhere near 1/16. A token seen once has all of its occurrences at one expert, whatever
@@ -699,6 +781,7 @@ charts.effects_by_kind(
         row["effect"]: mean(r["value"] for r in rows if r["effect"] == row["effect"])
         for row in rows
     },
+    kinds_are="experts",
     dashed="mean",
     number=".3f",
     title="Is a busy expert a needed one?",
@@ -717,19 +800,26 @@ for at, (of_one, of_busiest, related) in EXPECTED.items():
     claim(f"layer {at}: rise without the busiest", rises[loads.argmax()], of_busiest)
     r = torch.corrcoef(torch.stack((loads, rises)))[0, 1]
     claim(f"layer {at}: correlation of load and rise", r, related)
+    print(f"layer {at}: busiest e{loads.argmax()}, most missed e{rises.argmax()}")
 
 # %% [markdown]
-# **What to notice.** In both layers the busiest expert is one that the model hardly misses, and load and need do not go
-# together. How often an expert is chosen says how much work it does, not what it is good for: a token may go there because it has
-# to go somewhere. Chapters 04 and 08 take this further.
+# **What to notice.** In both layers the busiest expert is one that the model hardly misses, and a higher load does not go with a
+# higher need; in the second layer, if anything, it goes with a lower one. How often an expert is chosen says how much work it
+# does, not what it is good for. Chapters 04 and 08 take this further.
 #
-# **Ask.** Now look at the tokens themselves. In the explorer, focus on e4 of layer 0, the expert with the largest rise, and
-# switch it off. Which tokens lose? And what happens at e3, the busiest?
+# **Ask.** Now look at the tokens themselves. The explorer opens on the expert of layer 0 that is missed most. Switch it off:
+# which tokens lose? And what happens at the busiest?
 
 # %% tags=["trained"]
 sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
+most_missed = max(range(N_experts), key=lambda e: rise[0, e])
 explore(
-    {"GShard": trained_model}, tokenizer, sentence, window=64, n_devices=4, expert=4
+    {"GShard": intact},
+    tokenizer,
+    sentence,
+    window=64,
+    n_devices=4,
+    expert=most_missed,
 )
 
 # %% [markdown]

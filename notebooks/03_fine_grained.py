@@ -611,10 +611,20 @@ charts.coactivation(
 pairs = ~torch.eye(fine.n_experts, dtype=torch.bool)
 above = (together > null.amax(dim=0)) & pairs
 below = (together < null.amin(dim=0)) & pairs
-lift = (together / null.mean(dim=0).clamp(min=1e-9))[pairs & (fine.counts >= 50)]
+busy = fine.counts >= 50
+lift = together / null.mean(dim=0).clamp(min=1e-9)
+lift = lift[pairs & busy[:, None] & busy[None, :]]
+for where, share, interval in (
+    ("above", above, {"smoke": (0.0, 1.0), "cpu": (0.15, 0.5), "gpu": (0.0, 1.0)}),
+    ("below", below, {"smoke": (0.0, 1.0), "cpu": (0.3, 0.75), "gpu": (0.0, 1.0)}),
+):
+    claim(
+        f"pairs {where} every shuffle",
+        share.sum() / pairs.sum(),
+        interval[profile],
+        asserted=own,
+    )
 report(
-    pairs_above_every_shuffle=above.float().sum() / pairs.sum(),
-    pairs_below_every_shuffle=below.float().sum() / pairs.sum(),
     strongest_lift_among_busy_experts=lift.max(),
     different_sets_of_experts=len(fine.topk_ids.sort(dim=1).values.unique(dim=0)),
     tokens=len(fine.topk_ids),

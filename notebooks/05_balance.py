@@ -633,19 +633,83 @@ report(
 # The text's loss hardly moves. On one machine, without slots, imbalance costs this small model nothing that a short
 # run could show. What differs is the overflow, and that is what a cluster pays for.
 #
-# How fast should the bias move? Take the router of the model that was left alone, as it is at the end, nothing learning any
-# more, and let only the bias act, on one batch of held-out text after another.
+# How hard does a loss have to pull? Take the router of the model that was left alone, as it is at the end, and what it reads.
+# Move nothing but its vectors $\mathbf e_i$, sixty steps, and let two things pull at them: the affinities that it had learnt
+# ({eq}`eq:affinity`; cross-entropy to them), and $\alpha$ times the expert-level loss {eq}`eq:expert-loss`.
+#
+# **Ask.** How large must $\alpha$ be before the loads move? And how many tokens then lose the expert that they had?
+
+# %% tags=["trained"]
+predict("05-alpha", None)  # an alpha, and a share of the tokens
+
+frozen = models["none"].cpu().eval()
+first = frozen.moe_layers[0].router
+read = []  # what the router reads
+hook = first.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+with torch.no_grad():
+    affinities = torch.cat(
+        [frozen(batch.tokens[:, :-1]).routings[0].scores for batch in held_out]
+    )
+hook.remove()
+u, learnt_s = read[0], affinities[: len(read[0])]
+had = ordered_topk(learnt_s, top_k)
+
+
+def pull(alpha):  # the choices afterwards, (T, K)
+    e = first.weight.detach().clone().requires_grad_()
+    optimizer = torch.optim.Adam([e], lr=0.02)
+    for _ in range(60):
+        s = (u @ e.T).softmax(dim=-1)
+        chosen = F.one_hot(ordered_topk(s.detach(), top_k), n_experts).sum(dim=(0, 1))
+        f = chosen * n_experts / (top_k * len(u))
+        loss = F.cross_entropy(u @ e.T, learnt_s) + alpha * (f * s.mean(dim=0)).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return ordered_topk((u @ e.T).detach(), top_k)
+
+
+def evenness(ids):  # MaxVio, and the share of choices that stayed
+    stayed = (ids[:, :, None] == had[:, None]).any(dim=2).float().mean().item()
+    return my_max_vio(ids, n_experts), stayed
+
+
+def pulled(alpha):
+    ids = pull(alpha)
+    vio, stayed = evenness(ids)
+    return charts.expert_load(
+        torch.bincount(ids.flatten(), minlength=n_experts).tolist(),
+        title=f"α = {alpha:.2g}: MaxVio {vio:.2f}, {stayed:.0%} of the choices stay",
+    )
+
+
+live(pulled, alpha=FloatLogSlider(0.01, min=-3, max=1.5, step=0.25, description="α"))
+
+# %% tags=["trained"]
+pulls = {alpha: evenness(pull(alpha)) for alpha in (0.001, 0.1, 10.0)}
+interval = {"smoke": (0.0, 16.0), "cpu": (0.3, 15.0), "gpu": (0.0, 16.0)}[profile]
+gap = pulls[0.001][0] - pulls[10.0][0]
+claim("MaxVio with a weak pull minus with a strong one", gap, interval, asserted=own)
+gap = pulls[0.001][1] - pulls[10.0][1]
+interval = {"smoke": (-0.2, 1.0), "cpu": (0.02, 1.0), "gpu": (-0.2, 1.0)}[profile]
+claim("choices that stay, weak minus strong", gap, interval, asserted=own)
+report(
+    max_vio_by_alpha={f"{alpha:g}": vio for alpha, (vio, _) in pulls.items()},
+    choices_that_stay={f"{alpha:g}": stayed for alpha, (_, stayed) in pulls.items()},
+)
+
+# %% [markdown]
+# **What to notice.** A weak pull changes next to nothing; a strong one makes the loads more even and takes experts away from tokens
+# that had learnt to want them. What is seen here is only the router; in training the experts move too, and a token that is
+# sent elsewhere teaches the expert it meets.
+#
+# How fast should the bias move? Here is the same router with no loss. Nothing is learnt any more, and only the bias acts, on
+# one batch of held-out text after another.
 #
 # **Ask.** With a small step it takes long. With a large one? Move the control, and look at where MaxVio settles.
 
 # %% tags=["trained"]
 predict("05-bias-speed", None)  # what a large step does
-
-with torch.no_grad():
-    frozen = models["none"].cpu().eval()
-    affinities = torch.cat(
-        [frozen(batch.tokens[:, :-1]).routings[0].scores for batch in held_out]
-    )
 
 
 def settle(speed, batch):  # MaxVio of each of 400 batches
@@ -704,8 +768,7 @@ report(
 # %% [markdown]
 # **What to notice.** A step that is too small has not arrived after 400 batches. One that is too large never settles: it moves
 # past the differences between affinities, so that experts go from overloaded to idle and back. In between there is a speed that
-# comes down fast and stays low, and more tokens a step make it smoother, for the sign of the gap is then less often
-# a matter of chance.
+# comes down fast and stays low. Try fewer and more tokens a step, too.
 #
 # ## All remedies on one axis
 #
@@ -1067,9 +1130,19 @@ for M in range(1, DEVICES + 1):
             "kept": share,
         }
     )
-charts.device_flow(tokens_shown, limits)
+charts.device_flow(
+    tokens_shown,
+    limits,
+    subtitle=[
+        "Number: how many of the token's experts sit on the device. Fill: their gate.",
+        "Beneath: what each limit M costs, over all 4,096 tokens.",
+    ],
+)
 
 # %% [markdown]
+# **What to notice.** With $M = 1$ all six of a token's experts stand on one device, whatever it would have liked; with $M = 3$ most
+# columns hardly change their fill, for what is given up are choices with a small gate.
+#
 # ## What V2 drops
 #
 # V2's losses make devices nearly even. What still goes beyond, it drops, in training only (Section 2.2.4). The budget is

@@ -107,6 +107,33 @@ def test_what_cannot_be_done_is_said_and_changes_nothing(content, message):
     assert widget.message == ""
 
 
+def test_a_long_text_is_refused_before_any_model_reads_it(monkeypatch):
+    widget = explore({"a": made()}, TOKENIZER, TEXT)
+    monkeypatch.setattr(module.RoutingTrace, "of", None)
+    asked(widget, do="route", text="日" * 8_000)
+    assert "text = 24,000 tokens: the explorer shows at most 512" in widget.message
+
+
+def test_any_other_error_is_said_too(monkeypatch):
+    widget = explore({"a": made()}, TOKENIZER, TEXT)
+    monkeypatch.setattr(module.RoutingTrace, "of", lambda *_, **__: {}["lost"])
+    asked(widget, do="route", text="ab")
+    assert widget.message == "KeyError: 'lost'"
+    assert not widget.busy
+
+
+def test_training_the_model_on_does_not_change_the_explorer():
+    model = made()
+    widget = explore({"a": model}, TOKENIZER, TEXT)
+    before = widget.views[0]["loss"]
+    with torch.no_grad():
+        model.head.weight.zero_()
+    asked(widget, do="toggle", view=0, layer=0, expert=0)
+    asked(widget, do="all on")
+    asked(widget, do="route", text=TEXT)
+    assert widget.views[0]["loss"] == before
+
+
 def test_too_many_experts_off_is_refused_where_too_few_are_left():
     widget = explore({"a": made()}, TOKENIZER, TEXT)
     for e in range(5):
@@ -151,7 +178,7 @@ def test_refused_when_made():
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
-    [("focus", [16], "expert = 16: must be"), ("focus", [0, 0], "one expert for each model"),
+    [("focus", [16], "expert = 16: must be"), ("focus", [0, 0], "one expert for each of 1 models"),
      ("layer", 2, "layer = 2: must be"), ("token", 20, "token = 20: must be")],
 )  # fmt: skip
 def test_traits_out_of_range_are_refused(name, value, message):
@@ -159,6 +186,9 @@ def test_traits_out_of_range_are_refused(name, value, message):
     before = getattr(widget, name)
     with pytest.raises(InputError, match=message):
         setattr(widget, name, value)
+    assert getattr(widget, name) == before
+    with pytest.raises(InputError, match=message):
+        widget.set_state({name: value})  # as the page sends it
     assert getattr(widget, name) == before
 
 

@@ -1,5 +1,6 @@
 """The explorer on a page of its own, without a kernel: drawn fast, moved by mouse and keys, readable by everyone."""
 
+import base64
 import json
 import statistics
 from pathlib import Path
@@ -141,6 +142,33 @@ def test_two_models_move_together(show):
         assert panel.locator("tr").count() == trace.n_layers
     page.locator(".dx-experts").nth(1).locator("[role=option]").nth(63).click()
     assert panels.nth(0).locator(".dx-experts [aria-selected=true]").inner_text() != "e63"
+
+
+def test_two_explorers_keep_apart(show):
+    first, second = Explorer({"a": made_up(2, 16, 12)}), Explorer({"b": made_up(2, 8, 12)})
+    page = show(first, second)
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
+    assert len(ids) == len(set(ids)) == 54
+    page.locator(".dsmoe-explorer").nth(1).get_by_role("button", name="next layer").click()
+    values = page.get_by_label("Layer", exact=True)
+    assert [values.nth(i).input_value() for i in range(2)] == ["0", "1"]
+
+
+def test_a_shorter_text_moves_the_token_inside(show):
+    page = show(Explorer({"a": made_up(2, 16, 30)}))
+    page.locator(".dx-tokens [role=option]").nth(29).click()
+    short = Explorer({"a": made_up(1, 4, 5)}).views
+    page.evaluate(
+        """view => {
+            const buffer = text => new DataView(Uint8Array.from(atob(text), letter => letter.charCodeAt(0)).buffer);
+            for (const name of ['ids', 'gates', 'kept', 'devices', 'loss', 'before']) view[name] = buffer(view[name]);
+            document.querySelector('.saved-widget').model.set('views', [view]);
+        }""",
+        {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in short[0].items()},
+    )
+    assert "Token 4" in page.locator("caption").inner_text()
+    assert page.locator(".dx-experts [role=option]").count() == 4
+    assert page.get_by_label("Layer", exact=True).locator("option").count() == 1
 
 
 def test_without_python_nothing_pretends_to_compute(show):

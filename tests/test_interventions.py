@@ -96,6 +96,14 @@ def test_other_numbers_of_active_experts(seed, top_k):
         torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], top_k=top_k))
 
 
+def test_random_numbers_go_on_as_if_nothing_had_happened():
+    model = made(0)
+    before = torch.get_rng_state()
+    for change in (lambda: with_active(model, 1), lambda: swap_shared(model, 1), lambda: silence(model, shared=True)):
+        change()
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_masks_act_before_groups_and_on_biased_choice():
     moe = replace(MOE, scoring_func="sigmoid", expert_bias=True, n_group=3, topk_group=2, norm_topk_prob=True)
     model = made(0, replace(CONFIG, moe=moe))

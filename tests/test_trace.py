@@ -1,5 +1,6 @@
 """RoutingTrace: the same routing as the model's own, whole after a trip to disk, and refused in one line."""
 
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def made(**moe) -> Transformer:
 
 
 TOKENIZER = bytes_tokenizer()
+T = len(TEXT.encode())
 torch.set_num_threads(1)
 
 
@@ -139,7 +141,11 @@ def rewritten(path: Path, **changed) -> None:
      ({"gate": None}, "is no trace, or damaged"),
      ({"tokens": np.zeros(3, np.uint8)}, "is no trace, or damaged"),
      ({"gate": np.zeros((1, 2, 3), np.float16)}, r"gate is float16\[1, 2, 3\]: damaged"),
-     ({"expert": np.zeros((3, 45, 2), np.int64)}, "expert is int64")],
+     ({"expert": np.zeros((3, T, 2), np.int64)}, "expert is int64"),
+     ({"expert": np.zeros((3, T), np.int16)}, "expert and scores have 2 dimensions"),
+     ({"expert": np.full((3, T, 2), 6, np.int16)}, "expert holds numbers beyond 5"),
+     ({"device_of": np.full(6, -1, np.int8)}, "device_of holds devices that are not there"),
+     ({"domain": np.frombuffer(b'["a"]', np.uint8)}, "domain has 1 entries")],
 )  # fmt: skip
 def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, message):
     path = tmp_path / "trace.npz"
@@ -148,6 +154,17 @@ def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, me
     with pytest.raises(InputError, match=message) as error:
         RoutingTrace.load(path)
     assert "\n" not in str(error.value)
+
+
+def test_no_flipped_bit_gives_anything_but_a_trace_or_an_input_error(tmp_path):
+    path = tmp_path / "trace.npz"
+    RoutingTrace.of(made(), TOKENIZER, TEXT).save(path)
+    whole = path.read_bytes()
+    draw = np.random.default_rng(0)
+    for at in draw.integers(len(whole), size=300):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.integers(8))]) + whole[at + 1 :])
+        with suppress(InputError):
+            RoutingTrace.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no zip at all"])

@@ -50,7 +50,7 @@ def widget_html(view: dict[str, Any]) -> str:
     """The place of one widget."""
     return (
         f'<div class="saved-widget" data-model="{html.escape(view["model_id"], quote=True)}">'
-        '<p class="widget-note">Here JupyterLab shows a control that needs Python.</p></div>'
+        '<p class="widget-note">Here JupyterLab shows a control: it needs Python.</p></div>'
     )
 
 

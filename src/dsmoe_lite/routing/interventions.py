@@ -26,10 +26,7 @@ def swap_shared(model: Transformer, more_routed: int) -> Transformer:
     shared = 0 if moe is None else moe.n_shared_experts
     require(shared > 0, "n_shared_experts", shared, "there is no shared expert to take away")
     assert moe is not None
-    config = replace(model.config, moe=replace(moe, n_shared_experts=0, top_k=moe.top_k + more_routed))
-    changed = Transformer(config).to(model.embed.weight)
-    changed.load_state_dict({name: value for name, value in model.state_dict().items() if ".shared." not in name})
-    return changed.train(model.training)
+    return _rebuilt(model, replace(moe, n_shared_experts=0, top_k=moe.top_k + more_routed))
 
 
 def silence(model: Transformer, *, shared: bool = False, ranks: Collection[int] = ()) -> Transformer:
@@ -94,9 +91,15 @@ def with_active(model: Transformer, top_k: int) -> Transformer:
     """
     moe = _chosen_by_score(model)
     second = moe.second_choice if top_k == moe.top_k else "all"
-    config = replace(model.config, moe=replace(moe, top_k=top_k, second_choice=second))
-    changed = Transformer(config).to(model.embed.weight)
-    changed.load_state_dict(model.state_dict())
+    return _rebuilt(model, replace(moe, top_k=top_k, second_choice=second))
+
+
+def _rebuilt(model: Transformer, moe: MoEConfig) -> Transformer:
+    """The weights of `model` under another config, without those it has no place for; torch's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        changed = Transformer(replace(model.config, moe=moe)).to(model.embed.weight)
+    weights = model.state_dict()
+    changed.load_state_dict({name: weights[name] for name in changed.state_dict()})
     return changed.train(model.training)
 
 

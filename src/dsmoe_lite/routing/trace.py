@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,19 +103,21 @@ class RoutingTrace:
         assert moe is not None
         n_devices = moe.n_group if n_devices is None else n_devices
         require_whole("n_devices", n_devices, 1, min(moe.n_routed_experts, MOST_DEVICES))
-        cut = [_cut(tokenizer, document.text) for document in documents]
-        ids = [token_id for pieces in cut for token_id, _ in pieces]
-        tokens = [token for pieces in cut for _, token in pieces]
+        pieces_of = [cut(tokenizer, document.text) for document in documents]
+        ids = [token_id for pieces in pieces_of for token_id, _ in pieces]
+        tokens = [token for pieces in pieces_of for _, token in pieces]
         windows = [
             [token_id for token_id, _ in pieces[at : at + window]]
-            for pieces in cut
+            for pieces in pieces_of
             for at in range(0, len(pieces), window)
         ]
         routings, losses = _run(model, windows)
         return cls(
             tokens=tuple(tokens),
             token_ids=np.array(ids, np.int32),
-            domain=tuple(document.domain for document, pieces in zip(documents, cut, strict=True) for _ in pieces),
+            domain=tuple(
+                document.domain for document, pieces in zip(documents, pieces_of, strict=True) for _ in pieces
+            ),
             token_type=token_types(tokens),
             **_stack(routings),
             loss=losses,
@@ -149,7 +152,7 @@ class RoutingTrace:
                 fields |= {name: int(file[name]) for name in _NUMBERS}
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except _DAMAGE as error:
             raise InputError(
                 f"{path}: is no trace, or damaged ({type(error).__name__}); trace the text again"
             ) from None
@@ -158,6 +161,8 @@ class RoutingTrace:
         return trace
 
 
+_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zlib.error,
+           zipfile.BadZipFile)  # fmt: skip
 _WORDS = ("tokens", "domain", "token_type")
 _NUMBERS = ("n_shared", "n_devices")
 _ARRAYS = {
@@ -197,7 +202,7 @@ def _check_text(documents: Sequence[Document]) -> None:
         raise InputError(f"text = {length:,} characters: must be at most {MOST_CHARACTERS:,}")
 
 
-def _cut(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
+def cut(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
     """(id, characters) of each token. A character of several tokens, as an emoji, belongs to the first of them."""
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
@@ -258,10 +263,21 @@ def _packed(words: Sequence[str]) -> np.ndarray:
 
 
 def _check_shapes(path: Path, trace: RoutingTrace) -> None:
+    """Whether the parts belong together: one row a token, experts and devices that are there."""
+
+    def whole(holds: bool, what: str) -> None:
+        if not holds:
+            raise InputError(f"{path}: {what}: damaged; trace the text again")
+
+    whole(trace.expert.ndim == trace.scores.ndim == 3, f"expert and scores have {trace.expert.ndim} dimensions")
     T, (L, _, K), E = len(trace.tokens), trace.expert.shape, trace.n_routed
     shapes = {"token_ids": (T,), "expert": (L, T, K), "gate": (L, T, K), "kept": (L, T, K), "scores": (L, T, E),
               "loss": (T,), "device_of": (E,)}  # fmt: skip
     for name, kind in _ARRAYS.items():
         found = getattr(trace, name)
-        if found.shape != shapes[name] or found.dtype != kind:
-            raise InputError(f"{path}: {name} is {found.dtype}{list(found.shape)}: damaged; trace the text again")
+        whole(found.shape == shapes[name] and found.dtype == kind, f"{name} is {found.dtype}{list(found.shape)}")
+    for name in _WORDS:
+        whole(len(getattr(trace, name)) == T, f"{name} has {len(getattr(trace, name))} entries, not {T}")
+    whole(bool(((trace.expert >= -1) & (trace.expert < E)).all()), f"expert holds numbers beyond {E - 1}")
+    devices = trace.device_of
+    whole(bool(((devices >= 0) & (devices < trace.n_devices)).all()), "device_of holds devices that are not there")

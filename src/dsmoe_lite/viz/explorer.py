@@ -1,6 +1,7 @@
 """The routing explorer: a text, token by token, and the experts that each token finds, layer by layer."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from dsmoe_lite.errors import InputError, RunError, require, require_whole
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.interventions import switch_off
-from dsmoe_lite.routing.trace import RoutingTrace
+from dsmoe_lite.routing.trace import RoutingTrace, cut
 from dsmoe_lite.viz import renderer, theme
 from dsmoe_lite.viz.tokens import MOST_TOKENS as MOST_IN_PICTURE
 from dsmoe_lite.viz.tokens import token_routing
@@ -40,21 +41,27 @@ def explore(
     """An explorer of one model or two side by side, for a text that the reader may change.
 
     window: tokens that a model sees at once, as RoutingTrace.of takes it; n_devices: where experts stand, in order;
-    layer, expert: shown first (the busiest expert). InputError for an empty text, one of more than 512 tokens, a model
+    layer, expert: shown first (the busiest expert). The models are copied: training them on does not change the
+    explorer. InputError for an empty text, one of more than 512 tokens, a model
     without experts, a layer or expert that is not there.
     """
 
     def recompute(name: str, text: str, off: Off) -> RoutingTrace:
-        _check_length(text)
+        _check_length(tokenizer, text)
         by_layer: dict[int, set[int]] = {}
         for at, e in off:
             by_layer.setdefault(at, set()).add(e)
-        model = switch_off(models[name], by_layer) if off else models[name]
+        model = switch_off(own[name], by_layer) if off else own[name]
         return RoutingTrace.of(model, tokenizer, text, window=window, n_devices=n_devices)
 
     require(1 <= len(models) <= MOST_VIEWS, "models", len(models), f"must be 1 to {MOST_VIEWS}")
-    traces = {name: recompute(name, text, frozenset()) for name in models}
+    own = {name: deepcopy(model).eval() for name, model in models.items()}
+    traces = {name: recompute(name, text, frozenset()) for name in own}
     return Explorer(traces, text=text, recompute=recompute, layer=layer, expert=expert)
+
+
+class OutOfRangeError(InputError, traitlets.TraitError):
+    """A layer, token or expert that is not there: traitlets takes such a value back, also where the page sent it."""
 
 
 class Explorer(anywidget.AnyWidget):
@@ -105,23 +112,18 @@ class Explorer(anywidget.AnyWidget):
 
     @traitlets.validate("layer")
     def _layer_is_there(self, proposal: Any) -> int:
-        most = max((view["n_layers"] for view in self.views), default=1)
-        require_whole("layer", proposal["value"], 0, most - 1)
-        return int(proposal["value"])
+        return _one_of("layer", proposal["value"], max((view["n_layers"] for view in self.views), default=1))
 
     @traitlets.validate("token")
     def _token_is_there(self, proposal: Any) -> int:
-        require_whole("token", proposal["value"], 0, max((len(view["tokens"]) for view in self.views), default=1) - 1)
-        return int(proposal["value"])
+        return _one_of("token", proposal["value"], max((len(view["tokens"]) for view in self.views), default=1))
 
     @traitlets.validate("focus")
     def _experts_are_there(self, proposal: Any) -> list[int]:
-        require(
-            len(proposal["value"]) == len(self.views), "focus", proposal["value"], "must be one expert for each model"
-        )
-        for e, view in zip(proposal["value"], self.views, strict=True):
-            require_whole("expert", e, 0, view["n_experts"] - 1)
-        return list(proposal["value"])
+        focus = list(proposal["value"])
+        if len(focus) != len(self.views):
+            raise OutOfRangeError(f"focus = {focus}: must be one expert for each of {len(self.views)} models")
+        return [_one_of("expert", e, view["n_experts"]) for e, view in zip(focus, self.views, strict=True)]
 
     def _receive(self, _: Any, content: dict[str, Any], __: Any) -> None:
         """What the page asks for: {"do": "hello" | "route" | "toggle" | "all on", ...}."""
@@ -149,6 +151,8 @@ class Explorer(anywidget.AnyWidget):
             views = [_view(name, now[name], whole[name], off[name]) for name in off]
         except (InputError, RunError) as error:
             self.message = str(error)
+        except Exception as error:  # nobody reads the log of a widget
+            self.message = f"{type(error).__name__}: {error}"
         else:
             self._traces, self._off = whole, off
             with self.hold_sync():
@@ -167,15 +171,29 @@ class Explorer(anywidget.AnyWidget):
         return data, {"image/png": metadata["image/png"]}
 
 
-def _check_length(text: str) -> None:
+def _one_of(name: str, value: Any, n: int) -> int:
+    try:
+        require_whole(name, value, 0, n - 1)
+    except InputError as error:
+        raise OutOfRangeError(str(error)) from None
+    return int(value)
+
+
+def _check_length(tokenizer: Tokenizer, text: str) -> None:
+    """Refuse a long text before a model reads it."""
     if len(text) > MOST_CHARACTERS:
         raise InputError(f"text = {len(text):,} characters: the explorer takes at most {MOST_CHARACTERS:,}; shorten it")
+    _check_tokens(sum(1 for _ in cut(tokenizer, text)))
+
+
+def _check_tokens(n: int) -> None:
+    if n > MOST_TOKENS:
+        raise InputError(f"text = {n:,} tokens: the explorer shows at most {MOST_TOKENS}; shorten it")
 
 
 def _view(name: str, trace: RoutingTrace, whole: RoutingTrace | None = None, off: Off = frozenset()) -> dict[str, Any]:
     """A trace as the page takes it: plain facts, and arrays as bytes, gates in 65,535ths of the highest."""
-    if len(trace.tokens) > MOST_TOKENS:
-        raise InputError(f"text = {len(trace.tokens):,} tokens: the explorer shows at most {MOST_TOKENS}; shorten it")
+    _check_tokens(len(trace.tokens))
     gate = trace.gate.astype(np.float64)
     top = float(gate.max()) or 1.0
     return {

@@ -20,6 +20,7 @@ def effects_by_kind(
     rows: Sequence[dict[str, Any]],
     *,
     overall: Mapping[str, float],
+    kinds_are: str = "kinds of token",
     dashed: str = "all tokens",
     number: str = "+.3f",
     title: str = "Which tokens does it hit?",
@@ -29,8 +30,8 @@ def effects_by_kind(
     """One panel an effect, one row a kind of token: the mean with its 95% t-interval over parts of the text.
 
     rows: {kind, effect, value, part (optional)}; overall: each effect over all tokens, a dashed line, which is where
-    every dot would lie if the kind did not matter (`dashed` is its name). The largest mean of a panel stands out. At
-    most four panels, each with a scale of its own; `number` is the format of the values.
+    every dot would lie if the kind did not matter. `kinds_are` and `dashed` name the two. The largest mean of a panel
+    stands out. At most four panels, each with a scale of its own; `number` is the format of the values.
     """
     need_rows(rows, "kind", "effect", "value")
     kinds, effects = in_order(row["kind"] for row in rows), in_order(row["effect"] for row in rows)
@@ -48,7 +49,7 @@ def effects_by_kind(
     marks = {effect: _marks(values[effect], number) for effect in effects}
     if not description:
         said = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_top(marks[effect])}" for effect in effects]
-        description = f"Dot chart of {len(kinds)} kinds of token by {listed(effects)}. {'; '.join(said)}."
+        description = f"Dot chart of {len(kinds)} {kinds_are} by {listed(effects)}. {'; '.join(said)}."
     subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: the largest of a panel."
     panels = [
         _panel(marks[effect], kinds, levels[effect], number, width, labels if i == 0 else 0).properties(

@@ -46,8 +46,10 @@
     const style = document.createElement("style");
     style.textContent = state._css;
     const el = document.createElement("div");
+    state.can_compute = false; // nobody to run a cell here
+    box.model = new SavedModel(state);
+    await widget.render({ model: box.model, el });
     box.replaceChildren(style, el);
-    await widget.render({ model: new SavedModel(state), el });
     box.dataset.mounted = "yes";
   }
 
@@ -57,7 +59,7 @@
     const all = script ? JSON.parse(script.textContent).state : {};
     for (const box of document.querySelectorAll(".saved-widget")) {
       const saved = all[box.dataset.model];
-      if (saved && saved.model_module === "anywidget") mount(box, saved);
+      if (saved && saved.model_module === "anywidget") mount(box, saved).catch((error) => console.error(error));
       else box.dataset.mounted = "no";
     }
   });

@@ -3,7 +3,6 @@
 
 const NONE = 0xffff; // no expert
 const STEPS = 5; // shades of a fill
-let count = 0; // explorers on this page, for ids
 
 function make(tag, properties = {}, ...children) {
   const node = document.createElement(tag);
@@ -23,15 +22,17 @@ function bytes(view, Kind) {
 // One traced model as numbers; i = (layer * T + token) * K + rank.
 function unpack(view) {
   const before = view.before.byteLength ? bytes(view.before, Float32Array) : null;
+  const loss = bytes(view.loss, Float32Array);
   return {
     ...view,
     T: view.tokens.length,
     ids: bytes(view.ids, Uint16Array),
     gates: bytes(view.gates, Uint16Array),
     kept: bytes(view.kept, Uint8Array),
-    loss: bytes(view.loss, Float32Array),
+    loss,
     devices: bytes(view.devices, Uint8Array),
     before,
+    change: before ? loss.map((now, t) => now - before[t]) : null,
     isOff: new Set(view.off.map(([layer, expert]) => `${layer} ${expert}`)),
   };
 }
@@ -55,6 +56,12 @@ function loads(view, layer) {
   return counts;
 }
 
+function most(values) {
+  let top = 0;
+  for (const value of values) if (Math.abs(value) > top) top = Math.abs(value);
+  return top;
+}
+
 function mean(values) {
   const known = values.filter(Number.isFinite);
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : NaN;
@@ -62,13 +69,15 @@ function mean(values) {
 
 const short = (value) => (Number.isFinite(value) ? value.toFixed(2) : "none");
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(2);
+const forbid = (button, no) => button.setAttribute("aria-disabled", String(Boolean(no))); // it keeps the focus
+const refused = (button) => button.getAttribute("aria-disabled") === "true";
 const shade = (share) => Math.min(STEPS, Math.max(1, Math.ceil(share * STEPS)));
 const visible = (token) =>
   token === "" ? "∙" : token.replaceAll("\n", "↵").replaceAll("\t", "⇥").replace(/^ /, "").replaceAll(" ", "␣") || "␣";
 
 // A list with one tab stop, moved through by arrows, Home and End; selection follows.
 function listbox(label, prefix, select, stepLayer) {
-  const box = make("div", { role: "listbox", tabIndex: 0, "aria-label": label, "data-lm-suppress-shortcuts": "true" });
+  const box = make("div", { role: "listbox", tabIndex: 0, "aria-label": label });
   let options = [];
   let at = 0;
 
@@ -155,7 +164,7 @@ function panel(number, prefix, state, act) {
   );
   experts.box.classList.add("dx-experts");
   tokens.box.classList.add("dx-tokens");
-  toggle.addEventListener("click", () => act.toggle(number));
+  toggle.addEventListener("click", () => refused(toggle) || act.toggle(number));
   let view = null;
   let shown = "";
 
@@ -163,7 +172,8 @@ function panel(number, prefix, state, act) {
     view = state.views[number];
     node.setAttribute("aria-label", view.name);
     const shared = view.n_shared ? `, ${view.n_shared} shared` : "";
-    title.replaceChildren(view.name, make("small", {}, ` ${view.top_k} of ${view.n_experts} experts${shared}`));
+    const upTo = view.ids.includes(NONE) ? "up to " : "";
+    title.replaceChildren(view.name, make("small", {}, ` ${upTo}${view.top_k} of ${view.n_experts} experts${shared}`));
     legend.textContent = `Experts: bar, load${view.n_devices > 1 ? "; stripe, device" : ""}`;
     experts.fill(
       Array.from({ length: view.n_experts }, (_, e) => {
@@ -204,19 +214,19 @@ function panel(number, prefix, state, act) {
   }
 
   function drawTokens(layer, focus, colour) {
-    const change = view.before ? view.loss.map((loss, t) => loss - view.before[t]) : null;
-    const finite = (values) => Math.max(1e-6, ...values.filter(Number.isFinite).map(Math.abs));
-    const topLoss = finite(Array.from(view.loss));
-    const topChange = change ? Math.max(0.1, finite(Array.from(change))) : 1;
+    const { change } = view;
     tokens.box.setAttribute("aria-label", `${view.name}: the text in layer ${layer}`);
     tokens.options.forEach((option, t) => {
       const mine = choices(view, layer, t).find((choice) => choice.expert === focus);
       let look = "";
       let say = mine ? `e${focus} ${short(mine.gate)}${mine.kept ? "" : ", dropped"}` : `not e${focus}`;
-      if (colour === "gate" && mine) look = mine.kept ? `dx-s${shade(mine.gate / view.gate_top)}` : "dx-dropped";
-      if (colour === "loss" && Number.isFinite(view.loss[t])) look = `dx-s${shade(view.loss[t] / topLoss)}`;
+      if (colour === "gate" && mine) look = mine.kept ? `dx-s${shade(mine.gate / state.tops.gate)}` : "dx-dropped";
+      if (colour === "loss" && Number.isFinite(view.loss[t])) {
+        look = `dx-s${shade(view.loss[t] / state.tops.loss)}`;
+        say += `, loss ${short(view.loss[t])}`;
+      }
       if (colour === "change" && change && Math.abs(change[t]) >= 0.005) {
-        const size = Math.ceil((Math.abs(change[t]) / topChange) * 3);
+        const size = Math.ceil((Math.abs(change[t]) / state.tops.change) * 3);
         look = `dx-${change[t] > 0 ? "worse" : "better"} dx-c${size}`;
         say += `, loss ${signed(change[t])}`;
       }
@@ -266,14 +276,14 @@ function panel(number, prefix, state, act) {
     losses.textContent = `mean loss ${short(now)}${change}`;
     const off = view.isOff.has(`${layer} ${focus}`);
     toggle.textContent = `Switch e${focus} of layer ${layer} ${off ? "on" : "off"}`;
-    toggle.disabled = !state.awake || state.busy;
+    forbid(toggle, !state.awake || state.busy);
   }
 
   return { node, draw, say: () => path.caption?.textContent ?? "" };
 }
 
 function render({ model, el }) {
-  const prefix = `dx${(count += 1)}`;
+  const prefix = `dx${Math.random().toString(36).slice(2)}`; // several explorers may stand on one page
   const state = { views: [], colour: "gate", awake: false };
   const ask = (message) => {
     try {
@@ -289,7 +299,6 @@ function render({ model, el }) {
     } catch {
       // as above
     }
-    draw();
   };
   const depth = () => Math.max(...state.views.map((view) => view.n_layers));
   const act = {
@@ -318,6 +327,7 @@ function render({ model, el }) {
     colour.append(make("option", { value }, name));
   }
   const all = make("button", { type: "button" }, "All experts on");
+  const legend = make("span", { className: "dx-legend" });
   const bar = make(
     "div",
     { className: "dx-bar" },
@@ -325,16 +335,21 @@ function render({ model, el }) {
     make("span", { className: "dx-step" }, up, layers, down),
     make("label", { htmlFor: colour.id }, "Colour"),
     colour,
+    legend,
     all,
   );
   const message = make("p", { className: "dx-message", role: "status" });
   const heard = make("p", { className: "dx-heard", "aria-live": "polite" });
   const panels = make("div", { className: "dx-panels" });
   const root = make("div", { className: "dsmoe-explorer" }, form, bar, message, panels, heard);
+  root.setAttribute("data-lm-suppress-shortcuts", "true"); // keys belong to the explorer, not to JupyterLab's cells
   let parts = [];
 
   function take() {
     state.views = model.get("views").map(unpack);
+    // the deepest shade is the same value in every panel
+    const top = (least, of) => Math.max(least, ...state.views.map((view) => most(of(view) || [])));
+    state.tops = { gate: top(1e-6, (view) => [view.gate_top]), loss: top(1e-6, (view) => view.loss), change: top(0.1, (view) => view.change) };
     if (parts.length !== state.views.length) {
       parts = state.views.map((_, number) => panel(number, prefix, state, act));
       panels.replaceChildren(...parts.map((part) => part.node));
@@ -345,16 +360,21 @@ function render({ model, el }) {
 
   function draw() {
     for (const name of ["layer", "token", "focus", "busy"]) state[name] = model.get(name);
+    // a text or model may have changed under them
+    state.layer = Math.min(state.layer, depth() - 1);
+    state.token = Math.min(state.token, state.views[0].T - 1);
+    state.focus = state.views.map((view, i) => Math.min(state.focus[i] ?? 0, view.n_experts - 1));
     layers.value = state.layer;
-    up.disabled = state.layer === 0;
-    down.disabled = state.layer >= depth() - 1;
+    forbid(up, state.layer === 0);
+    forbid(down, state.layer >= depth() - 1);
     const changed = state.views.some((view) => view.before);
     colour.options[2].disabled = !changed;
     state.shade = changed || state.colour !== "change" ? state.colour : "gate"; // what can be shown now
     colour.value = state.shade;
-    all.disabled = !state.awake || state.busy || !state.views.some((view) => view.isOff.size);
-    text.disabled = route.disabled = !state.awake;
-    route.disabled ||= state.busy;
+    legend.textContent = `deepest: ${short(state.tops[state.shade])}`;
+    forbid(all, !state.awake || state.busy || !state.views.some((view) => view.isOff.size));
+    forbid(route, !state.awake || state.busy);
+    text.readOnly = !state.awake;
     parts.forEach((part) => part.draw());
     const asleep = model.get("can_compute")
       ? "Run this cell to type a text of your own and to switch experts off."
@@ -385,10 +405,10 @@ function render({ model, el }) {
     state.colour = colour.value;
     draw();
   });
-  all.addEventListener("click", () => ask({ do: "all on" }));
+  all.addEventListener("click", () => refused(all) || ask({ do: "all on" }));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    ask({ do: "route", text: text.value });
+    if (!refused(route)) ask({ do: "route", text: text.value });
   });
   text.addEventListener("keydown", (event) => {
     event.stopPropagation();
