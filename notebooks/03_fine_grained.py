@@ -615,8 +615,8 @@ busy = fine.counts >= 50
 lift = together / null.mean(dim=0).clamp(min=1e-9)
 lift = lift[pairs & busy[:, None] & busy[None, :]]
 for where, share, interval in (
-    ("above", above, {"smoke": (0.0, 1.0), "cpu": (0.15, 0.5), "gpu": (0.0, 1.0)}),
-    ("below", below, {"smoke": (0.0, 1.0), "cpu": (0.3, 0.75), "gpu": (0.0, 1.0)}),
+    ("above", above, {"smoke": (0.0, 1.0), "cpu": (0.27, 0.37), "gpu": (0.0, 1.0)}),
+    ("below", below, {"smoke": (0.0, 1.0), "cpu": (0.46, 0.59), "gpu": (0.0, 1.0)}),
 ):
     claim(
         f"pairs {where} every shuffle",

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+REFERENCE_SECONDS = 1.0  # what `slowness` measures on the quiet reference machine, that of README's table of times
 SCREENSHOTS = paths.REPOSITORY / "build" / "screenshots"  # what CI keeps of a run
 
 
@@ -111,6 +113,24 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
     monkeypatch.setattr(paths, "WORK", small.root / "work")
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
     return small
+
+
+@pytest.fixture(scope="session")
+def slowness() -> float:
+    """How many times slower than the quiet reference machine this one is now: CPU time of a fixed piece of training."""
+    import torch
+
+    from dsmoe_lite.model import Transformer
+    from dsmoe_lite.presets import preset
+
+    torch.set_num_threads(1)
+    model, tokens = Transformer(preset("course-dense")), torch.randint(0, 1024, (32, 65))
+    start = time.process_time()
+    for _ in range(20):
+        torch.nn.functional.cross_entropy(
+            model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()
+        ).backward()
+    return max(1.0, (time.process_time() - start) / REFERENCE_SECONDS)
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -18,11 +17,9 @@ from dsmoe_lite import paths
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
 from dsmoe_lite.labs.order import chapters
 from dsmoe_lite.labs.parameters import check, find
-from dsmoe_lite.labs.refresh import LIMIT
+from dsmoe_lite.labs.refresh import LIMIT, WIDGET_STATE
 from dsmoe_lite.labs.run import chapter_schema, run_chapter
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import explorer, theme
 from dsmoe_lite.viz.renderer import MIME as CHART
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -32,7 +29,6 @@ CHART_LIMIT = 150 * 1024  # bytes, one element a line as nbformat writes it
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from run to run
 
 SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the quiet reference machine, beyond kernel start and imports
-REFERENCE_SECONDS = 1.0  # what `slowness` measures there, the machine of README's table of times
 
 OTHER = {"profile": "smoke", "seed": 1}  # what the quick run of every chapter is given
 FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
@@ -100,6 +96,15 @@ def test_every_chart_and_explorer_holds_its_picture_and_words(notebook):
 
 
 @each_chapter
+def test_stored_explorers_are_todays(notebook):
+    widgets = nbformat.read(notebook, as_version=4).metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
+    for widget in widgets.values():
+        if widget["model_module"] == "anywidget":
+            assert widget["state"]["_esm"] == (explorer.STATIC / "explorer.js").read_text(encoding="utf-8")
+            assert widget["state"]["_css"] == explorer.style()
+
+
+@each_chapter
 def test_every_chapter_that_builds_has_a_control_and_a_chart(notebook):
     data = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
     assert notebook.name.startswith("00") or any(CHART in one for one in data)
@@ -148,21 +153,6 @@ def test_compared_outputs_hold_no_addresses(notebook):
         for output in cell.outputs:
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
             assert "measured" in tags(cell) or not ADDRESS.search(text), text
-
-
-@pytest.fixture(scope="session")
-def slowness() -> float:
-    """How many times slower than the quiet reference machine this one is now: CPU time of a fixed piece of training."""
-    import torch
-
-    torch.set_num_threads(1)
-    model, tokens = Transformer(preset("course-dense")), torch.randint(0, 1024, (32, 65))
-    start = time.process_time()
-    for _ in range(20):
-        torch.nn.functional.cross_entropy(
-            model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten()
-        ).backward()
-    return max(1.0, (time.process_time() - start) / REFERENCE_SECONDS)
 
 
 @pytest.fixture(scope="session")

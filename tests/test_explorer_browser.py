@@ -200,7 +200,7 @@ def test_nothing_that_hinders_readers(show, size, mode, screenshots):
     page.screenshot(path=screenshots / f"explorer_{mode}_{size[0]}.png", full_page=True)
 
 
-def test_first_paint_and_updates_are_fast(show):
+def test_first_paint_and_updates_are_fast(show, slowness):
     """Medians, in milliseconds, for 4 layers of 64 experts and 512 tokens; layout and paint included."""
     page = show(Explorer({"large": made_up(4, 64, 512, top_k=6)}))
     first = page.evaluate(
@@ -236,7 +236,7 @@ def test_first_paint_and_updates_are_fast(show):
         return times;
     }}"""
     )
-    slack = 2.5  # this is no quiet machine
+    slack = 2 * slowness
     print(f"first paint {statistics.median(first):.0f} ms, update {statistics.median(update):.0f} ms")
     assert statistics.median(first) < 100 * slack
     assert statistics.median(update) < 50 * slack

@@ -161,7 +161,7 @@ class RoutingTrace:
         return trace
 
 
-_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zlib.error,
+_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
            zipfile.BadZipFile)  # fmt: skip
 _WORDS = ("tokens", "domain", "token_type")
 _NUMBERS = ("n_shared", "n_devices")

@@ -100,7 +100,7 @@ class Explorer(anywidget.AnyWidget):
         first = next(iter(traces.values()))
         self._recompute, self._traces = recompute, dict(traces)
         self._off: dict[str, Off] = dict.fromkeys(traces, frozenset())
-        self._css = _colours() + (STATIC / "explorer.css").read_text(encoding="utf-8")
+        self._css = style()
         super().__init__(
             views=[_view(name, trace) for name, trace in traces.items()],
             text="".join(first.tokens) if text is None else text,
@@ -237,12 +237,13 @@ def _picture(name: str, trace: RoutingTrace, layer: int, expert: int) -> Any:
     )
 
 
-def _colours() -> str:
-    """The theme as CSS variables, light and dark."""
+def style() -> str:
+    """The explorer's CSS: the theme as variables, light and dark, then its rules."""
 
     def block(selector: str, colours: Mapping[str, str]) -> str:
         return f"{selector} {{ {' '.join(f'--dx-{role}: {colour};' for role, colour in colours.items())} }}\n"
 
     fonts = {"font": theme.FONT, "mono": theme.MONO}
     dark = ':is([data-jp-theme-light="false"], html[data-theme="dark"]) .dsmoe-explorer'
-    return block(".dsmoe-explorer", theme.LIGHT | fonts) + block(dark, theme.DARK)
+    rules = (STATIC / "explorer.css").read_text(encoding="utf-8")
+    return block(".dsmoe-explorer", theme.LIGHT | fonts) + block(dark, theme.DARK) + rules
