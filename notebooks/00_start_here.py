@@ -144,8 +144,8 @@ report(the_model_goes_on=tokenizer.decode(spoken[0].tolist()))
 # %% [markdown]
 # ## Which expert handles each token?
 #
-# **Ask.** Look at the default sentence: a question, a sum, a line of code. Will the same *word* always go to
-# the same experts?
+# **Ask.** Look at the default sentence: a question, a sum, a line of code. The token 2 stands in it twice. Will the same token
+# always go to the same experts?
 
 # %%
 predict("00-same-word", None)  # "always", "mostly" or "no"
@@ -162,9 +162,11 @@ explore({"GShard": model}, tokenizer, sentence, window=LENGTH, layer=1)
 # %% [markdown]
 # This is the **routing explorer**. One expert is in focus; the tokens that it gets are underlined, and the deeper their
 # fill, the larger its gate (its weight in the sum). Struck out: the expert had no room left. Click another expert, step
-# to the other layer, or click a token to see its two experts in every layer; arrow keys do the same. With Python
-# running, type a sentence of your own and press *Route this text*. And try this: colour by the *loss of the token* to
-# see what the model did not expect, then switch the expert in focus off and see which tokens it is missed at.
+# to the other layer, or click a token to see its two experts in every layer; arrow keys do the same. Layers count from 0.
+#
+# When this chapter runs, the explorer does more. Type a sentence of your own and press *Route this text*. Or switch the
+# expert in focus off: which tokens does the model now predict worse? (The *loss* of a token is large where the model did
+# not expect it.)
 #
 # One sentence can mislead. Over thousands of tokens of text that the model was not trained on: how often does a token
 # get, as its first choice, the expert that its word gets most often?

@@ -364,7 +364,7 @@ report(
 # the more alike all become.
 #
 # **Ask.** At $\tau = 1$ the model says what it believes. How far must the temperature fall until the likeliest token comes
-# nine times in ten? And can any temperature make another token the likeliest? Move the control.
+# nine times in ten, here? And can any temperature make another token the likeliest? Move the control.
 
 # %% tags=["trained"]
 predict("01-temperature", None)  # a temperature
@@ -400,13 +400,20 @@ live(
 # %% tags=["trained"]
 taus = torch.arange(1, 101) / 100
 sure = [t for t in taus if (next_logits / t).softmax(dim=-1).max() >= 0.9]
+tools = world.language.values[world.language.relations.index("tool")]
+eight = [tokenizer.decode([i]).strip() for i in next_logits.topk(8).indices.tolist()]
+right = questions[0].answer.strip()
 report(
-    temperature_at_which_the_likeliest_comes_nine_times_in_ten=max(sure, default=0.0)
+    temperature_at_which_the_likeliest_comes_nine_times_in_ten=max(sure, default=0.0),
+    tools_among_the_eight=sum(word in tools for word in eight),
+    place_of_the_right_one=eight.index(right) + 1 if right in eight else "not in it",
 )
 
 # %% [markdown]
 # **What to notice.** The order of the tokens never changes: dividing by $\tau$ stretches or shrinks their distances, and teaches
-# the model nothing. After this short training it knows that a tool must follow, and which words are tools, better than whose.
+# the model nothing. A low temperature makes it surer, not righter: all of the likeliest are tools, and the right one is not the
+# first among them. After this short training the model knows that a tool must follow, and which words are tools. Whose tool
+# is which it knows less well.
 #
 # ## What is each part good for?
 #

@@ -352,11 +352,12 @@ claim("top-8 minus top-4", lost[8] - lost[4], (-0.06, -0.01))
 report(choices_dropped={f"top-{k}": share for k, share in lost.items()})
 
 # %% [markdown]
-# **What to notice.** First more is dropped, then less. This router was trained to balance first choices; its third and fourth
-# are less even. And at 16 of 16 every expert gets every token: there is nothing left to choose, and nothing to drop.
+# **What to notice.** First more is dropped, then less. Only first choices were balanced in training: with top-2 they are half of
+# all choices, with top-4 a quarter. At the other end, 16 of 16, every expert gets every token: there is nothing left to choose,
+# and nothing to drop. (The *load* in the chart is an expert's number of tokens over the mean of all experts.)
 #
-# **Ask.** First choices queue before second ones, and among each the order is that of the tokens. In which part of the text
-# are choices lost?
+# **Ask.** First choices queue before second ones, and among each the order is that of the tokens. The queue runs over the whole
+# batch, here 64 texts. In which part of it are choices lost?
 
 # %% tags=["trained"]
 predict("02-where-dropped", None)  # "everywhere alike", "at the start", "at the end"
@@ -370,8 +371,8 @@ charts.effects_by_kind(
         for i, share in enumerate(by_place)
     ],
     overall={effect: 1 - found.float().mean().item()},
-    kinds_are="parts of the text",
-    dashed="all of it",
+    kinds_are="parts of the batch",
+    dashed="whole batch",
     number=".1%",
     title="Who finds the queue full?",
     subtitle="Dashed: what every part would lose if the place did not matter.",
@@ -379,12 +380,16 @@ charts.effects_by_kind(
 
 # %% tags=["trained"]
 gap = by_place[-1] - by_place[0]
-claim("choices dropped, last eighth minus first", gap, (0.05, 0.4))
+claim("choices dropped, last eighth of the batch minus first", gap, (0.15, 0.4))
+claim("first choices dropped", 1 - found[:, 0].float().mean(), (0.0, 0.01))
+in_text = drop_rate_by_position(found, ids, (64, len(ids) // 64), bins=8)
+gap = in_text[-1] - in_text[0]
+claim("choices dropped, last eighth of each text minus first", gap, (-0.06, 0.1))
 
 # %% [markdown]
-# **What to notice.** Whoever comes late finds no room: the first tokens lose nothing, the last ones most. OpenMoE
-# {cite:p}`OpenMoE2024` found the same and called it *drop towards the end*. It is an accident of the queue, not of what the
-# tokens are.
+# **What to notice.** Texts that stand late in the batch lose second choices; first choices find room. It is an accident of the
+# queue, not of what the tokens are: inside a text the place hardly matters here. OpenMoE {cite:p}`OpenMoE2024` found a *drop
+# towards the end* within its sequences; the cause is the same queue.
 #
 # ## Balance: who keeps the experts busy?
 #
@@ -615,7 +620,7 @@ for row in measured[1:]:
 # ## Who goes where?
 #
 # The model of chapter 00 is this GShard model, trained for twice as many tokens as the recorded runs. Which experts does
-# each domain use? Chance is not $1/E$ but the expert's overall share: an expert that everybody likes is liked by every
+# each domain use? (Layers count from 0, the first.) Chance is not $1/E$ but the expert's overall share: an expert that everybody likes is liked by every
 # domain.
 
 # %% tags=["trained"]
@@ -664,14 +669,14 @@ report(with_domains_shuffled=domains_of_an_expert(mixed))
 # **Ask.** Is there an expert for digits? One for punctuation?
 
 # %% tags=["trained"]
-predict("02-types", None)
+predict("02-types", None)  # two answers, yes or no
 
 documents = list(islice(world.documents("heldout"), 60))
 trace = RoutingTrace.of(
     without_capacity(trained_model), tokenizer, documents, window=64
 )
 kind = torch.tensor([TYPES.index(each) for each in trace.token_type])
-seen = [each for each in TYPES if each in trace.token_type]
+seen = [each for each in TYPES if trace.token_type.count(each) >= 50]
 ids = trace.layer(0).topk_ids
 table = specialization(ids, kind, len(TYPES), N_experts)
 charts.domain_heatmap(
@@ -686,18 +691,28 @@ charts.domain_heatmap(
         "Share of the tokens of a kind that choose the expert.",
         "Bottom row: all tokens. If the kind did not matter every row would look like it.",
     ],
+    description=f"Heat map of {len(seen)} kinds of token by {N_experts} experts: share of "
+    "tokens that choose the expert, with the share of all tokens beneath.",
 )
 
 # %% tags=["trained"]
-digits = table[TYPES.index("digit")]
-claim("digits that choose the expert they choose most", digits.max(), (0.4, 1.0))
-lift = digits / null_specialization(ids, N_experts)
-claim("that over the share of all tokens", lift[digits.argmax()], (1.5, 20.0))
+chance = null_specialization(ids, N_experts)
+for each, interval in {"digit": (0.45, 0.7), "punctuation": (0.25, 0.5)}.items():
+    share = table[TYPES.index(each)]
+    claim(f"{each}: share with its favourite expert", share.max(), interval)
+    of_all = chance[share.argmax()]
+    claim(f"{each}: that share of all tokens", of_all, (0.05, 0.2))
 
 # %% [markdown]
+# **What to notice.** More than half of the digits have one and the same expert among their two, several times the share of
+# all tokens. Punctuation has a favourite too, and is spread wider. A row adds up to 2, since a token has two experts. Kinds
+# with fewer than 50 tokens are left out.
+#
 # Or they know single *words*. For each token of the vocabulary, take the share of its occurrences that have
 # the same first expert, whichever that is most often; then the mean over the vocabulary (*vocabulary specialization*,
 # after {cite:t}`OLMoE2024`). At 1 the token alone decides.
+#
+# What chance would give, the **null**, is drawn here: the choices are shuffled over the tokens, and measured again.
 #
 # **Ask.** Sixteen experts: a router that throws dice should give about 1/16. Should it?
 
@@ -743,8 +758,8 @@ claim("the null of that", rows[1]["null"], (0.12, 0.24))
 # %% [markdown]
 # **What to notice.** The null is nowhere near 1/16. A token seen once has all of its occurrences at one expert, whatever
 # the router does, and most of a vocabulary is rare. Leaving rare tokens out brings the null down; the router stays far
-# above it. So the word decides much, as chapter 00 suggested, and a number without its null would have said so for dice as
-# well.
+# above it. So the word decides much, and a number without its null would have said so for dice as well. (Chapter 00 counted
+# every occurrence; here every word counts once, so rare words weigh more, and so does chance.)
 #
 # ## Take one away
 #
@@ -807,12 +822,22 @@ for at, (of_one, of_busiest, related) in EXPECTED.items():
 # higher need; in the second layer, if anything, it goes with a lower one. How often an expert is chosen says how much work it
 # does, not what it is good for. Chapters 04 and 08 take this further.
 #
-# **Ask.** Now look at the tokens themselves. The explorer opens on the expert of layer 0 that is missed most. Switch it off:
-# which tokens lose? And what happens at the busiest?
+# **Ask.** Now look at the tokens themselves, in the one of sixty held-out texts where the expert of layer 0 that is missed most
+# has most to do. Switch it off in the explorer: which tokens lose?
 
 # %% tags=["trained"]
-sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
 most_missed = max(range(N_experts), key=lambda e: rise[0, e])
+
+
+def traced(text, model=intact):
+    return RoutingTrace.of(model, tokenizer, text, window=64)
+
+
+def at_work(text):
+    return (traced(text).expert[0] == most_missed).any(axis=1).sum()
+
+
+sentence = max((document.text[:180] for document in documents), key=at_work)
 explore(
     {"GShard": intact},
     tokenizer,
@@ -823,8 +848,21 @@ explore(
 )
 
 # %% [markdown]
-# One sentence proves nothing, but it shows *where* an expert is missed, which no mean can. Type a text of your own, too.
-# The model knows only its small world: its people, sums, brackets, a little code.
+# The same in numbers, the five tokens that lose most, and how many of this text the expert had:
+
+# %% tags=["trained"]
+off = traced(sentence, switch_off(intact, {0: [most_missed]}))
+change = torch.from_numpy(off.loss - traced(sentence).loss).nan_to_num()
+worst = change.topk(5).indices.tolist()
+report(
+    tokens_of_the_text=len(off.tokens),
+    tokens_of_the_expert=int(at_work(sentence)),
+    lose_most={f"{i}: {off.tokens[i]!r}": change[i].item() for i in worst},
+)
+
+# %% [markdown]
+# **What to notice.** One text proves nothing, but it shows *where* an expert is missed, which no mean can: the loss is spread very
+# unevenly. Type a text of your own, too. The model knows only its small world: its people, sums, brackets, a little code.
 #
 # ## What is wrong with sixteen experts?
 #

@@ -163,12 +163,18 @@ def ways(n, k, pieces):
 
 live(
     ways,
-    n=IntSlider(16, min=2, max=64, description="E"),
+    n=IntSlider(16, min=16, max=64, description="E"),
     k=IntSlider(2, min=1, max=16, description="K"),
     pieces=IntSlider(4, min=1, max=8, description="m"),
 )
 
+# %%
+print(f"twice the experts, 2 of 32: {comb(32, 2):,} ways, twice the weights")
+print(f"each cut in two, 4 of 32: {comb(32, 4):,} ways, the same weights")
+
 # %% [markdown]
+# **What to notice.** Cutting gives more ways and costs no weights; storing more costs weights and gives fewer.
+#
 # ## Cutting an FFN changes nothing
 #
 # Why may an FFN be cut at all? Write SwiGLU channel by channel. Let $\mathbf{w}^{gate}_c$, $\mathbf{w}^{up}_c$ be row
@@ -626,16 +632,14 @@ for where, share, interval in (
     )
 report(
     strongest_lift_among_busy_experts=lift.max(),
-    different_sets_of_experts=len(fine.topk_ids.sort(dim=1).values.unique(dim=0)),
-    tokens=len(fine.topk_ids),
 )
 
 # %% [markdown]
 # **What to notice.** The order of rows and columns puts those that meet often side by side, and teams appear: blocks along the
 # diagonal whose members meet several times as often as chance would have it. If nothing but chance were at work, one
-# ordered pair in eleven would lie above all ten shuffles, and as many below. So the choice is much less free than the number of
-# ways suggests, and the pieces that were not cut from one expert here have found each other. Part of it is plain: the
-# same word comes again and takes the same experts again. And it is one short run.
+# ordered pair in eleven would lie above all ten shuffles, and as many below. Nothing was cut from a common expert here, the
+# pieces were trained from the start, and still teams formed. Part of it is plain: the same word comes again and takes the
+# same experts again. And it is one short run.
 #
 # ## What finer costs on the clock
 #

@@ -78,6 +78,7 @@ from dsmoe_lite.routing.interventions import (
 )
 from dsmoe_lite.routing.metrics import load
 from dsmoe_lite.routing.specialization import specialization
+from dsmoe_lite.routing.trace import RoutingTrace
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.explorer import explore
@@ -604,7 +605,7 @@ print(textwrap.fill(f"{what[0].upper()}{what[1:]} ({lost['source']})", width=76)
 # ## Are experts replaceable?
 #
 # If several experts held the same knowledge, a token could do without its best ones: the next in its ranking would know it
-# too. So the paper forbids each token the share $r$ of the experts that it ranks highest, lets it choose among the rest,
+# too. So the paper forbids each token a share of the experts, those that it ranks highest, lets it choose among the rest,
 # and compares DeepSeekMoE with GShard (its Figure 4, for the 2B model and GShard x1.5). If DeepSeekMoE's loss rises
 # faster, its experts are the less replaceable ones: less redundancy.
 #
@@ -659,15 +660,15 @@ for name, interval in {"GShard": (0.5, 0.65), "DeepSeekMoE": (0.75, 0.95)}.items
 
 # %% [markdown]
 # **What to notice.** Both models depend on their best experts: the first step costs each more than all the rest together. At
-# first DeepSeekMoE loses more, as in the paper; at a quarter the two have met. Read it with care. A sixteenth of the
-# experts is one of the two that GShard would have taken, and four of the seven of DeepSeekMoE: by weights the same, by what
-# a token chose not quite. And it is one trained model of each kind, so that no interval can be given. Chapter 08
-# repeats it with more seeds.
+# first DeepSeekMoE loses more, as in the paper; at a quarter the two have met. So this test does not say whose experts are less
+# redundant here. The forbidden weights are the same. But the first step takes from GShard one of the two experts that a token
+# wanted, and from DeepSeekMoE four of its seven; its shared expert stays. And it is one trained model of each
+# kind, so that no interval can be given. Chapter 08 repeats it with more seeds.
 #
 # ## How many active experts are enough?
 #
-# The paper asks the trained model to do with fewer routed experts at each token (its Figure 5): with 4 it is as good as
-# GShard with 2 wide ones, at half the expert work.
+# The paper asks the trained model to do with fewer routed experts at each token (its Figure 5): with 4 of its 7 it is about as
+# good as GShard with 2 wide ones.
 #
 # **Ask.** With how many of its 7 is this one as good as the GShard of the same size?
 
@@ -701,17 +702,32 @@ claim(f"rise with {routed_k // 2} of {routed_k} routed experts", half, (0.005, 0
 
 # %% [markdown]
 # **What to notice.** The first experts of a token's ranking do nearly all of the work. With 4 of 7 this model is
-# where GShard is with both of its wide ones, at about two thirds of the expert work, and the last two add next to
+# where GShard is with both of its wide ones, at $(4 + 1)/8$ of the expert work, counting the shared one, and the last two add next to
 # nothing. That is the paper's trend. It needs no finer knowledge to explain it: a softmax falls off, and experts with
 # small gates add little. And with all seven the two models are as good as equal here.
 #
-# Here are both models side by side, on one sentence. Focus on an expert of each, step through the layers, switch experts
-# off, or type a text of your own.
+# Here are both models side by side, on one sentence.
+#
+# **Ask.** Which of the two spreads the digits over more experts? Click the digits, and step through the layers.
 
 # %% tags=["trained"]
+predict("04-digits", None)  # "GShard" or "DeepSeekMoE"
+
 sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
 explore(both, tokenizer, sentence, window=64, n_devices=4)
 
+# %% tags=["trained"]
+for name, one in both.items():
+    trace = RoutingTrace.of(one, tokenizer, sentence, window=64)
+    digits = [t for t, each in enumerate(trace.token_type) if each == "digit"]
+    for layer in range(trace.n_layers):
+        used = set(trace.expert[layer, digits].flatten().tolist())
+        print(f"{name}, layer {layer}: {len(digits)} digits use {len(used)} experts")
+
+# %% [markdown]
+# **What to notice.** More experts, for every digit takes more of them; in weights that is a quarter as much for each. Now
+# focus on an expert that several digits share, switch it off, and colour by the change of the loss.
+#
 # %% [markdown]
 # ## How many?
 #

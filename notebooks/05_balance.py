@@ -633,9 +633,9 @@ report(
 # The text's loss hardly moves. On one machine, without slots, imbalance costs this small model nothing that a short
 # run could show. What differs is the overflow, and that is what a cluster pays for.
 #
-# How hard does a loss have to pull? Take the router of the model that was left alone, as it is at the end, and what it reads.
-# Move nothing but its vectors $\mathbf e_i$, sixty steps, and let two things pull at them: the affinities that it had learnt
-# ({eq}`eq:affinity`; cross-entropy to them), and $\alpha$ times the expert-level loss {eq}`eq:expert-loss`.
+# How hard does a loss have to pull once a router has settled? Freeze the model that was left alone, and train only the vectors
+# $\mathbf e_i$ of its first router, for sixty steps. One loss asks to keep the affinities as they were (a cross-entropy). The
+# other is the expert-level loss {eq}`eq:expert-loss`, times a weight $\alpha$.
 #
 # **Ask.** How large must $\alpha$ be before the loads move? And how many tokens then lose the expert that they had?
 
@@ -699,14 +699,15 @@ report(
 )
 
 # %% [markdown]
-# **What to notice.** A weak pull changes next to nothing; a strong one makes the loads more even and takes experts away from tokens
-# that had learnt to want them. What is seen here is only the router; in training the experts move too, and a token that is
-# sent elsewhere teaches the expert it meets.
+# **What to notice.** The printed lines give MaxVio and the share of choices that stay, for three values of $\alpha$. A weak pull
+# changes next to nothing; a strong one makes the loads even, and takes most tokens away from the expert that they had learnt to
+# want. In training a small weight was enough, for it acted from the first step, before there was anything to keep. Here it
+# comes late. And here only the router moves; in training the experts do, too, and learn from the tokens they are sent.
 #
 # How fast should the bias move? Here is the same router with no loss. Nothing is learnt any more, and only the bias acts, on
-# one batch of held-out text after another.
+# one batch after another of the same held-out text, round and round.
 #
-# **Ask.** With a small step it takes long. With a large one? Move the control, and look at where MaxVio settles.
+# **Ask.** With a small step it takes long. With a large one? Move the control, and look at MaxVio at the end.
 
 # %% tags=["trained"]
 predict("05-bias-speed", None)  # what a large step does
@@ -733,7 +734,7 @@ def settled(speed, batch):
         rows,
         y="max_vio",
         y_title="MaxVio",
-        title=f"Bias speed {speed:.2g}: MaxVio settles at {mean(seen[-100:]):.2f}",
+        title=f"Bias speed {speed:.2g}: MaxVio at the end {mean(seen[-100:]):.2f}",
         subtitle="Affinities stand still, the bias alone moves. Mean of the last 100.",
     )
 
@@ -747,18 +748,22 @@ live(
 )
 
 # %% tags=["trained"]
-late = {name: mean(settle(speed, 1024)[-100:]) for name, speed in
-        (("slow", bias_speed / 10), ("own", bias_speed), ("fast", 10 * bias_speed))}  # fmt: skip
-interval = {"smoke": (-16.0, 16.0), "cpu": (0.5, 12.0), "gpu": (-16.0, 16.0)}[profile]
-for name in ("slow", "fast"):
+SPEEDS = {"slow": bias_speed / 10, "own": bias_speed, "fast": 10 * bias_speed}
+late = {name: mean(settle(speed, 1024)[-100:]) for name, speed in SPEEDS.items()}
+OVER = {  # MaxVio at the end, over that at the chapter's own speed
+    "smoke": {"slow": (-16.0, 16.0), "fast": (-16.0, 16.0)},
+    "cpu": {"slow": (-1.5, 9.0), "fast": (1.0, 3.0)},
+    "gpu": {"slow": (-16.0, 16.0), "fast": (-16.0, 16.0)},
+}
+for name, interval in OVER[profile].items():
     claim(
-        f"MaxVio settled at, {name} minus own speed",
+        f"MaxVio at the end, {name} minus own speed",
         late[name] - late["own"],
         interval,
         asserted=own,
     )
 report(
-    max_vio_settled={
+    max_vio_at_the_end={
         "a tenth": late["slow"],
         "own": late["own"],
         "ten times": late["fast"],
@@ -766,9 +771,10 @@ report(
 )
 
 # %% [markdown]
-# **What to notice.** A step that is too small has not arrived after 400 batches. One that is too large never settles: it moves
-# past the differences between affinities, so that experts go from overloaded to idle and back. In between there is a speed that
-# comes down fast and stays low. Try fewer and more tokens a step, too.
+# **What to notice.** A step that is too small may not have arrived after 400 batches; how far it gets depends on how uneven the
+# router was. One that is too large never settles: probably it moves past the differences between affinities, so that
+# experts go from overloaded to idle and back. In between there is a speed that comes down fast and stays low. Try fewer and
+# more tokens a step, too.
 #
 # ## All remedies on one axis
 #
@@ -1111,9 +1117,13 @@ report(
 # lives with it from the start can arrange itself.
 #
 # Which experts of which tokens are they? Here are the first tokens of the held-out text, on their devices, with the same
-# router. Set $M$ to 3, then to 1, and watch a token whose experts were spread wide.
+# router.
+#
+# **Ask.** At $M = 8$ a token goes wherever it likes. Set $M$ to 3: which cells go, deep ones or pale ones? And at $M = 1$?
 
 # %% tags=["trained"]
+predict("05-cells", None)  # "deep" or "pale", twice
+
 few_ids = held_out[0].tokens[0, :40]
 tokens_shown = [tokenizer.decode([i]) for i in few_ids.tolist()]
 limits = []
@@ -1134,14 +1144,14 @@ charts.device_flow(
     tokens_shown,
     limits,
     subtitle=[
-        "Number: how many of the token's experts sit on the device. Fill: their gate.",
+        "Number: how many of the token's experts sit on the device. Fill: their affinity.",
         "Beneath: what each limit M costs, over all 4,096 tokens.",
     ],
 )
 
 # %% [markdown]
-# **What to notice.** With $M = 1$ all six of a token's experts stand on one device, whatever it would have liked; with $M = 3$ most
-# columns hardly change their fill, for what is given up are choices with a small gate.
+# **What to notice.** At $M = 3$ mostly pale cells go, choices with little affinity: the line beneath says how little is lost. At
+# $M = 1$ all six of a token's experts stand on one device, whatever it would have liked, and deep cells go as well.
 #
 # ## What V2 drops
 #

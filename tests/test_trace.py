@@ -210,7 +210,7 @@ def test_token_types():
     pieces = ["def", " f", "(", "x", "):", " ", "1", "2", " Nor", "vania", "日", "🙂", "", "", "\n", "a"]
     found = token_types(pieces)
     assert found == (
-        "word", "word", "punctuation", "word", "punctuation", "space", "digit", "digit", "word", "part of a word",
-        "part of a word", "punctuation", "byte", "byte", "space", "word",
+        "word", "word", "punctuation", "word", "punctuation", "space", "digit", "digit", "word", "word part",
+        "word part", "punctuation", "byte", "byte", "space", "word",
     )  # fmt: skip
     assert set(found) == set(TYPES)

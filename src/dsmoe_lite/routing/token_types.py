@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-TYPES = ("word", "part of a word", "digit", "punctuation", "space", "byte")
+TYPES = ("word", "word part", "digit", "punctuation", "space", "byte")
 
 
 def token_types(tokens: Sequence[str]) -> tuple[str, ...]:
@@ -24,5 +24,5 @@ def _type(token: str, before: str) -> str:
         return "space" if token else "byte"
     if any(character.isalpha() for character in core):
         goes_on = token == token.lstrip() and core[0].isalpha() and before[-1:].isalpha()
-        return "part of a word" if goes_on else "word"
+        return "word part" if goes_on else "word"
     return "digit" if any(character.isnumeric() for character in core) else "punctuation"
