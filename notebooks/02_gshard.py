@@ -837,7 +837,8 @@ def at_work(text):
     return (traced(text).expert[0] == most_missed).any(axis=1).sum()
 
 
-sentence = max((document.text[:180] for document in documents), key=at_work)
+beginnings = [document.text[:180].rpartition(" ")[0] for document in documents]
+sentence = max(beginnings, key=at_work)
 explore(
     {"GShard": intact},
     tokenizer,
