@@ -28,6 +28,8 @@
       renderer: "svg",
       tooltip: { theme: isDark() ? "dark" : "light" },
     });
+    // the drawing around it is an image with a description; its parts have nothing to add
+    figure.querySelector(".chart-drawing svg").setAttribute("aria-hidden", "true");
     views.set(figure, result);
     figure.dataset.drawn = isDark() ? "dark" : "light";
   }

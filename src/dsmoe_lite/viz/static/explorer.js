@@ -10,6 +10,10 @@ function make(tag, properties = {}, ...children) {
     if (name in node && name !== "list") node[name] = value;
     else node.setAttribute(name, value);
   }
+  // keys belong to what has the focus, not to JupyterLab's cells, which "d d" would delete
+  if (["BUTTON", "SELECT", "TEXTAREA"].includes(node.tagName) || "tabIndex" in properties) {
+    node.setAttribute("data-lm-suppress-shortcuts", "true");
+  }
   node.append(...children);
   return node;
 }
@@ -342,7 +346,6 @@ function render({ model, el }) {
   const heard = make("p", { className: "dx-heard", "aria-live": "polite" });
   const panels = make("div", { className: "dx-panels" });
   const root = make("div", { className: "dsmoe-explorer" }, form, bar, message, panels, heard);
-  root.setAttribute("data-lm-suppress-shortcuts", "true"); // keys belong to the explorer, not to JupyterLab's cells
   let parts = [];
 
   function take() {
