@@ -862,8 +862,9 @@ claim("share of <|end|> among all tokens", here.float().mean(), (0.01, 0.04))
 
 # %% [markdown]
 # **What to notice.** Something of its own. The expert that layer 0 misses most is needed where one document has ended and the next
-# begins; others are needed after one relation each, *pet* or *home*, where a fact has to be recalled. A fiftieth of
-# the tokens can make most of an expert's worth, and no count of tokens would have shown it.
+# begins. Most of the others on the list are missed most after a relation, such as *pet* or *song*, where a fact has to be recalled; the
+# percentage says how much of the rise lies there, and it is not always the larger part. A fiftieth of the tokens can make most of
+# an expert's worth, and no count of tokens would have shown it.
 #
 # Look at it token by token. Switch the expert off, and step to what follows `<|end|>`; then try the others of the list.
 

@@ -42,8 +42,8 @@ def explore(
 
     window: tokens that a model sees at once, as RoutingTrace.of takes it; n_devices: where experts stand, in order;
     layer, expert: shown first (the busiest expert). The models are copied: training them on does not change the
-    explorer. InputError for an empty text, one of more than 512 tokens, a model
-    without experts, a layer or expert that is not there.
+    explorer. InputError for an empty text, one of more than 512 tokens, a model without experts, a layer or expert that
+    is not there.
     """
 
     def recompute(name: str, text: str, off: Off) -> RoutingTrace:
