@@ -90,7 +90,7 @@ from dsmoe_lite.checkpoint import load_model, read_facts
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import recall
-from dsmoe_lite.model import generate
+from dsmoe_lite.generate import generate
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.routing.metrics import load
 from dsmoe_lite.routing.trace import RoutingTrace
@@ -124,8 +124,8 @@ print("right answer:", questions[0].answer)
 # %% tags=["trained"]
 prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=device)
 n_answer = len(tokenizer.encode(questions[0].answer).ids)
-answer = generate(model, prompt, n_answer)[0, -n_answer:]
-report(the_model_says=tokenizer.decode(answer.tolist()))
+(answer,) = generate(model, prompt, n_answer)  # for each prompt the ids that follow
+report(the_model_says=tokenizer.decode(answer))
 claim(
     "share of these questions answered rightly",
     recall(model, tokenizer, questions)["head"],
@@ -136,10 +136,11 @@ claim(
 # Left to itself it writes more text like its training text, more freely at a higher `temperature`:
 
 # %% tags=["trained"]
-start = torch.tensor([tokenizer.encode("The home of").ids], device=device)
+start = "The home of"
 chance = torch.Generator(device=device).manual_seed(seed)
-spoken = generate(model, start, 48, temperature=temperature, generator=chance)
-report(the_model_goes_on=tokenizer.decode(spoken[0].tolist()))
+start_ids = tokenizer.encode(start).ids
+(spoken,) = generate(model, [start_ids], 48, temperature=temperature, generator=chance)
+report(the_model_goes_on=start + tokenizer.decode(spoken))
 
 # %% [markdown]
 # ## Which expert handles each token?

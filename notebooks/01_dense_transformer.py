@@ -55,11 +55,12 @@ from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import GROUPS, World
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.experiments import records
+from dsmoe_lite.generate import generate
 from dsmoe_lite.labs.recorded import gaps, metric_rows
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.rope import apply_rope, rope_tables
-from dsmoe_lite.model import Transformer, generate
+from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig, train
 from dsmoe_lite.viz import charts, renderer
@@ -351,11 +352,11 @@ report(
 
 # %% tags=["trained"]
 start = questions[0].prompt
-said = generate(model, torch.tensor([tokenizer.encode(start).ids], device=device), 24)
+(said,) = generate(model, [tokenizer.encode(start).ids], 24)
 report(
     prompt=start,
     right_answer=questions[0].answer,
-    the_model_says=tokenizer.decode(said[0].tolist())[len(start) :],
+    the_model_says=tokenizer.decode(said),
 )
 
 # %% [markdown]

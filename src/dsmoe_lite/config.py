@@ -23,18 +23,135 @@ C = TypeVar("C")
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Multi-head attention with rotary positions. `head_dim` is even: RoPE turns pairs of channels."""
+class YarnConfig:
+    """YaRN (Peng et al. 2023, arXiv:2309.00071) as DeepSeek-V2 and V3 use it: a context `factor` times as long.
 
-    n_heads: int
-    head_dim: int
+    Channels that turn more than `beta_fast` times over `original_max_len` keep their frequency, those that turn less
+    than `beta_slow` times have it divided by `factor`, between the two it is a mixture. Attention is sharpened by
+    (0.1 mscale ln factor + 1)^2; mscale is 0.707 in V2 and 1 in V3.
+    """
+
+    factor: float
+    original_max_len: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_number("factor", self.factor, 1.0)
+        require_whole("original_max_len", self.original_max_len, 1)
+        require_number("beta_slow", self.beta_slow, 0.0, open_low=True)
+        require_number("beta_fast", self.beta_fast, 0.0)
+        remedy = f"must be above beta_slow = {self.beta_slow:g}"
+        require(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, remedy)
+        require_number("mscale", self.mscale, 0.0)
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Attention with rotary positions: MHA, GQA with `n_kv_heads` below `n_heads`, MQA with one.
+
+    With `window` a token sees itself and the window - 1 tokens before it (Mistral 7B, arXiv:2310.06825).
+    """
+
+    n_heads: int  # H
+    head_dim: int  # even: RoPE turns pairs of channels
     rope_theta: float = 10_000.0
+    n_kv_heads: int | None = None  # keys and values, each shared by n_heads / n_kv_heads queries; None: n_heads
+    window: int | None = None
+    yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         require_whole("n_heads", self.n_heads, 1)
         require_whole("head_dim", self.head_dim, 2)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs of channels")
         require_number("rope_theta", self.rope_theta, 1.0)
+        if self.n_kv_heads is not None:
+            require_whole("n_kv_heads", self.n_kv_heads, 1)
+            remedy = f"must divide n_heads = {self.n_heads}"
+            require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, remedy)
+        if self.window is not None:
+            require_whole("window", self.window, 1)
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that RoPE turns: all."""
+        return self.head_dim
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a head's query and key."""
+        return self.head_dim
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a head's value."""
+        return self.head_dim
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached for a token in one layer: a key and a value of every KV head."""
+        return 2 * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, Section 2.1): keys and values from one latent vector.
+
+    Without `q_lora_rank` queries are not compressed, as in V2-Lite.
+    """
+
+    n_heads: int  # H
+    qk_nope_head_dim: int  # d_h, of queries and keys without positions
+    qk_rope_head_dim: int  # d_h^R, of the rotated part; its key is shared by all heads
+    v_head_dim: int
+    kv_lora_rank: int  # d_c, width of the latent that is cached
+    q_lora_rank: int | None = None  # d_c', width of the queries' latent
+    rope_theta: float = 10_000.0
+    yarn: YarnConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"):
+            require_whole(name, getattr(self, name), 1)
+        require_whole("qk_rope_head_dim", self.qk_rope_head_dim, 2)
+        even = self.qk_rope_head_dim % 2 == 0
+        require(even, "qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs of channels")
+        if self.q_lora_rank is not None:
+            require_whole("q_lora_rank", self.q_lora_rank, 1)
+        require_number("rope_theta", self.rope_theta, 1.0)
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of a head that RoPE turns."""
+        return self.qk_rope_head_dim
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of a head's query and key, d_h + d_h^R: the root of it scales the scores, absorbed or not."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def v_dim(self) -> int:
+        """Width of a head's value."""
+        return self.v_head_dim
+
+    @property
+    def window(self) -> None:
+        """No window: a token sees all before it."""
+        return None
+
+    @property
+    def cache_width(self) -> int:
+        """Numbers cached for a token in one layer: d_c + d_h^R, whatever the number of heads."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+AnyAttention = AttentionConfig | MLAConfig
 
 
 @dataclass(frozen=True)
@@ -93,6 +210,11 @@ class MoEConfig:
         self._check_groups()
         self._check_choice()
 
+    @property
+    def routes_alone(self) -> bool:
+        """Whether, outside training, a token's experts depend on that token alone, not on its batch."""
+        return self.chooser == "token" and self.eval_capacity_factor is None
+
     def _check_groups(self) -> None:
         E, groups, reached = self.n_routed_experts, self.n_group, self.topk_group
         require(E % groups == 0, "n_group", groups, f"must divide n_routed_experts = {E}")
@@ -141,7 +263,7 @@ class ModelConfig:
     vocab_size: int  # V
     d_model: int  # D
     n_layers: int
-    attention: AttentionConfig
+    attention: AnyAttention
     ffn_width: int
     moe: MoEConfig | None = None
     n_dense_layers: int = 0
@@ -179,9 +301,17 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Make a config of class `cls` from plain data; unknown fields and wrong types raise InputError."""
     try:
-        return dacite.from_dict(cls, values, config=dacite.Config(strict=True, cast=[tuple]))
+        config = dacite.Config(strict=True, cast=[tuple], type_hooks={AnyAttention: _attention})  # type: ignore[dict-item]
+        return dacite.from_dict(cls, values, config=config)
     except dacite.DaciteError as error:
         raise InputError(f"{cls.__name__}: {error}") from None
+
+
+def _attention(values: Any) -> Any:
+    """The attention config that `values` are of, by the fields only one of the two has."""
+    if not isinstance(values, dict):
+        return values
+    return from_dict(MLAConfig if "kv_lora_rank" in values else AttentionConfig, values)
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:

@@ -5,10 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import require, require_number, require_whole
+from dsmoe_lite.config import MLAConfig, ModelConfig
+from dsmoe_lite.errors import require
+from dsmoe_lite.layers.attend import mask_of
 from dsmoe_lite.layers.attention import Attention
+from dsmoe_lite.layers.cache import Cache, LayerCache
 from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.layers.router import Routing
@@ -22,6 +25,15 @@ class Output:
     routings: tuple[Routing, ...]  # one for each MoE layer, first layer first
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of one call stand, for all layers: their rotations, and what each may see."""
+
+    cos: Tensor  # (S, rope_dim / 2), or (B, 1, S, rope_dim / 2) with padding
+    sin: Tensor
+    mask: Tensor | None  # as `attend.mask_of` gives it
+
+
 class Block(nn.Module):
     """u = x + Attention(RMSNorm(x)); h = u + FFN(RMSNorm(u)) (DeepSeekMoE Eq 1-2), the FFN dense or of experts."""
 
@@ -29,7 +41,11 @@ class Block(nn.Module):
         super().__init__()
         D = config.d_model
         self.attention_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.attention = Attention(D, config.attention)
+        self.attention: Attention | MLA
+        if isinstance(config.attention, MLAConfig):
+            self.attention = MLA(D, config.attention, config.norm_eps)
+        else:
+            self.attention = Attention(D, config.attention)
         self.ffn_norm = nn.RMSNorm(D, eps=config.norm_eps)
         self.ffn: SwiGLU | MoELayer
         if config.moe is not None and config.is_moe_layer(layer):
@@ -37,9 +53,11 @@ class Block(nn.Module):
         else:
             self.ffn = SwiGLU(D, config.ffn_width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, token_ids: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, place: Place, token_ids: Tensor, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """x (B, S, D), token_ids (B, S) -> (B, S, D) and the routing, None for a dense block."""
-        u = x + self.attention(self.attention_norm(x), cos, sin)
+        u = x + self.attention(self.attention_norm(x), place.cos, place.sin, place.mask, cache)
         inner = self.ffn_norm(u)
         if isinstance(self.ffn, MoELayer):
             y, routing = self.ffn(inner, token_ids)
@@ -62,11 +80,12 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        cos, sin = rope_tables(config.attention.head_dim, config.max_seq_len, config.attention.rope_theta)
+        attention = config.attention
+        cos, sin = rope_tables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, weight in self.named_parameters():
-            if "norm" not in name and not name.endswith("router.noise"):  # noise starts at softplus(0) for all
+            if weight.ndim > 1 and not name.endswith("router.noise"):  # noise starts at softplus(0) for all
                 nn.init.normal_(weight, std=config.init_std)
 
     @property
@@ -74,48 +93,45 @@ class Transformer(nn.Module):
         """The layers of experts, first block first: one for each of Output.routings."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
-    def forward(self, tokens: Tensor) -> Output:
-        """Tokens (B, S) int64, S at most max_seq_len -> Output. InputError when the sequence is too long."""
-        S = tokens.shape[1]
-        require(
-            self.config.max_seq_len >= S,
-            "sequence length",
-            S,
-            f"must be at most max_seq_len = {self.config.max_seq_len}",
-        )
+    def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None) -> Output:
+        """Tokens (B, S) int64 -> Output.
+
+        With `cache` (and gradients off) they follow the tokens it holds, and it then holds them too; a call that fails
+        leaves it as it was. pad (B,): how many tokens at the left of each row, from its first call on, are padding.
+        Raises InputError for no tokens, ids outside the vocabulary, more than max_seq_len tokens in all, and a cache of
+        another model or batch.
+        """
+        B, S = tokens.shape
+        start = 0 if cache is None else cache.length
+        self._check(tokens, start)
+        if cache is not None:
+            cache.check(self.config, B)
+        place = self._place(S, cache, pad)
         x, routings = self.embed(tokens), []
-        for block in self.blocks:
-            x, routing = block(x, self.cos[:S], self.sin[:S], tokens)
+        for index, block in enumerate(self.blocks):
+            x, routing = block(x, place, tokens, None if cache is None else cache.layers[index])
             if routing is not None:
                 routings.append(routing)
-        return Output(self.head(self.norm(x)), tuple(routings))
+        output = Output(self.head(self.norm(x)), tuple(routings))
+        if cache is not None:
+            cache.advance(S)
+        return output
 
+    def _check(self, tokens: Tensor, start: int) -> None:
+        S, longest, V = tokens.shape[1], self.config.max_seq_len, self.config.vocab_size
+        require(S > 0, "sequence length", S, "must be at least 1: give the model a token to go on from")
+        require(start + S <= longest, "sequence length", start + S, f"must be at most max_seq_len = {longest}")
+        if tokens.device.type == "cpu":  # to look at ids on a GPU is to wait for it
+            low, high = int(tokens.min()), int(tokens.max())
+            wrong = low if low < 0 else high
+            require(low >= 0 and high < V, "token id", wrong, f"must be from 0 to {V - 1}, the model's vocabulary")
 
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    tokens: Tensor,
-    n_new: int,
-    *,
-    temperature: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Append n_new tokens to tokens (B, S): the likeliest at temperature 0, else from softmax(logits / temperature).
-
-    Only the last max_seq_len tokens are seen. The model is left in the mode it was in.
-    """
-    require_whole("n_new", n_new, 0)
-    require_number("temperature", temperature, 0.0)
-    was_training = model.training
-    model.eval()
-    try:
-        for _ in range(n_new):
-            logits = model(tokens[:, -model.config.max_seq_len :]).logits[:, -1]  # (B, V)
-            if temperature == 0:
-                choice = logits.argmax(dim=-1, keepdim=True)
-            else:
-                choice = torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=generator)
-            tokens = torch.cat((tokens, choice), dim=1)
-    finally:
-        model.train(was_training)
-    return tokens
+    def _place(self, S: int, cache: Cache | None, pad: Tensor | None) -> Place:
+        start = 0 if cache is None else cache.length
+        of_layers = None if cache is None else cache.layers[0]  # all hold the same positions
+        mask = mask_of(S, self.cos.device, cache=of_layers, window=self.config.attention.window, pad=pad)
+        if pad is None:
+            return Place(self.cos[start : start + S], self.sin[start : start + S], mask)
+        places = torch.arange(start, start + S, device=pad.device)
+        positions = (places - pad[:, None, None]).clamp(min=0)  # (B, 1, S): each row counts from its first token
+        return Place(self.cos[positions], self.sin[positions], mask)

@@ -47,7 +47,7 @@ def _llama(config: ModelConfig) -> torch.nn.Module:
         intermediate_size=config.ffn_width,
         num_hidden_layers=config.n_layers,
         num_attention_heads=config.attention.n_heads,
-        head_dim=config.attention.head_dim,
+        head_dim=config.attention.qk_dim,
         max_position_embeddings=config.max_seq_len,
         use_cache=False,
     )

@@ -1,0 +1,126 @@
+"""Let a model go on from prompts: greedy, by temperature or by nucleus, with a cache, several prompts at once."""
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from dsmoe_lite.config import ModelConfig
+from dsmoe_lite.errors import require, require_number, require_whole
+from dsmoe_lite.layers.cache import Cache
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.progress import progress
+
+PAD_ID = 0  # any id would do: no other token sees a padding
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Tensor | Sequence[Sequence[int]],
+    n_new: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+    use_cache: bool | None = None,
+    chunk: int | None = None,
+    on_step: Callable[[list[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """Return for each prompt the ids that follow it: n_new of them, or fewer where an id of `stop` ends it.
+
+    prompts: ids (B, S), or lists of ids of any lengths. Takes the likeliest token at temperature 0; else draws from
+    softmax(logits / temperature), cut to the likeliest tokens that together reach probability top_p (nucleus sampling,
+    arXiv:1904.09751). use_cache: None takes one wherever it cannot change what is said. chunk: how many tokens of the
+    prompts are read at a time; None: all. on_step is given what was said so far, after every token.
+
+    The model is left in the mode it was in. Raises InputError for prompts that are empty, hold ids outside the
+    vocabulary or leave no room for n_new, and for a cache with experts that choose by the batch.
+    """
+    require_whole("n_new", n_new, 0)
+    require_number("temperature", temperature, 0.0)
+    require_number("top_p", top_p, 0.0, 1.0, open_low=True)
+    if chunk is not None:
+        require_whole("chunk", chunk, 1)
+    rows = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    _check(model.config, rows, n_new)
+    tokens, pad = _left_padded(rows, model.embed.weight.device)
+    cache = None
+    if _may_cache(model.config, pad is not None, use_cache):
+        cache = Cache(model.config, len(rows), reserve=tokens.shape[1] + n_new)
+    said: list[list[int]] = [[] for _ in rows]
+    ended = [False] * len(rows)
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in progress(range(n_new), desc="generating", unit="token", delay=2):
+            choice = choose(_next_logits(model, tokens, cache, pad, chunk), temperature, top_p, generator)
+            tokens = torch.cat((tokens, choice[:, None]), dim=1)
+            for row, token in enumerate(choice.tolist()):
+                if not ended[row]:
+                    said[row].append(token)
+                    ended[row] = token in stop
+            if on_step is not None:
+                on_step(said)
+            if all(ended):
+                break
+    finally:
+        model.train(was_training)
+    return said
+
+
+def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """Choose one token id for each row of logits (B, V): (B,), as `generate` says; equal logits go to the lower id."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold together
+        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+def _next_logits(
+    model: Transformer, tokens: Tensor, cache: Cache | None, pad: Tensor | None, chunk: int | None
+) -> Tensor:
+    """Logits (B, V) of what follows tokens (B, S); with a cache only those that it lacks are read."""
+    if cache is None:
+        return model(tokens, pad=pad).logits[:, -1]
+    unread = tokens[:, cache.length :]
+    for part in unread.split(chunk or unread.shape[1], dim=1):
+        logits = model(part, cache, pad).logits[:, -1]
+    return logits
+
+
+def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Rows as one tensor (B, S) that ends where each row ends, and how many paddings each has, None if there are none."""
+    longest = max(map(len, rows))
+    missing = [longest - len(row) for row in rows]
+    tokens = torch.tensor([[PAD_ID] * n + row for n, row in zip(missing, rows, strict=True)], device=device)
+    return tokens, torch.tensor(missing, device=device) if any(missing) else None
+
+
+def _check(config: ModelConfig, rows: list[list[int]], n_new: int) -> None:
+    require(len(rows) > 0, "prompts", rows, "must hold at least one prompt")
+    most, V = config.max_seq_len, config.vocab_size
+    for number, row in enumerate(rows):
+        require(len(row) > 0, f"prompt {number}", row, "must hold at least one token for the model to go on from")
+        remedy = f"must be at most max_seq_len = {most}: shorten the prompt"
+        require(len(row) <= most, f"tokens of prompt {number}", len(row), remedy)
+        for token in row:
+            known = isinstance(token, int) and 0 <= token < V
+            require(known, f"token id in prompt {number}", token, f"must be a whole number from 0 to {V - 1}")
+    longest = max(map(len, rows))
+    remedy = f"must be at most {most - longest}: max_seq_len = {most}, and the longest prompt has {longest} tokens"
+    require(longest + n_new <= most, "n_new", n_new, remedy)
+
+
+def _may_cache(config: ModelConfig, padded: bool, use_cache: bool | None) -> bool:
+    """Whether to keep a cache; InputError where it, or padding, would change who goes to which expert."""
+    alone = config.moe is None or config.moe.routes_alone
+    batch = "the model's experts have capacities or choose their tokens, and so each token's way depends on its batch"
+    require(alone or not padded, "prompts", "of different lengths", f"must be equally long: {batch}")
+    require(alone or not use_cache, "use_cache", use_cache, f"must be False: {batch}")
+    return alone if use_cache is None else use_cache
