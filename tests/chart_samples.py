@@ -115,6 +115,46 @@ def lift_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def cost_rows(runs: int) -> list[dict[str, Any]]:
+    draw = random.Random(8)
+    slopes = {"MHA": 0.9, "GQA": 0.5, "MLA naive": 1.05, "MLA absorbed": 0.3}
+    return [
+        {"method": method, "context": 2**power, "milliseconds": 2 ** (slope * (power - 10)) * draw.uniform(0.2, 0.22)}
+        for method, slope in slopes.items()
+        for power in range(10, 15)
+        for _ in range(runs)
+    ]  # fmt: skip
+
+
+def wave_rows(pairs: int, low: int, high: int, factor: float) -> list[dict[str, Any]]:
+    rows = []
+    for j in range(pairs):
+        plain, mixed = 2 * math.pi * 10_000 ** (j / pairs), min(max((j - low) / (high - low), 0), 1)
+        rows.append({"pair": j, "wavelength": plain, "kind": "RoPE"})
+        rows.append({"pair": j, "wavelength": plain / (1 - mixed + mixed / factor), "kind": "with YaRN"})
+    return rows
+
+
+def needle_rows(kinds: tuple[str, ...], depths: int, seeds: int) -> list[dict[str, Any]]:
+    draw = random.Random(9)
+    return [
+        {"kind": kind, "length": length, "depth": d / (depths - 1), "seed": seed,
+         "recall": max(0.0, 1 - 0.4 * i * draw.random() * length / 2048)}
+        for i, kind in enumerate(kinds)
+        for length in (256, 512, 1024, 2048)
+        for d in range(depths)
+        for seed in range(seeds)
+    ]  # fmt: skip
+
+
+CACHES = [
+    {"model": model, "kind": kind, "elements_per_token": elements}
+    for model, kind, elements in (
+        ("DeepSeek-V3", "MLA", 35_136), ("LLaMA-3.1-405B", "GQA", 258_048), ("LLaMA2-7B", "MHA", 262_144),
+        ("DeepSeek-V2-Lite", "MLA", 15_552), ("Mixtral 8x7B", "GQA", 65_536), ("V3 with MHA", "MHA", 1_998_848),
+        ("one KV head", "MQA", 5_000),
+    )
+]  # fmt: skip
 RATIOS = [
     {"what": "SparseMoE, 16 experts", "against": "dense of equal FLOPs", "ratio": 1.32, "low": 1.28, "high": 1.37,
      "goal": 1.1},
@@ -187,6 +227,15 @@ def every_chart() -> dict[str, Any]:
         ),
         "device_flow": charts.device_flow(text[:48], device_limits(48, 8)),
         "device_flow, few": charts.device_flow(text[:8], device_limits(8, 3), limit=2),
+        "cache_calculator": charts.cache_calculator(CACHES),
+        "cache_calculator, one": charts.cache_calculator(CACHES[:1], context=1024, bits=6, memory=None),
+        "cache_by_design": charts.cache_by_design(),
+        "cache_by_design, few": charts.cache_by_design(heads=16, groups=1, head_dim=64),
+        "decode_cost": charts.decode_cost(cost_rows(1)),
+        "decode_cost, runs": charts.decode_cost(cost_rows(3)[:30]),
+        "rotary_frequencies": charts.rotary_frequencies(wave_rows(32, 10, 23, 40), original=4096, extended=163_840),
+        "needle": charts.needle(needle_rows(("RoPE", "window", "YaRN"), 5, 3)),
+        "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
         "coactivation, few": charts.coactivation(together(8)[0]),
         "loss_against_disabled": charts.loss_against_disabled(loss_rows("share", [0, 1 / 16, 1 / 8, 1 / 4], 4, 3)),

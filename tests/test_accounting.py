@@ -11,10 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsmoe_lite import published
-from dsmoe_lite.accounting import formula_flops, kv_cache_elements, parameters, training_flops
+from dsmoe_lite.accounting import (
+    attention_kind,
+    cache_rows,
+    formula_flops,
+    kv_cache_bytes,
+    kv_cache_elements,
+    parameters,
+    training_flops,
+)
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.count import command
-from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict
+from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.presets import PRESETS, preset
 
@@ -81,6 +89,9 @@ def test_every_entry_names_a_known_source() -> None:
 
     assert visit(PUBLISHED) > len(PRINTED)
     listed = [entry for key in ("discrepancies", "shared_experts", "combinations") for entry in PUBLISHED[key]]
+    for part in ("formulas", "computed", "published"):
+        listed += PUBLISHED["kv_cache"][part]
+    listed += PUBLISHED["family"]["rows"] + PUBLISHED["yarn"]["models"]
     for entry in [*listed, *PUBLISHED["flops"]["rows"], *(entry for _, entry in PRINTED)]:
         assert entry["source"].strip()
 
@@ -90,14 +101,37 @@ def test_combinations() -> None:
         assert math.comb(entry["n"], entry["k"]) == entry["value"]
 
 
+def attention_matrices(D: int, attention: AnyAttention) -> list[tuple[str, tuple[int, ...], bool]]:
+    """Every weight of one block's attention, head by head."""
+    shapes: list[tuple[int, ...]] = []
+    norms: list[tuple[int, ...]] = []
+    if isinstance(attention, AttentionConfig):
+        d, groups = attention.head_dim, attention.n_kv_heads or attention.n_heads
+        shapes += [(D, d)] * attention.n_heads  # queries
+        shapes += [(D, d)] * groups + [(D, d)] * groups  # keys, values
+        shapes += [(d, D)] * attention.n_heads  # output
+    else:
+        nope, rope, v = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
+        latent, q_latent = attention.kv_lora_rank, attention.q_lora_rank
+        shapes += [(D, latent), (D, rope)]  # W^DKV, W^KR
+        norms += [(latent,)]
+        if q_latent is not None:
+            shapes += [(D, q_latent)]  # W^DQ
+            norms += [(q_latent,)]
+        for _ in range(attention.n_heads):
+            shapes += [(q_latent or D, nope), (q_latent or D, rope)]  # W^UQ, W^QR
+            shapes += [(latent, nope), (latent, v), (v, D)]  # W^UK, W^UV, W^O
+    return [("attention", shape, True) for shape in shapes] + [("norms", shape, True) for shape in norms]
+
+
 def matrices(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
     """Every weight of the model, written out: (component, shape, met by token 0)."""
-    D, A = config.d_model, config.attention.n_heads * config.attention.head_dim
+    D = config.d_model
     found = [("embed_in", (config.vocab_size, D), True), ("norms", (D,), True)]
     if not config.tie_embeddings:
         found.append(("lm_head", (D, config.vocab_size), True))
     for layer in range(config.n_layers):
-        found += [("norms", (D,), True)] * 2 + [("attention", (D, A), True)] * 3 + [("attention", (A, D), True)]
+        found += [("norms", (D,), True)] * 2 + attention_matrices(D, config.attention)
         place = layer - config.n_dense_layers  # from 0 for the first block that may hold experts
         if config.moe is None or place < 0 or place % config.interleave != config.interleave - 1:
             found += [("dense_ffn", shape, True) for shape in ((D, config.ffn_width),) * 2 + ((config.ffn_width, D),)]
@@ -110,6 +144,18 @@ def matrices(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
         for _ in range(config.moe.n_shared_experts):
             found += [("shared_experts", shape, True) for shape in ((D, F), (D, F), (F, D))]
     return found
+
+
+@st.composite
+def attentions(draw: st.DrawFn) -> AnyAttention:
+    small = st.integers(1, 5)
+    if draw(st.booleans()):
+        groups, each = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        n_kv_heads = draw(st.sampled_from([None, groups]))
+        window = draw(st.none() | st.integers(1, 9))
+        return AttentionConfig(groups * each, 2 * draw(small), n_kv_heads=n_kv_heads, window=window)
+    q_lora_rank = draw(st.none() | small)
+    return MLAConfig(draw(small), draw(small), 2 * draw(small), draw(small), draw(small), q_lora_rank)
 
 
 @st.composite
@@ -133,7 +179,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         vocab_size=draw(small),
         d_model=draw(small),
         n_layers=layers,
-        attention=AttentionConfig(n_heads=draw(small), head_dim=2 * draw(small)),
+        attention=draw(attentions()),
         ffn_width=draw(small),
         moe=moe,
         n_dense_layers=dense,
@@ -165,8 +211,14 @@ def test_training_flops_equal_a_loop_over_products(config: ModelConfig, seq_len:
             forward += 2 * seq_len * math.prod(shape)
     if config.tie_embeddings:
         forward += 2 * seq_len * config.vocab_size * config.d_model
+    mla = isinstance(config.attention, MLAConfig)
     for _ in range(config.n_layers * config.attention.n_heads):
-        forward += 2 * (2 * seq_len * seq_len * config.attention.head_dim)
+        for _query_and_key in range(seq_len * seq_len):
+            if mla:
+                forward += 2 * (config.attention.qk_nope_head_dim + config.attention.qk_rope_head_dim)
+            else:
+                forward += 2 * config.attention.head_dim
+            forward += 2 * (config.attention.v_head_dim if mla else config.attention.head_dim)
     flops = training_flops(config, seq_len)
     assert flops.total == 3 * forward
     assert flops.total + flops.router == sum(flops.rows().values())
@@ -203,6 +255,61 @@ def test_one_more_expert_a_token_is_one_more_active_expert(config: ModelConfig) 
 def test_kv_cache_is_a_key_and_a_value_for_each_head_and_layer() -> None:
     assert kv_cache_elements(preset("dense-0.2B")) == 9 * 10 * 128 * 2 == 23_040
     assert kv_cache_elements(preset("course-gshard")) == 2 * 4 * 16 * 2
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "elements"),
+    [
+        (AttentionConfig(8, 16), "MHA", 2 * 8 * 16),
+        (AttentionConfig(8, 16, n_kv_heads=8), "MHA", 2 * 8 * 16),
+        (AttentionConfig(8, 16, n_kv_heads=2), "GQA", 2 * 2 * 16),
+        (AttentionConfig(8, 16, n_kv_heads=1), "MQA", 2 * 16),
+        (AttentionConfig(1, 16), "MHA", 2 * 16),
+        (MLAConfig(8, 16, 6, 10, 40), "MLA", 46),
+        (MLAConfig(80, 16, 6, 10, 40, q_lora_rank=12), "MLA", 46),  # as many for ten times the heads
+    ],
+)
+def test_the_cache_of_each_attention(attention: AnyAttention, kind: str, elements: int) -> None:
+    config = replace(preset("course-dense"), attention=attention)  # 2 layers
+    assert kv_cache_elements(config) == 2 * elements
+    assert attention_kind(attention) == kind
+    assert cache_rows({"m": config}) == [{"model": "m", "kind": kind, "elements_per_token": 2 * elements}]
+
+
+@given(configs(), st.integers(0, 40), st.integers(1, 64), st.integers(1, 5))
+def test_cache_bytes_hold_every_bit(config: ModelConfig, n_tokens: int, bits: int, batch_size: int) -> None:
+    window = getattr(config.attention, "window", None) or n_tokens
+    kept = sum(1 for position in range(n_tokens) if position >= n_tokens - window)
+    held = sum(bits for _ in range(batch_size * kept * kv_cache_elements(config)))
+    assert 0 <= 8 * kv_cache_bytes(config, n_tokens, bits, batch_size) - held < 8
+
+
+def test_cache_bytes_are_exact_and_roll_over_a_window() -> None:
+    config = preset("deepseek-v3")
+    assert kv_cache_bytes(config, 131_072, 16) == 131_072 * 61 * 576 * 2 == 9_210_691_584
+    assert type(kv_cache_bytes(config, 131_072, 6, 3)) is int
+    assert kv_cache_bytes(config, 10**15 + 1, 8) == (10**15 + 1) * 35_136  # a float would lose the last token
+    tiny = replace(preset("course-dense"), n_layers=1, attention=MLAConfig(1, 1, 2, 1, 1))  # 3 numbers a token
+    assert [kv_cache_bytes(tiny, 1, bits) for bits in (32, 16, 8, 6, 4, 1)] == [12, 6, 3, 3, 2, 1]
+    rolling = replace(preset("course-dense"), attention=AttentionConfig(4, 16, window=100))
+    assert [kv_cache_bytes(rolling, n, 8) for n in (0, 99, 100, 101, 5000)] == [0, 99 * 256, *[100 * 256] * 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"n_tokens": -1, "bits": 16}, "n_tokens = -1"),
+        ({"n_tokens": 1.5, "bits": 16}, "n_tokens = 1.5"),
+        ({"n_tokens": 1, "bits": 0}, "bits = 0"),
+        ({"n_tokens": 1, "bits": 65}, "bits = 65: must be a whole number of at least 1 and at most 64"),
+        ({"n_tokens": 1, "bits": 4.0}, "bits = 4.0"),
+        ({"n_tokens": 1, "bits": 16, "batch_size": 0}, "batch_size = 0"),
+    ],
+)
+def test_cache_bytes_name_bad_input(call: dict, words: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(words)}") as raised:
+        kv_cache_bytes(preset("course-dense"), **call)
+    assert "\n" not in str(raised.value)
 
 
 def test_course_presets_are_comparable() -> None:
@@ -253,7 +360,9 @@ def test_the_model_has_the_parameters_that_are_counted(name: str, tied: bool) ->
 def test_an_unknown_preset_names_the_close_ones() -> None:
     with pytest.raises(InputError, match=r"^preset = 'gshard-2B': there is none; close: .*gshard-2\.0B"):
         preset("gshard-2B")
-    with pytest.raises(InputError, match=r"all: course-dense, .*dense-x16$"):
+    with pytest.raises(InputError, match=r"close: deepseek-v3"):
+        preset("deepseek-V3")
+    with pytest.raises(InputError, match=r"all: course-dense, .*dense-x16, .*grok-1$"):
         preset("#")
 
 
@@ -283,8 +392,17 @@ def test_count_as_json() -> None:
     assert dense["seq_len"] == 100
     # 2 layers of 4 x 64 x 64 + 3 x 64 x 128 weights and a head of 1024 x 64; scores: 12 x 2 x 64 x 100^2
     assert dense["training_flops"] == 600 * (2 * (16_384 + 24_576) + 65_536) + 15_360_000
+    assert dense["kv_cache_elements_per_token"] == 2 * 2 * 64
+    assert (dense["kv_cache_bf16_bytes_per_token"], dense["kv_cache_bf16_bytes"]) == (512, 51_200)
     router = next(row for row in gshard["components"] if row["component"] == "router")
     assert (router["total"], router["training_flops"]) == (2 * 16 * 64, 600 * 2 * 16 * 64)
+
+
+def test_count_knows_the_family_and_its_cache() -> None:
+    output = run("deepseek-v3", "--seq-len", "1000")
+    assert "671,026,404,352" in output
+    assert "70,272" in output  # a token, in bfloat16
+    assert "70,272,000" in output
 
 
 def test_count_reads_a_config_file(tmp_path) -> None:

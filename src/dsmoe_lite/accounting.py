@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dsmoe_lite.config import ModelConfig
+from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig
+from dsmoe_lite.errors import require_whole
 
 
 @dataclass(frozen=True)
@@ -82,15 +83,16 @@ def parameters(config: ModelConfig) -> Parameters:
         router = always(moe_layers * matrices * D * moe.n_routed_experts)
         routed = Count(moe_layers * moe.n_routed_experts * expert, moe_layers * moe.top_k * expert)
         shared = always(moe_layers * moe.n_shared_experts * expert)
+    norms = (2 * L + 1) * D + L * latent_norms(config.attention)  # of blocks: before attention and FFN; one at the end
     return Parameters(
         embed_in=always(embedding),
         lm_head=always(0 if config.tie_embeddings else embedding),
-        attention=always(L * 4 * D * attention_width(config)),  # queries, keys, values, output
+        attention=always(L * attention_weights(D, config.attention)),
         dense_ffn=always((L - moe_layers) * swiglu(D, config.ffn_width)),
         router=router,
         routed_experts=routed,
         shared_experts=shared,
-        norms=always((2 * L + 1) * D),  # before attention and FFN in each block, and once at the end
+        norms=always(norms),
     )
 
 
@@ -104,9 +106,33 @@ def swiglu(d_model: int, width: int) -> int:
     return 3 * d_model * width
 
 
-def attention_width(config: ModelConfig) -> int:
-    """Channels of all heads together."""
-    return config.attention.n_heads * config.attention.head_dim
+def attention_weights(d_model: int, config: AnyAttention) -> int:
+    """Weights of one block's attention, without norms.
+
+    MHA, GQA, MQA: queries D to H d, keys and values D to G d each, output H d to D. MLA (DeepSeek-V2,
+    arXiv:2405.04434, Section 2.1): queries, through their latent where they have one; down to latent and shared rotated
+    key, up to keys and values, output.
+    """
+    D, H = d_model, config.n_heads
+    if isinstance(config, AttentionConfig):
+        return 2 * D * H * config.head_dim + 2 * D * config.kv_heads * config.head_dim
+    queries, latent = H * config.qk_dim, config.kv_lora_rank
+    query = D * queries if config.q_lora_rank is None else config.q_lora_rank * (D + queries)
+    down = D * (latent + config.qk_rope_head_dim)
+    up = latent * H * (config.qk_nope_head_dim + config.v_head_dim)
+    return query + down + up + H * config.v_head_dim * D
+
+
+def latent_norms(config: AnyAttention) -> int:
+    """Weights of one block's RMSNorms inside attention: MLA's, on its latent vectors."""
+    return config.kv_lora_rank + (config.q_lora_rank or 0) if isinstance(config, MLAConfig) else 0
+
+
+def attention_kind(config: AnyAttention) -> str:
+    """MHA, GQA, MQA or MLA."""
+    if isinstance(config, MLAConfig):
+        return "MLA"
+    return "MHA" if config.kv_heads == config.n_heads else "MQA" if config.kv_heads == 1 else "GQA"
 
 
 @dataclass(frozen=True)
@@ -114,7 +140,7 @@ class TrainingFlops:
     """FLOPs of one training sequence (forward and backward) by component."""
 
     seq_len: int
-    attention: int  # the four projections
+    attention: int  # the projections
     attention_scores: int  # queries with keys, weights with values
     dense_ffn: int
     router: int  # small; not in `total`, as the papers leave it out
@@ -142,15 +168,17 @@ def training_flops(config: ModelConfig, seq_len: int) -> TrainingFlops:
 
     F = s [6 L (4 d^2 + 8 d^2 m) + 12 L d s + 6 V d], with m the activated FFN weights over 8 d^2. No paper prints it;
     it gives the rows "FLOPs per 2K/4K Tokens" of DeepSeekMoE (arXiv:2401.06066), Tables 1 to 6, and its core is
-    DeepSeek LLM (arXiv:2401.02954), Equation 2. Here 4 d^2 and 8 d^2 m are the config's real widths. All s^2 scores
-    are counted, also those that the causal mask hides; embedding look-up, norms and router are not.
+    DeepSeek LLM (arXiv:2401.02954), Equation 2. Here 4 d^2 and 8 d^2 m are the config's real widths, and 12 L d s^2 is
+    6 L s^2 H (d_qk + d_v): a head's query with its key, its weights with its values. All s^2 scores are counted, also
+    those that the causal mask or a window hides; MLA's as they are trained, not absorbed. Embedding look-up, norms and
+    router are not.
     """
-    met = parameters(config)
+    met, heads = parameters(config), config.attention
     per_weight = 6 * seq_len
     return TrainingFlops(
         seq_len=seq_len,
         attention=per_weight * met.attention.active,
-        attention_scores=12 * config.n_layers * attention_width(config) * seq_len**2,
+        attention_scores=6 * config.n_layers * seq_len**2 * heads.n_heads * (heads.qk_dim + heads.v_dim),
         dense_ffn=per_weight * met.dense_ffn.active,
         router=per_weight * met.router.active,
         routed_experts=per_weight * met.routed_experts.active,
@@ -190,5 +218,30 @@ def formula_flops(*, n_layers: int, d_model: int, vocab_size: int, ffn_units: fl
 
 
 def kv_cache_elements(config: ModelConfig) -> int:
-    """Numbers cached for one token: a key and a value of every head in every layer, 2 L H d_head."""
-    return 2 * config.n_layers * attention_width(config)
+    """Numbers cached for one token in all layers: 2 L G d_head with G heads of keys and values, (d_c + d_h^R) L in MLA.
+
+    DeepSeek-V2 (arXiv:2405.04434), Table 1.
+    """
+    return config.n_layers * config.attention.cache_width
+
+
+def kv_cache_bytes(config: ModelConfig, n_tokens: int, bits: int, batch_size: int = 1) -> int:
+    """Bytes that `batch_size` sequences of `n_tokens` tokens keep, at `bits` a number, rounded up to whole bytes.
+
+    With a sliding window the cache rolls: it holds the last `window` tokens at most. InputError for n_tokens below 0,
+    batch_size below 1 and bits outside 1..64.
+    """
+    require_whole("n_tokens", n_tokens, 0)
+    require_whole("bits", bits, 1, 64)
+    require_whole("batch_size", batch_size, 1)
+    window = config.attention.window if isinstance(config.attention, AttentionConfig) else None
+    kept = n_tokens if window is None else min(n_tokens, window)
+    return -(-kv_cache_elements(config) * kept * batch_size * bits // 8)
+
+
+def cache_rows(models: Mapping[str, ModelConfig]) -> list[dict[str, Any]]:
+    """Rows {model, kind, elements_per_token} of several configs; kind is MHA, GQA, MQA or MLA."""
+    return [
+        {"model": name, "kind": attention_kind(config.attention), "elements_per_token": kv_cache_elements(config)}
+        for name, config in models.items()
+    ]

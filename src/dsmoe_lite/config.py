@@ -65,7 +65,7 @@ class AttentionConfig:
         require_whole("n_heads", self.n_heads, 1)
         require_whole("head_dim", self.head_dim, 2)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs of channels")
-        require_number("rope_theta", self.rope_theta, 1.0)
+        require_number("rope_theta", self.rope_theta, 1.0, open_low=True)
         if self.n_kv_heads is not None:
             require_whole("n_kv_heads", self.n_kv_heads, 1)
             remedy = f"must divide n_heads = {self.n_heads}"
@@ -123,7 +123,7 @@ class MLAConfig:
         require(even, "qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs of channels")
         if self.q_lora_rank is not None:
             require_whole("q_lora_rank", self.q_lora_rank, 1)
-        require_number("rope_theta", self.rope_theta, 1.0)
+        require_number("rope_theta", self.rope_theta, 1.0, open_low=True)
 
     @property
     def rope_dim(self) -> int:

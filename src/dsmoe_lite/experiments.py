@@ -11,6 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.errors import InputError, RunError, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
@@ -48,6 +49,12 @@ def _cut(m: int, **moe: Any) -> Job:
     """2 of 16 experts, each cut in m."""
     cut = {"n_routed_experts": 16 * m, "top_k": 2 * m, "expert_width": 128 // m, "routed_scaling_factor": float(m)}
     return _course("course-deepseekmoe", _EXPERT, **cut | {"n_shared_experts": 0} | moe)
+
+
+def _attention(attention: AnyAttention, ffn_width: int) -> Job:
+    """The dense course size with other attention; the FFN takes what it saves, or pays what it costs."""
+    job = _course("course-dense", {})
+    return replace(job, model=replace(job.model, attention=attention, ffn_width=ffn_width))
 
 
 _EXPERT = {"expert": 0.01}
@@ -90,6 +97,16 @@ GRIDS = {
     ),
     # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
     "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
+    # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2, which
+    # would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32, GQA 64.
+    "attention": Grid(
+        {
+            "mha": _attention(AttentionConfig(4, 16), 128),
+            "gqa": _attention(AttentionConfig(4, 16, n_kv_heads=2), 149),
+            "mqa": _attention(AttentionConfig(4, 16, n_kv_heads=1), 160),
+            "mla": _attention(MLAConfig(4, 16, 8, 16, kv_lora_rank=32), 125),
+        }
+    ),
 }
 
 

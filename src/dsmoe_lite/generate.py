@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import require, require_number, require_whole
+from dsmoe_lite.errors import InputError, require, require_number, require_whole
 from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.progress import progress
@@ -35,16 +35,16 @@ def generate(
     arXiv:1904.09751). use_cache: None takes one wherever it cannot change what is said. chunk: how many tokens of the
     prompts are read at a time; None: all. on_step is given what was said so far, after every token.
 
-    The model is left in the mode it was in. Raises InputError for prompts that are empty, hold ids outside the
-    vocabulary or leave no room for n_new, and for a cache with experts that choose by the batch.
+    The model is left in the mode it was in. Raises InputError for prompts that are empty or leave no room for n_new,
+    for ids outside the vocabulary, in `stop` too, and for a cache with experts that choose by the batch.
     """
     require_whole("n_new", n_new, 0)
     require_number("temperature", temperature, 0.0)
     require_number("top_p", top_p, 0.0, 1.0, open_low=True)
     if chunk is not None:
         require_whole("chunk", chunk, 1)
-    rows = [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
-    _check(model.config, rows, n_new)
+    rows = _rows(prompts)
+    _check(model.config, rows, n_new, stop)
     tokens, pad = _left_padded(rows, model.embed.weight.device)
     cache = None
     if _may_cache(model.config, pad is not None, use_cache):
@@ -74,12 +74,13 @@ def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator: to
     """Choose one token id for each row of logits (B, V): (B,), as `generate` says; equal logits go to the lower id."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits / temperature).softmax(dim=-1)
+    logits = logits.double()  # half precision would lose the sum's tail, and a low temperature overflow
+    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold together
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+    return torch.multinomial(probabilities.float(), 1, generator=generator)[:, 0]
 
 
 def _next_logits(
@@ -94,15 +95,24 @@ def _next_logits(
     return logits
 
 
+def _rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists; InputError for one alone, which has to stand in a list too."""
+    try:
+        return [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
+    except TypeError:
+        remedy = "must be a list of prompts, each a list of token ids; put brackets around one that is alone"
+        raise InputError(f"prompts, of type {type(prompts).__name__}: {remedy}") from None
+
+
 def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Rows as one tensor (B, S) that ends where each row ends, and how many paddings each has, None if there are none."""
+    """Rows as one tensor (B, S) that ends where each row ends; how many paddings each has, None if none has any."""
     longest = max(map(len, rows))
     missing = [longest - len(row) for row in rows]
     tokens = torch.tensor([[PAD_ID] * n + row for n, row in zip(missing, rows, strict=True)], device=device)
     return tokens, torch.tensor(missing, device=device) if any(missing) else None
 
 
-def _check(config: ModelConfig, rows: list[list[int]], n_new: int) -> None:
+def _check(config: ModelConfig, rows: list[list[int]], n_new: int, stop: Collection[int]) -> None:
     require(len(rows) > 0, "prompts", rows, "must hold at least one prompt")
     most, V = config.max_seq_len, config.vocab_size
     for number, row in enumerate(rows):
@@ -110,11 +120,13 @@ def _check(config: ModelConfig, rows: list[list[int]], n_new: int) -> None:
         remedy = f"must be at most max_seq_len = {most}: shorten the prompt"
         require(len(row) <= most, f"tokens of prompt {number}", len(row), remedy)
         for token in row:
-            known = isinstance(token, int) and 0 <= token < V
-            require(known, f"token id in prompt {number}", token, f"must be a whole number from 0 to {V - 1}")
+            require_whole(f"token id in prompt {number}", token, 0, V - 1)
     longest = max(map(len, rows))
     remedy = f"must be at most {most - longest}: max_seq_len = {most}, and the longest prompt has {longest} tokens"
     require(longest + n_new <= most, "n_new", n_new, remedy)
+    require(isinstance(stop, Collection), "stop", stop, "must be a list or set of token ids")
+    for token in stop:
+        require_whole("token id in stop", token, 0, V - 1)
 
 
 def _may_cache(config: ModelConfig, padded: bool, use_cache: bool | None) -> bool:

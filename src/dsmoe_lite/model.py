@@ -98,12 +98,11 @@ class Transformer(nn.Module):
 
         With `cache` (and gradients off) they follow the tokens it holds, and it then holds them too; a call that fails
         leaves it as it was. pad (B,): how many tokens at the left of each row, from its first call on, are padding.
-        Raises InputError for no tokens, ids outside the vocabulary, more than max_seq_len tokens in all, and a cache of
-        another model or batch.
+        Raises InputError for tokens or a pad of another shape, no tokens, ids outside the vocabulary, more than
+        max_seq_len tokens in all, and a cache of another model or batch.
         """
+        self._check(tokens, 0 if cache is None else cache.length, pad)
         B, S = tokens.shape
-        start = 0 if cache is None else cache.length
-        self._check(tokens, start)
         if cache is not None:
             cache.check(self.config, B)
         place = self._place(S, cache, pad)
@@ -117,7 +116,13 @@ class Transformer(nn.Module):
             cache.advance(S)
         return output
 
-    def _check(self, tokens: Tensor, start: int) -> None:
+    def _check(self, tokens: Tensor, start: int, pad: Tensor | None) -> None:
+        whole = tokens.ndim == 2 and tokens.shape[0] > 0
+        require(whole, "shape of tokens", tuple(tokens.shape), "must be (batch, sequence), with at least one row")
+        if pad is not None:
+            shape = tuple(pad.shape) if isinstance(pad, Tensor) else pad
+            fits = shape == tokens.shape[:1] and not pad.is_floating_point()
+            require(fits, "pad", shape, f"must be a tensor of {len(tokens)} whole numbers, one for each row")
         S, longest, V = tokens.shape[1], self.config.max_seq_len, self.config.vocab_size
         require(S > 0, "sequence length", S, "must be at least 1: give the model a token to go on from")
         require(start + S <= longest, "sequence length", start + S, f"must be at most max_seq_len = {longest}")

@@ -1,4 +1,4 @@
-"""Models by name: the course's own sizes, and the nine validation models of DeepSeekMoE.
+"""Models by name: the course's own sizes, the nine validation models of DeepSeekMoE, and the models of family.py.
 
 The validation models are those of DeepSeekMoE (arXiv:2401.06066), Tables 1, 2, 8 and 9; Section 4.1 and Table 7 give
 their sizes. The paper gives a standard FFN 8 d^2 parameters, in SwiGLU a width of 8/3 d = 3413.33: widths here are
@@ -18,6 +18,7 @@ from difflib import get_close_matches
 
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.family import FAMILY
 
 _VALIDATION = ModelConfig(
     vocab_size=8192,
@@ -73,7 +74,7 @@ PRESETS = {
     # The paper's 4 and 16 experts that are always on: their sum is one FFN of 4 and 16 times the width.
     "dense-x4": replace(_VALIDATION, ffn_width=13653),
     "dense-x16": replace(_VALIDATION, ffn_width=54613),
-}
+} | FAMILY
 
 
 def preset(name: str) -> ModelConfig:

@@ -29,7 +29,7 @@ def compare(steps: dict[str, Step], rounds: int) -> list[dict[str, Any]]:
         step()  # first calls allocate
     for _ in progress(range(rounds), desc="rounds"):
         for name, step in steps.items():
-            seconds[name].append(_time(step))
+            seconds[name].append(seconds_of(step))
     first = seconds[next(iter(steps))]
     return [
         {
@@ -51,11 +51,11 @@ def time_ratio(step: Step, baseline: Step, rounds: int) -> Ratio:
     ratios = []
     for turn in range(rounds):
         if turn % 2:
-            own = _time(step)
-            ratios.append(own / _time(baseline))
+            own = seconds_of(step)
+            ratios.append(own / seconds_of(baseline))
         else:
-            base = _time(baseline)
-            ratios.append(_time(step) / base)
+            base = seconds_of(baseline)
+            ratios.append(seconds_of(step) / base)
     return median_interval(ratios)
 
 
@@ -72,7 +72,8 @@ def median_interval(values: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(ordered), ordered[max(k, 1) - 1], ordered[n - max(k, 1)])
 
 
-def _time(step: Step) -> float:
+def seconds_of(step: Step) -> float:
+    """Return the seconds that one call takes, by the clock on the wall."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start

@@ -1,6 +1,9 @@
 """dsmoe bench: ratios measured in one process."""
 
+import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import click
 
@@ -8,34 +11,88 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 from dsmoe_lite.errors import InputError
 
 
-@click.command(help="Measure ratios in one process: `layer` (experts beside a dense FFN) or `train` (training steps).")
-@click.argument("what", type=click.Choice(["layer", "train"]))
-@click.option(
-    "--rounds", default=30, show_default=True, type=click.IntRange(3, 10_000), help="Turns to take medians over."
+@click.command(
+    help="Measure ratios in one process: `layer` (experts beside a dense FFN), `train` (training steps) or `mla` "
+    "(attention that generates and reads)."
 )
+@click.argument("what", type=click.Choice(["layer", "train", "mla"]))
+@click.option("--rounds", type=click.IntRange(3, 10_000), help="Turns to take medians over.  [default: 30; mla: 12]")
 @click.option("--profile", is_flag=True, help="layer: print where the time goes, by torch operation.")
+@click.option("--contexts", metavar="N,N,...", help="mla: tokens to look back at.  [default: 1024,2048,4096,8192]")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="mla: where to measure.  [default: cpu]")
+@click.option("--record", is_flag=True, help="mla: also write data/runs/bench-mla-DEVICE.json.")
 @json_option
-def command(what: str, rounds: int, profile: bool, as_json: bool) -> None:
+def command(what: str, rounds: int | None, as_json: bool, **options: Any) -> None:
     """Print a row for each contender."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints a line whenever it starts or stops
-    import torch
+    meant_for = {"profile": "layer", "contexts": "mla", "device": "mla", "record": "mla"}
+    for name, only in meant_for.items():
+        if options[name] and what != only:
+            raise InputError(f"--{name}: is for `{only}`, not for `{what}`")
+    measure: dict[str, Callable[..., None]] = {"layer": _layer, "train": _train, "mla": _mla}
+    measure[what](rounds, as_json, **{name: options[name] for name, only in meant_for.items() if what == only})
 
-    from dsmoe_lite.bench.layer import bench_layer, profile_layer
+
+def _train(rounds: int | None, as_json: bool) -> None:
     from dsmoe_lite.bench.train import bench_train
 
-    if profile and what != "layer":
-        raise InputError(f"--profile: is for `layer`, not for `{what}`")
-    threads = f"{torch.get_num_threads()} threads"
-    if what == "train":
-        rows = bench_train(rounds)
-        title = f"dsmoe bench train: medians of {rounds} turns, ratios to the first row, {threads}"
-    elif profile:
-        rows = profile_layer(rounds)
-        title = f"dsmoe bench layer --profile: milliseconds a step, {rounds} steps, {threads}"
+    rounds = rounds or 30
+    title = f"dsmoe bench train: medians of {rounds} turns, ratios to the first row, {_threads()}"
+    print_rows(bench_train(rounds), as_json=as_json, title=title)
+
+
+def _layer(rounds: int | None, as_json: bool, profile: bool) -> None:
+    from dsmoe_lite.bench.layer import bench_layer, profile_layer
+
+    rounds = rounds or 30
+    if profile:
+        title = f"dsmoe bench layer --profile: milliseconds a step, {rounds} steps, {_threads()}"
+        print_rows(profile_layer(rounds), as_json=as_json, title=title)
+        return
+    title = (
+        f"dsmoe bench layer: medians of {rounds} alternated pairs, 95% intervals by order statistics, {_threads()}; "
+        "above 1 is slower or larger, a gap above 0 misses the goal"
+    )
+    print_rows(bench_layer(rounds), as_json=as_json, title=title)
+
+
+def _mla(rounds: int | None, as_json: bool, contexts: str | None, device: str | None, record: bool) -> None:
+    from dsmoe_lite.bench import mla
+    from dsmoe_lite.files import write_json
+
+    found = mla.bench_mla(_contexts(contexts) or mla.CONTEXTS, rounds or mla.ROUNDS, device or "cpu")
+    place, machine = found["place"], found["peaks"]
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
     else:
-        rows = bench_layer(rounds)
-        title = (
-            f"dsmoe bench layer: medians of {rounds} alternated pairs, 95% intervals by order statistics, {threads}; "
-            "above 1 is slower or larger, a gap above 0 misses the goal"
+        where = f"{place['device']}, {place['dtype']}, batch {place['batch_size']}, {_threads()}"
+        print_rows(
+            found["decode"],
+            as_json=False,
+            title=f"dsmoe bench mla: one token, medians of {place['rounds']} turns, 95% intervals, {where}",
         )
-    print_rows(rows, as_json=as_json, title=title)
+        print_rows(found["prefill"], as_json=False, title="A prompt, batch 1: medians of pairs")
+        print_rows(
+            found["slopes"],
+            as_json=False,
+            title=f"What each token in the cache costs. This machine copies {machine['copy GB/s']:.3g} GB/s, read and "
+            f"written, and multiplies {machine['matmul GFLOP/s']:.4g} GFLOP/s",
+        )
+        print_rows(found["goals"], as_json=False, title="Goals")
+    if record:
+        write_json(mla.record_path(place["device"]), found)
+
+
+def _contexts(text: str | None) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")] if text else []
+    except ValueError:
+        raise InputError(
+            f"--contexts {text}: must be whole numbers with commas between them, as in 1024,2048"
+        ) from None
+
+
+def _threads() -> str:
+    import torch
+
+    return f"{torch.get_num_threads()} threads"

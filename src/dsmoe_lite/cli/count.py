@@ -6,11 +6,13 @@ from typing import Any
 
 import click
 
-from dsmoe_lite.accounting import by_component, kv_cache_elements, parameters, training_flops
+from dsmoe_lite.accounting import by_component, kv_cache_bytes, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.cli.tables import json_option, print_rows
 from dsmoe_lite.config import ModelConfig, from_dict, read_yaml
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.presets import preset
+
+BF16 = 16  # bits
 
 
 @click.command(name="count")
@@ -62,6 +64,8 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         "training_flops": flops.total,  # without the router's, as in the papers
         "forward_flops_per_token": flops.forward_per_token,
         "kv_cache_elements_per_token": kv_cache_elements(config),
+        "kv_cache_bf16_bytes_per_token": kv_cache_bytes(config, 1, BF16),
+        "kv_cache_bf16_bytes": kv_cache_bytes(config, seq_len, BF16),  # of one sequence of seq_len tokens
         "components": [
             {name: value for name, value in row.items() if name != "forward_flops_per_token"}
             | {"share": row["total"] / counted.total}

@@ -10,9 +10,9 @@ from dsmoe_lite.layers.cache import LayerCache
 def visible(queries: Tensor, keys: Tensor, window: int | None = None, pad: Tensor | None = None) -> Tensor | None:
     """Say which keys each query sees, as bool (S, N), or (B, 1, S, N) with `pad`; None where plain causality says it.
 
-    queries (S,) and keys (N,): positions, counted from the left edge of the batch. pad (B,): how many tokens at the left
-    of each row are padding and seen by no other token (a row of a softmax cannot be empty, so they see themselves).
-    None means: the queries are the keys, or the one query sees every key.
+    queries (S,) and keys (N,): positions, counted from the left edge of the batch. pad (B,): how many tokens at the
+    left of each row are padding and seen by no other token (a row of a softmax cannot be empty, so they see
+    themselves). None means: the queries are the keys, or the one query sees every key.
     """
     S, N = len(queries), len(keys)
     hidden_by_window = window is not None and bool(queries[-1] - keys.min() >= window)
@@ -46,8 +46,8 @@ def mask_of(
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """softmax(scale q k^T) v over the keys that `mask` shows, with None as `visible` means it.
 
-    q (B, H, S, d), k (B, G, N, d), v (B, G, N, d_v), G dividing H -> (B, H, S, d_v). Queries h of a group of H / G share
-    the key and value of the group. A narrower v is padded to d and the result cut: the fused kernels want equal widths.
+    q (B, H, S, d), k (B, G, N, d), v (B, G, N, d_v), G dividing H -> (B, H, S, d_v). The H / G queries of a group share
+    its key and value. A narrower v is padded to d and the result cut: the fused kernels want equal widths.
     """
     B, H, S, d = q.shape
     G, N, d_v = k.shape[1], k.shape[2], v.shape[-1]

@@ -11,7 +11,7 @@ from dsmoe_lite.layers.rope import apply_rope, softmax_scale
 
 
 class Attention(nn.Module):
-    """o = W_o [softmax(scale q_i k_g^T) v_g]_i over heads i, each with the keys and values of its group g; no biases."""
+    """o = W_o [softmax(scale q_i k_g^T) v_g]_i over heads i, each with keys and values of its group g; no biases."""
 
     def __init__(self, d_model: int, config: AttentionConfig) -> None:
         super().__init__()

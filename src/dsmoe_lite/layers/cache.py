@@ -149,7 +149,7 @@ class Cache:
             layer.advance(n_tokens)
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
-        """Raise InputError unless the cache is of `config` and `batch_size`."""
+        """Raise InputError unless the cache is of `config` and `batch_size`, and no interrupt cut `advance` short."""
         if (config.attention, config.n_layers) != (self.config.attention, self.config.n_layers):
             raise InputError(
                 f"cache = of {self.config.n_layers} layers of {self.config.attention}: the model has "
@@ -157,11 +157,13 @@ class Cache:
             )
         remedy = f"must be {self.batch_size}, that of the cache"
         require(batch_size == self.batch_size, "batch size", batch_size, remedy)
+        lengths = {layer.length for layer in self.layers}
+        require(len(lengths) == 1, "lengths of the layers", lengths, "must be one: an interrupt cut a call; start anew")
 
 
 def _layer_cache(config: ModelConfig, reserve: int) -> LayerCache:
     if config.attention.window is not None:
-        return RollingCache(config.attention.window, reserve)
+        return RollingCache(min(config.attention.window, config.max_seq_len), reserve)
     return GrowingCache(reserve, config.max_seq_len)
 
 
@@ -171,13 +173,14 @@ def _with_room(
     """`buffers` if `needed` tokens fit, else ones twice as large with the first `length` tokens in them."""
     off = not torch.is_grad_enabled()
     require(off, "gradients", "on", "must be off with a cache, which no gradient passes: use torch.no_grad()")
-    if not buffers:
-        return tuple(_empty_like(tensor, max(needed, reserve)) for tensor in new)
-    if any(
+    alike = len(buffers) == len(new) and all(
         (buffer.shape[:-2], buffer.shape[-1], buffer.dtype, buffer.device)
-        != (tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device)
+        == (tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device)
         for buffer, tensor in zip(buffers, new, strict=True)
-    ):
+    )
+    if length == 0 and not alike:  # nothing yet, or only what a call that failed left
+        return tuple(_empty_like(tensor, max(needed, reserve)) for tensor in new)
+    if not alike:
         raise InputError(
             f"cache = {buffers[0].dtype} on {buffers[0].device}: the new tokens are {new[0].dtype} on "
             f"{new[0].device}; keep to one kind of numbers and one device, or make a new cache"
@@ -192,7 +195,8 @@ def _with_room(
 
 
 def _empty_like(tensor: Tensor, n_tokens: int) -> Tensor:
-    return tensor.new_empty((*tensor.shape[:-2], n_tokens, tensor.shape[-1]))
+    with torch.inference_mode(False):  # a buffer made under it could not be written outside
+        return tensor.new_empty((*tensor.shape[:-2], n_tokens, tensor.shape[-1]))
 
 
 def _nbytes(buffers: tuple[Tensor, ...]) -> int:

@@ -17,10 +17,10 @@ PATHS = ("auto", "naive", "absorbed")
 class MLA(nn.Module):
     """Keys and values of all heads from one latent c = RMSNorm(W_DKV h) and one rotated key k^R a token.
 
-    The cache holds c and k^R alone, as one tensor (B, 1, S, d_c + d_h^R). Two paths give the same numbers: `naive` makes
-    keys and values of every head from c; `absorbed` takes W_UK into the query and W_UV into the output, and looks at c
-    itself, as multi-query attention with keys of d_c + d_h^R and values of d_c channels. The scale is 1 / sqrt(d_h +
-    d_h^R) in both. `auto` takes the path with fewer multiplications.
+    The cache holds c and k^R alone, as one tensor (B, 1, S, d_c + d_h^R). Two paths give the same numbers: `naive`
+    makes keys and values of every head from c; `absorbed` takes W_UK into the query and W_UV into the output, and looks
+    at c itself, as multi-query attention with keys of d_c + d_h^R and values of d_c channels. The scale is
+    1 / sqrt(d_h + d_h^R) in both. `auto` takes the path with fewer multiplications.
 
     Equations have no norms; released models have one on each latent, and so has this.
     """
@@ -45,7 +45,10 @@ class MLA(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
-        """x (B, S, D); cos, sin (S, d_h^R / 2), or (B, 1, S, d_h^R / 2) -> (B, S, D). mask, cache as Attention.forward."""
+        """x (B, S, D); cos, sin (S, d_h^R / 2), or (B, 1, S, d_h^R / 2) -> (B, S, D).
+
+        mask and cache as in Attention.forward.
+        """
         B, S, _ = x.shape
         c = self.config
         q = self.query(x).view(B, S, c.n_heads, c.qk_dim).transpose(1, 2)  # (B, H, S, d_h + d_h^R)

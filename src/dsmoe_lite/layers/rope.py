@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and YaRN as DeepSeek-V2 and V3 use it.
 
-The package turns halves: channel j with channel j + d/2, as Llama and transformers do. The paper and DeepSeek's own code
-turn neighbours, 2j with 2j + 1. One is the other with its channels in another order (`pairs_to_halves`).
+The package turns halves: channel j with channel j + d/2, as transformers does. The paper and DeepSeek's own code turn
+neighbours, 2j with 2j + 1. One is the other with its channels in another order (`pairs_to_halves`).
 """
 
 import math

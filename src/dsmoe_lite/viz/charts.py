@@ -2,8 +2,10 @@
 
 from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
 from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
+from dsmoe_lite.viz.cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.causal import loss_against_active, loss_against_disabled
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
+from dsmoe_lite.viz.context import needle, rotary_frequencies
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.devices import device_flow
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
@@ -16,8 +18,11 @@ from dsmoe_lite.viz.tokens import token_routing
 
 __all__ = [
     "balance_scatter",
+    "cache_by_design",
+    "cache_calculator",
     "capacity_curve",
     "coactivation",
+    "decode_cost",
     "device_flow",
     "domain_heatmap",
     "effects_by_kind",
@@ -28,10 +33,12 @@ __all__ = [
     "loss_against_disabled",
     "loss_table",
     "model_comparison",
+    "needle",
     "parameter_split",
     "ratio_bars",
     "reach_curve",
     "roofline",
+    "rotary_frequencies",
     "router_probabilities",
     "specialization_against_null",
     "token_routing",

@@ -1,0 +1,117 @@
+"""Published models whose sizes the course compares, as configs: for `dsmoe count`, not for training.
+
+Numbers come from the papers named in data/published.json and from the configs released with the weights. RMSNorm, RoPE
+and SwiGLU stand for what a model has in their place where it counts the same. What ModelConfig cannot say:
+
+- deepseek-v3: the module that predicts one more token (MTP), which is left out of the 671B as well.
+- deepseek-v2, deepseek-v2-lite: context up to 160K is the released setting of YaRN; the papers speak of 128K and 32K.
+- qwen2.5-72B: biases of queries, keys and values, 819,200 in all.
+- llama-3.1-405B: its own scaling of RoPE, which is not YaRN.
+- mixtral-8x22B: the vocabulary of its first release, 32000; later ones have 32768.
+- dbrx: LayerNorm without bias, queries, keys and values clipped at 8.
+- grok-1: four norms a block where ModelConfig has two, GELU in its gated FFN, scaled embeddings and capped logits.
+- v2-small-mha, v2-large-mha: DeepSeek-V2 (arXiv:2405.04434), Table 9, prints their caches and sizes, not their
+  geometry, which is inferred: V2-Lite with full attention gives cache and sizes; V2 with 56 full heads gives the cache
+  alone (235.6B parameters, where 250.8B are printed).
+"""
+
+from dataclasses import replace
+
+from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, YarnConfig
+
+_V2_YARN = YarnConfig(factor=40, original_max_len=4096, mscale=0.707)
+_V3_YARN = replace(_V2_YARN, mscale=1.0)
+
+
+def _mla(n_heads: int, yarn: YarnConfig, q_lora_rank: int | None = 1536) -> MLAConfig:
+    """The geometry that V2, V2-Lite and V3 share: d_h 128, d_h^R 64, d_c 512."""
+    return MLAConfig(n_heads, 128, 64, 128, 512, q_lora_rank, yarn=yarn)
+
+
+def _deepseek(d_model: int, n_layers: int, attention: AttentionConfig | MLAConfig, ffn_width: int) -> ModelConfig:
+    """A dense model with the vocabulary, context and start that DeepSeek's share up to V2."""
+    return ModelConfig(102_400, d_model, n_layers, attention, ffn_width, max_seq_len=4096, init_std=0.006)
+
+
+def _gqa8(n_heads: int, rope_theta: float = 10_000.0) -> AttentionConfig:
+    return AttentionConfig(n_heads, 128, rope_theta, n_kv_heads=8)
+
+
+_MOE_16B = replace(
+    _deepseek(2048, 28, AttentionConfig(16, 128), 10_944), moe=MoEConfig(64, 6, 1408, 2), n_dense_layers=1
+)
+_V2_LITE = replace(_MOE_16B, n_layers=27, attention=_mla(16, _V2_YARN, None), max_seq_len=163_840)
+_V2 = ModelConfig(
+    vocab_size=102_400,
+    d_model=5120,
+    n_layers=60,
+    attention=_mla(128, _V2_YARN),
+    ffn_width=12_288,
+    moe=MoEConfig(160, 6, 1536, 2, n_group=8, topk_group=3, routed_scaling_factor=16.0, group_capacity_factor=1.0),
+    n_dense_layers=1,
+    max_seq_len=163_840,
+    init_std=0.006,
+)
+_V3 = ModelConfig(
+    vocab_size=129_280,
+    d_model=7168,
+    n_layers=61,
+    attention=_mla(128, _V3_YARN),
+    ffn_width=18_432,
+    moe=MoEConfig(
+        n_routed_experts=256,
+        top_k=8,
+        expert_width=2048,
+        n_shared_experts=1,
+        scoring_func="sigmoid",
+        expert_bias=True,
+        n_group=8,
+        topk_group=4,
+        group_score="top2",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    ),
+    n_dense_layers=3,
+    max_seq_len=163_840,
+    init_std=0.006,
+)
+
+
+def _top_k(n_experts: int, top_k: int, width: int) -> MoEConfig:
+    """Whole experts with gates that sum to 1, in every block."""
+    return MoEConfig(n_experts, top_k, width, norm_topk_prob=True)
+
+
+FAMILY = {
+    "deepseek-7B": _deepseek(4096, 30, AttentionConfig(32, 128), 11_008),
+    "deepseek-67B": _deepseek(8192, 95, _gqa8(64), 22_016),
+    "deepseekmoe-16B": _MOE_16B,
+    "deepseek-v2-lite": _V2_LITE,
+    "deepseek-v2": _V2,
+    "deepseek-v3": _V3,
+    "v2-small-mha": replace(_V2_LITE, attention=AttentionConfig(16, 128), max_seq_len=4096),
+    "v2-large-mha": replace(_V2, attention=AttentionConfig(56, 128), max_seq_len=4096),
+    "llama2-7B": ModelConfig(32_000, 4096, 32, AttentionConfig(32, 128), 11_008, max_seq_len=4096, norm_eps=1e-5),
+    "llama-3.1-405B": ModelConfig(128_256, 16_384, 126, _gqa8(128, 5e5), 53_248, max_seq_len=131_072, norm_eps=1e-5),
+    "qwen2.5-72B": ModelConfig(152_064, 8192, 80, _gqa8(64, 1e6), 29_568, max_seq_len=131_072, norm_eps=1e-5),
+    "mixtral-8x7B": ModelConfig(
+        32_000, 4096, 32, _gqa8(32, 1e6), 14_336, _top_k(8, 2, 14_336), max_seq_len=32_768, norm_eps=1e-5
+    ),
+    "mixtral-8x22B": ModelConfig(
+        32_000, 6144, 56, _gqa8(48, 1e6), 16_384, _top_k(8, 2, 16_384), max_seq_len=65_536, norm_eps=1e-5
+    ),
+    "dbrx": ModelConfig(
+        100_352, 6144, 40, _gqa8(48, 5e5), 10_752, _top_k(16, 4, 10_752), max_seq_len=32_768, norm_eps=1e-5
+    ),
+    "grok-1": ModelConfig(
+        vocab_size=131_072,
+        d_model=6144,
+        n_layers=64,
+        attention=_gqa8(48),
+        ffn_width=32_768,
+        moe=MoEConfig(8, 2, 32_768),
+        max_seq_len=8192,
+        tie_embeddings=True,
+        norm_eps=1e-5,
+    ),
+}

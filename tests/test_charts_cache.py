@@ -1,0 +1,282 @@
+"""Charts of the KV cache and of long context: what is drawn is what the rows and the controls say."""
+
+import itertools
+import json
+import math
+import re
+
+import chart_samples
+import pytest
+from test_charts_routing import marks, svg, values
+
+from dsmoe_lite.accounting import cache_rows, kv_cache_bytes
+from dsmoe_lite.config import AttentionConfig, MLAConfig
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.family import FAMILY
+from dsmoe_lite.viz import cache, charts, renderer, theme
+
+BYTES = "cache of all sequences"
+
+
+def bars(picture):
+    """Exact bytes of each bar, by name, from top to bottom."""
+    found = [mark for mark in marks(picture, BYTES) if "bytes" in mark]
+    return {mark["name"]: int(float(mark["bytes"].replace(",", ""))) for mark in found}  # some as 7.21554505728e+12
+
+
+def words(picture):
+    return re.findall(r"<text[^>]*>([^<]*)<", picture)
+
+
+def test_the_calculator_counts_what_accounting_counts_at_every_setting_of_its_controls():
+    chart = charts.cache_calculator(cache_rows(FAMILY))
+    assert {param["name"] for param in renderer.stable(chart.to_dict())["params"]} == {"context", "bits", "sequences"}
+    kinds = {row["model"]: f"{row['model']} · {row['kind']}" for row in cache_rows(FAMILY)}
+    for context, bits, sequences in ((131_072, 16, 1), (1024, 6, 1), (4096, 4, 3), (32_768, 32, 64)):
+        drawn = bars(svg(chart, context=context, bits=bits, sequences=sequences))
+        counted = {kinds[name]: kv_cache_bytes(c, context, bits, sequences) for name, c in FAMILY.items()}
+        assert drawn == pytest.approx(counted, rel=1e-11)
+        assert list(drawn.values()) == sorted(drawn.values(), reverse=True)
+        assert len(drawn) == len(FAMILY)
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(1, "1 B"), (999, "999 B"), (1000, "1 KB"), (70_272, "70.3 KB"), (9.21e9, "9.21 GB"), (80e9, "80 GB"),
+     (99.96e6, "100 MB"), (9.996e6, "10 MB"), (524e9, "524 GB"), (1e12, "1 TB"), (33.54e12, "33.5 TB"), (2e15, "2 PB")],
+)  # fmt: skip
+def test_sizes_have_three_digits_and_a_unit(amount, text):
+    assert cache._size(amount) == text
+
+
+def test_python_and_the_chart_write_sizes_alike():
+    rows = [{"model": f"m{i}", "kind": "MHA", "elements_per_token": 3**i} for i in range(20)]
+    chart = charts.cache_calculator(rows, context=2048, bits=32, sequences=5)
+    picture = svg(chart)
+    written = {mark["name"]: mark["text"] for mark in marks(picture, BYTES) if "text" in mark}
+    assert written == {name: cache._size(amount) for name, amount in bars(picture).items()}
+    assert all(f"{name} {text}" in chart.to_dict()["description"] for name, text in written.items())
+    assert len({text.split()[1] for text in written.values()}) >= 3
+
+
+def rules(picture):
+    """The names at the lines of a memory."""
+    return [mark["name"] for mark in marks(picture, BYTES) if set(mark) == {BYTES, "name"}]
+
+
+def test_the_memory_shows_once_the_largest_cache_is_a_quarter_of_it():
+    rows = [{"model": "m", "kind": "GQA", "elements_per_token": 100_000}]
+    chart = charts.cache_calculator(rows, memory=80e9)
+    seen = {n: rules(svg(chart, context=131_072, bits=8, sequences=n)) for n in (1, 2, 64)}
+    assert seen == {1: [], 2: ["80 GB"], 64: ["80 GB"]}  # 13.1, 26.2 and 839 GB
+    assert rules(svg(charts.cache_calculator(rows, memory=None), sequences=64)) == []
+    assert "80 GB" in chart.to_dict()["title"]["subtitle"][1]
+
+
+def colours(picture, first):
+    """The fill of each named bar."""
+    found = re.findall(
+        rf'<path aria-label="({first}: [^"]*)"[^>]*aria-roledescription="bar"[^>]*fill="([^"]*)"', picture
+    )
+    return {re.search(r"(?:name|kind): ([^;]*)", label)[1]: fill.upper() for label, fill in found}
+
+
+def test_each_kind_has_its_colour_in_both_charts_whatever_is_shown_beside_it():
+    kinds = dict(zip(cache.KINDS, theme.LINES, strict=True))
+    one = [{"model": "m", "kind": "MLA", "elements_per_token": 7}]
+    assert colours(svg(charts.cache_calculator(one)), BYTES) == {"m · MLA": kinds["MLA"]}
+    assert colours(svg(charts.cache_by_design()), "numbers a token and layer") == kinds
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(128, 8), (8, 1), (24, 4), (64, 2)])
+@pytest.mark.parametrize("d", [128, 12])
+def test_designs_are_those_of_the_configs(heads, groups, d):
+    picture = svg(charts.cache_by_design(head_dim=d), heads=heads, groups=groups)
+    drawn = {mark["kind"]: mark["text"] for mark in marks(picture, "numbers a token and layer") if "kind" in mark}
+    attention = {
+        "MHA": AttentionConfig(heads, d),
+        "GQA": AttentionConfig(heads, d, n_kv_heads=groups),
+        "MQA": AttentionConfig(heads, d, n_kv_heads=1),
+        "MLA": MLAConfig(heads, d, d // 2, d, 4 * d),
+    }
+    for kind, config in attention.items():
+        assert int(re.search(r"= ([\d,]+)", drawn[kind])[1].replace(",", "")) == config.cache_width
+        share = re.search(r"([\d.]+)% of MHA$", drawn[kind])
+        assert (share is None) == (kind == "MHA")
+        if share is not None:
+            whole = attention["MHA"].cache_width
+            assert float(share[1]) == pytest.approx(100 * config.cache_width / whole, rel=6e-3)
+
+
+def test_only_full_attention_depends_on_heads_and_the_axis_stays():
+    pictures = {heads: svg(charts.cache_by_design(), heads=heads) for heads in (8, 128)}
+    lengths = {
+        heads: {mark["kind"]: mark["numbers a token and layer"] for mark in marks(picture, "numbers a token and layer")}
+        for heads, picture in pictures.items()
+    }
+    changed = {kind for kind in cache.KINDS if lengths[8][kind] != lengths[128][kind]}
+    assert changed == {"MHA"}
+    axes = {re.search(r"linear scale with values from ([^\"]*)\"", picture)[1] for picture in pictures.values()}
+    assert axes == {"0 to 32,768"}
+
+
+def test_a_decoded_token_costs_the_median_run():
+    rows = [{"method": "m", "context": 1024, "milliseconds": ms} for ms in (4.0, 1.0, 2.0)]
+    rows += [{"method": "m", "context": 4096, "milliseconds": 8.0}]
+    chart = charts.decode_cost(rows)
+    spec = chart.to_dict()
+    points = values(spec, "ms")
+    assert [(p["context"], p["ms"], p["low"], p["high"]) for p in points] == [
+        (1024, 2.0, 1.0, 4.0),
+        (4096, 8.0, 8.0, 8.0),
+    ]
+    assert "median of 3 runs" in spec["title"]["subtitle"][0]
+    assert "m 8 ms at 4,096" in spec["description"]
+    assert "median" not in json.dumps(charts.decode_cost(rows[2:]).to_dict()["title"])
+
+
+def test_equal_costs_are_named_apart_at_the_end_of_each_line():
+    rows = [{"method": f"way {i}", "context": c, "milliseconds": 1.0} for i in range(4) for c in (1024, 2048)]
+    picture = svg(charts.decode_cost(rows))
+    heights = [float(y) for y in re.findall(r'translate\([-\d.]+,([-\d.]+)\)"[^>]*>way \d 1 ms<', picture)]
+    assert len(heights) == 4
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= cache.LINE - 0.5
+    assert "1K" in words(picture)
+    dashes = {" ".join(map(str, dash)) for dash in theme.DASHES}
+    assert len(dashes) == 4
+    assert picture.count('aria-roledescription="line mark"') == 4
+
+
+def test_a_line_that_ends_early_is_named_where_it_ends():
+    rows = [{"method": m, "context": c, "milliseconds": c / 1024} for m, top in (("a", 3), ("b", 5))
+            for c in (1024 * n for n in range(1, top))]  # fmt: skip
+    spots = {row["text"]: row["context"] for row in values(charts.decode_cost(rows).to_dict(), "text")}
+    assert spots == {"a 2 ms": 2048, "b 4 ms": 4096}
+
+
+def test_wavelengths_stand_beside_both_context_lengths():
+    rows = chart_samples.wave_rows(32, 10, 23, 40)
+    chart = charts.rotary_frequencies(rows, original=4096, extended=163_840)
+    spec = chart.to_dict()
+    points = {(p["kind"], p["pair"]): p["wavelength"] for p in values(spec, "pair")}
+    assert len(points) == 64
+    assert points["RoPE", 16] == pytest.approx(2 * math.pi * 100)
+    assert points["with YaRN", 10] == points["RoPE", 10]
+    assert points["with YaRN", 23] == pytest.approx(40 * points["RoPE", 23])
+    levels = values(spec["layer"][0], "wavelength")
+    assert [level["wavelength"] for level in levels] == [4096, 163_840]
+    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert low < min(points.values()) < 163_840 < max(points.values()) < high
+    short = sum(2 * math.pi * 10_000 ** (j / 32) <= 4096 for j in range(32))
+    assert f"RoPE: {short} turn once within 4,096 tokens, 0 not within 163,840" in spec["description"]
+    both = {"trained on 4,096 tokens", "stretched to 163,840"}
+    assert both <= set(words(svg(chart)))
+
+
+def test_a_context_that_is_not_stretched_has_one_line():
+    rows = chart_samples.wave_rows(4, 1, 3, 2)[::2]
+    spec = charts.rotary_frequencies(rows, original=512, extended=512).to_dict()
+    assert [level["wavelength"] for level in values(spec["layer"][0], "wavelength")] == [512]
+
+
+def test_each_cell_holds_the_mean_over_seeds_and_lies_at_its_depth_and_length():
+    rows = [{"kind": "k", "length": n, "depth": d, "recall": recall, "seed": seed}
+            for (n, d), own in {(64, 0.0): (1.0, 0.5), (64, 1.0): (0.0, 0.0), (256, 0.0): (0.25, 0.5)}.items()
+            for seed, recall in enumerate(own)]  # fmt: skip
+    chart = charts.needle(rows)
+    drawn = {(c["length"], c["depth"]): c["recall"] for c in values(chart.to_dict(), "recall")}
+    assert drawn == {("64", "0"): 0.75, ("64", "100"): 0.0, ("256", "0"): 0.375}
+    picture = svg(chart)
+    assert "mean of 2 seeds" in " ".join(words(picture))
+    numbers = re.findall(r'fill="([^"]*)"[^>]*>(\d+)</text>', picture)
+    of_cells = {text: fill.upper() for fill, text in numbers if fill.upper() in
+                (theme.LIGHT["on_pale"], theme.LIGHT["on_deep"])}  # fmt: skip
+    assert of_cells == {"75": theme.LIGHT["on_deep"], "0": theme.LIGHT["on_pale"], "38": theme.LIGHT["on_pale"]}
+    assert "lowest 0% at 64 tokens, depth 100%" in chart.to_dict()["description"]
+
+
+def test_every_kind_has_a_panel_with_the_same_cells():
+    rows = chart_samples.needle_rows(("a", "b", "c", "d"), 3, 1)
+    spec = charts.needle(rows).to_dict()
+    assert len(spec["concat"]) == 4
+    assert [values(panel["layer"][2], "kind") for panel in spec["concat"]] == [[{"kind": kind}] for kind in "abcd"]
+    for panel in spec["concat"]:
+        encoding = panel["layer"][0]["encoding"]
+        assert encoding["x"]["scale"]["domain"] == ["0", "50", "100"]
+        assert encoding["y"]["scale"]["domain"] == ["256", "512", "1,024", "2,048"]
+    picture = svg(charts.needle(rows))
+    heads = {name: float(y) for y, name in re.findall(r'translate\([-\d.]+,([-\d.]+)\)"[^>]*>([abcd])</text>', picture)}
+    assert len(heads) == 4
+
+
+@pytest.mark.parametrize(("kinds", "depths"), [(1, 1), (3, 5), (6, 1), (4, 10)])
+def test_cells_are_wide_enough_for_their_number_and_the_chart_is_not_too_wide(kinds, depths):
+    rows = [{"kind": f"k{k}", "length": 131_072, "depth": d / 10, "recall": 1.0, "seed": 0}
+            for k in range(kinds) for d in range(depths)]  # fmt: skip
+    spec = charts.needle(rows).to_dict()
+    for panel in spec["concat"]:
+        assert panel["width"] / depths >= 25
+    assert float(re.search(r'width="([\d.]+)"', svg(charts.needle(rows)))[1]) <= theme.MAX_WIDTH
+
+
+def test_long_names_and_many_models_stay_inside_the_page():
+    rows = [{"model": f"a model with a name that is quite long {i}", "kind": "GQA", "elements_per_token": 3**i}
+            for i in range(1, 21)]  # fmt: skip
+    assert float(re.search(r'width="([\d.]+)"', svg(charts.cache_calculator(rows)))[1]) <= theme.MAX_WIDTH
+    cost = [{"method": f"method with a long name {i}", "context": 1024, "milliseconds": 1234.5} for i in range(4)]
+    assert float(re.search(r'width="([\d.]+)"', svg(charts.decode_cost(cost)))[1]) <= theme.MAX_WIDTH
+
+
+MODEL = {"model": "m", "kind": "MLA", "elements_per_token": 5}
+COST = {"method": "m", "context": 1024, "milliseconds": 1.0}
+WAVE = {"pair": 0, "wavelength": 6.3, "kind": "RoPE"}
+FOUND = {"kind": "k", "length": 64, "depth": 0.5, "recall": 1.0, "seed": 0}
+
+
+def waves(original=8, extended=16, **changes):
+    return lambda: charts.rotary_frequencies([{**WAVE, **changes}], original=original, extended=extended)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: charts.cache_calculator([]), "at least one row"),
+        (lambda: charts.cache_calculator([{"model": "m", "kind": "MLA"}]), "no 'elements_per_token'"),
+        (lambda: charts.cache_calculator([{**MODEL, "kind": "XYZ"}]), "kind = 'XYZ': must be one of MHA, GQA"),
+        (lambda: charts.cache_calculator([{**MODEL, "elements_per_token": 0.5}]), "elements_per_token = 0.5"),
+        (lambda: charts.cache_calculator([MODEL] * 2), "models = 2: two of them"),
+        (lambda: charts.cache_calculator([{**MODEL, "model": i} for i in range(21)]), "models = 21"),
+        (lambda: charts.cache_calculator([MODEL], context=1000), "context = 1000: must be one of 1024, 2048"),
+        (lambda: charts.cache_calculator([MODEL], bits=5), "bits = 5"),
+        (lambda: charts.cache_calculator([MODEL], sequences=65), "sequences = 65"),
+        (lambda: charts.cache_calculator([MODEL], memory=0), "memory = 0"),
+        (lambda: charts.cache_by_design(heads=12), "heads = 12: must be a multiple of 8"),
+        (lambda: charts.cache_by_design(heads=136), "heads = 136"),
+        (lambda: charts.cache_by_design(groups=3), "groups = 3"),
+        (lambda: charts.cache_by_design(head_dim=7), "head_dim = 7"),
+        (lambda: charts.decode_cost([{"method": "m", "context": 8}]), "no 'milliseconds'"),
+        (lambda: charts.decode_cost([{**COST, "method": str(i)} for i in range(5)]), "methods = 5"),
+        (lambda: charts.decode_cost([{**COST, "milliseconds": 0.0}]), "milliseconds = 0.0"),
+        (lambda: charts.decode_cost([{**COST, "context": 0}]), "context = 0"),
+        (lambda: charts.rotary_frequencies([], original=8, extended=16), "at least one row"),
+        (waves(original=0), "original = 0"),
+        (waves(extended=4), "extended = 4"),
+        (waves(pair=-1), "pair = -1"),
+        (waves(wavelength=float("nan")), "wavelength = nan"),
+        (
+            lambda: charts.rotary_frequencies([{**WAVE, "kind": str(i)} for i in range(5)], original=8, extended=16),
+            "kinds = 5",
+        ),
+        (lambda: charts.needle([{"kind": "k", "length": 64, "depth": 0.5, "recall": 1.0}]), "no 'seed'"),
+        (lambda: charts.needle([{**FOUND, "depth": 1.5}]), "depth = 1.5"),
+        (lambda: charts.needle([{**FOUND, "recall": 50}]), "recall = 50"),
+        (lambda: charts.needle([{**FOUND, "length": 0}]), "length = 0"),
+        (lambda: charts.needle([{**FOUND, "depth": i / 10} for i in range(11)]), "depths = 11"),
+        (lambda: charts.needle([{**FOUND, "length": i} for i in range(1, 14)]), "lengths = 13"),
+        (lambda: charts.needle([{**FOUND, "kind": str(i)} for i in range(7)]), "kinds = 7"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(call, message):
+    with pytest.raises(InputError, match=message) as raised:
+        call()
+    assert "\n" not in str(raised.value)

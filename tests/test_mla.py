@@ -1,0 +1,289 @@
+"""MLA's two paths against a float64 loop over DeepSeek-V2's Equations 9-19, what it caches, and three wrong turns."""
+
+import copy
+import math
+import pickle
+from dataclasses import replace
+from types import MethodType
+
+import pytest
+import torch
+from attention_by_hand import (
+    frequencies_by_hand,
+    make_model,
+    mla_by_hand,
+    normed,
+    rotated,
+    same_gradients,
+    spread,
+    tables,
+    weighted,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dsmoe_lite.config import MLAConfig, YarnConfig
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers.cache import Cache, GrowingCache
+from dsmoe_lite.layers.mla import MLA
+
+D = 7
+BASE = MLAConfig(3, 6, 4, 5, kv_lora_rank=8)
+YARN = YarnConfig(4, 16, beta_fast=2.0, mscale=0.7)
+CASES = {
+    "v2-lite": BASE,
+    "compressed queries": replace(BASE, q_lora_rank=5),
+    "yarn": replace(BASE, yarn=YARN),
+    "compressed queries, yarn": replace(BASE, q_lora_rank=5, yarn=YARN),
+    "values wider than keys": replace(BASE, v_head_dim=13),
+    "a narrow latent": replace(BASE, kv_lora_rank=2),
+    "one head": replace(BASE, n_heads=1),
+    "another base": replace(BASE, rope_theta=50.0, qk_rope_head_dim=6),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def make(config: MLAConfig, seed: int = 0) -> MLA:
+    torch.manual_seed(seed)
+    layer = MLA(D, config).double()
+    spread(layer)
+    return layer
+
+
+def run(layer: MLA, x: Tensor, path: str = "auto") -> Tensor:
+    return layer.use(path)(x, *tables(layer.config, x.shape[1]))
+
+
+# The two paths
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_paths_equal_the_loop_forward_and_backward(name: str) -> None:
+    layer = make(CASES[name])
+    x = torch.randn(2, 6, D, dtype=torch.float64, requires_grad=True)
+    expected = mla_by_hand(layer, x)
+    assert expected.std() > 0.1
+    for path in ("naive", "absorbed"):
+        found = run(layer, x, path)
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+        same_gradients(layer, found, mla_by_hand(layer, x), x)
+
+
+@given(
+    heads=st.integers(1, 4), nope=st.integers(1, 6), half=st.integers(1, 3), d_v=st.integers(1, 6),
+    rank=st.integers(1, 9), q_rank=st.none() | st.integers(1, 6), B=st.integers(1, 3), S=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+@settings(max_examples=50, deadline=None)
+def test_the_paths_are_one_in_all_shapes(heads, nope, half, d_v, rank, q_rank, B, S, seed) -> None:
+    layer = make(MLAConfig(heads, nope, 2 * half, d_v, rank, q_rank), seed)
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    torch.testing.assert_close(run(layer, x, "absorbed"), run(layer, x, "naive"), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_scale_is_that_of_whole_keys_on_both_paths(name: str) -> None:
+    c = CASES[name]
+    sharpened = 1 if c.yarn is None else (0.1 * 0.7 * math.log(4) + 1) ** 2
+    expected = sharpened / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
+    assert make(c).scale == pytest.approx(expected, rel=1e-15)
+
+
+def test_use_returns_the_layer_and_refuses_other_names() -> None:
+    layer = make(BASE)
+    assert layer.path == "auto"
+    assert layer.use("naive") is layer
+    with pytest.raises(InputError, match="path = 'fast': must be one of auto, naive, absorbed"):
+        layer.use("fast")
+    assert layer.path == "naive"
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        x = torch.randn(1, 3, D, dtype=torch.float64)
+        assert again.path == "naive"
+        assert torch.equal(again(x, *tables(BASE, 3)), layer(x, *tables(BASE, 3)))
+
+
+def test_weights_have_the_shapes_and_names_of_their_parts() -> None:
+    sizes = {name: tuple(weight.shape) for name, weight in make(CASES["compressed queries"]).named_parameters()}
+    assert sizes == {
+        "query.down.weight": (5, D),
+        "query.norm.weight": (5,),
+        "query.up.weight": (30, 5),
+        "kv_down.weight": (12, D),
+        "kv_norm.weight": (8,),
+        "kv_up.weight": (33, 8),
+        "output.weight": (D, 15),
+    }
+    assert "query.weight" in dict(make(BASE).named_parameters())
+
+
+# Which path `auto` takes
+
+
+def taken(layer: MLA, S: int, old: int) -> str:
+    """The path that S tokens after `old` others take."""
+    seen: list[str] = []
+    for path in ("_naive", "_absorbed"):
+
+        def spy(self: MLA, *tensors: Tensor, path: str = path) -> Tensor:
+            seen.append(path[1:])
+            return getattr(MLA, path)(self, *tensors)
+
+        setattr(layer, path, MethodType(spy, layer))
+    cache = GrowingCache()
+    cos, sin = tables(layer.config, old + S)
+    with torch.no_grad():
+        if old:
+            layer(torch.randn(1, old, D, dtype=torch.float64), cos[:old], sin[:old], cache=cache)
+            cache.advance(old)
+            seen.clear()
+        layer(torch.randn(1, S, D, dtype=torch.float64), cos[old:], sin[old:], cache=cache)
+    del layer._naive, layer._absorbed
+    (path,) = seen
+    return path
+
+
+def multiplications(c: MLAConfig, S: int, N: int) -> dict[str, int]:
+    """Of one head, beyond the projections that both paths share; every query meets every key, as the kernels do it."""
+    d_h, d_r, d_v, d_c = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
+    keys, values = N * d_h * d_c, N * d_v * d_c
+    query, out = S * d_h * d_c, S * d_v * d_c
+    return {
+        "naive": keys + values + S * N * (d_h + d_r) + S * N * d_v,
+        "absorbed": query + out + S * N * (d_c + d_r) + S * N * d_c,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("v2-lite", {"naive", "absorbed"}),
+        ("one head", {"naive", "absorbed"}),
+        ("a narrow latent", {"absorbed"}),  # narrower than half a head: absorbed is always the shorter way
+    ],
+)
+def test_auto_takes_the_path_with_fewer_multiplications(name: str, expected: set[str]) -> None:
+    layer, met = make(CASES[name]), set()
+    for S in (1, 2, 3, 5, 8, 13, 21, 40):
+        for old in (0, 1, 2, 5, 14, 60):
+            counts = multiplications(layer.config, S, old + S)
+            best = "absorbed" if counts["absorbed"] < counts["naive"] else "naive"
+            assert taken(layer.use("auto"), S, old) == best, (S, old, counts)
+            met.add(best)
+    assert met == expected
+
+
+def test_where_the_break_even_of_deepseek_v3_lies() -> None:
+    """128 heads or one: S = 1 always absorbs after the first token; a prompt on its own never does."""
+    c = MLAConfig(1, 128, 64, 128, kv_lora_rank=512)
+    layer = MLA(8, c)
+    for N in (2, 100, 100_000):
+        assert layer._absorbs(1, N)
+        assert not layer._absorbs(N, N)
+    least = next(N for N in range(2, 10_000) if layer._absorbs(100, N))  # of 100 new tokens
+    for N, path in ((least - 1, "naive"), (least, "absorbed")):
+        counts = multiplications(c, 100, N)
+        assert min(counts, key=lambda key: counts[key]) == path
+    assert not layer.use("naive")._absorbs(1, 100)
+    assert layer.use("absorbed")._absorbs(100, 100)
+
+
+# What is cached
+
+
+@pytest.mark.parametrize("n_heads", [1, 3, 16])
+def test_the_cache_holds_the_latent_and_one_rotated_key_whatever_the_heads(n_heads: int) -> None:
+    config = replace(BASE, n_heads=n_heads, q_lora_rank=5)
+    assert config.cache_width == 8 + 4
+    layer, cache = make(config), GrowingCache(reserve=6)
+    x, (cos, sin) = torch.randn(2, 6, D, dtype=torch.float64), tables(config, 6)
+    with torch.no_grad():
+        layer(x, cos, sin, cache=cache)
+    cache.advance(6)
+    assert cache.nbytes == 2 * 6 * (8 + 4) * 8  # bytes of float64
+    with torch.no_grad():
+        (kept,) = cache.extend(torch.zeros(2, 1, 0, 12, dtype=torch.float64))
+    turn = frequencies_by_hand(4, 10_000.0)
+    for b in range(2):
+        for t in range(6):
+            down = layer.kv_down.weight @ x[b, t]
+            expected = torch.cat((normed(down[:8], layer.kv_norm), rotated(down[8:], t, turn)))
+            torch.testing.assert_close(kept[b, 0, t], expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_models_cache_has_the_published_size() -> None:
+    """9/2 d_h l numbers a token where d_c = 4 d_h and d_h^R = d_h / 2, as 2.25 groups of GQA (V2, Section 2.1.4)."""
+    config = MLAConfig(4, 8, 4, 8, kv_lora_rank=32)
+    model = make_model(config, max_seq_len=16, n_layers=3)
+    cache = Cache(model.config, 2, reserve=16)
+    with torch.no_grad():
+        model(torch.zeros(2, 1, dtype=torch.long), cache)
+    assert cache.nbytes == 2 * 16 * 3 * (9 * 8 // 2) * 8
+    assert config.cache_width == 2.25 * 2 * 8
+
+
+# Three wrong turns
+
+
+def scores_of(layer: MLA, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Of one sequence (S, D): the first head's queries and keys without positions, and the latents."""
+    c = layer.config
+    latents = [normed(layer.kv_down.weight[: c.kv_lora_rank] @ h, layer.kv_norm) for h in x]
+    queries = [(layer.query.get_parameter("weight") @ h)[: c.qk_nope_head_dim] for h in x]
+    return queries, [layer.kv_up.weight[: c.qk_nope_head_dim] @ latent for latent in latents], latents
+
+
+def test_wrong_the_scale_of_the_width_that_absorbed_queries_have() -> None:
+    layer = make(BASE)
+    x = torch.randn(1, 6, D, dtype=torch.float64)
+    right = run(layer, x, "absorbed").detach()
+    layer.scale = 1 / math.sqrt(BASE.kv_lora_rank + BASE.qk_rope_head_dim)
+    wrong = run(layer, x, "absorbed").detach()
+    torch.testing.assert_close(wrong[:, 0], right[:, 0])  # one key has weight 1, whatever the scale
+    assert float((wrong - right)[:, 1:].abs().max()) > 0.01
+
+
+def test_wrong_positions_on_the_compressed_keys_forbid_absorption() -> None:
+    """The product of two rotations stands between W_UQ and W_UK: one matrix for every distance, not one for all."""
+    layer, turn = make(BASE), frequencies_by_hand(6, 10_000.0)
+    x = torch.randn(6, D, dtype=torch.float64)
+    queries, keys, latents = scores_of(layer, x)
+    w_uk = layer.kv_up.weight[:6].detach()
+    apart = []
+    for t, q in enumerate(queries):
+        torch.testing.assert_close((w_uk.T @ q) @ latents[0], q @ keys[0])  # without positions it can be absorbed
+        for j in range(t + 1):
+            score = rotated(q, t, turn) @ rotated(keys[j], j, turn)
+            absorbed = (w_uk.T @ rotated(q, t, turn)) @ latents[j]  # the key's own rotation is left out
+            of_the_distance = (w_uk.T @ rotated(q, t - j, turn)) @ latents[j]
+            torch.testing.assert_close(of_the_distance, score)
+            apart.append((t, float((absorbed - score).detach().abs())))
+    assert max(difference for t, difference in apart if t > 0) > 0.1
+    # so the query would have to be absorbed anew for each of the keys: S matrices a token instead of one
+    matrices = [w_uk.T @ torch.stack([rotated(e, n, turn) for e in torch.eye(6).double()]).T for n in range(6)]
+    assert min(float((a - b).abs().max()) for i, a in enumerate(matrices) for b in matrices[:i]) > 0.1
+
+
+def test_wrong_a_rotated_key_for_each_head_has_to_be_cached_for_each_head() -> None:
+    """With N tokens the shared keys span d_h^R dimensions, keys of H heads H d_h^R: no smaller cache holds them."""
+    torch.manual_seed(0)
+    H, d_r, N = 3, 4, 20
+    x, turn = torch.randn(N, 30, dtype=torch.float64), frequencies_by_hand(d_r, 10_000.0)
+    for heads in (1, H):
+        w_kr = torch.randn(heads * d_r, 30, dtype=torch.float64)
+        keys = torch.stack(
+            [torch.cat([rotated(part, t, turn) for part in (w_kr @ h).split(d_r)]) for t, h in enumerate(x)]
+        )
+        assert int(torch.linalg.matrix_rank(keys)) == heads * d_r
+    assert replace(BASE, n_heads=H).cache_width == BASE.kv_lora_rank + d_r < BASE.kv_lora_rank + H * d_r
+
+
+def test_one_head_of_the_loop_is_plain_attention() -> None:
+    """The helper that the loops share, against softmax itself."""
+    q, keys, values = torch.randn(4), torch.randn(5, 4), torch.randn(5, 3)
+    expected = (0.3 * keys @ q).softmax(dim=0) @ values
+    torch.testing.assert_close(weighted(q, list(keys), list(values), 0.3), expected)
