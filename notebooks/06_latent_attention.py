@@ -42,8 +42,10 @@ own = check_parameters(globals())
 need("torch", "altair", "vl_convert", "tokenizers")
 
 # %% tags=["hide-input"]
+import json
 import math
 from dataclasses import replace
+from statistics import mean
 
 import torch
 from ipywidgets import FloatLogSlider, IntSlider
@@ -55,12 +57,19 @@ from dsmoe_lite.bench import mla as mla_bench
 from dsmoe_lite.checkpoint import load_model, read_facts
 from dsmoe_lite.config import AttentionConfig, MLAConfig, YarnConfig
 from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.needle import NeedleConfig, needle_batch
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss
 from dsmoe_lite.experiments import grid, records
 from dsmoe_lite.generate import generate
-from dsmoe_lite.labs.recorded import gaps, metric_rows, seed_line
+from dsmoe_lite.labs.recorded import (
+    gaps,
+    metric_rows,
+    needle_gaps,
+    needle_rows,
+    seed_line,
+)
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import GrowingCache
 from dsmoe_lite.layers.mla import MLA
@@ -176,8 +185,7 @@ print("and without a cache, together and alone")
 # Watch it speak:
 
 # %% tags=["trained"]
-speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed);
-
+speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
 # %% [markdown]
 # ## What it costs
 #
@@ -322,12 +330,12 @@ cos, sin = rope_tables(d_R, T)
 W_UK, W_UV = mla.kv_up.weight.unflatten(0, (H, -1)).split(d_h, dim=1)  # (H, d_h, d_c)
 
 
-def compressed(layer, x, cos=cos, sin=sin):  # what is kept: c (B, T, d_c), k^R (B, T, d_R)
+def compressed(layer, x):  # what is kept: c (B, T, d_c), k^R (B, T, d_R)
     c, k_R = layer.kv_down(x).split((d_c, d_R), dim=-1)
     return layer.kv_norm(c), apply_rope(k_R, cos, sin)
 
 
-def queries(layer, x, cos=cos, sin=sin):  # q^C (B, H, S, d_h), q^R (B, H, S, d_R)
+def queries(layer, x):  # q^C (B, H, S, d_h), q^R (B, H, S, d_R)
     q_C, q_R = heads(layer.query(x), H).split((d_h, d_R), dim=-1)
     return q_C, apply_rope(q_R, cos, sin)
 
@@ -366,7 +374,7 @@ print(f"kept for a token: {d_c + d_R} numbers; MHA keeps {2 * H * d_h}")
 predict("06-scale", None)  # d_h + d_R, or d_c + d_R
 
 
-def absorbed(q_C, q_R, c, k_R, channels=d_h + d_R):
+def absorbed(q_C, q_R, c, k_R, channels):  # channels: under the root
     q = torch.cat((torch.einsum("bhsd,hdc->bhsc", q_C, W_UK), q_R), dim=-1)
     k = torch.cat((c, k_R), dim=-1)[:, None]  # (B, 1, T, d_c + d_R)
     o = look(q, k, c[:, None], 1 / math.sqrt(channels))  # (B, H, S, d_c)
@@ -376,8 +384,9 @@ def absorbed(q_C, q_R, c, k_R, channels=d_h + d_R):
 q_C, q_R = queries(mla, x)
 c, k_R = compressed(mla, x)
 right = naive(q_C, q_R, c, k_R)
-assert_close(absorbed(q_C, q_R, c, k_R), right)
-last = absorbed(q_C[:, :, -1:], q_R[:, :, -1:], c, k_R)  # one query, all latents
+assert_close(absorbed(q_C, q_R, c, k_R, d_h + d_R), right)
+# one query, all latents
+last = absorbed(q_C[:, :, -1:], q_R[:, :, -1:], c, k_R, d_h + d_R)
 assert_close(last, right[:, :, -1:])
 print("naive = absorbed, for all tokens and for the last alone")
 
@@ -405,7 +414,7 @@ print("the package's absorbed path with its cache: the same, token by token")
 lite = preset("deepseek-v2-lite").attention
 blur = math.sqrt((lite.kv_lora_rank + lite.qk_rope_head_dim) / lite.qk_dim)
 print(f"in V2-Lite every score would be divided by {blur:.2f}")
-blurred = absorbed(q_C, q_R, c, k_R, channels=d_c + d_R)
+blurred = absorbed(q_C, q_R, c, k_R, d_c + d_R)
 assert d_c == d_h or not torch.allclose(blurred, right)
 
 # %% [markdown]
@@ -515,11 +524,11 @@ print(f"plain attention of V2's heads would keep {times:.1f} times as much")
 predict("06-factor", None)  # a factor; True or False
 
 
-def multiplications(S, N, path, c=lite):  # S new tokens, N in all, one head
-    through_up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
+def multiplications(S, N, path):  # S new tokens, N in all, one head of V2-Lite
+    through_up = lite.kv_lora_rank * (lite.qk_nope_head_dim + lite.v_head_dim)
     if path == "naive":
-        return N * through_up + S * N * (c.qk_dim + c.v_head_dim)
-    return S * through_up + S * N * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return N * through_up + S * N * (lite.qk_dim + lite.v_head_dim)
+    return S * through_up + S * N * (2 * lite.kv_lora_rank + lite.qk_rope_head_dim)
 
 
 for what, S in {"one new token": 1, "all 8K tokens of a prompt": 8192}.items():
@@ -534,9 +543,24 @@ for what, S in {"one new token": 1, "all 8K tokens of a prompt": 8192}.items():
 # `dsmoe bench mla` measured and recorded it.
 
 # %%
-recorded = mla_bench.recorded()
-print(recorded["said"])
-charts.decode_cost(recorded["decode"])
+measured = json.loads(mla_bench.record_path("cpu").read_text(encoding="utf-8"))
+charts.decode_cost(measured["decode"])
+
+# %%
+for row in measured["goals"]:
+    print(f"{row['what']:40} {row['value']:7.3g}")
+for row in measured["slopes"]:
+    print(
+        f"{row['method']:13} {row['FLOPs a byte']:5.3g} FLOPs a byte of cache;",
+        f"{row['of copy']:.0%} of a copy's bytes, {row['of matmul']:.0%} of a product's FLOPs",
+    )
+
+# %% [markdown]
+# And on this machine, at small contexts:
+
+# %% tags=["measured"]
+here = mla_bench.decode_costs((256, 512, 1024), rounds=5)
+charts.decode_cost(here, title="What does a decoded token cost here?")
 
 # %% [markdown]
 # **What to notice.** Both axes are logarithmic. ...
@@ -611,7 +635,76 @@ live(
 )
 
 # %% [markdown]
-# NEEDLE
+# ### Does it help? A needle in a haystack
+#
+# Hide something in a long text, and ask for it at the end. Here a text is filler; in it, at random places, lie four needles of
+# three tokens each: a mark, a key and its value. The last two tokens ask for one of the keys.
+
+# %%
+row = needle_batch(NeedleConfig(), 1, 48, "shown").tokens[0].tolist()
+haystack = NeedleConfig()
+words = {0: "MARK", 1: "ASK"}
+for token in row:
+    if token >= haystack.first_filler:
+        words[token] = "."
+    elif token >= haystack.first_value:
+        words[token] = f"value{token - haystack.first_value}"
+    elif token > 1:
+        words[token] = f"key{token - 2}"
+print(" ".join(words[token] for token in row[:-1]), "->", words[row[-1]])
+
+# %% [markdown]
+# A small MLA model of two layers was trained on such texts of **64** tokens, and was then asked in texts of 64, 128 and **256**. Five
+# seeds, 512 questions for each length (`dsmoe experiment needle`, about four minutes a seed on one thread; how its settings were found
+# stands in `data/README.md`). The same weights were given four kinds of positions:
+#
+# - **RoPE**, as trained;
+# - **RoPE, sharper**: only the scores are multiplied, as YaRN does;
+# - **all slower**: every pair turns $s = 4$ times slower, position interpolation {cite:p}`PositionInterpolation`;
+# - **YaRN**: with $s = 4$, $L = 64$.
+#
+# **Ask.** At 64 tokens the model is nearly always right. Which share does each find at 256, *without* any further training? Is a
+# needle near the beginning harder, or one near the question?
+
+# %%
+predict("06-needle", None)  # four shares; "beginning" or "question"
+
+found = records("needle")
+POSITIONS = {
+    "plain": "RoPE",
+    "sharper": "RoPE, sharper",
+    "interpolated": "all slower",
+    "yarn": "YaRN",
+}
+charts.needle(needle_rows(found, POSITIONS))
+
+# %%
+for what, one, other in (
+    ("YaRN minus RoPE", "yarn", "plain"),
+    ("YaRN minus RoPE, sharper", "yarn", "sharper"),
+    ("YaRN minus its frequencies alone", "yarn", "yarn-frequencies"),
+):
+    print(f"{what:33} {seed_line(needle_gaps(found, one, other, 256))}")
+
+# %% [markdown]
+# Released models are also trained on for a little at the new length: 1,000 steps in V2. Here 50 steps at 256 tokens:
+
+# %%
+EXTENDED = {"plain-extended": "RoPE, trained on", "yarn-extended": "YaRN, trained on"}
+charts.needle(needle_rows(found, EXTENDED))
+
+# %%
+gap = needle_gaps(found, "yarn-extended", "plain-extended", 256)
+print(f"after 50 steps, YaRN minus RoPE: {seed_line(gap)}")
+for steps_done in ("5", "10", "20"):
+    ways = {
+        kind: mean(record["extension"][kind]["recall"][steps_done] for record in found)
+        for kind in ("plain", "yarn")
+    }
+    print(f"after {steps_done:>2}: RoPE {ways['plain']:.2f}, YaRN {ways['yarn']:.2f}")
+
+# %% [markdown]
+# **What to notice.** NEEDLE
 #
 # ## What does it cost in quality?
 #
@@ -674,6 +767,7 @@ runs = {
 interval = {"smoke": (4.0, 6.5), "cpu": (1.0, 3.0), "gpu": (0.0, 7.0)}[profile]
 for name, (_, loss) in runs.items():
     claim(f"held-out loss of {name}, nats a token", loss, interval, asserted=own)
+report(MLA_minus_GQA=runs["MLA"][1] - runs["GQA"][1])
 
 # %% tags=["trained"]
 charts.training_curves(
@@ -761,7 +855,9 @@ def folded(W_O, W_UV):  # (D, H * d_v), (H, d_v, d_c)
 
 
 def folds(folded):
-    for draw, (D, n_heads, d_v, d_c) in enumerate(((5, 1, 3, 4), (6, 3, 2, 7), (4, 4, 4, 4))):
+    for draw, (D, n_heads, d_v, d_c) in enumerate(
+        ((5, 1, 3, 4), (6, 3, 2, 7), (4, 4, 4, 4))
+    ):
         generator = torch.Generator().manual_seed(draw)
         W_O, W_UV, mixed = (
             torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -770,7 +866,9 @@ def folds(folded):
         values = [W_UV[i] @ mixed[i] for i in range(n_heads)]
         right = W_O @ torch.cat(values)
         new = folded(W_O, W_UV)
-        assert tuple(new.shape) == (D, n_heads * d_c), f"{D} rows, {n_heads * d_c} columns"
+        assert tuple(new.shape) == (D, n_heads * d_c), (
+            f"{D} rows, {n_heads * d_c} columns"
+        )
         got = new @ mixed.flatten()
         assert torch.allclose(got, right), f"{n_heads} heads: the output differs"
 

@@ -329,6 +329,13 @@ def test_attention_that_is_none_is_one_line(attention: Any) -> None:
     assert "attention" in line_of(lambda: from_dict(ModelConfig, values)).lower()
 
 
+def test_a_model_without_attention_is_refused() -> None:
+    for attention in (None, 4, to_dict(MLA)):
+        line = line_of(lambda attention=attention: ModelConfig(VOCAB, 24, 2, attention, 32))
+        assert line.startswith("attention = ")
+        assert line.endswith(": must be an AttentionConfig or an MLAConfig")
+
+
 @pytest.mark.parametrize("name", [*CASES, "mla", "mla, compressed queries, yarn"])
 def test_configs_come_back_from_plain_data(name: str) -> None:
     attention = CASES.get(name) or KINDS[name]

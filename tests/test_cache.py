@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_by_hand import EXPERTS, KINDS, VOCAB, D, make_model, spread, tables
+from attention_by_hand import EXPERTS, KINDS, VOCAB, D, make_model, tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_samples import line_of
+from routing_samples import line_of, seeded
 from torch import Tensor
 
 from dsmoe_lite.config import AttentionConfig, ModelConfig
-from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import Cache, GrowingCache, RollingCache
 from dsmoe_lite.model import Transformer
 
@@ -47,7 +46,7 @@ def in_memory(thing: Any) -> int:
 
 
 def random_tokens(B: int, S: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, VOCAB, (B, S), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, VOCAB, (B, S), generator=seeded(seed))
 
 
 # Equal to the full forward pass
@@ -97,13 +96,13 @@ def test_single_steps_of_any_window_equal_the_full_mask(window: int) -> None:
 
 
 @torch.no_grad()
-def test_a_layer_alone_asks_its_cache_what_it_sees() -> None:
+@pytest.mark.parametrize("name", KINDS)
+def test_a_layer_alone_asks_its_cache_what_it_sees(name: str) -> None:
     """Without a model around it, that would hand it a mask."""
-    torch.manual_seed(0)
-    layer = Attention(D, AttentionConfig(4, 6, n_kv_heads=2, window=4)).double()
-    spread(layer)
-    x, (cos, sin) = torch.randn(2, 14, D, dtype=torch.float64), tables(layer.config, 14)
-    cache, expected, start = RollingCache(4), layer(x, cos, sin), 0
+    layer, attention = made(name).blocks[0].attention, KINDS[name]
+    x, (cos, sin) = torch.randn(2, 14, D, generator=seeded(0), dtype=torch.float64), tables(attention, 14)
+    cache = GrowingCache() if attention.window is None else RollingCache(attention.window)
+    expected, start = layer(x, cos, sin), 0
     for n in (3, 1, 1, 1, 5, 1, 2):
         part = slice(start, start + n)
         y = layer(x[:, part], cos[part], sin[part], cache=cache)
@@ -361,3 +360,18 @@ def test_a_model_that_attends_alike_may_use_a_cache() -> None:
 def test_caches_that_cannot_be_are_refused(batch_size: int, reserve: int, message: str) -> None:
     config = ModelConfig(VOCAB, D, 2, KINDS["mla"], 32, max_seq_len=64)
     assert message in line_of(lambda: Cache(config, batch_size, reserve=reserve))
+
+
+def test_the_cache_keeps_the_padding_of_its_first_call() -> None:
+    model = make_model(KINDS["gqa"])
+    tokens, pad = random_tokens(2, 12), torch.tensor([0, 4])
+    expected, cache = run(model, tokens, pad=pad), Cache(model.config, 2)
+    found = [run(model, tokens[:, :7], cache, pad), run(model, tokens[:, 7:9], cache), run(model, tokens[:, 9:], cache)]
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+    refusal = "must be that of the call that filled the cache, or left out"
+    other = torch.tensor([4, 0])
+    assert line_of(lambda: run(model, tokens[:, :1], cache, other)) == f"pad = [4, 0]: {refusal}"
+    plain = Cache(model.config, 2)
+    run(model, tokens[:, :7], plain)
+    assert line_of(lambda: run(model, tokens[:, 7:], plain, pad)) == f"pad = [0, 4]: {refusal}"
+    torch.testing.assert_close(run(model, tokens[:, 7:], plain), run(model, tokens)[:, 7:])

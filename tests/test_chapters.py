@@ -41,6 +41,7 @@ FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
         {"n_experts": 8, "top_k": 2, "reach": 1},
         {"method": "sequence", "bias_speed": 0.03},
     ],
+    "06": [{"seed": 2, "latent": 8}, {"n_kv_heads": 4, "window": 1, "latent": 4}, {"window": 64, "latent": 128}],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from dsmoe_lite import paths
 from dsmoe_lite.labs import check_exercise
 from dsmoe_lite.layers.balance import switch_loss
+from dsmoe_lite.layers.rope import halves_to_pairs, pairs_to_halves
 from dsmoe_lite.layers.selection import limit_groups
 
 SOLUTION = re.compile(r"<details><summary>Solution</summary>.*?```python\n(.*?)```.*?</details>", re.DOTALL)
@@ -48,6 +49,10 @@ def right_but_for_ties(chosen, second_gate, draw, slots):
         sent.append(bool(count[second] < slots and 2 * gate >= chance))
         count[second] += 1
     return sent
+
+
+def turned(change):
+    return lambda W, n_heads, nope, rope: change(W.unflatten(0, (n_heads, -1)), nope, rope).flatten(0, 1)
 
 
 def finest_that(width, fits):
@@ -188,6 +193,38 @@ WRONG = {
             lambda ids, on, home: sum(  # id -1 taken for the last expert
                 len({int(on[e]) for e in row} - {own}) for row, own in zip(ids.tolist(), home.tolist(), strict=True)
             ),
+        ],
+    },
+    "06": {
+        "ported": [
+            lambda W, n_heads, nope, rope: W,  # as it was
+            lambda W, n_heads, nope, rope: (
+                pairs_to_halves(W, dim=0) if len(W) % 2 == 0 else W
+            ),  # across heads and parts
+            turned(lambda part, nope, rope: torch.cat((part[:, :nope], halves_to_pairs(part[:, nope:], 1)), 1)),
+            turned(
+                lambda part, nope, rope: (
+                    torch.cat((part[:, :rope], pairs_to_halves(part[:, rope:], 1)), 1)
+                    if (part.shape[1] - rope) % 2 == 0
+                    else part
+                )
+            ),
+            turned(lambda part, nope, rope: torch.cat((part[:, :nope], part[:, nope:].flip(1)), 1)),
+            turned(lambda part, nope, rope: torch.cat((pairs_to_halves(part[:, nope:], 1), part[:, :nope]), 1)),
+            turned(lambda part, nope, rope: torch.cat((part[:, :nope], pairs_to_halves(part[:, nope:], 1)), 1).flip(0)),
+            lambda W, n_heads, nope, rope: torch.cat(  # all plain channels first, then all turned ones
+                [part.flatten(0, 1) for part in W.unflatten(0, (n_heads, -1)).split((nope, rope), dim=1)]
+            ),
+        ],
+        "folded": [
+            lambda W_O, W_UV: W_O @ W_UV.flatten(0, 1),  # adds up the heads
+            lambda W_O, W_UV: torch.einsum("ohv,hvc->ohc", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV).sum(1),
+            lambda W_O, W_UV: torch.einsum("ohv,hvc->och", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV).flatten(1),
+            lambda W_O, W_UV: torch.einsum("ovh,hvc->ohc", W_O.unflatten(1, (-1, W_UV.shape[0])), W_UV).flatten(1),
+            lambda W_O, W_UV: torch.einsum("ohv,hvc->ohc", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV.flip(0)).flatten(
+                1
+            ),
+            lambda W_O, W_UV: 2 * torch.einsum("ohv,hvc->ohc", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV).flatten(1),
         ],
     },
 }

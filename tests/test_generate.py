@@ -144,7 +144,7 @@ def test_draws_are_repeatable_and_differ_by_seed(model: Transformer) -> None:
 
 def test_temperature_near_zero_is_greedy_and_so_is_a_tiny_nucleus(model: Transformer) -> None:
     greedy = generate(model, ROWS, 12)
-    for temperature in (1e-3, 1e-9, 1e-300):
+    for temperature in (1e-3, 1e-9, 5e-324):
         assert generate(model, ROWS, 12, temperature=temperature) == greedy
     for top_p in (1e-9, 5e-324):
         assert generate(model, ROWS, 12, temperature=1.0, top_p=top_p) == greedy
@@ -192,6 +192,12 @@ def test_exactly_the_nucleus_is_drawn_from(logits: list[float], temperature: flo
         share = float(shares[token]) / total
         spread = math.sqrt(share * (1 - share) / 4000)
         assert abs(drawn[token] / 4000 - share) < 6 * spread + 1e-9, "renormalised to the nucleus"
+
+
+def test_a_nucleus_that_is_reached_exactly_takes_no_further_token() -> None:
+    """Four shares of exactly 1/4; those of the lower ids come first."""
+    for top_p, ids in ((0.25, {0}), (0.5, {0, 1}), (0.51, {0, 1, 2}), (0.75, {0, 1, 2})):
+        assert set(choose(torch.zeros(200, 4), 1.0, top_p, seeded(0)).tolist()) == ids
 
 
 def test_a_nucleus_of_everything_is_a_plain_draw() -> None:

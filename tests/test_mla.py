@@ -21,12 +21,13 @@ from attention_by_hand import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from dsmoe_lite.config import MLAConfig, YarnConfig
+from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.cache import Cache, GrowingCache
 from dsmoe_lite.layers.mla import MLA
+from dsmoe_lite.model import Transformer
 
 D = 7
 BASE = MLAConfig(3, 6, 4, 5, kv_lora_rank=8)
@@ -119,6 +120,13 @@ def test_weights_have_the_shapes_and_names_of_their_parts() -> None:
         "output.weight": (D, 15),
     }
     assert "query.weight" in dict(make(BASE).named_parameters())
+
+
+def test_norms_of_latents_have_the_models_epsilon() -> None:
+    config = ModelConfig(11, D, 2, CASES["compressed queries"], 8, norm_eps=0.125)
+    norms = {name: module.eps for name, module in Transformer(config).named_modules() if isinstance(module, nn.RMSNorm)}
+    assert len(norms) == 2 * 4 + 1
+    assert set(norms.values()) == {0.125}
 
 
 # Which path `auto` takes

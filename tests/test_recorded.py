@@ -8,6 +8,8 @@ from dsmoe_lite import accounting
 from dsmoe_lite.config import ModelConfig, from_dict
 from dsmoe_lite.experiments import GRIDS, grid, records
 from dsmoe_lite.labs.recorded import balance_rows, curve_gaps, gaps, metric_rows, overtaken_at, seed_line
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.needle import KINDS, NeedleJob
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig
 
@@ -28,6 +30,11 @@ def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: 
     assert {(r["model_name"], r["seed"]) for r in found} == {(m, s) for m in plan.jobs for s in plan.seeds}
     assert all(record["finished"] for record in found)
     assert all(len(record["provenance"]["commit"]) == 40 for record in found), "a tree with changes is marked"
+
+
+@pytest.mark.parametrize("name", [name for name in GRIDS if name != "needle"])
+def test_a_record_says_what_its_job_says(name: str) -> None:
+    found, plan = records(name), grid(name)
     assert len({record["corpus"]["sha256"] for record in found}) == 1
     for record in found:
         job = plan.job(record["model_name"], record["seed"])
@@ -37,6 +44,30 @@ def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: 
         assert record["train"]["seed"] == record["seed"]
         if record["schema_version"] > 1:
             assert from_dict(TrainConfig, record["train"]) == job.train
+
+
+def test_attention_is_compared_at_equal_size() -> None:
+    jobs = grid("attention").jobs
+    sizes = {name: sum(weight.numel() for weight in Transformer(job.model).parameters()) for name, job in jobs.items()}
+    assert all(abs(size / sizes["mha"] - 1) < 0.001 for size in sizes.values()), sizes
+    assert sizes == {name: accounting.parameters(job.model).total for name, job in jobs.items()}
+    cached = {name: accounting.kv_cache_elements(job.model) for name, job in jobs.items()}
+    assert cached == {"mha": 256, "gqa": 128, "mqa": 64, "mla": 80}
+    same = [replace(job, model=jobs["mha"].model) for job in jobs.values()]
+    assert same == [jobs["mha"]] * 4, "the models differ, and nothing else"
+    assert jobs["mha"].model == preset("course-dense")
+
+
+def test_needles_are_recorded_by_kind_length_and_depth() -> None:
+    for record in records("needle"):
+        job = from_dict(NeedleJob, record["job"])
+        assert job == grid("needle").job(record["model_name"], record["seed"])
+        assert set(record["recall"]) == {*KINDS, "plain-extended", "interpolated-extended", "yarn-extended"}
+        for found in record["recall"].values():
+            assert {length: len(bins) for length, bins in found.items()} == {"64": 8, "128": 8, "256": 8}
+        assert {(row["rows"], row["seq_len"]) for row in record["curve"]} == {
+            (stage.rows, stage.seq_len) for stage in job.stages
+        }
 
 
 def test_gaps_pair_runs_by_seed() -> None:

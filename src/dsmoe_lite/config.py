@@ -276,6 +276,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "interleave", "max_seq_len"):
             require_whole(name, getattr(self, name), 1)
+        kind = isinstance(self.attention, AnyAttention)
+        require(kind, "attention", self.attention, "must be an AttentionConfig or an MLAConfig")
         require_whole("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
         if self.moe is not None:
             left = self.n_layers - self.n_dense_layers

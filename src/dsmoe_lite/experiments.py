@@ -9,30 +9,39 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.errors import InputError, RunError, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
+from dsmoe_lite.needle import NeedleJob
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.progress import progress
 from dsmoe_lite.train import TrainConfig
 
 
+class Runnable(Protocol):
+    """What a grid is made of: a run that any seed can be given to."""
+
+    def seeded(self, seed: int, n_seeds: int) -> "Runnable":
+        """The run with that seed, one of 0 to n_seeds - 1."""
+
+    def run(self) -> dict[str, Any]:
+        """Do it, and return its record."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """Jobs by name, each run with every seed."""
 
-    jobs: Mapping[str, Job]
+    jobs: Mapping[str, Runnable]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
 
-    def job(self, name: str, seed: int) -> Job:
-        """The run of one job and one seed; the seed draws the weights and sets where reading starts."""
-        job = self.jobs[name]
-        start = seed * job.corpus.world.n_documents // len(self.seeds)
-        return replace(job, train=replace(job.train, seed=seed), first_document=start)
+    def job(self, name: str, seed: int) -> Any:
+        """The run of one job and one seed."""
+        return self.jobs[name].seeded(seed, len(self.seeds))
 
 
 def _course(model: str, balance: dict[str, float], *, steps: int = 1200, bias_speed: float = 0.0, **moe: Any) -> Job:
@@ -97,8 +106,9 @@ GRIDS = {
     ),
     # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
     "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
-    # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2, which
-    # would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32, GQA 64.
+    # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2,
+    # which would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32,
+    # GQA 64, MHA 128.
     "attention": Grid(
         {
             "mha": _attention(AttentionConfig(4, 16), 128),
@@ -107,6 +117,8 @@ GRIDS = {
             "mla": _attention(MLAConfig(4, 16, 8, 16, kv_lora_rank=32), 125),
         }
     ),
+    # Chapter 06: a needle at four times the trained length; all kinds of positions in one run.
+    "needle": Grid({"mla": NeedleJob()}),
 }
 
 
@@ -141,7 +153,12 @@ def records(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def run_missing(name: str, processes: int, run: Callable[[Job], dict[str, Any]]) -> Iterator[tuple[str, int]]:
+def run_one(job: Runnable) -> dict[str, Any]:
+    """What a process of `run_missing` does."""
+    return job.run()
+
+
+def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one) -> Iterator[tuple[str, int]]:
     """Run what is missing in processes of one thread each; yield each pair as its record is written."""
     require_whole("processes", processes, 1)
     todo, plan = missing(name), grid(name)

@@ -80,7 +80,8 @@ def choose(logits: Tensor, temperature: float, top_p: float = 1.0, generator: to
         ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones hold together
         probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
-    return torch.multinomial(probabilities.float(), 1, generator=generator)[:, 0]
+    place = logits.device if generator is None else generator.device  # a generator draws on its own device only
+    return torch.multinomial(probabilities.float().to(place), 1, generator=generator)[:, 0].to(logits.device)
 
 
 def _next_logits(

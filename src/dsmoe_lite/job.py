@@ -63,6 +63,15 @@ class Job:
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
         check_balance(self.model.moe, self.train)
 
+    def seeded(self, seed: int, n_seeds: int) -> "Job":
+        """The same run with another seed: it draws the weights and sets where in the corpus reading starts."""
+        start = seed * self.corpus.world.n_documents // n_seeds
+        return replace(self, train=replace(self.train, seed=seed), first_document=start)
+
+    def run(self) -> dict[str, Any]:
+        """The run's record."""
+        return run_job(self)
+
 
 def read_job(path: Path) -> Job:
     """Read a job from YAML or JSON; `model` may be a preset's name. InputError names what is wrong."""

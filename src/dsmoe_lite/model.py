@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         """Tokens (B, S) int64 -> Output.
 
         With `cache` (and gradients off) they follow the tokens it holds, and it then holds them too; a call that fails
-        leaves it as it was. pad (B,): how many tokens at the left of each row, from its first call on, are padding.
+        leaves it as it was. pad (B,): how many tokens at the left of each row are padding; a cache keeps it.
         Raises InputError for tokens or a pad of another shape, no tokens, ids outside the vocabulary, more than
         max_seq_len tokens in all, and a cache of another model or batch.
         """
@@ -105,6 +105,7 @@ class Transformer(nn.Module):
         B, S = tokens.shape
         if cache is not None:
             cache.check(self.config, B)
+            pad = cache.padding(pad)
         place = self._place(S, cache, pad)
         x, routings = self.embed(tokens), []
         for index, block in enumerate(self.blocks):
@@ -113,6 +114,7 @@ class Transformer(nn.Module):
                 routings.append(routing)
         output = Output(self.head(self.norm(x)), tuple(routings))
         if cache is not None:
+            cache.pad = pad
             cache.advance(S)
         return output
 

@@ -71,25 +71,34 @@ PLACES = {
 }
 
 
-def bench_mla(contexts: Sequence[int] = CONTEXTS, rounds: int = ROUNDS, device: str = "cpu") -> dict[str, Any]:
-    """Measure everything: a JSON-able record of rows by name, with the goals and where it was measured.
+def bench_mla(
+    contexts: Sequence[int] = CONTEXTS,
+    rounds: int = ROUNDS,
+    device: str = "cpu",
+    *,
+    shape: Shape = V2_LITE,
+    prefills: Sequence[tuple[int, int]] = PREFILLS,
+) -> dict[str, Any]:
+    """Measure everything: a JSON-able record of rows by name, with the goals, the versions and the commit.
 
-    The machine's copy and product are measured before and after the steps that are held against them.
+    prefills: lengths of prompts, and over how many pairs each. What the machine can do is measured before and after the
+    steps that are held against it. Raises InputError for contexts that do not grow and for a GPU that is not there.
     """
     place = PLACES[usable_device(device)]
+    _check(contexts, rounds)
     try:
         before = peaks(rounds, place)
-        decode = decode_costs(contexts, rounds, place=place)
+        decode = decode_costs(contexts, rounds, shape=shape, place=place)
         after = peaks(rounds, place)
-        prefill = [row for n_tokens, pairs in PREFILLS for row in prefill_ratios((n_tokens,), pairs, place=place)]
+        prefill = [row for n, pairs in prefills for row in prefill_ratios((n,), pairs, shape=shape, place=place)]
     except torch.OutOfMemoryError:
-        raise RunError(f"contexts up to {max(contexts)} do not fit this GPU's memory: give shorter ones") from None
-    machine = {name: (before[name] + after[name]) / 2 for name in before}
+        raise RunError(f"contexts up to {max(contexts)} do not fit into this GPU's memory: give shorter ones") from None
+    machine = {name: round((before[name] + after[name]) / 2, 3) for name in before}
     lines = slopes(decode, machine)
-    cache = cache_ratio(max(contexts))
+    cache = cache_ratio(max(contexts), shape=shape)
     return {
         "schema_version": SCHEMA_VERSION,
-        "shape": to_dict(V2_LITE),
+        "shape": to_dict(shape),
         "place": {"device": place.device, "dtype": str(place.dtype), "batch_size": place.batch_size, "rounds": rounds},
         "peaks": machine,
         "decode": decode,
@@ -111,9 +120,9 @@ def decode_costs(
 ) -> list[dict[str, Any]]:
     """Time one step of a layer, a new token that looks at `context` tokens, itself included; a row for each.
 
-    Medians of `rounds` turns of everything, with their 95% interval by order statistics. `times absorbed`: median over
-    turns of the time over absorbed MLA's in the same turn. `cache bytes`: what is allocated, no token too much. `FLOPs`:
-    those in a step that grow with the context, two for each multiplication.
+    Medians of `rounds` turns of everything, with their 95% interval by order statistics. `times absorbed`: the median
+    over turns of the time over absorbed MLA's in the same turn. `cache bytes`: what is allocated, room for no token too
+    many. `FLOPs`: those in a step that grow with the context, two for each multiplication.
     """
     _check(contexts, rounds)
     caches: dict[tuple[str, int], GrowingCache] = {}
@@ -121,7 +130,7 @@ def decode_costs(
     layers = Layers(shape, place)
     for context in contexts:
         for method in METHODS:
-            cache = caches[method, context] = filled_cache(_config(shape, method), context, place)
+            cache = caches[method, context] = filled_cache(layers.config(method), context, place)
             steps[method, context] = _captured(layers.decode(method, cache), place)
     seconds = _turns(steps, rounds, place, "decoding")
     rows = []
@@ -171,7 +180,7 @@ def prefill_ratios(
 
 def cache_ratio(n_tokens: int = 8192, *, shape: Shape = V2_LITE, place: Place = PLACES["cpu"]) -> dict[str, Any]:
     """Return the bytes that caches of n_tokens allocate, and MLA's over MHA's."""
-    MHA, MLA = (filled_cache(_config(shape, method), n_tokens, place).nbytes for method in ("MHA", "MLA absorbed"))
+    MHA, MLA = (filled_cache(config, n_tokens, place).nbytes for config in (shape.mha, shape.mla))
     return {"tokens": n_tokens, "MHA bytes": MHA, "MLA bytes": MLA, "MLA / MHA": MLA / MHA}
 
 
@@ -252,16 +261,24 @@ class Layers:
     """A layer for each method, with random weights, and what it is given to do; both paths of MLA are one layer."""
 
     def __init__(self, shape: Shape, place: Place) -> None:
-        self._shape, self._place = shape, place
-        kinds: dict[AnyAttention, Attention | MLA] = {
-            shape.mha: Attention(shape.d_model, shape.mha),
-            shape.gqa: Attention(shape.d_model, shape.gqa),
-            shape.mla: MLA(shape.d_model, shape.mla),
+        self._place, self._d_model = place, shape.d_model
+        mla = MLA(shape.d_model, shape.mla)
+        layers: tuple[Attention | MLA, ...] = (
+            Attention(shape.d_model, shape.mha),
+            Attention(shape.d_model, shape.gqa),
+            mla,
+            mla,
+        )
+        self._layers: dict[str, Attention | MLA] = {
+            method: layer.to(place.device, place.dtype) for method, layer in zip(METHODS, layers, strict=True)
         }
-        self._layers = {method: kinds[_config(shape, method)].to(place.device, place.dtype) for method in METHODS}
+
+    def config(self, method: str) -> AnyAttention:
+        """What the layer of `method` is."""
+        return self._layers[method].config
 
     def decode(self, method: str, cache: GrowingCache) -> Callable[[], Tensor]:
-        """Return a step of one new token a sequence after those in `cache`, which nothing advances: it does not grow."""
+        """Return a step of one new token a sequence after those in `cache`, which it leaves as long as it is."""
         return self._step(method, self._place.batch_size, 1, cache)
 
     def prefill(self, method: str, n_tokens: int) -> Callable[[], Tensor]:
@@ -270,7 +287,7 @@ class Layers:
 
     def _step(self, method: str, batch_size: int, n_tokens: int, cache: GrowingCache) -> Callable[[], Tensor]:
         layer, place = self._layers[method], self._place
-        x = _random(place, batch_size, n_tokens, self._shape.d_model)
+        x = _random(place, batch_size, n_tokens, self._d_model)
         tables = rope_tables(layer.config.rope_dim, cache.length + n_tokens)
         cos, sin = (table[cache.length :].to(place.device) for table in tables)
 
@@ -349,10 +366,6 @@ def _multiplications(shape: Shape, method: str) -> int:
     if method == "MLA absorbed":
         return c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
     return c.n_heads * (c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim) + c.qk_dim + c.v_head_dim)
-
-
-def _config(shape: Shape, method: str) -> AnyAttention:
-    return {"MHA": shape.mha, "GQA": shape.gqa}.get(method, shape.mla)
 
 
 def _random(place: Place, *size: int) -> Tensor:

@@ -17,7 +17,6 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 def command(name: str, processes: int, plan: bool, as_json: bool) -> None:
     """Train every missing (model, seed) of grid NAME; killed at any point, the next call goes on."""
     from dsmoe_lite.experiments import missing, run_missing
-    from dsmoe_lite.job import run_job
 
     todo = missing(name)
     if not todo and not as_json:
@@ -25,5 +24,5 @@ def command(name: str, processes: int, plan: bool, as_json: bool) -> None:
     elif plan:
         print_rows([{"model": model, "seed": seed} for model, seed in todo], as_json=as_json, title=f"{name}: missing")
     else:
-        for model, seed in run_missing(name, processes, run_job):
+        for model, seed in run_missing(name, processes):
             click.echo(f"recorded {model}, seed {seed}")

@@ -1,7 +1,7 @@
 """A needle in a haystack, in tokens: filler with a few pairs of key and value in it, and at the end a question for one.
 
-A row of S + 1 tokens is filler, in it 1 + n_distractors needles `MARK key value`, then `ASK key` and the value asked for.
-Keys and values of a row are all different, so the answer stands nowhere but in its needle and at the end.
+A row of S + 1 tokens is filler, in it 1 + n_distractors needles `MARK key value`, then `ASK key` and the value asked
+for. Keys and values of a row are all different, so the answer stands nowhere but in its needle and at the end.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class NeedleConfig:
 
     n_keys: int = 16
     n_values: int = 16  # a guess is right once in n_values, one among the values in sight once in 1 + n_distractors
-    n_filler: int = 30
+    n_filler: int = 16
     n_distractors: int = 3  # needles with other keys, elsewhere in the haystack
     zipf: float = 1.0  # the filler token of rank r comes with weight r^-zipf, whatever stands before it
 
@@ -76,14 +76,20 @@ def needle_batch(config: NeedleConfig, batch_size: int, seq_len: int, *key: obje
 
 
 def copy_batch(config: NeedleConfig, batch_size: int, seq_len: int, *key: object) -> NeedleBatch:
-    """Rows of a random string that begins again and again; the loss is taken once it has begun again."""
+    """Practice: rows of a random string of seq_len / 8 to seq_len / 2 tokens that begins again and again.
+
+    To go on with the string is what a question asks for too: find the token before, say what came after it. Here most
+    tokens of a row teach it, in a question's row one does. `starts` is where the string begins again.
+    """
+    require_whole("batch_size", batch_size, 1)
+    require_whole("seq_len", seq_len, 8)
     rng = np.random.default_rng(number("copy", *key))
-    string = rng.integers(config.vocab_size, size=(batch_size, seq_len + 1))
+    strings = rng.integers(config.vocab_size, size=(batch_size, seq_len + 1))
     periods = rng.integers(seq_len // 8, seq_len // 2 + 1, size=(batch_size, 1))
     places = np.arange(seq_len + 1)
-    tokens = np.take_along_axis(string, places % periods, axis=1)
-    weights = (places[1:] > periods).astype(np.float32)  # what comes first is seen in the string, then it goes on
-    return NeedleBatch(torch.from_numpy(tokens), torch.from_numpy(weights), torch.from_numpy(periods[:, 0]))
+    tokens = np.take_along_axis(strings, places % periods, axis=1)
+    told = places[1:] > periods  # the string's first token, seen again, says how it goes on
+    return NeedleBatch(_tensor(tokens), torch.from_numpy(told.astype(np.float32)), _tensor(periods[:, 0]))
 
 
 def depth_bins(config: NeedleConfig, seq_len: int, bins: int, per_bin: int, *key: object) -> list[NeedleBatch]:
@@ -96,7 +102,7 @@ def depth_bins(config: NeedleConfig, seq_len: int, bins: int, per_bin: int, *key
     require_whole("bins", bins, 1, n_starts)
     batches = []
     for part in range(bins):
-        rng = np.random.default_rng(number("needle", *key, seq_len, part))
+        rng = np.random.default_rng(number("needle", *key, seq_len, part, bins))
         low, high = (-(-n_starts * edge // bins) for edge in (part, part + 1))
         batches.append(_make(config, rng.integers(low, high, size=per_bin), seq_len, rng))
     return batches
@@ -120,7 +126,11 @@ def _make(config: NeedleConfig, starts: np.ndarray, seq_len: int, rng: np.random
     tokens[:, -3], tokens[:, -2], tokens[:, -1] = ASK, keys[:, 0], values[:, 0]
     weights = torch.zeros(B, seq_len)
     weights[:, -1] = 1
-    return NeedleBatch(torch.from_numpy(tokens.astype(np.int64)), weights, torch.from_numpy(starts.astype(np.int64)))
+    return NeedleBatch(_tensor(tokens), weights, _tensor(starts))
+
+
+def _tensor(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.int64))
 
 
 def _distinct(rng: np.random.Generator, rows: int, n: int, of: int) -> np.ndarray:

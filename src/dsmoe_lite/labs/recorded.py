@@ -74,6 +74,26 @@ def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baselin
     ]
 
 
+def needle_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows {kind, length, depth, recall, seed} of grid `needle`; depth is the middle of its bin.
+
+    Depth 0 is the beginning of the text. names: kind in the record -> kind to show.
+    """
+    return [
+        {"kind": shown, "length": int(length), "depth": (place + 0.5) / len(bins), "recall": share, "seed": r["seed"]}
+        for kind, shown in names.items()
+        for r in records
+        for length, bins in r["recall"][kind].items()
+        for place, share in enumerate(bins)
+    ]
+
+
+def needle_gaps(records: Records, kind: str, other: str, length: int) -> dict[int, float]:
+    """Mean recall of `kind` minus that of `other` at one length, by seed: same weights at first, same questions."""
+    found = {r["seed"]: [mean(r["recall"][name][str(length)]) for name in (kind, other)] for r in records}
+    return {seed: a - b for seed, (a, b) in sorted(found.items())}
+
+
 def seed_line(values: Mapping[int, float]) -> str:
     """Mean ± half its 95% interval, then each seed's value, as one line; fewer than two seeds have no interval."""
     each = " ".join(f"{values[seed]:+.3f}" for seed in sorted(values))

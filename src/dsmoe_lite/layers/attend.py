@@ -60,3 +60,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     causal = mask is None and S == N
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=G < H)
     return mixed[..., :d_v]
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """The same for one new token, its queries by group: q (B, G, H / G, d) -> (B, G, H / G, d_v); two matrix products.
+
+    Scores lie as (N, H / G), not the other way round: BLAS shares the products of tall matrices better among threads.
+    """
+    scores = torch.matmul(k, (q * scale).transpose(-1, -2))  # (B, G, N, H / G)
+    if mask is not None:
+        scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
+    exact = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
+    weights = scores.softmax(dim=-2, dtype=exact).to(v.dtype)
+    return torch.matmul(v.transpose(-1, -2), weights).transpose(-1, -2)
+
+
+def _suits_fused(k: Tensor) -> bool:
+    """Whether fused attention is fast for one new token and shared keys k (B, G, N, d).
+
+    On a CPU it gives each of the B G groups to one thread; where there are fewer, the threads wait for each other inside
+    many small products instead. On a GPU none takes heads wider than 256, such as MLA's latent.
+    """
+    if k.device.type == "cpu":
+        return k.shape[0] * k.shape[1] >= torch.get_num_threads()
+    return k.shape[-1] <= 256

@@ -131,6 +131,7 @@ class Cache:
         require_whole("batch_size", batch_size, 1)
         require_whole("reserve", reserve, 0, config.max_seq_len)
         self.config, self.batch_size = config, batch_size
+        self.pad: Tensor | None = None  # (B,), of the call that came first: paddings at the left of each row
         self.layers: Sequence[LayerCache] = [_layer_cache(config, reserve) for _ in range(config.n_layers)]
 
     @property
@@ -142,6 +143,15 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes that are allocated in all layers."""
         return sum(layer.nbytes for layer in self.layers)
+
+    def padding(self, pad: Tensor | None) -> Tensor | None:
+        """Return the padding that holds for a call given `pad`: that of the first call. InputError for another."""
+        if self.length == 0 or pad is self.pad:
+            return pad
+        same = pad is None or (self.pad is not None and torch.equal(pad, self.pad))
+        remedy = "must be that of the call that filled the cache, or left out"
+        require(same, "pad", None if pad is None else pad.tolist(), remedy)
+        return self.pad
 
     def advance(self, n_tokens: int) -> None:
         """Let the last n_tokens count, in every layer."""

@@ -1,0 +1,80 @@
+"""Words as they come: what is shown grows, ends without a bar, and is what `generate` says."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig
+from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import World
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.generate import generate
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.viz import speech
+
+
+class Shown:
+    """What a display was given, first and later."""
+
+    def __init__(self) -> None:
+        self.bundles: list[dict[str, str]] = []
+
+    def __call__(self, bundle: dict[str, str], **_: object) -> "Shown":
+        self.bundles.append(bundle)
+        return self
+
+    update = __call__
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
+    """The display of `speak`, drawn again at every token."""
+    found = Shown()
+    monkeypatch.setattr(speech, "display", found)
+    monkeypatch.setattr(speech, "SECONDS", 0.0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[Transformer, Tokenizer]:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(World(), 1024)
+    V = tokenizer.get_vocab_size()
+    return Transformer(ModelConfig(V, 32, 1, AttentionConfig(2, 16), 32, max_seq_len=64, init_std=0.3)), tokenizer
+
+
+def test_words_grow_and_are_those_that_generate_says(shown, model):
+    transformer, tokenizer = model
+    prompts = ["The home of", "x <b>"]
+    texts = speech.speak(transformer, tokenizer, prompts, 12, temperature=1.0, seed=3)
+    ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    said = generate(transformer, ids, 12, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    assert texts == [tokenizer.decode(row) for row in said]
+    lengths = [len(bundle["text/plain"]) for bundle in shown.bundles]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) > 5
+    assert all("<progress" in bundle["text/html"] for bundle in shown.bundles[:-1])
+    last = shown.bundles[-1]
+    assert "<progress" not in last["text/html"]
+    assert last["text/plain"] == "\n".join(map("".join, zip(prompts, texts, strict=True)))
+    assert "x &lt;b&gt;" in last["text/html"]
+
+
+def test_another_seed_says_something_else(shown, model):
+    one, two = (speech.speak(*model, ["The home of"], 12, temperature=1.0, seed=seed) for seed in (0, 1))
+    assert one != two
+
+
+def test_it_ends_at_a_stop_token_and_shows_that(shown, model):
+    transformer, tokenizer = model
+    (first, *_), *_ = generate(transformer, [tokenizer.encode("The").ids], 1)
+    (text,) = speech.speak(transformer, tokenizer, ["The"], 12, stop=[first])
+    assert text == tokenizer.decode([first])
+    assert shown.bundles[-1]["text/plain"] == "The" + text
+
+
+def test_a_prompt_without_text_is_refused_before_anything_is_shown(shown, model):
+    with pytest.raises(InputError, match="prompt 1 = '': must hold some text"):
+        speech.speak(*model, ["The", ""], 3)
+    assert not shown.bundles
