@@ -23,6 +23,7 @@ from dsmoe_lite.bench.mla import (
 from dsmoe_lite.cli import main
 from dsmoe_lite.config import AttentionConfig, MLAConfig
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers.attend import attend_by_products
 
 TINY = Shape(12, AttentionConfig(4, 8), AttentionConfig(4, 8, n_kv_heads=2), MLAConfig(4, 8, 4, 8, kv_lora_rank=16))
 TINY_PLACE = replace(PLACES["cpu"], copied_bytes=1000, matmul_width=16)
@@ -114,8 +115,9 @@ def test_peaks_count_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_both_paths_give_the_same_in_what_is_timed(dtype: torch.dtype, batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "threads"), [(1, 1), (3, 1), (1, 2)])
+def test_both_paths_give_the_same_in_what_is_timed(dtype: torch.dtype, batch_size: int, threads: int) -> None:
+    torch.set_num_threads(threads)  # fused attention, or two products where threads are more than sequences
     place = replace(TINY_PLACE, dtype=dtype, batch_size=batch_size)
     layers = Layers(TINY, place)
     cache = filled_cache(TINY.mla, 9, place)
@@ -125,6 +127,18 @@ def test_both_paths_give_the_same_in_what_is_timed(dtype: torch.dtype, batch_siz
     assert naive.std() > 0.01
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype] * float(naive.std())
     torch.testing.assert_close(naive, absorbed, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("masked", ["no", "for all", "for each"])
+def test_two_products_are_fused_attention(masked: str) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, d, dtype=torch.float64) for n, d in ((4, 8), (9, 8), (9, 8)))
+    mask = {"no": None, "for all": torch.rand(1, 9) < 0.7, "for each": torch.rand(2, 1, 1, 9) < 0.7}[masked]
+    if mask is not None:
+        mask[..., 4] = True  # none sees nothing
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3)
+    torch.testing.assert_close(attend_by_products(q, k, v, 0.3, mask), fused)
+    torch.testing.assert_close(attend_by_products(q, k, v[..., :5], 0.3, mask), fused[..., :5])
 
 
 def test_a_step_leaves_the_cache_as_long_and_looks_at_all_of_it() -> None:

@@ -9,7 +9,7 @@ from dsmoe_lite import needle
 from dsmoe_lite.config import ModelConfig, YarnConfig, from_dict
 from dsmoe_lite.data.needle import ASK, MARK, NeedleConfig, copy_batch, depth_bins, needle_batch
 from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.experiments import grid
+from dsmoe_lite.experiments import grid, run_one
 from dsmoe_lite.labs.recorded import needle_gaps, needle_rows
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.model import Transformer
@@ -292,7 +292,7 @@ def test_the_course_job_turns_pairs_as_its_docstring_says() -> None:
 
 def test_a_run_records_every_kind_length_and_depth() -> None:
     before = learn(JOB)[0]
-    record = JOB.run()
+    record = run_one(JOB)
     assert set(record["recall"]) == {*KINDS, "plain-extended", "interpolated-extended", "yarn-extended"}
     for found in record["recall"].values():
         assert {length: len(bins) for length, bins in found.items()} == {"16": 2, "64": 2}

@@ -161,7 +161,7 @@ def prefill_ratios(
     layers, rows = Layers(shape, place), []
     for n_tokens in lengths:
         require_whole("tokens", n_tokens, 1)
-        steps = {method: layers.prefill(method, n_tokens) for method in ("MHA", "MLA naive")}
+        steps = {method: _captured(layers.prefill(method, n_tokens), place) for method in ("MHA", "MLA naive")}
         seconds = _turns(steps, rounds, place, f"reading {n_tokens} tokens")
         mha, mla = seconds["MHA"], seconds["MLA naive"]
         ratio, low, high = median_interval([a / b for a, b in zip(mla, mha, strict=True)])
@@ -313,20 +313,31 @@ def filled_cache(config: AnyAttention, context: int, place: Place) -> GrowingCac
     return cache
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """A step as a CUDA graph."""
+
+    graph: Any
+    step: Step  # holds the tensors that the graph reads and writes
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def _captured(step: Step, place: Place) -> Step:
-    """On a GPU a graph of `step`: launching its kernels one by one takes the host longer than the GPU needs."""
+    """On a GPU a graph of `step`: launching its kernels one by one may take the host longer than the GPU needs."""
     if place.device == "cpu":
         return step
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
+        for _ in range(3):  # libraries make their plans before, not during the capture
             step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return _Replay(graph, step)
 
 
 def _turns(steps: dict[Key, Step], rounds: int, place: Place, title: str) -> dict[Key, list[float]]:

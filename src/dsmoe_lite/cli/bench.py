@@ -67,7 +67,7 @@ def _mla(rounds: int | None, as_json: bool, contexts: str | None, device: str | 
     else:
         where = f"{place['device']}, {place['dtype']}, batch {place['batch_size']}, {_threads()}"
         print_rows(
-            found["decode"],
+            [{name: value for name, value in row.items() if name != "FLOPs"} for row in found["decode"]],
             as_json=False,
             title=f"dsmoe bench mla: one token, medians of {place['rounds']} turns, 95% intervals, {where}",
         )

@@ -78,7 +78,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tens
 def _suits_fused(k: Tensor) -> bool:
     """Whether fused attention is fast for one new token and shared keys k (B, G, N, d).
 
-    On a CPU it gives each of the B G groups to one thread; where there are fewer, the threads wait for each other inside
+    On a CPU it gives each of the B G groups to one thread; where there are fewer, the threads wait for each other in
     many small products instead. On a GPU none takes heads wider than 256, such as MLA's latent.
     """
     if k.device.type == "cpu":
