@@ -745,8 +745,8 @@ for metric in ("held-out loss", "recall, rare people"):
         print(f"  {NAMES[name]:14} {seed_line(gaps(recorded, name, 'mha', metric))}")
 
 # %% [markdown]
-# **What to notice.** GQA and MQA cannot be told from MHA here. MLA is *behind*, in every seed: at this size compression costs
-# something, and its extra FFN channels do not pay for it. DeepSeek-V2 reports the opposite, MLA ahead of MHA, for models of 15.8B
+# **What to notice.** GQA and MQA cannot be told from MHA here. MLA is *behind*, in every seed, in loss and in what it
+# remembers of rare people: at this size compression costs something. DeepSeek-V2 reports the opposite, MLA ahead of MHA, for models of 15.8B
 # and 250.8B weights (Appendix D.2, Table 9). Ours has heads of 16 channels and a latent of half the model's width, was trained on two
 # and a half million tokens, and no setting was searched for any of the four. What it would take to see V2's result, we do not know;
 # wider heads and longer training are the first things to try.

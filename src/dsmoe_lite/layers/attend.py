@@ -51,6 +51,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -
     """
     B, H, S, d = q.shape
     G, N, d_v = k.shape[1], k.shape[2], v.shape[-1]
+    if S == 1 and G < H and not _suits_fused(k):
+        return attend_by_products(q.view(B, G, H // G, d), k, v, scale, mask).reshape(B, H, 1, d_v)
     if d_v < d:
         v = F.pad(v, (0, d - d_v))
     if S == 1 and G < H:
