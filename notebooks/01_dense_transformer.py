@@ -217,7 +217,12 @@ def block(h, weights):  # weights: the package's Block
     a, f = weights.attention, weights.ffn
     u = rms_norm(h, weights.attention_norm.weight)
     u = h + attention(
-        u, a.query.weight, a.key.weight, a.value.weight, a.output.weight, a.n_heads
+        u,
+        a.query.weight,
+        a.key.weight,
+        a.value.weight,
+        a.output.weight,
+        a.config.n_heads,
     )
     return u + ffn(
         rms_norm(u, weights.ffn_norm.weight), f.gate.weight, f.up.weight, f.down.weight

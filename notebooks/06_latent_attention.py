@@ -185,7 +185,8 @@ print("and without a cache, together and alone")
 # Watch it speak:
 
 # %% tags=["trained"]
-speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
+_ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
+
 # %% [markdown]
 # ## What it costs
 #
@@ -547,13 +548,25 @@ measured = json.loads(mla_bench.record_path("cpu").read_text(encoding="utf-8"))
 charts.decode_cost(measured["decode"])
 
 # %%
+machine, speed = measured["provenance"], measured["peaks"]
+print(f"{machine['processor']}, {machine['threads']} threads, float32, one sequence")
+print(
+    f"it copies {speed['copy GB/s']:.1f} GB/s, read and written,",
+    f"and multiplies {speed['matmul GFLOP/s']:.0f} GFLOP/s\n",
+)
 for row in measured["goals"]:
-    print(f"{row['what']:40} {row['value']:7.3g}")
+    print(f"{row['what']:40} {row['value']:7.3g}   goal {row['goal']}")
+print()
 for row in measured["slopes"]:
     print(
-        f"{row['method']:13} {row['FLOPs a byte']:5.3g} FLOPs a byte of cache;",
-        f"{row['of copy']:.0%} of a copy's bytes, {row['of matmul']:.0%} of a product's FLOPs",
+        f"{row['method']:13}{row['FLOPs a byte']:9,.1f} FLOPs for a byte of cache:",
+        f"at {row['of copy']:3.0%} of that copy, {row['of matmul']:3.0%} of that product",
     )
+absorbed_row = measured["slopes"][-1]
+most = speed["matmul GFLOP/s"] / absorbed_row["FLOPs a byte"] / speed["copy GB/s"]
+print(
+    f"\n{absorbed_row['method']}: at best at {most:.0%} of the copy, all else being free"
+)
 
 # %% [markdown]
 # And on this machine, at small contexts:
@@ -563,7 +576,12 @@ here = mla_bench.decode_costs((256, 512, 1024), rounds=5)
 charts.decode_cost(here, title="What does a decoded token cost here?")
 
 # %% [markdown]
-# **What to notice.** Both axes are logarithmic. ...
+# **What to notice.** All lines grow with the context, the naive path's far above the others. It loses less time than counting said,
+# since its products are large and run at full speed, those of a single token are small. The absorbed path reads a seventh of
+# MHA's bytes and is yet little faster: each byte is multiplied by 16 queries, as a key and again as a value. It is busy computing
+# where MHA is busy reading, and so it cannot reach half the speed of a copy, which was the goal; GQA, which reads little *and*
+# computes little, is the fastest here. A GPU multiplies far more for each byte that it reads; there the figures differ, and
+# we have not measured them yet. What MLA saves on any machine is memory. And to read a prompt costs about what it costs in MHA.
 #
 # ## Longer than trained: YaRN
 #
@@ -706,9 +724,9 @@ for steps_done in ("5", "10", "20"):
 # %% [markdown]
 # **What to notice.** At the trained length nothing is lost by YaRN, and at four times that it finds most of what RoPE misses, without
 # a step of training. Its slower pairs do part of the work and the sharper scores another part; sharper scores alone do less. To slow
-# *every* pair, the fast ones too, ruins this model even at 64 tokens: what stands right beside what is told by the fast pairs. RoPE
-# loses most not at the beginning but near the question, at distances it knows from training. Our guess: tokens further back than any
-# it was trained with draw attention away.
+# *every* pair, the fast ones too, ruins this model even at 64 tokens: what stands right beside what is told by the fast pairs. At 256 tokens
+# RoPE loses most not at the beginning but near the question, at distances it knows from training. Our guess: tokens further back
+# than any it was trained with draw attention away.
 #
 # And a little training at the new length closes nearly all of the gap, with either kind of positions. YaRN is the better start, and
 # after 50 steps the seeds no longer tell the two apart. This is a toy: two layers, a made-up language, a context of 64. That a
@@ -776,7 +794,8 @@ runs = {
     "GQA": train_with(AttentionConfig(4, 16, n_kv_heads=n_kv_heads)),
     "MLA": train_with(MLAConfig(4, 16, 8, 16, kv_lora_rank=latent)),
 }
-interval = {"smoke": (4.0, 6.5), "cpu": (1.0, 3.0), "gpu": (0.0, 7.0)}[profile]
+# recorded over seeds 0 to 4, widened; not yet for a GPU
+interval = {"smoke": (4.3, 5.0), "cpu": (1.5, 1.9), "gpu": (0.0, 7.0)}[profile]
 for name, (_, loss) in runs.items():
     claim(f"held-out loss of {name}, nats a token", loss, interval, asserted=own)
 report(MLA_minus_GQA=runs["MLA"][1] - runs["GQA"][1])
