@@ -11,7 +11,7 @@
 #
 # ![What one token leaves behind in one layer. MHA: a key and a value of each of eight heads. GQA: of two groups. MQA: one key and one value. MLA: one latent vector, from which keys and values of all heads can be made, and one small rotated key.](images/latent_attention.svg)
 #
-# Experts make a token cheap to compute. What then limits a server is memory: to say the next token, attention needs
+# Experts (chapters 02 to 05) make a token cheap to compute. What then limits a server is memory: to say the next token, attention needs
 # something of *every* token before it, in every layer. DeepSeek-V2 therefore changed the other half of the block too.
 # Its attention keeps one short vector for a token, from which the keys and values of all heads can be made.
 #
@@ -190,7 +190,7 @@ _ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, see
 # %% [markdown]
 # ## What it costs
 #
-# For each token, MHA keeps a key and a value of every head in every layer: $2 H d_h L$ numbers.
+# For each token, MHA keeps a key and a value of every head in each of $L$ layers: $2 H d_h L$ numbers.
 #
 # **Ask.** DeepSeek-V2 has $L = 60$ layers and $H = 128$ heads of $d_h = 128$ channels. If it had plain attention, how many
 # gigabytes would one text of 128K tokens keep, at 16 bits a number? A GPU of that time has 80.
@@ -237,7 +237,7 @@ print(f"MQA, GQA with {n_kv_heads} groups and MHA: mine equal the package's")
 # %% [markdown]
 # ## Look at a window only
 #
-# Mistral 7B and the first Mixtral {cite:p}`Mistral` let a token see itself and the $W-1$ tokens before it. Then the cache
+# Mistral 7B {cite:p}`Mistral` lets a token see itself and the $W-1$ tokens before it. Then the cache
 # need not grow either: the key of token $t$ takes slot $t \bmod W$, in the place of one that nobody sees any more.
 
 # %% [markdown]
@@ -288,7 +288,7 @@ print(f"two layers reach {reach} tokens back: 2 (W - 1)")
 
 # %% [markdown]
 # **What to notice.** A window bounds the memory, and depth widens the view: $L(W-1)$ tokens. But what lies further back is
-# gone, and what was passed on is only what a layer chose to pass on. MLA forgets nothing.
+# gone, and what was passed on is only what a layer chose to pass on. MLA drops no token; what it gives up is width.
 #
 # ## Compress: MLA
 #
@@ -320,9 +320,9 @@ print(f"two layers reach {reach} tokens back: 2 (W - 1)")
 # $$ (eq:mla)
 #
 # Only $\mathbf{c}_t$ and $\mathbf{k}^R_t$ are kept: $d_c + d_h^R$ numbers a layer, however many heads there are. In V2, $d_c = 4 d_h$
-# and $d_h^R = d_h / 2$: as much as GQA with 2.25 groups. The released models normalise $\mathbf{c}_t$ (RMSNorm), which the
+# and $d_h^R = d_h / 2$. The released models normalise $\mathbf{c}_t$ (RMSNorm), which the
 # equations leave out. V2 and V3 also make queries from a latent of their own, which saves memory in training and nothing in
-# the cache; V2-Lite does not. **Build** the equations as they stand:
+# the cache; V2-Lite does not. **Build** the equations, with that norm:
 
 # %%
 d_R, d_c = 4, latent
@@ -350,13 +350,13 @@ def naive(q_C, q_R, c, k_R):
 
 mine = mla.output(joined(naive(*queries(mla, x), *compressed(mla, x))))
 assert_close(mine, mla.use("naive")(x, cos, sin))
-print("MLA as its equations say: mine equals the package's")
+print("MLA as its equations say, with the norm: mine equals the package's")
 print(f"kept for a token: {d_c + d_R} numbers; MHA keeps {2 * H * d_h}")
 
 # %% [markdown]
 # ## Absorb: never make the keys
 #
-# To say one token, this makes keys and values of *all* tokens from their latents again. That is far more work than
+# To say one token, this **naive** form makes keys and values of *all* tokens from their latents again. That is far more work than
 # attention itself. But a product can be read from both sides:
 #
 # $$
@@ -402,14 +402,14 @@ assert_close(torch.cat(out, dim=1), mine)
 print("the package's absorbed path with its cache: the same, token by token")
 
 # %% [markdown]
-# The *numbers* are the same products as before, whatever vectors they are computed from. So the root stays
+# The scores are the same numbers as before, whatever vectors they are computed from. So the root stays
 # $\sqrt{d_h + d_h^R}$.
 #
 # ## Three wrong turns
 #
 # Each of them looks right, and none of them crashes.
 #
-# **1. The wrong root.** $\sqrt{d_c + d_h^R}$ instead. Scores shrink, as if read at a higher temperature, and attention blurs.
+# **1. The wrong root.** $\sqrt{d_c + d_h^R}$ instead. With $d_c > d_h$ scores shrink, as if read at a higher temperature.
 
 # %%
 lite = preset("deepseek-v2-lite").attention
@@ -419,15 +419,15 @@ blurred = absorbed(q_C, q_R, c, k_R, d_c + d_R)
 assert d_c == d_h or not torch.allclose(blurred, right)
 
 # %% [markdown]
-# **2. Positions inside.** Why channels of their own? Rotate $\mathbf{k}^C$ instead, by the angle of place $j$, with the matrix
-# $R_j$. Then
+# **2. Positions inside.** Why channels of their own? Rotate $\mathbf{q}^C$ and $\mathbf{k}^C$ instead, each by the angle of its
+# place, with matrices $R_t$ and $R_j$. Then
 #
 # $$
-# (R_t\, \mathbf{q}_{t,i})^\top R_j\, W^{UK}_i \mathbf{c}_j = \bigl(W^{UK\top}_i R_{t-j}\, \mathbf{q}_{t,i}\bigr)^{\!\top} \mathbf{c}_j
+# (R_t\, \mathbf{q}^C_{t,i})^\top R_j\, W^{UK}_i \mathbf{c}_j = \bigl(W^{UK\top}_i R_{t-j}\, \mathbf{q}^C_{t,i}\bigr)^{\!\top} \mathbf{c}_j
 # $$ (eq:rope-inside)
 #
 # and the matrix between query and latent depends on the distance $t - j$: the query cannot take it in once for all tokens. To
-# rotate $W^{UK\top}_i\mathbf{q}_{t,i}$ and $\mathbf{c}_j$ themselves is something else.
+# rotate $W^{UK\top}_i\mathbf{q}^C_{t,i}$ and $\mathbf{c}_j$ themselves is something else.
 
 # %%
 full = rope_tables(d_h, T)
@@ -439,7 +439,8 @@ turned = apply_rope(q_in, *latents) @ apply_rope(c[:, None], *latents).mT
 same_place = torch.diagonal_copy(scores - turned, dim1=-2, dim2=-1).abs().max()
 apart = (scores - turned).abs().max()
 assert same_place < 1e-5 < 1e-3 < apart  # rotations have float32 angles
-print("RoPE inside, absorbed: equal where a token looks at itself, wrong elsewhere")
+print("RoPE inside, absorbed: scores are equal where a token looks at itself,")
+print("and wrong between tokens")
 
 # %% [markdown]
 # **3. A rotated key for every head.** It would work, and looks natural: every head has its rotated query, after all. But then
@@ -449,6 +450,7 @@ print("RoPE inside, absorbed: equal where a token looks at itself, wrong elsewhe
 for name, width in {
     "one rotated key for all heads": lite.kv_lora_rank + lite.qk_rope_head_dim,
     "one for each head": lite.kv_lora_rank + lite.n_heads * lite.qk_rope_head_dim,
+    "MHA, heads of 128": 2 * lite.n_heads * lite.v_head_dim,
     "keys and values themselves": lite.n_heads * (lite.qk_dim + lite.v_head_dim),
 }.items():
     print(f"V2-Lite, {name:30} {width:5,} numbers a token and layer")
@@ -482,6 +484,13 @@ shown = (
 rows = accounting.cache_rows({name: preset(name) for name in shown})
 charts.cache_calculator(rows)
 
+# %%
+for name in ("llama2-7B", "deepseek-v3"):
+    size = accounting.kv_cache_bytes(preset(name), n_tokens=32 * 1024, bits=16)
+    print(
+        f"{name:12} {80e9 // size:3.0f} texts of 32K tokens in 80 GB, beside no weights"
+    )
+
 # %% [markdown]
 # DeepSeek-V2's abstract promises a KV cache smaller by 93.3% than that of DeepSeek 67B. The numbers that are kept are not
 # 93.3% fewer, though:
@@ -502,8 +511,8 @@ print(f"at 6 bits against 16: {in_bits:.1%} fewer; printed: {entry['text']}")
 print(entry["source"])
 
 # %% [markdown]
-# **What to notice.** MLA gives 82.2%, and the rest comes from storing each number in 6 bits, which the paper mentions for its
-# deployment (Section 3.2.3) and which MHA could do as well. And DeepSeek 67B is no MHA: it has 8 groups for 64 heads. Against
+# **What to notice.** MLA alone gives 82.2%. The printed figure comes out exactly if each number of V2 takes 6 bits, which the paper
+# mentions for its deployment (Section 3.2.3) and which MHA could do as well. And DeepSeek 67B is no MHA: it has 8 groups for 64 heads. Against
 # plain attention of its own 128 heads V2 saves far more:
 
 # %%
@@ -541,11 +550,15 @@ for what, S in {"one new token": 1, "all 8K tokens of a prompt": 8192}.items():
 # for each call.
 #
 # Multiplications are not time. Here is what one step of one attention layer took, with the geometry of V2-Lite, as
-# `dsmoe bench mla` measured and recorded it.
+# `dsmoe bench mla` measured and recorded it. MHA has the same 16 heads of 128 channels, GQA 4 groups of them.
 
 # %%
 measured = json.loads(mla_bench.record_path("cpu").read_text(encoding="utf-8"))
 charts.decode_cost(measured["decode"])
+
+# %% [markdown]
+# If a step only had to read its cache, it would run at the speed of a copy; if it only had to multiply, at that of a large
+# product. How near does each come, by what a step takes longer for each further token?
 
 # %%
 machine, speed = measured["provenance"], measured["peaks"]
@@ -576,17 +589,19 @@ here = mla_bench.decode_costs((256, 512, 1024), rounds=5)
 charts.decode_cost(here, title="What does a decoded token cost here?")
 
 # %% [markdown]
-# **What to notice.** All lines grow with the context, the naive path's far above the others. It loses less time than counting said,
-# since its products are large and run at full speed, those of a single token are small. The absorbed path reads a seventh of
-# MHA's bytes and is yet little faster: each byte is multiplied by 16 queries, as a key and again as a value. It is busy computing
-# where MHA is busy reading, and so it cannot reach half the speed of a copy, which was the goal; GQA, which reads little *and*
-# computes little, is the fastest here. A GPU multiplies far more for each byte that it reads; there the figures differ, and
-# we have not measured them yet. What MLA saves on any machine is memory. And to read a prompt costs about what it costs in MHA.
+# **What to notice.** All lines grow with the context, the naive path's far above the others. It is behind by less than counting
+# said: its large products run nearer to the machine's speed, and a good part of the absorbed step does not grow with the context
+# (reading the layer's weights is in it) and was not counted. The absorbed path reads a seventh of MHA's bytes and is yet little
+# faster: each number it reads is multiplied by 16 queries, as a key and again as a value. It is busy computing where MHA is busy
+# reading, and so it cannot reach half the speed of a copy, which was the goal. GQA, here with 4 groups, reads little *and* computes
+# little, and is the fastest. A GPU multiplies far more for each byte that it reads; there the figures differ, and we have not
+# measured them yet. What MLA saves on any machine is memory. To read a prompt of 2K tokens costs what it costs in MHA, one of 8K a
+# fifth more.
 #
 # ## Longer than trained: YaRN
 #
-# A model that was trained on texts of $L$ tokens has seen rotations by up to $L$ places. The pair $j$ of rotated channels turns
-# by $\theta_j = b^{-2j/d_h^R}$ a place, with the base $b = 10\,000$: once around every $2\pi/\theta_j$ tokens. A fast pair has been all around many
+# A model that was trained on texts of $L$ tokens (not layers, from here on) has seen rotations by up to $L$ places. The pair $j$ of rotated channels turns
+# by $\theta_j = b^{-2j/d_h^R}$ a place, with the base $b = 10\,000$ (chapter 01 called the base $\theta$): once around every $2\pi/\theta_j$ tokens. A fast pair has been all around many
 # times and has seen every angle. A slow one has not been around once, and beyond $L$ it shows angles that are new to the model.
 #
 # YaRN {cite:p}`YaRN` slows the slow pairs down by the factor $s$ by which the text grows, so that they stay among the angles they
@@ -597,7 +612,8 @@ charts.decode_cost(here, title="What does a decoded token cost here?")
 # \gamma_j = 1 - \operatorname{clamp}\!\left(\frac{j - low}{high - low}, 0, 1\right)
 # $$ (eq:yarn)
 #
-# where $low = \lfloor d(\beta_{fast}) \rfloor$ and $high = \lceil d(\beta_{slow}) \rceil$, and
+# Pairs that turn at least $\beta_{fast}$ times in $L$ tokens are left alone, those that turn at most $\beta_{slow}$ times take the whole
+# factor: $low = \max(0, \lfloor d(\beta_{fast}) \rfloor)$ and $high = \min(d_h^R - 1, \lceil d(\beta_{slow}) \rceil)$, where
 #
 # $$
 # d(r) = \frac{d_h^R \ln\bigl(L / (2\pi r)\bigr)}{2 \ln b}
@@ -617,7 +633,7 @@ def my_yarn(d, s, L, fast=32, slow=1, b=10_000):
     def pair(turns):
         return d * math.log(L / (2 * math.pi * turns)) / (2 * math.log(b))
 
-    low, high = math.floor(pair(fast)), math.ceil(pair(slow))
+    low, high = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), d - 1)
     theta = [b ** (-2 * j / d) for j in range(d // 2)]
     gamma = [1 - min(max((j - low) / (high - low), 0), 1) for j in range(d // 2)]
     return [g * t + (1 - g) * t / s for g, t in zip(gamma, theta, strict=True)]
@@ -626,8 +642,11 @@ def my_yarn(d, s, L, fast=32, slow=1, b=10_000):
 yarn = v2.attention.yarn
 mine = torch.tensor(my_yarn(64, 40, 4096), dtype=torch.float64)
 assert_close(mine, rope_frequencies(64, 10_000.0, yarn))
+small = torch.tensor(my_yarn(16, 4, 64), dtype=torch.float64)  # used below
+assert_close(small, rope_frequencies(16, 10_000.0, YarnConfig(4.0, 64)))
 low, high = yarn_range(64, 10_000.0, yarn)
-print(f"pairs 0 to {low} keep their frequency, {high} to 31 are 40 times slower")
+print(f"{low + 1} pairs, 0 to {low}, keep their frequency;")
+print(f"{32 - high} pairs, {high} to 31, are 40 times slower")
 for name in ("deepseek-v2", "deepseek-v3"):
     config = preset(name).attention
     factor = softmax_scale(config.qk_dim, config.yarn) * math.sqrt(config.qk_dim)
@@ -672,14 +691,16 @@ for token in row:
 print(" ".join(words[token] for token in row[:-1]), "->", words[row[-1]])
 
 # %% [markdown]
-# A small MLA model of two layers was trained on such texts of **64** tokens, and was then asked in texts of 64, 128 and **256**. Five
+# A small MLA model of two layers practised on strings that repeat, of 16 to 64 tokens, which it needed, then on such texts of **64**
+# tokens, and was then asked in texts of 64, 128 and **256**. To guess among the four values in sight is right one time in four. Five
 # seeds, 512 questions for each length (`dsmoe experiment needle`, a few minutes a seed; how its settings were found stands in
 # `data/README.md`). The same weights were given four kinds of positions:
 #
 # - **RoPE**, as trained;
 # - **RoPE, sharper**: only the scores are multiplied, as YaRN does;
 # - **all slower**: every pair turns $s = 4$ times slower, position interpolation {cite:p}`PositionInterpolation`;
-# - **YaRN**: with $s = 4$, $L = 64$.
+# - **YaRN**: with $s = 4$, $L = 64$. Of the eight pairs here only the fastest keeps its frequency, two are mixed, and five are four
+#   times slower.
 #
 # **Ask.** At 64 tokens the model is nearly always right. Which share does each find at 256, *without* any further training? Is a
 # needle near the beginning harder, or one near the question?
@@ -697,6 +718,10 @@ POSITIONS = {
 charts.needle(needle_rows(found, POSITIONS))
 
 # %%
+for kind, shown_as in POSITIONS.items():
+    share = mean(mean(record["recall"][kind]["256"]) for record in found)
+    print(f"{shown_as:14} finds {share:.0%} at 256 tokens")
+print()
 for what, one, other in (
     ("YaRN minus RoPE", "yarn", "plain"),
     ("YaRN minus RoPE, sharper", "yarn", "sharper"),
@@ -723,13 +748,13 @@ for steps_done in ("5", "10", "20"):
 
 # %% [markdown]
 # **What to notice.** At the trained length nothing is lost by YaRN, and at four times that it finds most of what RoPE misses, without
-# a step of training. Its slower pairs do part of the work and the sharper scores another part; sharper scores alone do less. To slow
-# *every* pair, the fast ones too, ruins this model even at 64 tokens: what stands right beside what is told by the fast pairs. At 256 tokens
-# RoPE loses most not at the beginning but near the question, at distances it knows from training. Our guess: tokens further back
-# than any it was trained with draw attention away.
+# a step of training. Its slower pairs do part of the work and the sharper scores another part; sharper scores alone do less than slower pairs alone. To slow
+# *every* pair, the fast ones too, ruins this model even at 64 tokens: what stands right beside what is told by the fast pairs. At 256
+# tokens RoPE finds least in the second half, even in the last quarter, at distances it knows from training; at 128 it is the
+# beginning that suffers. Our guess for 256: tokens further back than any it was trained with draw attention away.
 #
-# And a little training at the new length closes nearly all of the gap, with either kind of positions. YaRN is the better start, and
-# after 50 steps the seeds no longer tell the two apart. This is a toy: two layers, a made-up language, a context of 64. That a
+# And a little training at the new length closes nearly all of the gap, with either kind of positions. YaRN is the better start; after
+# 50 steps it is still ahead in all five seeds, but by so little that the interval includes zero. This is a toy: two layers, a made-up language, a context of 64. That a
 # model of billions of weights finds needles in 128K tokens, as V2 and V3 report, is another matter.
 #
 # ## What does it cost in quality?
@@ -751,6 +776,7 @@ for name, job in grid("attention").jobs.items():
     print(f"{NAMES[name]:14} {total:,} parameters; kept a token and layer: {width:3}")
 
 # %%
+print(f"{recorded[0]['tokens']:,} tokens each")
 charts.model_comparison(
     metric_rows(recorded, NAMES),
     title="What does a smaller cache cost, at the same number of parameters?",
@@ -763,13 +789,14 @@ for metric in ("held-out loss", "recall, rare people"):
         print(f"  {NAMES[name]:14} {seed_line(gaps(recorded, name, 'mha', metric))}")
 
 # %% [markdown]
-# **What to notice.** GQA and MQA cannot be told from MHA here. MLA is *behind*, in every seed, in loss and in what it
+# **What to notice.** GQA and MQA cannot be told from MHA here, and MQA keeps least of all. MLA, which here keeps as much as 1.25
+# groups, is *behind*, in every seed, in loss and in what it
 # remembers of rare people: at this size compression costs something. DeepSeek-V2 reports the opposite, MLA ahead of MHA, for models of 15.8B
-# and 250.8B weights (Appendix D.2, Table 9). Ours has heads of 16 channels and a latent of half the model's width, was trained on two
-# and a half million tokens, and no setting was searched for any of the four. What it would take to see V2's result, we do not know;
+# and 250.8B weights (Appendix D.2, Table 9). Ours has heads of 16 channels and a latent of half the model's width, was trained on few
+# tokens, and no setting was searched for any of the four. What it would take to see V2's result, we do not know;
 # wider heads and longer training are the first things to try.
 #
-# Train two of them for a short while:
+# Train two of them for a short while, with one FFN width for both, so that MLA has a few weights more:
 
 # %% tags=["trained"]
 world = World()
@@ -814,7 +841,7 @@ charts.training_curves(
 # ## Exercises
 #
 # **1. A bug from the wild** (15 minutes). RoPE turns *pairs* of channels. Which two make a pair is a choice: the paper and
-# DeepSeek's own code take neighbours, $2j$ and $2j + 1$; this package, like `transformers`, takes channel $j$ of each half. Weights that
+# DeepSeek's own code take neighbours, $2j$ and $2j + 1$; this package, like most models in `transformers`, takes channel $j$ of each half. Weights that
 # were trained with one choice and run with the other load, run, and are wrong. Port the weight of a query projection: `W` has
 # $H\,(d_h + d_h^R)$ rows, head by head, first the $d_h$ plain channels of a head, then its $d_h^R$ rotated ones as neighbours. Return it for
 # halves.
@@ -919,7 +946,7 @@ verdict = check_exercise(folded, folds)
 #     return torch.einsum("ohv,hvc->ohc", of_heads, W_UV).flatten(1)
 # ```
 #
-# It is right, and no gain: the one matrix is several times as large as the two, for $d_c$ is larger than $d_v$. To absorb means to
+# It is right, and no gain: the one matrix is 3.6 times as large as the two, for $d_c$ is four times $d_v$. To absorb means to
 # choose an order of multiplications; the package keeps the two.
 # </details>
 #
@@ -931,7 +958,7 @@ verdict = check_exercise(folded, folds)
 # dsmoe run 06 -p n_kv_heads=1
 # ```
 #
-# Compare the held-out losses of the short training (`dsmoe run` prints them).
+# Compare the held-out losses of the short training (`dsmoe run` prints them); a wider latent also has more weights.
 #
 # ## Recap
 #
