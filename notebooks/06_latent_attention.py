@@ -572,8 +572,8 @@ for row in measured["goals"]:
 print()
 for row in measured["slopes"]:
     print(
-        f"{row['method']:13}{row['FLOPs a byte']:9,.1f} FLOPs for a byte of cache:",
-        f"at {row['of copy']:3.0%} of that copy, {row['of matmul']:3.0%} of that product",
+        f"{row['method']:13}{row['FLOPs a byte']:8,.1f} FLOPs a byte of cache:",
+        f"{row['of copy']:3.0%} of the copy, {row['of matmul']:3.0%} of the product",
     )
 absorbed_row = measured["slopes"][-1]
 most = speed["matmul GFLOP/s"] / absorbed_row["FLOPs a byte"] / speed["copy GB/s"]
