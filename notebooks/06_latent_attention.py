@@ -184,7 +184,7 @@ print("and without a cache, together and alone")
 # %% [markdown]
 # Watch it speak:
 
-# %% tags=["trained"]
+# %% tags=["measured"]
 _ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
 
 # %% [markdown]

@@ -60,7 +60,7 @@ class _Page:
             bar = f'<progress value="{done}" max="{self._n_new}" aria-label="tokens said"></progress> {done} tokens'
         lines = [
             '<p style="margin: .4em 0; white-space: pre-wrap; overflow-wrap: anywhere">'
-            f'<span style="opacity: .62">{escape(prompt)}</span>{escape(text)}</p>'
+            f"<em>{escape(prompt)}</em>{escape(text)}</p>"
             for prompt, text in zip(self._prompts, texts, strict=True)
         ]
         plain = "\n".join(prompt + text for prompt, text in zip(self._prompts, texts, strict=True))
