@@ -238,7 +238,7 @@ class Finder(torch.nn.Module):
 
 
 def test_who_looks_the_key_up_finds_every_needle() -> None:
-    assert needle_recall(Finder(), depth_bins(CONFIG, 40, 4, 10, "all")) == [1.0] * 4  # type: ignore[arg-type]
+    assert needle_recall(Finder(), depth_bins(CONFIG, 40, 4, 10, "all")) == [1.0] * 4
 
 
 # Positions
