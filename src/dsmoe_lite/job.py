@@ -16,12 +16,12 @@ from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.errors import InputError, require, require_choice, require_whole
+from dsmoe_lite.errors import InputError, require, require_choice, require_number, require_whole
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.interventions import swap_shared
+from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
 from dsmoe_lite.train import TrainConfig, check_balance, run_record, train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
@@ -52,6 +52,8 @@ class Job:
     vocab_size: int = 1024
     first_document: int = 0  # where in the corpus training starts to read
     n_heldout_batches: int = 16
+    masked: tuple[float, ...] = ()  # evaluated again with these shares of each token's best experts out of reach
+    active: tuple[int, ...] = ()  # evaluated again with so many routed experts a token
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -62,10 +64,17 @@ class Job:
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
         check_balance(self.model.moe, self.train)
+        for share in self.masked:
+            require_number("masked", share, 0.0, 1.0)
+        for k in self.active:
+            require_whole("active", k, 1)
 
-    def seeded(self, seed: int, n_seeds: int) -> "Job":
-        """The same run with another seed: it draws the weights and sets where in the corpus reading starts."""
-        start = seed * self.corpus.world.n_documents // n_seeds
+    def seeded(self, seed: int, n_streams: int) -> "Job":
+        """The same run with another seed: it draws the weights and sets where in the corpus reading starts.
+
+        The corpus has n_streams parts, one a seed.
+        """
+        start = seed * self.corpus.world.n_documents // n_streams
         return replace(self, train=replace(self.train, seed=seed), first_document=start)
 
     def run(self) -> dict[str, Any]:
@@ -121,11 +130,18 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
     if held_out.experts:
         facts["heldout_experts"] = [to_dict(layer) for layer in held_out.experts]
+
+    def losses_of(changed: Transformer) -> dict[str, Any]:
+        found = heldout_loss(changed, held_back, corpus.domains)
+        return {"heldout_loss": found.loss, "heldout_by_domain": found.by_domain}
+
     if job.model.moe is not None and job.model.moe.n_shared_experts:
         with suppress(InputError):  # one more routed expert may be out of reach
-            swapped = swap_shared(model, job.model.moe.n_shared_experts)
-            without = heldout_loss(swapped, held_back, corpus.domains)
-            facts["shared_swapped"] = {"heldout_loss": without.loss, "heldout_by_domain": without.by_domain}
+            facts["shared_swapped"] = losses_of(swap_shared(model, job.model.moe.n_shared_experts))
+    if job.masked:
+        facts["masked"] = {str(share): losses_of(mask_top(model, share)) for share in job.masked}
+    if job.active:
+        facts["active"] = {str(k): losses_of(with_active(model, k)) for k in job.active}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:
         save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())

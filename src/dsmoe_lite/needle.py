@@ -94,7 +94,7 @@ class NeedleJob:
             require_whole("probes", step, 1, self.extension.steps)
         require_whole("seed", self.seed, 0)
 
-    def seeded(self, seed: int, n_seeds: int) -> "NeedleJob":
+    def seeded(self, seed: int, n_streams: int) -> "NeedleJob":
         """The same run with another seed: it draws weights, rows and questions."""
         return replace(self, seed=seed)
 

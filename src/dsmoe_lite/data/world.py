@@ -52,6 +52,7 @@ class WorldConfig:
     n_tail: int = 128  # the rarest, asked as group "tail"
     n_relations: int = 8
     n_values: int = 32  # values of one relation; guessing is right once in n_values
+    n_value_lists: int | None = None  # relations draw on so many lists of values, in turn; None: each has its own
     zipf: float = 0.75  # the entity of rank r is written about with weight r^-zipf
     facts_per_document: int = 8
     question_share: float = 0.15  # of the facts that may be asked in training, how often they are
@@ -65,6 +66,8 @@ class WorldConfig:
             require_whole(name, getattr(self, name), 1)
         require_whole("seed", self.seed, 0)
         require_whole("n_values", self.n_values, 2)
+        if self.n_value_lists is not None:
+            require_whole("n_value_lists", self.n_value_lists, 1, self.n_relations)
         pairs = self.n_first * self.n_last
         require_whole("n_control", self.n_control, 0, pairs)
         fits = self.n_entities + self.n_control <= pairs
@@ -103,7 +106,7 @@ class Language:
     first: list[str]
     last: list[str]
     relations: list[str]
-    values: list[list[str]]  # (relation, value); no word is the value of two relations
+    values: list[list[str]]  # (relation, value); two relations share all their words or none
     statements: list[str]
     question: str
 
@@ -225,10 +228,11 @@ def _languages(config: WorldConfig) -> tuple[Language, Language]:
 def _language(
     config: WorldConfig, sounds: str, relations: list[str], wordings: list[str], taken: list[str]
 ) -> Language:
-    n, n_values = config.n_first, config.n_values
+    n, n_values, n_lists = config.n_first, config.n_values, config.n_value_lists or len(relations)
     names = make_words(sounds, n + config.n_last, config.seed, "names", taken=taken)
-    words = make_words(sounds, len(relations) * n_values, config.seed, "values", taken=[*taken, *names])
-    values = [words[start : start + n_values] for start in range(0, len(words), n_values)]
+    words = make_words(sounds, n_lists * n_values, config.seed, "values", taken=[*taken, *names])
+    lists = [words[start : start + n_values] for start in range(0, len(words), n_values)]
+    values = [lists[relation % n_lists] for relation in range(len(relations))]
     capital = [name.capitalize() for name in names]
     return Language(capital[:n], capital[n:], relations, values, wordings[:-1], wordings[-1])
 
