@@ -16,8 +16,8 @@ GATES = ("printed", "softmax", "sigmoid")
 def _cut(m: int, n_shared_experts: int, n_routed_experts: int, top_k: int) -> ModelConfig:
     model = preset("deepseekmoe-2B")
     assert model.moe is not None
-    cut = {"n_shared_experts": n_shared_experts, "n_routed_experts": n_routed_experts, "top_k": top_k}
-    return replace(model, moe=replace(model.moe, expert_width=round(STANDARD / m), **cut))
+    moe = replace(model.moe, n_shared_experts=n_shared_experts, n_routed_experts=n_routed_experts, top_k=top_k)
+    return replace(model, moe=replace(moe, expert_width=round(STANDARD / m)))
 
 
 MODELS: dict[str, ModelConfig] = {
