@@ -17,7 +17,7 @@ from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
 from dsmoe_lite.job import CorpusConfig, Job, make_corpus, read_job, run_job
 from dsmoe_lite.presets import preset
@@ -32,7 +32,7 @@ JOB = Job(
     n_heldout_batches=2,
     device="cpu",
 )
-GRID = Grid({name: replace(JOB, model=preset(name)) for name in ("course-dense", "course-gshard")}, (0, 1))
+GRID = Grid({name: replace(JOB, model=preset(name)) for name in ("course-dense", "course-gshard")}, (0, 1), 2)
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +154,8 @@ def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
     job = GRID.job("course-gshard", 1)
     assert job == replace(JOB, train=replace(JOB.train, seed=1), first_document=200)
     assert GRID.job("course-dense", 0).first_document == 0
+    with pytest.raises(InputError, match="seed = 2: must be a whole number from 0 to 1"):
+        Grid({}, (0, 1, 2), n_streams=2)
 
 
 def test_what_is_missing_is_named_seed_by_seed(small: Path, capsys: pytest.CaptureFixture) -> None:

@@ -39,7 +39,11 @@ class Grid:
 
     jobs: Mapping[str, Runnable]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_streams: int = 5  # parts of the corpus, one a seed: no seed above n_streams - 1
+    n_streams: int = 5  # parts of the corpus, one a seed
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            require_whole("seed", seed, 0, self.n_streams - 1)
 
     def job(self, name: str, seed: int) -> Any:
         """The run of one job and one seed."""
@@ -123,7 +127,6 @@ GRIDS = {
     "needle": Grid({"mla": NeedleJob()}),
     # Before chapter 07's protocol was fixed.
     "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),
-    "pilot-fewer": Grid(pilot.FEWER, pilot.SEEDS[:1], n_streams=200),
 }
 
 
