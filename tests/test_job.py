@@ -154,7 +154,7 @@ def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
     job = GRID.job("course-gshard", 1)
     assert job == replace(JOB, train=replace(JOB.train, seed=1), first_document=200)
     assert GRID.job("course-dense", 0).first_document == 0
-    with pytest.raises(InputError, match="seed = 2: must be a whole number from 0 to 1"):
+    with pytest.raises(InputError, match="seed = 2: must be a whole number of at least 0 and at most 1"):
         Grid({}, (0, 1, 2), n_streams=2)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan
+from typing import Any
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def seeds_needed(spread: float, difference: float, power: float = 0.8) -> int:
     return int(np.ceil(n))
 
 
-def _described(values: Sequence[float]):  # type: ignore[no-untyped-def]
+def _described(values: Sequence[float]) -> Any:
     from statsmodels.stats.weightstats import DescrStatsW
 
     return DescrStatsW(np.asarray(values, dtype=float))
