@@ -48,7 +48,8 @@ class Tier:
     """Sizes and schedule at which the models of the paper are trained again.
 
     `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates: as printed, or the softmax
-    or sigmoid scores of the chosen experts, not normalised, times m, the number of pieces a standard expert is cut in.
+    or sigmoid scores of the chosen experts, not normalised; with `times_m` times m, the number of pieces that a standard
+    expert is cut in.
     """
 
     dense: ModelConfig
@@ -57,6 +58,7 @@ class Tier:
     vocab_size: int
     gates: str
     balance: float  # weight of the expert-level loss, DeepSeekMoE Eq 12
+    times_m: bool = True
     lr: Mapping[str, float] = field(default_factory=dict)  # of models that have one of their own
 
     def __post_init__(self) -> None:
@@ -80,6 +82,5 @@ class Tier:
     def _gated(self, moe: MoEConfig) -> MoEConfig:
         if self.gates == "printed" or moe.scoring_func == "hash":
             return moe
-        m = self.dense.ffn_width / moe.expert_width
-        scale = round(m) if m > 1.5 else 1
-        return replace(moe, scoring_func=self.gates, norm_topk_prob=False, routed_scaling_factor=float(scale))
+        pieces = max(1, round(self.dense.ffn_width / moe.expert_width)) if self.times_m else 1
+        return replace(moe, scoring_func=self.gates, norm_topk_prob=False, routed_scaling_factor=float(pieces))
