@@ -48,8 +48,8 @@ class Tier:
     """Sizes and schedule at which the models of the paper are trained again.
 
     `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates: as printed, or the softmax
-    or sigmoid scores of the chosen experts, not normalised; with `times_m` times m, the number of pieces that a standard
-    expert is cut in.
+    or sigmoid scores of the chosen experts, not normalised; with `times_m` times m, the number of pieces that a
+    standard expert is cut in.
     """
 
     dense: ModelConfig
