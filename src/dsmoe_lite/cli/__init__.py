@@ -16,6 +16,7 @@ COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> holds `co
     "experiment": "Run what a named grid of runs is still missing.",
     "bench": "Measure ratios in one process.",
     "count": "Count parameters, FLOPs and cache of a preset or config.",
+    "claims": "Recompute what papers claim, and print what came out.",
     "check": "Print what this machine has and the profile it would use.",
     "book": "Build the book.",
     "refresh": "Write the chapters' reference outputs (authors).",

@@ -1,0 +1,34 @@
+"""dsmoe claims: what papers claim, and what came out here."""
+
+from collections import Counter
+
+import click
+
+from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.errors import RunError
+
+
+@click.command(help="Recompute every claim of the ledger and print its verdict.")
+@click.option("--write", "store", is_flag=True, help="Store what came out in data/claims.yml (authors).")
+@json_option
+def command(store: bool, as_json: bool) -> None:
+    """Exit with status 1 where a stored verdict no longer follows from its data."""
+    from dataclasses import asdict
+
+    from dsmoe_lite import ledger
+
+    stored = ledger.load()
+    settled = ledger.settle(stored)
+    if as_json:
+        print_rows([asdict(claim) for claim in settled], as_json=True)
+    else:
+        rows = [{"claim": c.id, "published": c.published, "ours": c.ours, "verdict": c.verdict} for c in settled]
+        print_rows(rows, as_json=False, title=f"{len(settled)} claims")
+        tally = Counter(claim.verdict for claim in settled)
+        click.echo(", ".join(f"{tally[verdict]} {verdict}" for verdict in ledger.VERDICTS if tally[verdict]))
+    if store:
+        ledger.write(settled)
+        return
+    changed = [new.id for old, new in zip(stored, settled, strict=True) if old != new]
+    if changed:
+        raise RunError(f"{ledger.PATH}: {', '.join(changed)}: not what is stored; look, then dsmoe claims --write")

@@ -1,0 +1,211 @@
+"""The ledger: every stored verdict follows from its data, and points at what is there."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from dsmoe_lite import experiments, ledger, paths, published
+from dsmoe_lite.cli import main
+from dsmoe_lite.cli.claims import command
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.experiments import Grid
+from dsmoe_lite.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, differences, load, settle, write
+from dsmoe_lite.published import as_printed
+
+CLAIMS = load()
+TREND = Trend("small", "one", "fine", "coarse", "loss", "below")
+PLACED = [claim for claim in CLAIMS if claim.where]
+
+
+def test_every_stored_verdict_follows_from_its_data() -> None:
+    assert settle(CLAIMS) == CLAIMS
+
+
+def test_the_ledger_is_as_large_as_promised_and_stored_as_it_is_written(tmp_path: Path) -> None:
+    assert len(CLAIMS) >= 60
+    assert {claim.verdict for claim in CLAIMS} <= set(VERDICTS)
+    write(CLAIMS, tmp_path / "claims.yml")
+    assert (tmp_path / "claims.yml").read_bytes() == ledger.PATH.read_bytes()
+
+
+@pytest.mark.parametrize("claim", PLACED, ids=lambda claim: claim.id)
+def test_a_claim_is_settled_under_a_heading_of_a_chapter(claim: Claim) -> None:
+    number, heading = claim.where.split(", ", 1)
+    (chapter,) = paths.NOTEBOOKS.glob(f"{number}_*.py")
+    assert re.search(rf"^# ##+ {re.escape(heading)}$", chapter.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_what_is_not_settled_says_why() -> None:
+    for claim in CLAIMS:
+        assert claim.why or claim.verdict not in ("not tested", "differs", "reversed"), claim.id
+        assert (claim.exact is None and claim.trend is None) == (not claim.where), claim.id
+
+
+def test_published_figures_stand_in_published_json_too() -> None:
+    text = json.dumps(published.load())
+    for claim in CLAIMS:
+        if claim.exact is not None and claim.id != "v2-cache-in-groups":
+            assert re.search(rf'[" ]{re.escape(claim.published.replace(",", ""))}[",\]}}]', text), claim.id
+            assert claim.source in text, claim.id
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (4.333e12, "4.3T"),
+        (235.7e9, "236B"),
+        (110_592, "110.6K"),
+        (70_272, "70.272 KB"),
+        (0.8224, "82.2%"),
+        (4_426_165_368, "4,426,165,368"),
+        (120, "120"),
+        (1.5896, "1.590"),
+    ],
+)
+def test_numbers_as_they_are_printed(value: float, text: str) -> None:
+    assert as_printed(value, text) == text
+
+
+@pytest.mark.parametrize("text", ["about 3B", "3G", "", "3.B"])
+def test_what_is_no_figure_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="figure"):
+        as_printed(1.0, text)
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A grid of two models and five seeds, without a record."""
+    job = experiments.grid("neighbours").jobs["course-dense"]
+    monkeypatch.setitem(experiments.GRIDS, "small", Grid({"fine": job, "coarse": job}))
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    return tmp_path
+
+
+def record(model: str, seed: int, loss: float) -> None:
+    path = experiments.record_path("small", model, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"heldout_loss": loss}), encoding="utf-8")
+
+
+def fill(gaps: dict[int, float]) -> None:
+    for seed, gap in gaps.items():
+        record("fine", seed, 2 + gap)
+        record("coarse", seed, 2.0)
+
+
+def test_a_trend_pairs_seeds(small: Path) -> None:
+    fill({0: -0.5, 1: 0.25})
+    record("fine", 2, 9.0)  # its pair is missing
+    assert differences(TREND) == {0: -0.5, 1: 0.25}
+    claim = Claim("x", "says", "source", "published", trend=TREND)
+    (settled,) = settle([claim])
+    assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing: [2, 3, 4]")
+
+
+def test_verdicts_of_a_trend(small: Path) -> None:
+    fill({0: -0.5, 1: -0.4, 2: -0.6, 3: -0.5, 4: -0.5})
+    claim = Claim("x", "says", "source", "published", trend=TREND)
+    assert settle([claim])[0].verdict == "holds"
+    assert settle([replace(claim, trend=replace(TREND, expected="above"))])[0].verdict == "reversed"
+    equal = replace(TREND, expected="equal", margin=0.1)
+    assert settle([replace(claim, trend=equal)])[0].verdict == "reversed"
+    assert settle([replace(claim, trend=replace(equal, margin=1.0))])[0].verdict == "holds"
+
+
+def test_claims_of_one_figure_are_corrected_together(small: Path) -> None:
+    fill({0: -0.5, 1: -0.1, 2: -0.5, 3: 0.0, 4: -0.2})  # p = 0.046
+    alone = Claim("x", "says", "source", "published", trend=TREND)
+    assert settle([alone])[0].verdict == "holds"
+    assert [c.verdict for c in settle([alone, replace(alone, id="y")])] == ["leans", "leans"]
+    elsewhere = replace(alone, id="y", trend=replace(TREND, figure="another"))
+    assert [c.verdict for c in settle([alone, elsewhere])] == ["holds", "holds"]
+
+
+def test_a_diverged_run_is_never_averaged(small: Path) -> None:
+    fill({0: -0.5, 1: -0.4, 2: -0.6, 3: float("nan"), 4: -0.5})
+    with pytest.raises(InputError, match="difference = nan"):
+        settle([Claim("x", "says", "source", "published", trend=TREND)])
+
+
+def test_an_exact_claim_that_fails_differs() -> None:
+    claim = Claim("x", "says", "source", "121", exact=Exact("combinations", {"n": 16, "k": 2}))
+    (settled,) = settle([claim])
+    assert (settled.ours, settled.verdict) == ("120", "differs")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"verdict": "true"}, "verdict = 'true'"),
+        ({"exact": {"function": "guess", "arguments": {}}}, "function = 'guess'"),
+        ({"trend": vars(TREND) | {"grid": "nothing"}}, "experiment = 'nothing'"),
+        ({"trend": vars(TREND) | {"grid": "attention"}}, "model = 'fine'"),
+        ({"trend": vars(TREND) | {"grid": "attention", "model": "mla", "other": "mha", "metric": "x"}}, "metric = 'x'"),
+        ({"mood": "good"}, "mood"),
+    ],
+)
+def test_a_bad_entry_is_named(entry: dict, words: str, tmp_path: Path) -> None:
+    claim = {"id": "c", "says": "s", "source": "t", "published": "1"} | entry
+    path = tmp_path / "claims.yml"
+    path.write_text(yaml.safe_dump({"schema_version": 1, "claims": [claim]}), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(words)) as error:
+        load(path)
+    assert "claim 'c'" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_schema_and_double_ids_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yml"
+    path.write_text("schema_version: 2\nclaims: []\n", encoding="utf-8")
+    with pytest.raises(InputError, match="schema_version = 2"):
+        load(path)
+    write([CLAIMS[0], CLAIMS[0]], path)
+    with pytest.raises(InputError, match="an id stands for one claim"):
+        load(path)
+
+
+def test_a_claim_by_its_id() -> None:
+    assert by_id(CLAIMS, "v2-cache-reduction").published == "93.3%"
+    with pytest.raises(InputError, match="v2-cache-reduction"):
+        by_id(CLAIMS, "v2-cache-reductions")
+
+
+def test_the_command_prints_all_and_its_tally() -> None:
+    result = CliRunner().invoke(command, [])
+    assert result.exit_code == 0
+    tally = Counter(claim.verdict for claim in CLAIMS)
+    assert f"{tally['exact']} exact, {tally['differs']} differs" in result.output
+    rows = json.loads(CliRunner().invoke(command, ["--json"]).output)
+    assert [row["id"] for row in rows] == [claim.id for claim in CLAIMS]
+
+
+def test_a_stored_verdict_that_does_not_follow_fails(tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "claims.yml"
+    write([replace(CLAIMS[0], verdict="differs")], path)
+    monkeypatch.setattr(ledger, "PATH", path)
+    monkeypatch.setattr(ledger.load, "__defaults__", (path,))
+    monkeypatch.setattr(ledger.write, "__defaults__", (path,))
+    with pytest.raises(SystemExit) as stop:
+        main(["claims"])
+    assert stop.value.code == 1
+    assert f"{CLAIMS[0].id}: not what is stored" in capsys.readouterr().err
+    main(["claims", "--write"])
+    assert load(path) == [CLAIMS[0]]
+
+
+def test_every_metric_reads_some_record() -> None:
+    found = [record for name in ("balance", "needle") for record in experiments.records(name)[:1]]
+    for name, metric in METRICS.items():
+        values = []
+        for one in found:
+            try:
+                values.append(metric(one))
+            except KeyError:
+                continue
+        assert values, name
