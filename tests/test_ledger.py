@@ -11,6 +11,7 @@ import yaml
 from click.testing import CliRunner
 
 from dsmoe_lite import experiments, ledger, paths, published
+from dsmoe_lite.book import claims as book_page
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.claims import command
 from dsmoe_lite.errors import InputError
@@ -19,7 +20,7 @@ from dsmoe_lite.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, dif
 from dsmoe_lite.published import as_printed
 
 CLAIMS = load()
-TREND = Trend("small", "one", "fine", "coarse", "loss", "below")
+FIELDS = {"grid": "small", "figure": "one", "model": "fine", "other": "coarse", "metric": "loss", "expected": "below"}
 PLACED = [claim for claim in CLAIMS if claim.where]
 
 
@@ -80,7 +81,7 @@ def test_what_is_no_figure_is_refused(text: str) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A grid of two models and five seeds, without a record."""
+    """A grid of two models and five seeds, without a record; what a Trend of FIELDS compares."""
     job = experiments.grid("neighbours").jobs["course-dense"]
     monkeypatch.setitem(experiments.GRIDS, "small", Grid({"fine": job, "coarse": job}))
     monkeypatch.setattr(experiments, "DATA", tmp_path)
@@ -102,35 +103,35 @@ def fill(gaps: dict[int, float]) -> None:
 def test_a_trend_pairs_seeds(small: Path) -> None:
     fill({0: -0.5, 1: 0.25})
     record("fine", 2, 9.0)  # its pair is missing
-    assert differences(TREND) == {0: -0.5, 1: 0.25}
-    claim = Claim("x", "says", "source", "published", trend=TREND)
+    assert differences(Trend(**FIELDS)) == {0: -0.5, 1: 0.25}
+    claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     (settled,) = settle([claim])
     assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing: [2, 3, 4]")
 
 
 def test_verdicts_of_a_trend(small: Path) -> None:
     fill({0: -0.5, 1: -0.4, 2: -0.6, 3: -0.5, 4: -0.5})
-    claim = Claim("x", "says", "source", "published", trend=TREND)
+    claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     assert settle([claim])[0].verdict == "holds"
-    assert settle([replace(claim, trend=replace(TREND, expected="above"))])[0].verdict == "reversed"
-    equal = replace(TREND, expected="equal", margin=0.1)
+    assert settle([replace(claim, trend=Trend(**FIELDS | {"expected": "above"}))])[0].verdict == "reversed"
+    equal = Trend(**FIELDS | {"expected": "equal", "margin": 0.1})
     assert settle([replace(claim, trend=equal)])[0].verdict == "reversed"
     assert settle([replace(claim, trend=replace(equal, margin=1.0))])[0].verdict == "holds"
 
 
 def test_claims_of_one_figure_are_corrected_together(small: Path) -> None:
-    fill({0: -0.5, 1: -0.1, 2: -0.5, 3: 0.0, 4: -0.2})  # p = 0.046
-    alone = Claim("x", "says", "source", "published", trend=TREND)
+    fill({0: -0.5, 1: -0.2, 2: -0.5, 3: -0.05, 4: -0.2})  # p = 0.032
+    alone = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     assert settle([alone])[0].verdict == "holds"
     assert [c.verdict for c in settle([alone, replace(alone, id="y")])] == ["leans", "leans"]
-    elsewhere = replace(alone, id="y", trend=replace(TREND, figure="another"))
+    elsewhere = replace(alone, id="y", trend=Trend(**FIELDS | {"figure": "another"}))
     assert [c.verdict for c in settle([alone, elsewhere])] == ["holds", "holds"]
 
 
 def test_a_diverged_run_is_never_averaged(small: Path) -> None:
     fill({0: -0.5, 1: -0.4, 2: -0.6, 3: float("nan"), 4: -0.5})
     with pytest.raises(InputError, match="difference = nan"):
-        settle([Claim("x", "says", "source", "published", trend=TREND)])
+        settle([Claim("x", "says", "source", "published", trend=Trend(**FIELDS))])
 
 
 def test_an_exact_claim_that_fails_differs() -> None:
@@ -144,9 +145,9 @@ def test_an_exact_claim_that_fails_differs() -> None:
     [
         ({"verdict": "true"}, "verdict = 'true'"),
         ({"exact": {"function": "guess", "arguments": {}}}, "function = 'guess'"),
-        ({"trend": vars(TREND) | {"grid": "nothing"}}, "experiment = 'nothing'"),
-        ({"trend": vars(TREND) | {"grid": "attention"}}, "model = 'fine'"),
-        ({"trend": vars(TREND) | {"grid": "attention", "model": "mla", "other": "mha", "metric": "x"}}, "metric = 'x'"),
+        ({"trend": FIELDS | {"grid": "nothing"}}, "experiment = 'nothing'"),
+        ({"trend": FIELDS | {"grid": "attention"}}, "model = 'fine'"),
+        ({"trend": FIELDS | {"grid": "attention", "model": "mla", "other": "mha", "metric": "x"}}, "metric = 'x'"),
         ({"mood": "good"}, "mood"),
     ],
 )
@@ -189,14 +190,22 @@ def test_a_stored_verdict_that_does_not_follow_fails(tmp_path, monkeypatch, caps
     path = tmp_path / "claims.yml"
     write([replace(CLAIMS[0], verdict="differs")], path)
     monkeypatch.setattr(ledger, "PATH", path)
-    monkeypatch.setattr(ledger.load, "__defaults__", (path,))
-    monkeypatch.setattr(ledger.write, "__defaults__", (path,))
+    monkeypatch.setattr(book_page, "PAGE", tmp_path / "claims.md")
     with pytest.raises(SystemExit) as stop:
         main(["claims"])
     assert stop.value.code == 1
     assert f"{CLAIMS[0].id}: not what is stored" in capsys.readouterr().err
-    main(["claims", "--write"])
+    with pytest.raises(SystemExit) as stop:
+        main(["claims", "--write"])
+    assert stop.value.code in (0, None)
     assert load(path) == [CLAIMS[0]]
+    assert CLAIMS[0].says in (tmp_path / "claims.md").read_text(encoding="utf-8")
+
+
+def test_the_page_of_the_book_shows_every_claim_once() -> None:
+    text = book_page.PAGE.read_text(encoding="utf-8")
+    assert text == book_page.page(CLAIMS), "run dsmoe claims --write"
+    assert [text.count(f"| {claim.says} <br>") for claim in CLAIMS] == [1] * len(CLAIMS)
 
 
 def test_every_metric_reads_some_record() -> None:

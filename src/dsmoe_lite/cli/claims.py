@@ -9,15 +9,19 @@ from dsmoe_lite.errors import RunError
 
 
 @click.command(help="Recompute every claim of the ledger and print its verdict.")
-@click.option("--write", "store", is_flag=True, help="Store what came out in data/claims.yml (authors).")
+@click.option(
+    "--write", "store", is_flag=True, help="Store what came out, in data/claims.yml and the book's page (authors)."
+)
 @json_option
 def command(store: bool, as_json: bool) -> None:
     """Exit with status 1 where a stored verdict no longer follows from its data."""
     from dataclasses import asdict
 
     from dsmoe_lite import ledger
+    from dsmoe_lite.book import claims as book_page
+    from dsmoe_lite.files import write_text
 
-    stored = ledger.load()
+    stored = ledger.load(ledger.PATH)
     settled = ledger.settle(stored)
     if as_json:
         print_rows([asdict(claim) for claim in settled], as_json=True)
@@ -27,7 +31,8 @@ def command(store: bool, as_json: bool) -> None:
         tally = Counter(claim.verdict for claim in settled)
         click.echo(", ".join(f"{tally[verdict]} {verdict}" for verdict in ledger.VERDICTS if tally[verdict]))
     if store:
-        ledger.write(settled)
+        ledger.write(settled, ledger.PATH)
+        write_text(book_page.PAGE, book_page.page(settled))
         return
     changed = [new.id for old, new in zip(stored, settled, strict=True) if old != new]
     if changed:

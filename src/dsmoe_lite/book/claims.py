@@ -1,0 +1,56 @@
+"""The page of the book that shows the ledger of claims."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsmoe_lite.ledger import VERDICTS, Claim
+from dsmoe_lite.paths import NOTEBOOKS
+
+PAGE = NOTEBOOKS / "claims.md"
+PAPERS = {"2401.06066": "DeepSeekMoE", "2405.04434": "DeepSeek-V2", "2412.19437": "DeepSeek-V3"}
+MEANING = {
+    "exact": "our count is the printed figure, to its last digit",
+    "differs": "our count is another figure",
+    "holds": "the trend appears: significant at 5% after correction for the other claims of its figure (Holm)",
+    "leans": "the trend appears, but is significant only before that correction",
+    "inconclusive": "the seeds do not tell",
+    "reversed": "the opposite appears, significant after the correction",
+    "not tested": "nothing here settles it, or fewer than five seeds do",
+}
+INTRODUCTION = """# What papers claim, and what came out here
+
+Written by `dsmoe claims --write` from `data/claims.yml`, whose verdicts are recomputed by `dsmoe claims` and by the tests:
+counts from the configs, trends from the recorded runs in `data/runs/`. Trends are differences between runs of one seed:
+their mean, its 95% interval, the number of seeds, the mean over the standard deviation ($d_z$), and p before and after
+correction. They come from models of this course's size: they say what appears *here*, not what is true of models a
+thousand times as large.
+"""
+
+
+def page(claims: Sequence[Claim]) -> str:
+    """The page as Markdown: what verdicts mean and how many there are, then a table a paper."""
+    tally = Counter(claim.verdict for claim in claims)
+    meaning = [f"| **{verdict}** | {MEANING[verdict]} | {tally[verdict]} |" for verdict in VERDICTS]
+    parts = [INTRODUCTION, "\n".join(["| verdict | what it means | claims |", "|---|---|---:|", *meaning])]
+    for number, paper in PAPERS.items():
+        own = [claim for claim in claims if number in claim.source]
+        if own:
+            rows = [_row(claim, number) for claim in own]
+            head = ["| claim | printed | ours | verdict | settled in |", "|---|---|---|---|---|"]
+            parts.append("\n".join([f"\n## {paper} (arXiv:{number})\n", *head, *rows]))
+    return "\n".join(parts) + "\n"
+
+
+def _row(claim: Claim, number: str) -> str:
+    place = claim.source.removeprefix(f"arXiv:{number}, ")
+    says = f"{claim.says} <br>*{place}.* {claim.why}".rstrip()
+    return f"| {says} | {claim.published} | {claim.ours or '-'} | **{claim.verdict}** | {_link(claim)} |"
+
+
+def _link(claim: Claim) -> str:
+    if not claim.where:
+        return "-"
+    chapter, heading = claim.where.split(", ", 1)
+    (notebook,) = Path(NOTEBOOKS).glob(f"{chapter}_*.ipynb")
+    return f"[{chapter}]({notebook.name}), {heading}"
