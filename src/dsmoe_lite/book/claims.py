@@ -8,7 +8,12 @@ from dsmoe_lite.ledger import VERDICTS, Claim
 from dsmoe_lite.paths import NOTEBOOKS
 
 PAGE = NOTEBOOKS / "claims.md"
-PAPERS = {"2401.06066": "DeepSeekMoE", "2405.04434": "DeepSeek-V2", "2412.19437": "DeepSeek-V3"}
+PAPERS = {
+    "2401.06066": "DeepSeekMoE",
+    "2405.04434": "DeepSeek-V2",
+    "2412.19437": "DeepSeek-V3",
+    "2505.09343": "Insights into DeepSeek-V3",
+}
 MEANING = {
     "exact": "our count is the printed figure, to its last digit",
     "differs": "our count is another figure",
@@ -20,7 +25,7 @@ MEANING = {
 }
 INTRODUCTION = """# What papers claim, and what came out here
 
-Written by `dsmoe claims --write` from `data/claims.yml`, whose verdicts are recomputed by `dsmoe claims` and by the tests:
+Written by `dsmoe claims --write` from `data/claims.yml`. Verdicts are recomputed by `dsmoe claims` and by the tests:
 counts from the configs, trends from the recorded runs in `data/runs/`. Trends are differences between runs of one seed:
 their mean, its 95% interval, the number of seeds, the mean over the standard deviation ($d_z$), and p before and after
 correction. They come from models of this course's size: they say what appears *here*, not what is true of models a
