@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from dsmoe_lite.ledger import VERDICTS, Claim
 from dsmoe_lite.paths import NOTEBOOKS
@@ -34,15 +33,15 @@ thousand times as large.
 
 
 def page(claims: Sequence[Claim]) -> str:
-    """The page as Markdown: what verdicts mean and how many there are, then a table a paper."""
+    """The page as Markdown: what verdicts mean and how many there are, then a table a paper, trends first."""
     tally = Counter(claim.verdict for claim in claims)
     meaning = [f"| **{verdict}** | {MEANING[verdict]} | {tally[verdict]} |" for verdict in VERDICTS]
     parts = [INTRODUCTION, "\n".join(["| verdict | what it means | claims |", "|---|---|---:|", *meaning])]
     for number, paper in PAPERS.items():
         own = [claim for claim in claims if number in claim.source]
         if own:
-            rows = [_row(claim, number) for claim in own]
-            head = ["| claim | printed | ours | verdict | settled in |", "|---|---|---|---|---|"]
+            rows = [_row(claim, number) for claim in sorted(own, key=lambda claim: claim.exact is not None)]
+            head = ["| claim | printed | ours | verdict | chapter |", "|---|---|---|---|---|"]
             parts.append("\n".join([f"\n## {paper} (arXiv:{number})\n", *head, *rows]))
     return "\n".join(parts) + "\n"
 
@@ -56,6 +55,6 @@ def _row(claim: Claim, number: str) -> str:
 def _link(claim: Claim) -> str:
     if not claim.where:
         return "-"
-    chapter, heading = claim.where.split(", ", 1)
-    (notebook,) = Path(NOTEBOOKS).glob(f"{chapter}_*.ipynb")
-    return f"[{chapter}]({notebook.name}), {heading}"
+    chapter = claim.where.split(", ")[0]
+    (notebook,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
+    return f"[{chapter}]({notebook.name})"
