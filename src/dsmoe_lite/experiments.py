@@ -127,6 +127,7 @@ GRIDS = {
     "needle": Grid({"mla": NeedleJob()}),
     # Before chapter 07's protocol was fixed.
     "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),
+    "pilot-fewer": Grid(pilot.FEWER, pilot.SEEDS[:1], n_streams=200),
 }
 
 
