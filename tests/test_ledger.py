@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from dsmoe_lite import experiments, ledger, paths, published
+from dsmoe_lite import equations, experiments, ledger, paths, published
 from dsmoe_lite.book import claims as book_page
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.claims import command
@@ -204,7 +204,7 @@ def test_a_stored_verdict_that_does_not_follow_fails(tmp_path, monkeypatch, caps
 
 def test_the_page_of_the_book_shows_every_claim_once() -> None:
     text = book_page.PAGE.read_text(encoding="utf-8")
-    assert text == book_page.page(CLAIMS), "run dsmoe claims --write"
+    assert text == book_page.page(CLAIMS, equations.load()), "run dsmoe claims --write"
     assert [text.count(f"| {claim.says} <br>") for claim in CLAIMS] == [1] * len(CLAIMS)
 
 

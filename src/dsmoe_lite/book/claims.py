@@ -1,8 +1,9 @@
-"""The page of the book that shows the ledger of claims."""
+"""The page of the book that shows the ledgers: claims, and equations."""
 
 from collections import Counter
 from collections.abc import Sequence
 
+from dsmoe_lite.equations import Equation
 from dsmoe_lite.ledger import VERDICTS, Claim
 from dsmoe_lite.paths import NOTEBOOKS
 
@@ -32,8 +33,8 @@ thousand times as large.
 """
 
 
-def page(claims: Sequence[Claim]) -> str:
-    """The page as Markdown: what verdicts mean and how many there are, then a table a paper, trends first."""
+def page(claims: Sequence[Claim], equations: Sequence[Equation]) -> str:
+    """The page as Markdown: what verdicts mean and how many there are, a table a paper, trends first; the equations."""
     tally = Counter(claim.verdict for claim in claims)
     meaning = [f"| **{verdict}** | {MEANING[verdict]} | {tally[verdict]} |" for verdict in VERDICTS]
     parts = [INTRODUCTION, "\n".join(["| verdict | what it means | claims |", "|---|---|---:|", *meaning])]
@@ -43,6 +44,9 @@ def page(claims: Sequence[Claim]) -> str:
             rows = [_row(claim, number) for claim in sorted(own, key=lambda claim: claim.exact is not None)]
             head = ["| claim | printed | ours | verdict | chapter |", "|---|---|---|---|---|"]
             parts.append("\n".join([f"\n## {paper} (arXiv:{number})\n", *head, *rows]))
+    rows = [f"| {{eq}}`eq:{e.label}` | {e.source} | `{e.function}` | `{e.test}` |" for e in equations]
+    head = ["| equation | printed in | function, in `dsmoe_lite` | test, in `tests` |", "|---|---|---|---|"]
+    parts.append("\n".join(["\n## Equations\n", *head, *rows]))
     return "\n".join(parts) + "\n"
 
 

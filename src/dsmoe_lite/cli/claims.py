@@ -17,7 +17,7 @@ def command(store: bool, as_json: bool) -> None:
     """Exit with status 1 where a stored verdict no longer follows from its data."""
     from dataclasses import asdict
 
-    from dsmoe_lite import ledger
+    from dsmoe_lite import equations, ledger
     from dsmoe_lite.book import claims as book_page
     from dsmoe_lite.files import write_text
 
@@ -32,7 +32,7 @@ def command(store: bool, as_json: bool) -> None:
         click.echo(", ".join(f"{tally[verdict]} {verdict}" for verdict in ledger.VERDICTS if tally[verdict]))
     if store:
         ledger.write(settled, ledger.PATH)
-        write_text(book_page.PAGE, book_page.page(settled))
+        write_text(book_page.PAGE, book_page.page(settled, equations.load()))
         return
     changed = [new.id for old, new in zip(stored, settled, strict=True) if old != new]
     if changed:
