@@ -44,8 +44,8 @@ def page(claims: Sequence[Claim], equations: Sequence[Equation]) -> str:
             rows = [_row(claim, number) for claim in sorted(own, key=lambda claim: claim.exact is not None)]
             head = ["| claim | printed | ours | verdict | chapter |", "|---|---|---|---|---|"]
             parts.append("\n".join([f"\n## {paper} (arXiv:{number})\n", *head, *rows]))
-    rows = [f"| {{eq}}`eq:{e.label}` | {e.source} | `{e.function}` | `{e.test}` |" for e in equations]
-    head = ["| equation | printed in | function, in `dsmoe_lite` | test, in `tests` |", "|---|---|---|---|"]
+    rows = [f"| {{eq}}`eq:{e.label}` | {e.source} | `{e.function}` <br>`{e.test}` |" for e in equations]
+    head = ["| equation | printed in | function in `dsmoe_lite`, test in `tests` |", "|---|---|---|"]
     parts.append("\n".join(["\n## Equations\n", *head, *rows]))
     return "\n".join(parts) + "\n"
 
