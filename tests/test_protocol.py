@@ -1,16 +1,18 @@
 """The paper's models at another size: what the paper holds equal stays equal."""
 
+from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from dsmoe_lite import accounting, pilot
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.pilot import FACTS
-from dsmoe_lite.protocol import MODELS, Tier
+from dsmoe_lite.protocol import FAMILIES, MODELS
 
 TIER = pilot._tier(16)
-LADDER = ("gshard", "1+1-of-15", "1+3-of-31", "deepseekmoe", "0+8-of-64", "2+6-of-62", "4+4-of-60")
+LADDER = ("gshard", "0+2-of-16", "1+1-of-15", "1+3-of-31", "deepseekmoe", "0+8-of-64", "2+6-of-62", "4+4-of-60")
 
 
 def experts(name: str) -> tuple[int, int]:
@@ -31,15 +33,25 @@ def test_one_size_in_all_and_for_a_token() -> None:
     assert experts("gshard-x1.2")[0] / experts("gshard")[0] == pytest.approx(1.2, abs=0.02)
 
 
-@pytest.mark.parametrize(("gates", "m4"), [("printed", 1.0), ("softmax", 4.0), ("sigmoid", 4.0)])
+@pytest.mark.parametrize(
+    ("gates", "m4"),
+    [("printed", 1.0), ("softmax", 1.0), ("softmax x m", 4.0), ("sigmoid", 1.0), ("sigmoid x m", 4.0)],
+)
 def test_gates(gates: str, m4: float) -> None:
-    tier = Tier(TIER.dense, TIER.train, TIER.corpus, TIER.vocab_size, gates, TIER.balance)
+    tier = replace(TIER, gates={"gshard": gates, "deepseekmoe": gates})
     fine, coarse = tier.job("deepseekmoe").model.moe, tier.job("gshard").model.moe
     assert fine is not None
     assert coarse is not None
     assert (fine.routed_scaling_factor, coarse.routed_scaling_factor) == (m4, 1.0)
     assert coarse.norm_topk_prob == (gates == "printed")
-    assert fine.scoring_func == coarse.scoring_func == ("sigmoid" if gates == "sigmoid" else "softmax")
+    assert fine.scoring_func == coarse.scoring_func == ("sigmoid" if "sigmoid" in gates else "softmax")
+
+
+def test_a_family_has_one_learning_rate_and_the_others_the_tiers() -> None:
+    tier = replace(TIER, lr={"gshard": 0.5})
+    rates = {name: tier.job(name).train.lr for name in MODELS}
+    assert {name for name, lr in rates.items() if lr == 0.5} == {"gshard", "gshard-x1.2", "gshard-x1.5"}
+    assert {lr for name, lr in rates.items() if FAMILIES[name] != "gshard"} == {TIER.train.lr}
 
 
 def test_only_learned_routers_are_balanced() -> None:
@@ -49,9 +61,19 @@ def test_only_learned_routers_are_balanced() -> None:
         assert TIER.job(name).train.balance == {"expert": 0.001}
 
 
-def test_unknown_gates_are_refused() -> None:
-    with pytest.raises(InputError, match="gates = 'tanh'"):
-        Tier(TIER.dense, TIER.train, TIER.corpus, TIER.vocab_size, "tanh", TIER.balance)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"gates": {"gshard": "tanh"}}, "gates = 'tanh'"),
+        ({"gates": {"gshrad": "softmax"}}, "family = 'gshrad'"),
+        ({"lr": {"gshrad": 0.1}}, "family = 'gshrad'"),
+    ],
+)
+def test_what_is_unknown_is_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        replace(TIER, **changes)
+    with pytest.raises(InputError, match="model = 'gshrad'"):
+        TIER.job("gshrad")
 
 
 def test_pilot_runs_read_text_of_their_own() -> None:

@@ -30,7 +30,8 @@ def _tier(n_relations: int, n_entities: int = 960, d_model: int = 32, batch_size
     dense = ModelConfig(1024, d_model, 2, AttentionConfig(4, d_model // 4), 32, max_seq_len=256)
     train = TrainConfig(38_400 // batch_size, batch_size=batch_size, seq_len=64, lr=5e-3)
     corpus = CorpusConfig(world=_world(n_relations, n_entities))
-    return replace(Tier(dense, train, corpus, 1024, "sigmoid", balance=0.001), **changes)
+    gates = {"gshard": "sigmoid", "deepseekmoe": "sigmoid x m"}
+    return replace(Tier(dense, train, corpus, 1024, balance=0.001, gates=gates), **changes)
 
 
 def _tries(tiers: Mapping[str, Tier], *models: str) -> dict[str, Job]:
@@ -54,15 +55,28 @@ FEWER = _tries(
 # With 4,096 facts GShard knows them and the dense model does not; DeepSeekMoE, its sigmoids times 4, hardly more than
 # the dense one. What its gates should be, as many tries for GShard as are different there.
 GATES = {
-    f"{label}-{model}": _tier(8, 512, batch_size=32, gates=gates, times_m=times_m).job(model)
-    for model, tried in {
-        "deepseekmoe": {
-            "printed": ("printed", False),
-            "softmax-m": ("softmax", True),
-            "sigmoid": ("sigmoid", False),
-            "sigmoid-m": ("sigmoid", True),
-        },
-        "gshard": {"printed": ("printed", False), "softmax": ("softmax", False), "sigmoid": ("sigmoid", False)},
+    f"{label}-{family}": _tier(8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}).job(family)
+    for family, labels in {
+        "deepseekmoe": ("printed", "softmax-m", "sigmoid", "sigmoid-m"),
+        "gshard": ("printed", "softmax", "sigmoid"),
     }.items()
-    for label, (gates, times_m) in tried.items()
+    for label in labels
 }
+# GShard's sigmoids and DeepSeekMoE's softmax times m did best. Whether width helps the finer experts, whose router then
+# sees more channels: GShard at r16-d64-b32 stands in FEWER.
+_BEST = {"gshard": "sigmoid", "deepseekmoe": "softmax x m"}
+WIDER = _tries({"r16-d64-b32": _tier(16, d_model=64, batch_size=32, gates=_BEST)}, "deepseekmoe") | _tries(
+    {"e960-d64-b32": _tier(8, d_model=64, batch_size=32, gates=_BEST)}, "gshard", "deepseekmoe"
+)
+# Learning rates, four a family; 0.005 stands in FEWER and GATES for three of them. Switch with other gates, too.
+RATES = {
+    f"{lr:g}-{family}": _tier(8, 512, batch_size=32, gates=_BEST, lr={family: lr}).job(family)
+    for family, rates in {
+        "dense": (0.0025, 0.01, 0.02),
+        "hash": (0.0025, 0.005, 0.01, 0.02),
+        "switch": (0.0025, 0.005, 0.01, 0.02),
+        "gshard": (0.0025, 0.01, 0.02),
+        "deepseekmoe": (0.0025, 0.01, 0.02),
+    }.items()
+    for lr in rates
+} | {"sigmoid-switch": _tier(8, 512, batch_size=32, gates={"switch": "sigmoid"}).job("switch")}

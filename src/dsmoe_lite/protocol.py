@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from dsmoe_lite.config import ModelConfig, MoEConfig
+from dsmoe_lite.config import ModelConfig
 from dsmoe_lite.errors import require_choice
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig
 
 STANDARD = preset("dense-0.2B").ffn_width  # one standard FFN of DeepSeekMoE (arXiv:2401.06066), Section 4.1
-GATES = ("printed", "softmax", "sigmoid")
+GATES = ("printed", "softmax", "softmax x m", "sigmoid", "sigmoid x m")
 
 
 def _cut(m: int, n_shared_experts: int, n_routed_experts: int, top_k: int) -> ModelConfig:
@@ -31,7 +31,8 @@ MODELS: dict[str, ModelConfig] = {
     "gshard-x1.2": preset("gshard-x1.2"),
     "gshard-x1.5": preset("gshard-x1.5"),
     "deepseekmoe": preset("deepseekmoe-2B"),
-    # Figure 3, between gshard and deepseekmoe
+    # Figure 3, between gshard and deepseekmoe; the first is GShard with the gates of the others
+    "0+2-of-16": _cut(1, 0, 16, 2),
     "1+1-of-15": _cut(1, 1, 15, 1),
     "1+3-of-31": _cut(2, 1, 31, 3),
     # Section 4.4
@@ -43,44 +44,52 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
+# Models that share a learning rate and gates of their own.
+FAMILIES = {
+    name: "dense" if model.moe is None else name.split("-")[0] if name[0].isalpha() else "deepseekmoe"
+    for name, model in MODELS.items()
+}
+
+
 @dataclass(frozen=True)
 class Tier:
     """Sizes and schedule at which the models of the paper are trained again.
 
-    `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates: as printed, or the softmax
-    or sigmoid scores of the chosen experts, not normalised; with `times_m` times m, the number of pieces that a
-    standard expert is cut in.
+    `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates of a family: as printed,
+    which they are where none are named, or the softmax or sigmoid scores of the chosen experts, not normalised; "x m"
+    times the number of pieces that a standard expert is cut in.
     """
 
     dense: ModelConfig
     train: TrainConfig
     corpus: CorpusConfig
     vocab_size: int
-    gates: str
     balance: float  # weight of the expert-level loss, DeepSeekMoE Eq 12
-    times_m: bool = True
-    lr: Mapping[str, float] = field(default_factory=dict)  # of models that have one of their own
+    gates: Mapping[str, str] = field(default_factory=dict)  # of families
+    lr: Mapping[str, float] = field(default_factory=dict)  # of families that have one of their own
 
     def __post_init__(self) -> None:
-        require_choice("gates", self.gates, GATES)
+        for family in (*self.gates, *self.lr):
+            require_choice("family", family, tuple(dict.fromkeys(FAMILIES.values())))
+        for gates in self.gates.values():
+            require_choice("gates", gates, GATES)
 
     def job(self, name: str) -> Job:
         """The run of one of MODELS."""
-        model = self.shrink(MODELS[name])
+        require_choice("model", name, MODELS)
+        model, family = self.shrink(MODELS[name], self.gates.get(FAMILIES[name], "printed")), FAMILIES[name]
         balance = {"expert": self.balance} if model.moe and model.moe.scoring_func != "hash" else {}
-        train = replace(self.train, balance=balance, lr=self.lr.get(name, self.train.lr))
+        train = replace(self.train, balance=balance, lr=self.lr.get(family, self.train.lr))
         return Job(model, train, self.corpus, self.vocab_size)
 
-    def shrink(self, model: ModelConfig) -> ModelConfig:
-        """The model of the paper with this tier's sizes."""
-        moe = model.moe and self._gated(replace(model.moe, expert_width=self._width(model.moe.expert_width)))
+    def shrink(self, model: ModelConfig, gates: str = "printed") -> ModelConfig:
+        """The model of the paper with this tier's sizes, and these gates."""
+        moe = model.moe and replace(model.moe, expert_width=self._width(model.moe.expert_width))
+        if moe and gates != "printed":
+            scores = gates.removesuffix(" x m")
+            pieces = max(1, round(self.dense.ffn_width / moe.expert_width)) if " x m" in gates else 1
+            moe = replace(moe, scoring_func=scores, norm_topk_prob=False, routed_scaling_factor=float(pieces))
         return replace(self.dense, ffn_width=self._width(model.ffn_width), moe=moe)
 
     def _width(self, printed: int) -> int:
         return round(printed * self.dense.ffn_width / STANDARD)
-
-    def _gated(self, moe: MoEConfig) -> MoEConfig:
-        if self.gates == "printed" or moe.scoring_func == "hash":
-            return moe
-        pieces = max(1, round(self.dense.ffn_width / moe.expert_width)) if self.times_m else 1
-        return replace(moe, scoring_func=self.gates, norm_topk_prob=False, routed_scaling_factor=float(pieces))
