@@ -128,6 +128,9 @@ GRIDS = {
     # Before chapter 07's protocol was fixed.
     "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),
     "pilot-fewer": Grid(pilot.FEWER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-gates": Grid(pilot.GATES, pilot.SEEDS[:2], n_streams=200),
+    "pilot-wider": Grid(pilot.WIDER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-rates": Grid(pilot.RATES, pilot.SEEDS[:1], n_streams=200),
 }
 
 

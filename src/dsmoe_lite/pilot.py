@@ -80,3 +80,28 @@ RATES = {
     }.items()
     for lr in rates
 } | {"sigmoid-switch": _tier(8, 512, batch_size=32, gates={"switch": "sigmoid"}).job("switch")}
+# The highest rate was the best of all families.
+HIGHER = {
+    f"{lr:g}-{family}": _tier(8, 512, batch_size=32, gates=_BEST, lr={family: lr}).job(family)
+    for lr in (0.04, 0.08)
+    for family in ("dense", "hash", "switch", "gshard", "deepseekmoe")
+}
+# The gates again, at a rate four times as high; those of GATES that won stand in RATES.
+GATES_AGAIN = {
+    f"{label}-{family}": _tier(
+        8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: 0.02}
+    ).job(family)
+    for family, labels in {
+        "deepseekmoe": ("printed", "sigmoid", "sigmoid-m"),
+        "gshard": ("printed", "softmax"),
+        "switch": ("sigmoid",),
+    }.items()
+    for label in labels
+}
+# Twice the facts at that rate: rare people are not told by heart any more.
+MORE = _tries(
+    {"e960-b32-0.02": _tier(8, batch_size=32, gates=_BEST, lr=dict.fromkeys(("dense", "gshard", "deepseekmoe"), 0.02))},
+    "gshard",
+    "deepseekmoe",
+    "dense",
+)
