@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.errors import DivergedError, InputError, RunError
 from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
 from dsmoe_lite.job import CorpusConfig, Job, make_corpus, read_job, run_job
 from dsmoe_lite.presets import preset
@@ -140,11 +141,12 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The grid "small" of two models and two seeds, recorded in a folder of its own."""
     monkeypatch.setattr(experiments, "DATA", tmp_path)
     monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # made up by the tests, not run
     monkeypatch.setenv("DSMOE_TEST_RECORDS", str(tmp_path / "runs" / "small"))
     return tmp_path
 
 
-def record(model: str, seed: int, **values: object) -> None:
+def record(model: str, seed: int, /, **values: object) -> None:
     path = record_path("small", model, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values), encoding="utf-8")
@@ -249,3 +251,49 @@ def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
     assert "shared_swapped" not in record
     one = replace(every, top_k=1)
     assert run_job(replace(JOB, model=replace(JOB.model, moe=one)))["shared_swapped"]["heldout_loss"] > 0
+
+
+def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    written = json.loads(json.dumps(GRID.job("course-gshard", 1).run()))
+    record("course-gshard", 1, **written)
+    assert records("small") == [{"model_name": "course-gshard", "seed": 1, **written}]
+    for change, says in (
+        ({"model": written["model"] | {"n_layers": 3}}, "model.n_layers = 3: this run has 2"),
+        ({"train": written["train"] | {"lr": 0.5}}, "train.lr = 0.5: this run has 0.003"),
+        ({"first_document": 0}, "first_document = 0: this run has 200"),
+        ({"corpus": {"config": written["corpus"]["config"] | {"n_values": 4}}}, "corpus.n_values = 4"),
+        ({"model": None}, "model = None: is missing"),
+    ):
+        record("course-gshard", 1, **written | change)
+        with pytest.raises(InputError, match=f"course-gshard-seed1.json: {re.escape(says)}"):
+            records("small")
+
+
+def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(experiments, "GRIDS", {"small": replace(GRID, protocol=2)})
+    list(run_missing("small", 1, lambda job: {"x": 1}))
+    assert {record["protocol"] for record in records("small")} == {2}
+    record("course-dense", 0, protocol=1)
+    with pytest.raises(InputError, match="protocol = 1: this grid follows 2"):
+        records("small")
+
+
+def test_a_run_that_diverges_is_recorded_as_that(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+
+    def diverge(self: Job) -> dict[str, object]:
+        if self.train.seed == 1:
+            raise DivergedError("loss = nan at step 3")
+        return {"x": 1}
+
+    monkeypatch.setattr(Job, "run", diverge)
+    assert len(list(run_missing("small", 1))) == 4
+    assert missing("small") == []
+    with pytest.raises(InputError, match="diverged = 'loss = nan at step 3': this run has no results"):
+        records("small")
+    assert ["diverged" in record for record in records("small", diverged=True)] == [False, True, False, True]

@@ -16,6 +16,7 @@ from dsmoe_lite.cli import main
 from dsmoe_lite.cli.claims import command
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.experiments import Grid
+from dsmoe_lite.job import Job
 from dsmoe_lite.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, differences, load, settle, write
 from dsmoe_lite.published import as_printed
 
@@ -85,13 +86,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     job = experiments.grid("neighbours").jobs["course-dense"]
     monkeypatch.setitem(experiments.GRIDS, "small", Grid({"fine": job, "coarse": job}))
     monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # they hold a loss and nothing else
     return tmp_path
 
 
-def record(model: str, seed: int, loss: float) -> None:
+def record(model: str, seed: int, loss: float, **values: str) -> None:
     path = experiments.record_path("small", model, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"heldout_loss": loss}), encoding="utf-8")
+    path.write_text(json.dumps({"heldout_loss": loss, **values}), encoding="utf-8")
 
 
 def fill(gaps: dict[int, float]) -> None:
@@ -106,7 +108,7 @@ def test_a_trend_pairs_seeds(small: Path) -> None:
     assert differences(Trend(**FIELDS)) == {0: -0.5, 1: 0.25}
     claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     (settled,) = settle([claim])
-    assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing: [2, 3, 4]")
+    assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing or diverged: [2, 3, 4]")
 
 
 def test_verdicts_of_a_trend(small: Path) -> None:
@@ -130,8 +132,23 @@ def test_claims_of_one_figure_are_corrected_together(small: Path) -> None:
 
 def test_a_diverged_run_is_never_averaged(small: Path) -> None:
     fill({0: -0.5, 1: -0.4, 2: -0.6, 3: float("nan"), 4: -0.5})
+    claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     with pytest.raises(InputError, match="difference = nan"):
-        settle([Claim("x", "says", "source", "published", trend=Trend(**FIELDS))])
+        settle([claim])
+    record("fine", 3, 2.0, diverged="loss = nan at step 7")
+    assert settle([claim])[0].ours == "n = 4, seeds missing or diverged: [3]"
+    assert settle([claim])[0].verdict == "not tested"
+
+
+def test_no_worse_is_a_question_of_its_margin(small: Path) -> None:
+    fill({0: -0.5, 1: -0.4, 2: -0.6, 3: -0.5, 4: -0.5})
+    no_worse = Trend(**FIELDS | {"expected": "not above", "margin": 0.1})
+    claim = Claim("x", "says", "source", "published", trend=no_worse)
+    assert settle([claim])[0].verdict == "holds"
+    swapped = replace(no_worse, model="coarse", other="fine")
+    assert settle([replace(claim, trend=swapped)])[0].verdict == "reversed"
+    assert settle([replace(claim, trend=replace(swapped, margin=0.6))])[0].verdict == "holds"
+    assert settle([replace(claim, trend=replace(swapped, margin=0.55))])[0].verdict == "inconclusive"
 
 
 def test_an_exact_claim_that_fails_differs() -> None:
@@ -210,6 +227,8 @@ def test_the_page_of_the_book_shows_every_claim_once() -> None:
 
 def test_every_metric_reads_some_record() -> None:
     found = [record for name in ("balance", "needle") for record in experiments.records(name)[:1]]
+    changed = {"heldout_loss": 2.0}
+    found += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": {"4": changed}, "shared_swapped": changed}]
     for name, metric in METRICS.items():
         values = []
         for one in found:

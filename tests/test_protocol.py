@@ -83,3 +83,16 @@ def test_pilot_runs_read_text_of_their_own() -> None:
     apart = min(b - a for a, b in pairwise(starts))
     assert apart > read / 25, "a document has 25 tokens at least"
     assert set(MODELS) >= {name.split("-", 1)[1] for name in FACTS}
+
+
+def test_a_tier_whose_widths_cannot_be_cut_is_refused_before_anything_trains() -> None:
+    assert set(TIER.jobs()) == set(MODELS)
+    uncut = replace(TIER, dense=replace(TIER.dense, ffn_width=30))
+    with pytest.raises(InputError, match=r"expert parameters = .*: .* needs .* that 4 divides"):
+        uncut.jobs()
+
+
+def test_figures_4_and_5_are_asked_of_the_models_that_they_compare() -> None:
+    jobs = TIER.jobs()
+    assert {name for name, job in jobs.items() if job.masked} == {"gshard", "gshard-x1.5", "deepseekmoe"}
+    assert {name for name, job in jobs.items() if job.active} == {"deepseekmoe"}

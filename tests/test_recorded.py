@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 
 from dsmoe_lite import accounting
-from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.config import from_dict
 from dsmoe_lite.experiments import GRIDS, grid, records
 from dsmoe_lite.labs.recorded import balance_rows, curve_gaps, gaps, metric_rows, overtaken_at, seed_line
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.needle import KINDS, NeedleJob
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import TrainConfig
 
 MADE_UP = [
     {"model_name": name, "seed": seed, "heldout_loss": loss, "recall": {"head": 0.5, "tail": tail}, "losses": curve}
@@ -33,18 +32,12 @@ def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: 
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if name != "needle"])
-def test_a_record_says_what_its_job_says(name: str) -> None:
+def test_a_grid_has_one_text_and_its_curves_are_whole(name: str) -> None:
     found, plan = records(name), grid(name)
     worlds = {plan.jobs[record["model_name"]].corpus for record in found}
     assert len({record["corpus"]["sha256"] for record in found}) == len(worlds)
     for record in found:
-        job = plan.job(record["model_name"], record["seed"])
-        model = from_dict(ModelConfig, record["model"])
-        assert model == replace(job.model, vocab_size=model.vocab_size)
-        assert len(record["losses"]) == job.train.steps
-        assert record["train"]["seed"] == record["seed"]
-        if record["schema_version"] > 1:
-            assert from_dict(TrainConfig, record["train"]) == job.train
+        assert len(record["losses"]) == plan.jobs[record["model_name"]].train.steps
 
 
 def test_attention_is_compared_at_equal_size() -> None:

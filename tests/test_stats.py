@@ -37,6 +37,8 @@ def test_p_values() -> None:
     assert p_value([-x for x in at_the_border], "above") == pytest.approx(0.05, abs=1e-5), "two-sided"
     # both one-sided tests at 5%: the margin is 2.131847 standard errors away
     assert p_value([-2, -1, 0, 1, 2], "equal", margin=2.131847 * math.sqrt(0.5)) == pytest.approx(0.05, abs=1e-5)
+    no_worse = [x - 2.131847 * math.sqrt(0.5) + 0.3 for x in (-2, -1, 0, 1, 2)]
+    assert p_value(no_worse, "not above", margin=0.3) == pytest.approx(0.05, abs=1e-5), "one-sided"
 
 
 def test_holm_multiplies_by_how_many_are_left() -> None:
@@ -48,6 +50,9 @@ def test_holm_multiplies_by_how_many_are_left() -> None:
     ("mean", "expected", "p", "corrected", "verdict"),
     [
         (-0.1, "below", 0.01, 0.04, "holds"),
+        (-0.9, "not above", 0.01, 0.04, "holds"),
+        (0.0, "not above", 0.01, 0.06, "leans"),
+        (0.0, "not above", 0.06, 0.06, "inconclusive"),
         (-0.1, "below", 0.01, 0.06, "leans"),
         (-0.1, "below", 0.06, 0.12, "inconclusive"),
         (0.1, "below", 0.01, 0.04, "reversed"),

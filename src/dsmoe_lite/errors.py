@@ -1,6 +1,6 @@
 """What a user can get wrong, as one readable line."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 
@@ -13,6 +13,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Good input, but the work failed (disk full, a run folder in use). The CLI exits with status 1."""
+
+
+class DivergedError(RunError):
+    """A training loss that is not finite."""
 
 
 def require(condition: bool, name: str, value: Any, remedy: str) -> None:
@@ -45,3 +49,13 @@ def require_bool(name: str, value: Any) -> None:
 def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Require one of `choices`."""
     require(value in choices, name, value, f"must be one of {', '.join(choices)}")
+
+
+def require_same(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> None:
+    """Require two nested mappings to be equal; the message names the first entry in which they differ."""
+    for name in dict.fromkeys((*wanted, *found)):
+        one, other = found.get(name), wanted.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            require_same(one, other, f"{prefix}{name}.")
+        else:
+            require(one == other, f"{prefix}{name}", one, f"this run has {other!r}")

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 
 from dsmoe_lite import pilot
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
-from dsmoe_lite.errors import InputError, RunError, require_whole
+from dsmoe_lite.errors import DivergedError, InputError, RunError, require, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.needle import NeedleJob
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.progress import progress
+from dsmoe_lite.provenance import provenance
 from dsmoe_lite.train import TrainConfig
 
 
@@ -32,6 +33,9 @@ class Runnable(Protocol):
     def run(self) -> dict[str, Any]:
         """Do it, and return its record."""
 
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError where a record is not of this run."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -40,6 +44,7 @@ class Grid:
     jobs: Mapping[str, Runnable]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     n_streams: int = 5  # parts of the corpus, one a seed
+    protocol: int | None = None  # the version of chapter 07's protocol that it follows, kept in its records
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
@@ -154,20 +159,42 @@ def missing(name: str) -> list[tuple[str, int]]:
     return [pair for pair in pairs if not record_path(name, *pair).is_file()]
 
 
-def records(name: str) -> list[dict[str, Any]]:
-    """The records of a grid's finished runs, job by job, each with `model_name` and `seed` beside what it holds."""
+def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
+    """The records of a grid's finished runs, job by job, each with `model_name` and `seed` beside what it holds.
+
+    InputError for a record of another protocol or of other settings than the grid's; without `diverged`, also for a
+    run that diverged, which has a line `diverged` and no results.
+    """
     plan, found = grid(name), []
     for model in plan.jobs:
         for seed in plan.seeds:
             path = record_path(name, model, seed)
             if path.is_file():
-                found.append({"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))})
+                record = {"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))}
+                try:
+                    _check(record, plan, diverged)
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from None
+                found.append(record)
     return found
 
 
+def _check(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None:
+    protocol = record.get("protocol")
+    remedy = f"this grid follows {plan.protocol}; move the file away and run the experiment again"
+    require(protocol == plan.protocol, "protocol", protocol, remedy)
+    if "diverged" in record:
+        require(diverged, "diverged", record["diverged"], "this run has no results to compare")
+    else:
+        plan.job(record["model_name"], record["seed"]).check_record(record)
+
+
 def run_one(job: Runnable) -> dict[str, Any]:
-    """What a process of `run_missing` does."""
-    return job.run()
+    """What a process of `run_missing` does; a run that diverges has a record that says so."""
+    try:
+        return job.run()
+    except DivergedError as error:
+        return {"diverged": str(error), "provenance": provenance()}
 
 
 def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one) -> Iterator[tuple[str, int]]:
@@ -181,7 +208,8 @@ def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] 
         waiting = {pool.submit(run, plan.job(*pair)): pair for pair in todo}
         try:
             for done in as_completed(waiting):
-                write_json(record_path(name, *waiting[done]), done.result())
+                version = {} if plan.protocol is None else {"protocol": plan.protocol}
+                write_json(record_path(name, *waiting[done]), version | done.result())
                 bar.update()
                 yield waiting[done]
         except BrokenProcessPool:

@@ -1,5 +1,6 @@
 """A whole run from one description: model, corpus, tokenizer, training, evaluation, record."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.errors import InputError, require, require_choice, require_number, require_whole
+from dsmoe_lite.errors import InputError, require, require_choice, require_number, require_same, require_whole
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
@@ -80,6 +81,31 @@ class Job:
     def run(self) -> dict[str, Any]:
         """The run's record."""
         return run_job(self)
+
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError naming the first setting in which a record is not of this run.
+
+        Records of schema_version 1 describe balance losses otherwise: of how they were trained only steps and seed are
+        compared.
+        """
+        require(bool(record.get("model")), "model", record.get("model"), "is missing: not the record of a run")
+        model = from_dict(ModelConfig, record["model"])
+        found: dict[str, Any] = {"model": to_dict(model), "first_document": record["first_document"]}
+        found["train"] = record["train"]
+        wanted: dict[str, Any] = {
+            "model": to_dict(replace(self.model, vocab_size=model.vocab_size)),
+            "first_document": self.first_document,
+            "train": to_dict(self.train),
+        }
+        if record["schema_version"] == 1:
+            for settings in (found, wanted):
+                settings["train"] = {name: settings["train"][name] for name in ("steps", "seed")}
+        else:
+            found["train"] = to_dict(from_dict(TrainConfig, found["train"]))
+        if self.corpus.kind == "world":
+            found["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
+            wanted["corpus"] = to_dict(self.corpus.world)
+        require_same(found, wanted)
 
 
 def read_job(path: Path) -> Job:

@@ -19,7 +19,7 @@ from dsmoe_lite.layers.rope import softmax_scale
 from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.published import as_printed
-from dsmoe_lite.stats import LEAST_SEEDS, holm, p_value, paired, trend_verdict
+from dsmoe_lite.stats import EXPECTED, LEAST_SEEDS, WITH_MARGIN, holm, p_value, paired, trend_verdict
 
 PATH = DATA / "claims.yml"
 SCHEMA_VERSION = 1
@@ -44,6 +44,11 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "recall, frequent people": lambda record: record["recall"]["head"],
     "recall, rare people": lambda record: record["recall"]["tail"],
     "MaxVio": lambda record: mean(layer["max_vio"] for layer in record["heldout_experts"]),
+    "loss, shared expert swapped": lambda record: record["shared_swapped"]["heldout_loss"],
+    "loss, 4 routed experts": lambda record: record["active"]["4"]["heldout_loss"],
+    "rise, best experts masked": lambda record: (
+        mean(found["heldout_loss"] for found in record["masked"].values()) - record["heldout_loss"]
+    ),
     "needles at 256, RoPE": lambda record: mean(record["recall"]["plain"]["256"]),
     "needles at 256, YaRN": lambda record: mean(record["recall"]["yarn"]["256"]),
     "needles at 256, RoPE trained on": lambda record: mean(record["recall"]["plain-extended"]["256"]),
@@ -66,7 +71,8 @@ class Exact:
 class Trend:
     """A difference over the seeds of a grid: `metric` of `model` minus `other_metric` of `other`, seed by seed.
 
-    Claims of one figure are corrected together (Holm). margin: with expected = "equal", how far apart equals may lie.
+    Claims of one figure are corrected together (Holm). margin: how far apart equals may lie, or how far above `other`
+    a model may be that is no worse.
     """
 
     grid: str
@@ -84,8 +90,9 @@ class Trend:
             require_choice(name, getattr(self, name), known)
         for metric in (self.metric, self.other_metric or self.metric):
             require_choice("metric", metric, METRICS)
-        require_choice("expected", self.expected, ("below", "above", "equal"))
-        require((self.margin > 0) == (self.expected == "equal"), "margin", self.margin, "goes with expected = 'equal'")
+        require_choice("expected", self.expected, EXPECTED)
+        fits = (self.margin > 0) == (self.expected in WITH_MARGIN)
+        require(fits, "margin", self.margin, f"goes with expected = {' or '.join(map(repr, WITH_MARGIN))}")
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,9 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def differences(trend: Trend) -> dict[int, float]:
-    """The trend's difference of each seed whose two runs are recorded."""
-    runs = {(record["model_name"], record["seed"]): record for record in records(trend.grid)}
+    """The trend's difference of each seed whose two runs are recorded and did not diverge."""
+    found = records(trend.grid, diverged=True)
+    runs = {(record["model_name"], record["seed"]): record for record in found if "diverged" not in record}
     one, other = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
     seeds = [seed for seed in grid(trend.grid).seeds if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
     return {seed: one(runs[trend.model, seed]) - other(runs[trend.other, seed]) for seed in seeds}
@@ -179,7 +187,7 @@ def _tried(
     assert trend is not None
     if not _whole(trend, found) or len(found) < LEAST_SEEDS:
         missing = sorted(set(grid(trend.grid).seeds) - set(found))
-        return replace(claim, ours=f"n = {len(found)}, seeds missing: {missing}", verdict="not tested")
+        return replace(claim, ours=f"n = {len(found)}, seeds missing or diverged: {missing}", verdict="not tested")
     result = paired(list(found.values()))
     p, p_holm = p_values[claim.id], corrected[claim.id]
     ours = (

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig, to_dict
+from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig, from_dict, to_dict
 from dsmoe_lite.data.needle import NeedleBatch, NeedleConfig, copy_batch, depth_bins, needle_batch
-from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
+from dsmoe_lite.errors import DivergedError, require, require_choice, require_number, require_same, require_whole
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.rope import rope_frequencies, softmax_scale
@@ -121,6 +121,10 @@ class NeedleJob:
             "provenance": provenance(),
         }
 
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError naming the first setting in which a record is not of this run."""
+        require_same(to_dict(from_dict(NeedleJob, record["job"])), to_dict(self))
+
     def questions(self, length: int) -> list[NeedleBatch]:
         """What a model of this seed is asked at one length: one batch a depth bin, the same for all kinds."""
         return depth_bins(self.needle, length, self.bins, self.per_bin, "asked", self.seed)
@@ -216,7 +220,7 @@ def _fit(
         loss = F.cross_entropy(logits, targets)
         loss.backward()
         if not math.isfinite(loss.item()):
-            raise RunError(f"loss = {loss.item()} at step {step}: lower lr = {config.lr:g}")
+            raise DivergedError(f"loss = {loss.item()} at step {step}: lower lr = {config.lr:g}")
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

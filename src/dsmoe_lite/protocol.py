@@ -3,12 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from dsmoe_lite.accounting import parameters
 from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import require_choice
+from dsmoe_lite.errors import require, require_choice
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig
 
+VERSION = 1  # of the protocol, notebooks/07_protocol.md
+MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # Figure 4
+ACTIVE = (3, 4, 5, 6)  # Figure 5, beside the 7 of training
 STANDARD = preset("dense-0.2B").ffn_width  # one standard FFN of DeepSeekMoE (arXiv:2401.06066), Section 4.1
 GATES = ("printed", "softmax", "softmax x m", "sigmoid", "sigmoid x m")
 
@@ -43,6 +47,18 @@ MODELS: dict[str, ModelConfig] = {
     "1+3-of-63": _cut(4, 1, 63, 3),
 }
 
+
+# FFN and expert parameters in standard FFNs, all of a model's and those that a token meets: what the paper holds equal.
+# gshard-x1.2 is left out: its experts are 1.2 standard FFNs wide only as nearly as whole channels allow.
+UNITS = {
+    "dense": (1, 1),
+    "dense-x4": (4, 4),
+    "dense-x16": (16, 16),
+    **dict.fromkeys(("hash", "switch", "1+3-of-63"), (16, 1)),
+    **dict.fromkeys(("gshard", "deepseekmoe", "0+2-of-16", "1+1-of-15", "1+3-of-31"), (16, 2)),
+    **dict.fromkeys(("0+8-of-64", "2+6-of-62", "4+4-of-60"), (16, 2)),
+    "gshard-x1.5": (24, 3),
+}
 
 # Models that share a learning rate and gates of their own.
 FAMILIES = {
@@ -81,6 +97,23 @@ class Tier:
         balance = {"expert": self.balance} if model.moe and model.moe.scoring_func != "hash" else {}
         train = replace(self.train, balance=balance, lr=self.lr.get(family, self.train.lr))
         return Job(model, train, self.corpus, self.vocab_size)
+
+    def jobs(self) -> dict[str, Job]:
+        """The runs of all MODELS, with what Figures 4 and 5 ask of a trained model.
+
+        InputError where sizes are not those of UNITS: this tier's widths cannot be cut as the paper cuts its own.
+        """
+        jobs = {name: self.job(name) for name in MODELS}
+        unit = parameters(self.dense).ffn.total
+        for name, (total, active) in UNITS.items():
+            found = parameters(jobs[name].model).ffn
+            remedy = f"{name} needs {total * unit} and {active * unit}; choose a dense.ffn_width that 4 divides"
+            require((found.total, found.active) == (total * unit, active * unit), "expert parameters", found, remedy)
+        return jobs | {
+            "gshard-x1.5": replace(jobs["gshard-x1.5"], masked=MASKED),
+            "gshard": replace(jobs["gshard"], masked=MASKED),
+            "deepseekmoe": replace(jobs["deepseekmoe"], masked=MASKED, active=ACTIVE),
+        }
 
     def shrink(self, model: ModelConfig, gates: str = "printed") -> ModelConfig:
         """The model of the paper with this tier's sizes, and these gates."""

@@ -11,6 +11,8 @@ from dsmoe_lite.errors import require, require_number, require_whole
 
 LEVEL = 0.05  # of every test; intervals are 95%
 LEAST_SEEDS = 5  # below that a trend has no verdict
+EXPECTED = ("below", "above", "equal", "not above")
+WITH_MARGIN = ("equal", "not above")
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,18 @@ def p_value(differences: Sequence[float], expected: str, margin: float = 0.0) ->
     """How surprising the differences would be if there were no trend.
 
     expected "below" or "above": two-sided t-test of a mean of 0. "equal": the larger of two one-sided tests that the
-    mean is not inside (-margin, margin), TOST. 1.0 with fewer than two seeds.
+    mean is not inside (-margin, margin), TOST. "not above": one-sided test that the mean is margin or more. 1.0 with
+    fewer than two seeds.
     """
     if len(differences) < 2:
         return 1.0
     described = _described(differences)
-    if expected == "equal":
+    if expected in WITH_MARGIN:
         require_number("margin", margin, 0.0, open_low=True)
+    if expected == "equal":
         return float(described.ttost_mean(-margin, margin)[0])
+    if expected == "not above":
+        return float(described.ttest_mean(margin, alternative="smaller")[1])
     return float(described.ttest_mean(0.0)[1])
 
 
@@ -70,12 +76,12 @@ def trend_verdict(found: Paired, expected: str, p: float, corrected: float, marg
     """holds, leans, inconclusive, reversed, or "not tested" with fewer than five seeds.
 
     holds: significant after the correction and as expected. leans: as expected, and significant before the correction
-    alone. reversed: significant after it, the other way; for "equal", the whole interval lies outside the margin.
+    alone. reversed: significant after it, the other way; with a margin, the whole interval lies beyond it.
     """
     if found.n < LEAST_SEEDS:
         return "not tested"
-    if expected == "equal":
-        as_expected, contrary = True, found.low > margin or found.high < -margin
+    if expected in WITH_MARGIN:
+        as_expected, contrary = True, found.low > margin or (expected == "equal" and found.high < -margin)
     else:
         sign = -1 if expected == "below" else 1
         as_expected, contrary = sign * found.mean > 0, sign * found.mean < 0 and corrected < LEVEL

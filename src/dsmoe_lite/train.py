@@ -14,7 +14,7 @@ from torch import Tensor
 from dsmoe_lite.checkpoint import load_training, save_training
 from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batches
-from dsmoe_lite.errors import RunError, require, require_choice, require_number, require_whole
+from dsmoe_lite.errors import DivergedError, require, require_choice, require_number, require_whole
 from dsmoe_lite.interrupts import stop_requested
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.router import Routing
@@ -105,8 +105,8 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
     """Train `model` in place and return its Run; with `folder`, keep checkpoints there and go on from the last one.
 
     An interrupt ends training after the current step: the model keeps what it has learnt and a line says so.
-    Raises RunError when the loss is not finite or another process works in `folder`, InputError when `folder` holds a
-    run with other settings or when a balance loss does not fit the model.
+    Raises DivergedError when the loss is not finite, RunError when another process works in `folder`, InputError when
+    `folder` holds a run with other settings or when a balance loss does not fit the model.
     """
     check_balance(model.config.moe, config)
     optimizer = make_optimizer(model, config)
@@ -119,7 +119,7 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
         for step in range(run.steps_done, config.steps):
             loss = _step(model, optimizer, batches, config, step, run)
             if not math.isfinite(loss):
-                raise RunError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
+                raise DivergedError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
             run.losses.append(loss)
             run.tokens += config.batch_size * config.grad_accum * config.seq_len
             seconds, cpu_seconds = watch.lap()
