@@ -1,6 +1,6 @@
 """A whole run from one description: model, corpus, tokenizer, training, evaluation, record."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,11 +128,15 @@ def make_corpus(config: CorpusConfig) -> Corpus:
     return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
 
 
-def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
+def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] = ()) -> dict[str, Any]:
     """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
 
+    `snapshots`, for which a folder is needed: also the model after so many steps, as step<n>.safetensors.
     Interrupted, it ends with KeyboardInterrupt after the current step; `folder` then holds a checkpoint to go on from.
     """
+    for step in snapshots:
+        require_whole("snapshot", step, 1, job.train.steps)
+    require(folder is not None or not snapshots, "snapshots", snapshots, "need a folder")
     device = usable_device(job.device)
     corpus = make_corpus(job.corpus)
     tokenizer = load_tokenizer(corpus, job.vocab_size)
@@ -144,14 +148,20 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
     except InputError:
         raise InputError(f"first_document = {job.first_document}: {corpus.name} has fewer documents") from None
     held_back = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
-    run = train(model, batches, job.train, folder=folder)
+    about = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
+
+    def keep(step: int) -> None:
+        if folder is not None and step in snapshots:
+            save_model(folder / f"step{step}.safetensors", model, **about)
+
+    run = train(model, batches, job.train, folder=folder, after=keep)
     if run.steps_done < job.train.steps:
         raise KeyboardInterrupt
     held_out = heldout_loss(model, held_back, corpus.domains)
     known: dict[str, float] = {}
     if isinstance(corpus, World):
         known = recall(model, tokenizer, corpus.all_questions())
-    facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
+    facts: dict[str, Any] = {"corpus": about["corpus"], "vocab_size": tokenizer.get_vocab_size()}
     facts["first_document"] = job.first_document
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
     if held_out.experts:
@@ -170,7 +180,7 @@ def run_job(job: Job, folder: Path | None = None) -> dict[str, Any]:
         facts["active"] = {str(k): losses_of(with_active(model, k)) for k in job.active}
     record = run_record(run, model, job.train, **facts)
     if folder is not None:
-        save_model(folder / "model.safetensors", model, corpus=facts["corpus"], tokenizer=tokenizer.to_str())
+        save_model(folder / "model.safetensors", model, **about)
         write_json(folder / "record.json", record)
     return record
 

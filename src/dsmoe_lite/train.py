@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +102,20 @@ class Run:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: Path | None = None) -> Run:
+def train(
+    model: Transformer,
+    batches: Batches,
+    config: TrainConfig,
+    *,
+    folder: Path | None = None,
+    after: Callable[[int], None] | None = None,
+) -> Run:
     """Train `model` in place and return its Run; with `folder`, keep checkpoints there and go on from the last one.
 
-    An interrupt ends training after the current step: the model keeps what it has learnt and a line says so.
-    Raises DivergedError when the loss is not finite, RunError when another process works in `folder`, InputError when
-    `folder` holds a run with other settings or when a balance loss does not fit the model.
+    `after` is called with the number of steps taken, after each. An interrupt ends training after the current step: the
+    model keeps what it has learnt and a line says so. Raises DivergedError when the loss is not finite, RunError when
+    another process works in `folder`, InputError when `folder` holds a run with other settings or when a balance loss
+    does not fit the model.
     """
     check_balance(model.config.moe, config)
     optimizer = make_optimizer(model, config)
@@ -126,6 +135,8 @@ def train(model: Transformer, batches: Batches, config: TrainConfig, *, folder: 
             run.seconds += seconds
             run.cpu_seconds += cpu_seconds
             bar.update()
+            if after:
+                after(run.steps_done)
             bar.set_postfix_str(f"loss {loss:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
             due = config.checkpoint_every and run.steps_done % config.checkpoint_every == 0
             if folder and (due or stop.is_set() or run.steps_done == config.steps):

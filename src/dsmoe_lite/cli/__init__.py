@@ -14,6 +14,7 @@ COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> holds `co
     "course": "Run every chapter and print the table of times.",
     "train": "Train a model from a config file.",
     "experiment": "Run what a named grid of runs is still missing.",
+    "replay": "Train a recorded run again, to have its weights.",
     "bench": "Measure ratios in one process.",
     "count": "Count parameters, FLOPs and cache of a preset or config.",
     "claims": "Recompute what papers claim, and print what came out.",

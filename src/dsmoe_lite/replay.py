@@ -1,0 +1,47 @@
+"""A recorded run trained again, to have its weights: records hold results only."""
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsmoe_lite.errors import InputError, require, require_choice
+from dsmoe_lite.experiments import grid, record_path, records
+from dsmoe_lite.files import written_whole
+from dsmoe_lite.job import Job, run_job
+from dsmoe_lite.paths import RUNS
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The files that a replay left, and the held-out loss then and now.
+
+    The two are equal on a machine like the record's; elsewhere other rounding leads to other weights.
+    """
+
+    files: tuple[Path, ...]
+    recorded: float
+    replayed: float
+
+
+def replay(name: str, model: str, seed: int, out: Path, snapshots: Collection[int] = ()) -> Replayed:
+    """Train one run of a grid again; leave NAME-MODEL-seedS.safetensors in `out`, and one file more a snapshot.
+
+    `snapshots`: numbers of steps. Interrupted, it goes on from its run folder. InputError where there is no record.
+    """
+    plan = grid(name)
+    require_choice("model", model, plan.jobs)
+    job = plan.jobs[model]
+    require(isinstance(job, Job), "experiment", name, "its runs leave no model")
+    found = [record for record in records(name) if (record["model_name"], record["seed"]) == (model, seed)]
+    if not found:
+        raise InputError(f"{record_path(name, model, seed)} is missing: run `dsmoe experiment {name}` first")
+    folder = RUNS / "replay" / f"{name}-{model}-seed{seed}"
+    record = run_job(plan.job(model, seed), folder, snapshots=snapshots)
+    files = []
+    for ours in ("model", *(f"step{step}" for step in sorted(snapshots))):
+        target = out / (f"{folder.name}.safetensors" if ours == "model" else f"{folder.name}-{ours}.safetensors")
+        with written_whole(target) as aside:
+            shutil.copyfile(folder / f"{ours}.safetensors", aside)
+        files.append(target)
+    return Replayed(tuple(files), found[0]["heldout_loss"], record["heldout_loss"])

@@ -1,0 +1,86 @@
+"""Weights of recorded runs: the same run again, its snapshots, and what cannot be replayed."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsmoe_lite import experiments
+from dsmoe_lite import replay as module
+from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.cli import main
+from dsmoe_lite.data.world import WorldConfig
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.experiments import Grid, record_path
+from dsmoe_lite.files import write_json
+from dsmoe_lite.job import CorpusConfig, Job, run_job
+from dsmoe_lite.presets import preset
+from dsmoe_lite.replay import replay
+from dsmoe_lite.train import TrainConfig
+
+JOB = Job(
+    preset("course-gshard"),
+    TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
+    CorpusConfig(
+        world=WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100),
+    ),
+    vocab_size=300,
+    n_heldout_batches=2,
+    device="cpu",
+)
+GRID = Grid({"gshard": JOB}, (0, 1), 2)
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The grid "small" with one of its two runs recorded."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    torch.set_num_threads(1)
+    record = GRID.job("gshard", 1).run()
+    write_json(record_path("small", "gshard", 1), record)
+    return record
+
+
+def test_a_replay_is_the_same_run(recorded: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(
+            ["replay", "small", "gshard", "--seed=1", f"--out={tmp_path}/out", "--snapshot=1", "--snapshot=3", "--json"]
+        )
+    assert left.value.code == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["now"] for row in rows} == {row["held-out loss recorded"] for row in rows} == {recorded["heldout_loss"]}
+    names = ["small-gshard-seed1", "small-gshard-seed1-step1", "small-gshard-seed1-step3"]
+    assert [Path(row["file"]).name for row in rows] == [f"{name}.safetensors" for name in names]
+    final, first, last = (load_model(Path(row["file"])).state_dict() for row in rows)
+    assert all(torch.equal(final[name], last[name]) for name in final)
+    assert not torch.equal(first["embed.weight"], final["embed.weight"])
+    facts = read_facts(tmp_path / "out" / f"{names[1]}.safetensors")
+    assert facts["corpus"]["sha256"] == recorded["corpus"]["sha256"]
+    assert facts["tokenizer"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("small", "gshard", 0), "gshard-seed0\\.json is missing: run `dsmoe experiment small` first"),
+        (("small", "dense", 1), "model = 'dense': must be one of gshard"),
+        (("smal", "gshard", 1), "experiment = 'smal': there is none; try small"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(recorded: dict, tmp_path: Path, arguments: tuple, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        replay(*arguments, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_snapshot_must_be_a_step_of_the_run(recorded: dict, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="snapshot = 4: must be a whole number of at least 1 and at most 3"):
+        replay("small", "gshard", 1, tmp_path / "out", [4])
+    with pytest.raises(InputError, match=r"snapshots = .*: need a folder"):
+        run_job(replace(JOB, n_heldout_batches=1), snapshots=[1])
