@@ -5,31 +5,18 @@ from dataclasses import replace
 from typing import Any
 
 from dsmoe_lite.config import AttentionConfig, ModelConfig
-from dsmoe_lite.data.world import WorldConfig
 from dsmoe_lite.job import CorpusConfig, Job
-from dsmoe_lite.protocol import Tier
+from dsmoe_lite.protocol import CPU, Tier, world
 from dsmoe_lite.train import TrainConfig
 
 SEEDS = (100, 101, 102, 103, 104)
-
-
-def _world(n_relations: int, n_entities: int = 960) -> WorldConfig:
-    """People whose relations share eight lists of 32 values: every word is one token."""
-    return WorldConfig(
-        n_entities=n_entities,
-        n_control=32,
-        n_relations=n_relations,
-        n_value_lists=8,
-        n_documents=20_000_000,
-        shares=(0.9, 0.0, 0.03, 0.03, 0.04),
-    )
 
 
 def _tier(n_relations: int, n_entities: int = 960, d_model: int = 32, batch_size: int = 64, **changes: Any) -> Tier:
     """Two layers, a standard FFN of width 32, 2.46M tokens in steps of 64 * batch_size."""
     dense = ModelConfig(1024, d_model, 2, AttentionConfig(4, d_model // 4), 32, max_seq_len=256)
     train = TrainConfig(38_400 // batch_size, batch_size=batch_size, seq_len=64, lr=5e-3)
-    corpus = CorpusConfig(world=_world(n_relations, n_entities))
+    corpus = CorpusConfig(world=world(n_entities, n_relations))
     gates = {"gshard": "sigmoid", "deepseekmoe": "sigmoid x m"}
     return replace(Tier(dense, train, corpus, 1024, balance=0.001, gates=gates), **changes)
 
@@ -105,3 +92,5 @@ MORE = _tries(
     "deepseekmoe",
     "dense",
 )
+# How far runs of the tier that was chosen differ from seed to seed, and so how many seeds it takes.
+VARIANCE = {name: CPU.job(name) for name in ("gshard", "deepseekmoe", "dense")}

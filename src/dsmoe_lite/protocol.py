@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from dsmoe_lite.accounting import parameters
-from dsmoe_lite.config import ModelConfig
+from dsmoe_lite.config import AttentionConfig, ModelConfig
+from dsmoe_lite.data.world import WorldConfig
 from dsmoe_lite.errors import require, require_choice
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.presets import preset
@@ -126,3 +127,27 @@ class Tier:
 
     def _width(self, printed: int) -> int:
         return round(printed * self.dense.ffn_width / STANDARD)
+
+
+def world(n_entities: int, n_relations: int) -> WorldConfig:
+    """People whose relations share eight lists of 32 values: every word is one token, and text never comes twice."""
+    return WorldConfig(
+        n_entities=n_entities,
+        n_control=32,
+        n_relations=n_relations,
+        n_value_lists=8,
+        n_documents=20_000_000,
+        shares=(0.9, 0.0, 0.03, 0.03, 0.04),
+    )
+
+
+# What the pilot settled, notebooks/07_protocol.md.
+CPU = Tier(
+    ModelConfig(1024, 32, 2, AttentionConfig(4, 8), 32, max_seq_len=256),
+    TrainConfig(1200, batch_size=32, seq_len=64, lr=0.02),
+    CorpusConfig(world=world(512, 8)),
+    1024,
+    balance=0.001,
+    gates={"gshard": "sigmoid", "deepseekmoe": "softmax x m"},
+    lr={"hash": 0.04},
+)
