@@ -208,7 +208,7 @@ def test_train_bench_stands_on_a_llama_of_the_same_size() -> None:
     shapes = [sorted(tuple(w.shape) for w in model.parameters()) for model in (ours, llama)]
     assert shapes[0] == shapes[1]
     before = ours.head.weight.clone()
-    train_bench._step(ours, torch.randint(0, 1024, (2, 9)))()
+    train_bench.training_step(ours, torch.randint(0, 1024, (2, 9)))()
     assert not torch.equal(ours.head.weight, before)  # the optimizer's step is in what is timed
     rows = bench_train(1, batch_size=2, seq_len=8)
     assert [row["what"] for row in rows] == ["transformers Llama, dense", *MODELS]

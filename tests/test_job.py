@@ -20,7 +20,7 @@ from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
 from dsmoe_lite.errors import DivergedError, InputError, RunError
 from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
-from dsmoe_lite.job import CorpusConfig, Job, make_corpus, read_job, run_job
+from dsmoe_lite.job import CorpusConfig, Job, first_steps, make_corpus, read_job, run_job
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig
 
@@ -297,3 +297,12 @@ def test_a_run_that_diverges_is_recorded_as_that(small: Path, monkeypatch: pytes
     with pytest.raises(InputError, match="diverged = 'loss = nan at step 3': this run has no results"):
         records("small")
     assert ["diverged" in record for record in records("small", diverged=True)] == [False, True, False, True]
+
+
+def test_first_steps_are_those_of_the_whole_run() -> None:
+    whole = run_job(JOB)["losses"]
+    begun = first_steps(JOB, 2)
+    assert begun.losses == pytest.approx(whole[:2], abs=1e-4)
+    assert begun.steps_done == 2
+    with pytest.raises(InputError, match="until = 4: must be a whole number of at least 1 and at most 3"):
+        first_steps(JOB, 4)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import save_model
 from dsmoe_lite.config import ModelConfig, from_dict, read_yaml, to_dict
@@ -23,7 +24,7 @@ from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
-from dsmoe_lite.train import TrainConfig, check_balance, run_record, train
+from dsmoe_lite.train import Run, TrainConfig, check_balance, run_record, train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
 
@@ -128,6 +129,12 @@ def make_corpus(config: CorpusConfig) -> Corpus:
     return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
 
 
+def first_steps(job: Job, steps: int) -> Run:
+    """The first `steps` steps of a run, as they are in the whole one; nothing is evaluated or kept."""
+    _, _, model, batches = _begin(job)
+    return train(model, batches, job.train, until=steps)
+
+
 def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] = ()) -> dict[str, Any]:
     """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
 
@@ -137,16 +144,7 @@ def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] 
     for step in snapshots:
         require_whole("snapshot", step, 1, job.train.steps)
     require(folder is not None or not snapshots, "snapshots", snapshots, "need a folder")
-    device = usable_device(job.device)
-    corpus = make_corpus(job.corpus)
-    tokenizer = load_tokenizer(corpus, job.vocab_size)
-    torch.manual_seed(job.train.seed)
-    model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
-    batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
-    try:
-        batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})
-    except InputError:
-        raise InputError(f"first_document = {job.first_document}: {corpus.name} has fewer documents") from None
+    corpus, tokenizer, model, batches = _begin(job)
     held_back = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
     about = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
 
@@ -183,6 +181,21 @@ def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] 
         save_model(folder / "model.safetensors", model, **about)
         write_json(folder / "record.json", record)
     return record
+
+
+def _begin(job: Job) -> tuple[Corpus, Tokenizer, Transformer, Batches]:
+    """What a run starts with: its text, and the model as it is before the first step."""
+    device = usable_device(job.device)
+    corpus = make_corpus(job.corpus)
+    tokenizer = load_tokenizer(corpus, job.vocab_size)
+    torch.manual_seed(job.train.seed)
+    model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
+    batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
+    try:
+        batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})
+    except InputError:
+        raise InputError(f"first_document = {job.first_document}: {corpus.name} has fewer documents") from None
+    return corpus, tokenizer, model, batches
 
 
 def usable_device(name: str) -> str:

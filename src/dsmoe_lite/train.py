@@ -108,24 +108,28 @@ def train(
     config: TrainConfig,
     *,
     folder: Path | None = None,
+    until: int | None = None,
     after: Callable[[int], None] | None = None,
 ) -> Run:
     """Train `model` in place and return its Run; with `folder`, keep checkpoints there and go on from the last one.
 
-    `after` is called with the number of steps taken, after each. An interrupt ends training after the current step: the
+    `until`: stop after so many of config.steps, the learning rate that of the whole; None: do them all. `after` is
+    called with the number of steps taken, after each. An interrupt ends training after the current step: the
     model keeps what it has learnt and a line says so. Raises DivergedError when the loss is not finite, RunError when
     another process works in `folder`, InputError when `folder` holds a run with other settings or when a balance loss
     does not fit the model.
     """
     check_balance(model.config.moe, config)
+    last = config.steps if until is None else until
+    require_whole("until", last, 1, config.steps)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed)
     with own(folder), stop_requested() as stop:
         run = _resume(folder, model, optimizer, batches, config)
-        bar = progress(total=config.steps, initial=run.steps_done, desc="training", unit="step")
+        bar = progress(total=last, initial=run.steps_done, desc="training", unit="step")
         model.train()
         watch = _Stopwatch()
-        for step in range(run.steps_done, config.steps):
+        for step in range(run.steps_done, last):
             loss = _step(model, optimizer, batches, config, step, run)
             if not math.isfinite(loss):
                 raise DivergedError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
@@ -139,13 +143,13 @@ def train(
                 after(run.steps_done)
             bar.set_postfix_str(f"loss {loss:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
             due = config.checkpoint_every and run.steps_done % config.checkpoint_every == 0
-            if folder and (due or stop.is_set() or run.steps_done == config.steps):
+            if folder and (due or stop.is_set() or run.steps_done == last):
                 state = vars(run) | {"batches": batches.state_dict()}
                 save_training(folder / CHECKPOINT, model, optimizer, state)
             if stop.is_set():
                 break
         bar.close()
-    if run.steps_done < config.steps:
+    if run.steps_done < last:
         kept = f"run it again to go on from {folder}" if folder else "the model keeps what it has learnt so far"
         print(f"Stopped after step {run.steps_done} of {config.steps}: {kept}.")
     return run

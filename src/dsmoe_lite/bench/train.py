@@ -18,13 +18,14 @@ MODELS = ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "
 def bench_train(rounds: int, batch_size: int = 32, seq_len: int = 64) -> list[dict[str, Any]]:
     """Time one training step (forward, backward, AdamW) of each model; ratios are to Llama's dense model."""
     tokens = torch.randint(0, 1024, (batch_size, seq_len + 1), generator=torch.Generator().manual_seed(0))
-    steps = {"transformers Llama, dense": _step(_llama(preset("course-dense")), tokens)}
+    steps = {"transformers Llama, dense": training_step(_llama(preset("course-dense")), tokens)}
     for name in MODELS:
-        steps[name] = _step(Transformer(preset(name)), tokens)
+        steps[name] = training_step(Transformer(preset(name)), tokens)
     return compare(steps, rounds)
 
 
-def _step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+def training_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    """What takes one training step of `model` on `tokens` (B, S + 1): forward, backward, AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:

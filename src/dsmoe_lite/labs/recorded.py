@@ -74,6 +74,26 @@ def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baselin
     ]
 
 
+def masked_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows {model, seed, share, loss}: held-out loss with that share of each token's best experts out of reach."""
+    return [
+        {"model": names[r["model_name"]], "seed": r["seed"], "share": float(share), "loss": found["heldout_loss"]}
+        for r in records
+        if r["model_name"] in names
+        for share, found in {"0": r, **r["masked"]}.items()
+    ]
+
+
+def active_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows {model, seed, active, loss}: held-out loss with so many routed experts a token, those of training too."""
+    return [
+        {"model": names[r["model_name"]], "seed": r["seed"], "active": int(active), "loss": found["heldout_loss"]}
+        for r in records
+        if r["model_name"] in names
+        for active, found in {**r["active"], r["model"]["moe"]["top_k"]: r}.items()
+    ]
+
+
 def needle_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Rows {kind, length, depth, recall, seed} of grid `needle`; depth is the middle of its bin.
 
