@@ -92,7 +92,7 @@ MORE = _tries(
     "deepseekmoe",
     "dense",
 )
-# At that rate GShard's printed gates and DeepSeekMoE's sigmoids came out ahead: the best two of each on all pilot seeds,
+# At that rate GShard's printed gates and DeepSeekMoE's sigmoids came out ahead: the best two of each on all seeds,
 # which also says how far runs differ from seed to seed. Seed 100 stands in RATES and GATES_AGAIN.
 FINALISTS = {
     f"{label}-{family}": _tier(
