@@ -136,6 +136,9 @@ GRIDS = {
     "pilot-gates": Grid(pilot.GATES, pilot.SEEDS[:2], n_streams=200),
     "pilot-wider": Grid(pilot.WIDER, pilot.SEEDS[:1], n_streams=200),
     "pilot-rates": Grid(pilot.RATES, pilot.SEEDS[:1], n_streams=200),
+    "pilot-higher": Grid(pilot.HIGHER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-more": Grid(pilot.MORE, pilot.SEEDS[:1], n_streams=200),
+    "pilot-gates-again": Grid(pilot.GATES_AGAIN, pilot.SEEDS[:1], n_streams=200),
 }
 
 

@@ -92,8 +92,8 @@ MORE = _tries(
     "deepseekmoe",
     "dense",
 )
-# At that rate the order of the gates was another one, by hundredths on one seed. So three gates of each of two families on
-# all pilot seeds, which also says how far runs differ from seed to seed. Seed 100 stands in RATES and GATES_AGAIN.
+# At that rate the order of the gates was another one, by hundredths on one seed. So three gates of each of two families
+# on all pilot seeds, which also says how far runs differ from seed to seed. Seed 100 stands in RATES and GATES_AGAIN.
 FINALISTS = {
     f"{label}-{family}": _tier(
         8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: 0.02}

@@ -144,7 +144,7 @@ def world(n_entities: int, n_relations: int) -> WorldConfig:
 # What the pilot settled, notebooks/07_protocol.md.
 CPU = Tier(
     ModelConfig(1024, 32, 2, AttentionConfig(4, 8), 32, max_seq_len=256),
-    TrainConfig(1200, batch_size=32, seq_len=64, lr=0.02),
+    TrainConfig(1200, batch_size=32, seq_len=64, lr=0.02, routing_every=100),
     CorpusConfig(world=world(512, 8)),
     1024,
     balance=0.001,

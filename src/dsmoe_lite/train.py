@@ -38,7 +38,6 @@ PLAIN_LOSSES = {
 DEVICE_LOSSES = ("device", "communication")  # of the config's groups, one a device
 BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
 CHECKPOINT = "checkpoint.safetensors"
-ROUTING_EVERY = 20  # steps between two entries of balance figures
 SCHEMA_VERSION = 2  # 1 had one balance loss, and no loads
 
 
@@ -61,10 +60,11 @@ class TrainConfig:
     bias_speed: float = 0.0  # of loss-free balancing: how far expert_bias moves in a step
     precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     checkpoint_every: int = 0  # steps; 0: only when the run ends or is interrupted
+    routing_every: int = 20  # steps between two entries of balance figures
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "grad_accum"):
+        for name in ("steps", "batch_size", "seq_len", "grad_accum", "routing_every"):
             require_whole(name, getattr(self, name), 1)
         for name in ("warmup_steps", "checkpoint_every", "seed"):
             require_whole(name, getattr(self, name), 0, 2**31 - 1)
@@ -82,7 +82,7 @@ class TrainConfig:
 
 @dataclass
 class Run:
-    """What a training run leaves: one loss a step, balance figures every 20 steps, time and progress."""
+    """What a training run leaves: one loss a step, balance figures every routing_every steps, time and progress."""
 
     losses: list[float] = field(default_factory=list)  # next-token cross-entropy in nats, balance losses not included
     routing: list[dict[str, Any]] = field(default_factory=list)  # step, max_vio and drop_rate (means over MoE layers),
@@ -267,7 +267,7 @@ def _step(
     if config.bias_speed:
         for layer, count in zip(model.moe_layers, counts, strict=True):
             balance.update_bias(layer.router.expert_bias, count, config.bias_speed)
-    if output.routings and step % ROUTING_EVERY == 0:
+    if output.routings and step % config.routing_every == 0:
         run.routing.append(_routing_figures(step, output.routings))
     return mean_loss
 
