@@ -33,6 +33,7 @@ def build(book_file: Path, out: Path) -> Path:
     book = _read(book_file)
     sources = book_file.parent / Path(book["toc"]["root"]).parent
     for page in _names(book):
+        page = page.removesuffix(".md")
         if not any((book_file.parent / f"{page}{suffix}").exists() for suffix in (".ipynb", ".md")):
             raise InputError(f"book.yml names {page}, but there is no {page}.ipynb or .md: run `make refresh`")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,13 +10,13 @@ MYST = ["dollarmath", "amsmath", "colon_fence", "attrs_inline"]
 def toc(book: dict[str, Any], folder: str = "notebooks") -> dict[str, Any]:
     """book.yml's contents as sphinx-external-toc takes them, paths from `folder`; only chapters are numbered.
 
-    A chapter's file name begins with a digit; other pages of plain text follow unnumbered.
+    A chapter's file name begins with a digit; pages of plain text, whose names may end in .md, follow unnumbered.
     """
     pages = [os.path.relpath(entry["file"], folder) for entry in book["toc"].get("chapters", [])]
-    chapters = [page for page in pages if page[0].isdigit()]
+    chapters = [page for page in pages if page[0].isdigit() and not page.endswith(".md")]
     parts: list[dict[str, Any]] = [
         {"numbered": 1, "chapters": [{"file": page} for page in chapters]},
-        {"chapters": [{"file": page} for page in pages if page not in chapters]},
+        {"chapters": [{"file": page.removesuffix(".md")} for page in pages if page not in chapters]},
     ]
     root = os.path.relpath(book["toc"]["root"], folder)
     return {"format": "jb-book", "root": root, "parts": [part for part in parts if part["chapters"]]}

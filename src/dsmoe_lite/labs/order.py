@@ -17,8 +17,8 @@ def chapters() -> list[Path]:
         names = [toc["root"], *(entry["file"] for entry in toc.get("chapters", []))]
     except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
         raise InputError(f"{book}: no table of contents can be read from it ({type(error).__name__})") from None
-    # the book may list pages of plain text too; a chapter's name begins with its number
-    numbered = [name for name in names if Path(name).name[:1].isdigit()]
+    # the book lists pages of plain text too; a chapter's name begins with its number, and has no .md to it
+    numbered = [name for name in names if Path(name).name[:1].isdigit() and not name.endswith(".md")]
     return [_existing(paths.REPOSITORY / f"{name}.ipynb") for name in numbered]
 
 
