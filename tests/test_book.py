@@ -147,6 +147,8 @@ def test_only_chapters_are_numbered():
         {"numbered": 1, "chapters": [{"file": "01_second"}]},
         {"chapters": [{"file": "references"}]},
     ]
+    with_page = {**book_fixture.BOOK["toc"], "chapters": [{"file": "notebooks/01_more.md"}]}
+    assert conf.toc({**book_fixture.BOOK, "toc": with_page})["parts"] == [{"chapters": [{"file": "01_more"}]}]
 
 
 def test_chart_html_is_escaped():

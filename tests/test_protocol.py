@@ -35,7 +35,14 @@ def test_one_size_in_all_and_for_a_token() -> None:
 
 @pytest.mark.parametrize(
     ("gates", "m4"),
-    [("printed", 1.0), ("softmax", 1.0), ("softmax x m", 4.0), ("sigmoid", 1.0), ("sigmoid x m", 4.0)],
+    [
+        ("printed", 1.0),
+        ("softmax", 1.0),
+        ("softmax x m", 4.0),
+        ("sigmoid", 1.0),
+        ("sigmoid x m", 4.0),
+        ("normalised x m", 4.0),
+    ],
 )
 def test_gates(gates: str, m4: float) -> None:
     tier = replace(TIER, gates={"gshard": gates, "deepseekmoe": gates})
@@ -43,7 +50,8 @@ def test_gates(gates: str, m4: float) -> None:
     assert fine is not None
     assert coarse is not None
     assert (fine.routed_scaling_factor, coarse.routed_scaling_factor) == (m4, 1.0)
-    assert coarse.norm_topk_prob == (gates == "printed")
+    assert coarse.norm_topk_prob == (gates in ("printed", "normalised x m"))
+    assert fine.norm_topk_prob == (gates == "normalised x m")
     assert fine.scoring_func == coarse.scoring_func == ("sigmoid" if "sigmoid" in gates else "softmax")
 
 

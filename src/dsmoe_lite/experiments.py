@@ -139,6 +139,7 @@ GRIDS = {
     "pilot-higher": Grid(pilot.HIGHER, pilot.SEEDS[:1], n_streams=200),
     "pilot-more": Grid(pilot.MORE, pilot.SEEDS[:1], n_streams=200),
     "pilot-gates-again": Grid(pilot.GATES_AGAIN, pilot.SEEDS[:1], n_streams=200),
+    "pilot-finalists": Grid(pilot.FINALISTS, pilot.SEEDS[1:3], n_streams=200),
 }
 
 

@@ -92,8 +92,8 @@ MORE = _tries(
     "deepseekmoe",
     "dense",
 )
-# At that rate the order of the gates was another one, by hundredths on one seed. So three gates of each of two families
-# on all pilot seeds, which also says how far runs differ from seed to seed. Seed 100 stands in RATES and GATES_AGAIN.
+# At that rate the order of the gates was another one, by hundredths on one seed: three gates of each of two families on
+# two more seeds. Seed 100 stands in RATES and GATES_AGAIN.
 FINALISTS = {
     f"{label}-{family}": _tier(
         8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: 0.02}
@@ -104,3 +104,12 @@ FINALISTS = {
     }.items()
     for label in labels
 }
+# GShard's printed gates, which are normalised, came out far ahead of its others; DeepSeekMoE had had none of that kind.
+# The same times m, which is what GShard's become when its experts are cut.
+NORMALISED = {
+    "normalised-m-deepseekmoe": _tier(
+        8, 512, batch_size=32, gates={"deepseekmoe": "normalised x m"}, lr={"deepseekmoe": 0.02}
+    ).job("deepseekmoe")
+}
+# The best of each on the last two seeds: how far runs differ from seed to seed.
+LAST = {name: FINALISTS[name] for name in ("printed-gshard", "softmax-m-deepseekmoe")} | NORMALISED

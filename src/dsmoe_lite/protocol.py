@@ -15,7 +15,7 @@ VERSION = 1  # of the protocol, notebooks/07_protocol.md
 MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # Figure 4
 ACTIVE = (3, 4, 5, 6)  # Figure 5, beside the 7 of training
 STANDARD = preset("dense-0.2B").ffn_width  # one standard FFN of DeepSeekMoE (arXiv:2401.06066), Section 4.1
-GATES = ("printed", "softmax", "softmax x m", "sigmoid", "sigmoid x m")
+GATES = ("printed", "softmax", "softmax x m", "sigmoid", "sigmoid x m", "normalised x m")
 
 
 def _cut(m: int, n_shared_experts: int, n_routed_experts: int, top_k: int) -> ModelConfig:
@@ -73,8 +73,8 @@ class Tier:
     """Sizes and schedule at which the models of the paper are trained again.
 
     `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates of a family: as printed,
-    which they are where none are named, or the softmax or sigmoid scores of the chosen experts, not normalised; "x m"
-    times the number of pieces that a standard expert is cut in.
+    which they are where none are named, or the softmax or sigmoid scores of the chosen experts, not normalised, or the
+    softmax scores normalised; "x m" times the number of pieces that a standard expert is cut in.
     """
 
     dense: ModelConfig
@@ -120,9 +120,10 @@ class Tier:
         """The model of the paper with this tier's sizes, and these gates."""
         moe = model.moe and replace(model.moe, expert_width=self._width(model.moe.expert_width))
         if moe and gates != "printed":
-            scores = gates.removesuffix(" x m")
+            scores, normalised = gates.removesuffix(" x m"), gates.startswith("normalised")
+            scores = "softmax" if normalised else scores
             pieces = max(1, round(self.dense.ffn_width / moe.expert_width)) if " x m" in gates else 1
-            moe = replace(moe, scoring_func=scores, norm_topk_prob=False, routed_scaling_factor=float(pieces))
+            moe = replace(moe, scoring_func=scores, norm_topk_prob=normalised, routed_scaling_factor=float(pieces))
         return replace(self.dense, ffn_width=self._width(model.ffn_width), moe=moe)
 
     def _width(self, printed: int) -> int:
