@@ -238,6 +238,10 @@ def every_chart() -> dict[str, Any]:
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
         "coactivation, few": charts.coactivation(together(8)[0]),
+        "worth_scatter": charts.worth_scatter(
+            [{"model": m, "expert": e, "counted": 1 + (e * 7 % 5) / 4, "worth": 0.02 * (e % 3) - 0.005}
+             for m in ("GShard", "DeepSeekMoE") for e in range(8)]
+        ),
         "loss_against_disabled": charts.loss_against_disabled(loss_rows("share", [0, 1 / 16, 1 / 8, 1 / 4], 4, 3)),
         "loss_against_disabled, one seed": charts.loss_against_disabled(
             loss_rows("share", [0, 0.0625, 0.125], 1, 1), relative=True

@@ -287,6 +287,25 @@ def test_spread_shows_every_expert_and_both_means():
     assert (drawn["tick", chance], drawn["circle", chance]) == ([3.0, 5.0], [4.0])
 
 
+def test_worth_has_every_expert_on_common_axes_and_names_the_most_needed():
+    rows = [
+        {"model": model, "expert": e, "counted": e / 2, "worth": worth * scale}
+        for model, scale in (("a", 1.0), ("b", 0.1))
+        for e, worth in enumerate((0.3, -0.1, 0.5, 0.2))
+    ]
+    panels = charts.worth_scatter(rows).to_dict()["hconcat"]
+    for panel, scale in zip(panels, (1.0, 0.1), strict=True):
+        line, dots, names = panel["layer"]
+        (shown,), (named,) = all_values(dots), all_values(names)
+        assert sorted((row["expert"], row["worth"]) for row in shown) == [
+            (f"e{e}", worth * scale) for e, worth in enumerate((0.3, -0.1, 0.5, 0.2))
+        ]
+        assert [row["expert"] for row in named] == ["e2", "e0", "e3"]
+        assert line["mark"]["type"] == "rule"
+    domains = {str(panel["layer"][1]["encoding"]["y"]["scale"]["domain"]) for panel in panels}
+    assert len(domains) == 1
+
+
 def test_effects_are_means_over_parts_and_the_largest_stands_out():
     rows = [
         {"kind": kind, "effect": "e", "value": value, "part": part}
@@ -356,6 +375,11 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         ),
         (lambda: charts.loss_table([{"loss": "z", "routing": "a", "value": 1.0}], balanced="b"), "balanced = 'b'"),
         (lambda: charts.balance_scatter([{"method": "m", "gap": 1.0}]), "no 'family'"),
+        (lambda: charts.worth_scatter([{"model": "a", "expert": 0, "counted": 1.0}]), "no 'worth'"),
+        (
+            lambda: charts.worth_scatter([{"model": m, "expert": 0, "counted": 1, "worth": 1} for m in "abcde"]),
+            "models = 5: at most 4 panels",
+        ),
         (lambda: charts.reach_curve([{"scores": i, "limit": 1, "reached": 1, "kept": 1} for i in range(5)]), "scores"),
         (lambda: charts.parameter_split([{"model": "m", "component": i, "total": 1} for i in range(9)]), "components"),
     ],

@@ -15,6 +15,7 @@ from dsmoe_lite.viz.pairs import coactivation
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
+from dsmoe_lite.viz.worth import worth_scatter
 
 __all__ = [
     "balance_scatter",
@@ -43,4 +44,5 @@ __all__ = [
     "specialization_against_null",
     "token_routing",
     "training_curves",
+    "worth_scatter",
 ]
