@@ -42,7 +42,8 @@ def worth_scatter(
     domain = _scale([0.0, *(p["worth"] for p in points)])
     panels = [
         _panel(of[model], across, alt.Y("worth:Q", title=y_title, scale=domain))
-        .properties(title=alt.TitleParams(model, fontSize=12, offset=6, frame="group"), width=WIDTH // len(models), height=HEIGHT)
+        .properties(width=WIDTH // len(models), height=HEIGHT,
+                    title=alt.TitleParams(model, fontSize=12, offset=6, frame="group"))
         for model in models
     ]  # fmt: skip
     return theme.finish(alt.hconcat(*panels, spacing=24), title, subtitle, description)
