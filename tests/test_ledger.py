@@ -105,7 +105,7 @@ def fill(gaps: dict[int, float]) -> None:
 def test_a_trend_pairs_seeds(small: Path) -> None:
     fill({0: -0.5, 1: 0.25})
     record("fine", 2, 9.0)  # its pair is missing
-    assert differences(Trend(**FIELDS)) == {0: -0.5, 1: 0.25}
+    assert differences(Trend(**FIELDS), experiments.records("small")) == {0: -0.5, 1: 0.25}
     claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     (settled,) = settle([claim])
     assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing or diverged: [2, 3, 4]")

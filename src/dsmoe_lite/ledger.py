@@ -144,7 +144,9 @@ def write(claims: Sequence[Claim], path: Path = PATH) -> None:
 def settle(claims: Sequence[Claim]) -> list[Claim]:
     """The claims with `ours` and `verdict` recomputed: exact ones from configs, trends from recorded runs."""
     by_figure: dict[str, dict[str, float]] = {}
-    found = {claim.id: differences(claim.trend) for claim in claims if claim.trend is not None}
+    trends = {claim.id: claim.trend for claim in claims if claim.trend is not None}
+    runs = {name: records(name, diverged=True) for name in {trend.grid for trend in trends.values()}}
+    found = {id: differences(trend, runs[trend.grid]) for id, trend in trends.items()}
     for claim in claims:
         if claim.trend is not None and _whole(claim.trend, found[claim.id]):
             p = p_value(list(found[claim.id].values()), claim.trend.expected, claim.trend.margin)
@@ -161,9 +163,8 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
     ]
 
 
-def differences(trend: Trend) -> dict[int, float]:
-    """The trend's difference of each seed whose two runs are recorded and did not diverge."""
-    found = records(trend.grid, diverged=True)
+def differences(trend: Trend, found: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """The trend's difference of each seed whose two runs are among the records `found` and did not diverge."""
     runs = {(record["model_name"], record["seed"]): record for record in found if "diverged" not in record}
     one, other = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
     seeds = [seed for seed in grid(trend.grid).seeds if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
