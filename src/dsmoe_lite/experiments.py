@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from dsmoe_lite import pilot
+from dsmoe_lite import pilot, protocol
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.errors import DivergedError, InputError, RunError, require, require_whole
 from dsmoe_lite.files import write_json
@@ -140,6 +140,10 @@ GRIDS = {
     "pilot-more": Grid(pilot.MORE, pilot.SEEDS[:1], n_streams=200),
     "pilot-gates-again": Grid(pilot.GATES_AGAIN, pilot.SEEDS[:1], n_streams=200),
     "pilot-finalists": Grid(pilot.FINALISTS, pilot.SEEDS[1:3], n_streams=200),
+    "pilot-normalised": Grid(pilot.NORMALISED, pilot.SEEDS[:3], n_streams=200),
+    "pilot-last": Grid(pilot.LAST, pilot.SEEDS[3:], n_streams=200),
+    # Chapter 07, by its protocol.
+    "paper": Grid(protocol.CPU.jobs(), tuple(range(10)), n_streams=200, protocol=protocol.VERSION),
 }
 
 

@@ -149,6 +149,6 @@ CPU = Tier(
     CorpusConfig(world=world(512, 8)),
     1024,
     balance=0.001,
-    gates={"gshard": "sigmoid", "deepseekmoe": "softmax x m"},
+    gates={"deepseekmoe": "softmax x m"},
     lr={"hash": 0.04},
 )

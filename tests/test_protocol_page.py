@@ -1,0 +1,65 @@
+"""The protocol's page says what the code does: every try, every family, every comparison."""
+
+from collections.abc import Iterator
+
+from dsmoe_lite import ledger, paths
+from dsmoe_lite.experiments import GRIDS, grid, records
+from dsmoe_lite.protocol import CPU, FAMILIES, MODELS, VERSION
+
+PAGE = (paths.NOTEBOOKS / "07_protocol.md").read_text(encoding="utf-8")
+
+
+def table(heading: str) -> Iterator[list[str]]:
+    """The cells of each row below the table head that begins with this cell."""
+    lines = PAGE.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_try_is_listed_and_nothing_else() -> None:
+    found = {(f"pilot-{name}", run, int(seed)): cells for name, run, seed, *cells in table("grid")}
+    tried = {
+        (name, record["model_name"], record["seed"]): [
+            f"{record['train']['lr']:g}",
+            f"{record['heldout_loss']:.4f}",
+            f"{record['recall']['head']:.3f}",
+            f"{record['recall']['tail']:.3f}",
+        ]
+        for name in GRIDS
+        if name.startswith("pilot-")
+        for record in records(name)
+    }
+    assert found == tried
+
+
+def test_families_have_the_gates_and_rates_of_the_tier() -> None:
+    rows = {family: cells for family, *cells in table("family")}
+    assert set(rows) == set(FAMILIES.values())
+    for family, (models, gates, rate) in rows.items():
+        assert models.split(", ") == [name for name in MODELS if FAMILIES[name] == family]
+        assert gates == CPU.gates.get(family, "-" if family in ("dense", "hash") else "as printed")
+        assert float(rate) == CPU.lr.get(family, CPU.train.lr)
+
+
+def test_comparisons_are_those_of_the_ledger() -> None:
+    found = {id.strip("`"): cells for id, *cells in table("claim")}
+    trends = {claim.id: claim.trend for claim in ledger.load() if claim.trend and claim.trend.grid == "paper"}
+    assert set(found) == set(trends)
+    for id, (figure, first, second, expected) in found.items():
+        trend = trends[id]
+        assert trend.figure == f"moe-{figure}"
+        assert first == f"{trend.model}, {trend.metric}"
+        assert second == f"{trend.other}, {trend.other_metric or trend.metric}"
+        assert expected == trend.expected + (f" by {trend.margin:g}" if trend.margin else "")
+
+
+def test_the_grid_is_what_the_page_says() -> None:
+    plan = grid("paper")
+    assert f"Version {VERSION}." in PAGE
+    assert plan.protocol == VERSION
+    assert plan.jobs == CPU.jobs()
+    assert f"Seeds 0 to {plan.seeds[-1]}" in PAGE
+    assert plan.seeds == tuple(range(len(plan.seeds)))
