@@ -68,7 +68,7 @@ def test_a_replay_is_the_same_run(recorded: dict, tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("small", "gshard", 0), "gshard-seed0\\.json is missing: run `dsmoe experiment small` first"),
+        (("small", "gshard", 0), "gshard-seed0\\.json holds no finished run: `dsmoe experiment small` first"),
         (("small", "dense", 1), "model = 'dense': must be one of gshard"),
         (("smal", "gshard", 1), "experiment = 'smal': there is none; try small"),
     ],
@@ -82,5 +82,8 @@ def test_what_cannot_be_replayed_is_one_line(recorded: dict, tmp_path: Path, arg
 def test_a_snapshot_must_be_a_step_of_the_run(recorded: dict, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="snapshot = 4: must be a whole number of at least 1 and at most 3"):
         replay("small", "gshard", 1, tmp_path / "out", [4])
+    replay("small", "gshard", 1, tmp_path / "out")
+    with pytest.raises(InputError, match=r"snapshot = 'step1': .* holds a run that went past it; remove that folder"):
+        replay("small", "gshard", 1, tmp_path / "out", [1])
     with pytest.raises(InputError, match=r"snapshots = .*: need a folder"):
         run_job(replace(JOB, n_heldout_batches=1), snapshots=[1])

@@ -33,15 +33,18 @@ def replay(name: str, model: str, seed: int, out: Path, snapshots: Collection[in
     require_choice("model", model, plan.jobs)
     job = plan.jobs[model]
     require(isinstance(job, Job), "experiment", name, "its runs leave no model")
-    found = [record for record in records(name) if (record["model_name"], record["seed"]) == (model, seed)]
-    if not found:
-        raise InputError(f"{record_path(name, model, seed)} is missing: run `dsmoe experiment {name}` first")
+    finished = [record for record in records(name, diverged=True) if "diverged" not in record]
+    known = {(record["model_name"], record["seed"]): record["heldout_loss"] for record in finished}
+    if (model, seed) not in known:
+        raise InputError(f"{record_path(name, model, seed)} holds no finished run: `dsmoe experiment {name}` first")
     folder = RUNS / "replay" / f"{name}-{model}-seed{seed}"
     record = run_job(plan.job(model, seed), folder, snapshots=snapshots)
     files = []
     for ours in ("model", *(f"step{step}" for step in sorted(snapshots))):
         target = out / (f"{folder.name}.safetensors" if ours == "model" else f"{folder.name}-{ours}.safetensors")
+        source = folder / f"{ours}.safetensors"
+        require(source.is_file(), "snapshot", ours, f"{folder} holds a run that went past it; remove that folder")
         with written_whole(target) as aside:
-            shutil.copyfile(folder / f"{ours}.safetensors", aside)
+            shutil.copyfile(source, aside)
         files.append(target)
-    return Replayed(tuple(files), found[0]["heldout_loss"], record["heldout_loss"])
+    return Replayed(tuple(files), known[model, seed], record["heldout_loss"])
