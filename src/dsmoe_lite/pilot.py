@@ -25,6 +25,17 @@ def _tries(tiers: Mapping[str, Tier], *models: str) -> dict[str, Job]:
     return {f"{label}-{model}": tier.job(model) for label, tier in tiers.items() for model in models}
 
 
+def _with_gates(lr: float, **labels: tuple[str, ...]) -> dict[str, Job]:
+    """4,096 facts; kinds of gates by family, "-m" for times m."""
+    return {
+        f"{label}-{family}": _tier(
+            8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: lr}
+        ).job(family)
+        for family, kinds in labels.items()
+        for label in kinds
+    }
+
+
 # How much there is to know: 15,360 or 30,720 facts.
 FACTS = _tries({"r16": _tier(16), "r32": _tier(32)}, "dense", "gshard", "deepseekmoe")
 # Both were too many: at most a fifth recalled. Fewer facts, more steps on as many tokens, a wider model.
@@ -41,14 +52,11 @@ FEWER = _tries(
 )
 # With 4,096 facts GShard knows them and the dense model does not; DeepSeekMoE, its sigmoids times 4, hardly more than
 # the dense one. What its gates should be, as many tries for GShard as are different there.
-GATES = {
-    f"{label}-{family}": _tier(8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}).job(family)
-    for family, labels in {
-        "deepseekmoe": ("printed", "softmax-m", "sigmoid", "sigmoid-m"),
-        "gshard": ("printed", "softmax", "sigmoid"),
-    }.items()
-    for label in labels
-}
+GATES = _with_gates(
+    0.005,
+    deepseekmoe=("printed", "softmax-m", "sigmoid", "sigmoid-m"),
+    gshard=("printed", "softmax", "sigmoid"),
+)
 # GShard's sigmoids and DeepSeekMoE's softmax times m did best. Whether width helps the finer experts, whose router then
 # sees more channels: GShard at r16-d64-b32 stands in FEWER.
 _BEST = {"gshard": "sigmoid", "deepseekmoe": "softmax x m"}
@@ -66,7 +74,7 @@ RATES = {
         "deepseekmoe": (0.0025, 0.01, 0.02),
     }.items()
     for lr in rates
-} | {"sigmoid-switch": _tier(8, 512, batch_size=32, gates={"switch": "sigmoid"}).job("switch")}
+} | _with_gates(0.005, switch=("sigmoid",))
 # The highest rate was the best of all families.
 HIGHER = {
     f"{lr:g}-{family}": _tier(8, 512, batch_size=32, gates=_BEST, lr={family: lr}).job(family)
@@ -74,17 +82,12 @@ HIGHER = {
     for family in ("dense", "hash", "switch", "gshard", "deepseekmoe")
 }
 # The gates again, at a rate four times as high; those of GATES that won stand in RATES.
-GATES_AGAIN = {
-    f"{label}-{family}": _tier(
-        8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: 0.02}
-    ).job(family)
-    for family, labels in {
-        "deepseekmoe": ("printed", "sigmoid", "sigmoid-m"),
-        "gshard": ("printed", "softmax"),
-        "switch": ("sigmoid",),
-    }.items()
-    for label in labels
-}
+GATES_AGAIN = _with_gates(
+    0.02,
+    deepseekmoe=("printed", "sigmoid", "sigmoid-m"),
+    gshard=("printed", "softmax"),
+    switch=("sigmoid",),
+)
 # Twice the facts at that rate: rare people are not told by heart any more.
 MORE = _tries(
     {"e960-b32-0.02": _tier(8, batch_size=32, gates=_BEST, lr=dict.fromkeys(("dense", "gshard", "deepseekmoe"), 0.02))},
@@ -94,22 +97,13 @@ MORE = _tries(
 )
 # At that rate the order of the gates was another one, by hundredths on one seed: three gates of each of two families on
 # two more seeds. Seed 100 stands in RATES and GATES_AGAIN.
-FINALISTS = {
-    f"{label}-{family}": _tier(
-        8, 512, batch_size=32, gates={family: label.replace("-m", " x m")}, lr={family: 0.02}
-    ).job(family)
-    for family, labels in {
-        "gshard": ("printed", "softmax", "sigmoid"),
-        "deepseekmoe": ("printed", "softmax-m", "sigmoid"),
-    }.items()
-    for label in labels
-}
+FINALISTS = _with_gates(
+    0.02,
+    gshard=("printed", "softmax", "sigmoid"),
+    deepseekmoe=("printed", "softmax-m", "sigmoid"),
+)
 # GShard's printed gates, which are normalised, came out far ahead of its others; DeepSeekMoE had had none of that kind.
 # The same times m, which is what GShard's become when its experts are cut.
-NORMALISED = {
-    "normalised-m-deepseekmoe": _tier(
-        8, 512, batch_size=32, gates={"deepseekmoe": "normalised x m"}, lr={"deepseekmoe": 0.02}
-    ).job("deepseekmoe")
-}
+NORMALISED = _with_gates(0.02, deepseekmoe=("normalised-m",))
 # The best of each on the last two seeds: how far runs differ from seed to seed.
 LAST = {name: FINALISTS[name] for name in ("printed-gshard", "softmax-m-deepseekmoe")} | NORMALISED
