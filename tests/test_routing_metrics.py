@@ -14,7 +14,7 @@ from dsmoe_lite.routing.metrics import dead_share, drop_rate, load, load_cv, loa
 from dsmoe_lite.routing.positions import drop_rate_by_position, repetition, repetition_null
 from dsmoe_lite.routing.saturation import saturation, saturation_null
 from dsmoe_lite.routing.specialization import (
-    context_independence,
+    uncertainty_coefficient,
     null_specialization,
     shuffled,
     specialization,
@@ -152,7 +152,7 @@ def test_vocabulary_specialization_of_a_table_is_one() -> None:
     tokens = torch.randint(50, (400,), generator=seeded(0))
     table = torch.arange(50) % 6
     assert vocabulary_specialization(table[tokens].unsqueeze(1), tokens, 6) == 1
-    assert context_independence(table[tokens].unsqueeze(1), tokens, 6) == pytest.approx(1)
+    assert uncertainty_coefficient(table[tokens].unsqueeze(1), tokens, 6) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("T", "published"), [(20_000, 0.84), (200_000, 0.67), (870_000, 0.40)])
@@ -165,7 +165,7 @@ def test_random_choices_look_specialized_until_ids_are_common(T: int, published:
     assert vocabulary_specialization(first, tokens, 64, least=10) == pytest.approx(0.11, abs=0.01)
     null = shuffled(lambda i: vocabulary_specialization(i, tokens, 64), first, seeded(3), draws=1)
     assert float(null) == pytest.approx(published, abs=0.01)
-    assert context_independence(first, tokens, 64) > 0.15  # and so does mutual information
+    assert uncertainty_coefficient(first, tokens, 64) > 0.15  # and so does mutual information
 
 
 def entropy(values: list) -> float:
@@ -173,19 +173,19 @@ def entropy(values: list) -> float:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_context_independence_against_a_loop(seed: int) -> None:
+def test_uncertainty_coefficient_against_a_loop(seed: int) -> None:
     ids, tokens = random_choices(seed), torch.randint(9, (40,), generator=seeded(seed + 300))
     pairs = [(row[0], token) for row, token in zip(ids.tolist(), tokens.tolist(), strict=True) if row[0] >= 0]
     experts, seen = [e for e, _ in pairs], [token for _, token in pairs]
     expected = (entropy(experts) + entropy(seen) - entropy(pairs)) / entropy(experts)
-    assert context_independence(ids, tokens, 6) == pytest.approx(expected)
+    assert uncertainty_coefficient(ids, tokens, 6) == pytest.approx(expected)
     assert 0 < expected < 1
 
 
-def test_context_independence_of_choices_that_ignore_the_id() -> None:
+def test_uncertainty_coefficient_of_choices_that_ignore_the_id() -> None:
     every_pair = torch.cartesian_prod(torch.arange(5), torch.arange(4))
-    assert context_independence(every_pair[:, 1:], every_pair[:, 0], 4) == pytest.approx(0, abs=1e-12)
-    assert context_independence(torch.zeros(9, 1, dtype=torch.long), torch.arange(9), 4) == 0  # nothing to tell
+    assert uncertainty_coefficient(every_pair[:, 1:], every_pair[:, 0], 4) == pytest.approx(0, abs=1e-12)
+    assert uncertainty_coefficient(torch.zeros(9, 1, dtype=torch.long), torch.arange(9), 4) == 0  # nothing to tell
 
 
 # Checkpoints
@@ -283,7 +283,7 @@ def test_nobody_chosen_gives_zeros(ids: Tensor) -> None:
     assert null_specialization(ids, 4).tolist() == [0.0] * 4
     assert vocabulary_specialization(ids, tokens, 4) == 0
     assert vocabulary_by_expert(ids, tokens, 4).tolist() == [0.0] * 4
-    assert context_independence(ids, tokens, 4) == 0
+    assert uncertainty_coefficient(ids, tokens, 4) == 0
     assert saturation(ids, ids) == 0
     assert saturation_null(ids, ids, 4) == 0
     assert repetition(ids, (1, len(ids))) == (0, 0)
@@ -301,10 +301,10 @@ def test_bad_input_is_one_line() -> None:
         "n_labels = 0: must be a whole number of at least 1": lambda: specialization(ids, tokens, 0, 4),
         "topk_ids = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: null_specialization(ids, 3),
         "topk_ids = -2: experts are numbered from 0 to 3, -1 is nobody": lambda: null_specialization(ids - 1, 4),
-        "topk_ids = (3,): must be (tokens, choices)": lambda: context_independence(ids[:, 0], tokens, 4),
+        "topk_ids = (3,): must be (tokens, choices)": lambda: uncertainty_coefficient(ids[:, 0], tokens, 4),
         "n_experts = 0: must be a whole number of at least 1": lambda: repetition_null(ids, 0),
         "token_ids = -1: must be at least 0": lambda: vocabulary_specialization(ids, tokens - 1, 4),
-        "token_ids = (3, 1): must be one for each of 3 tokens": lambda: context_independence(ids, tokens[:, None], 4),
+        "token_ids = (3, 1): must be one for each of 3 tokens": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
         "least = 0: must be a whole number of at least 1": lambda: vocabulary_by_expert(ids, tokens, 4, 0),
         "draws = 0: must be a whole number of at least 1": lambda: shuffled(len, ids, seeded(0), 0),
         "topk_ids_then = 2: must be of the same 3 tokens": lambda: saturation(ids[:2], ids),

@@ -129,6 +129,16 @@ def make_corpus(config: CorpusConfig) -> Corpus:
     return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
 
 
+def corpus_of(facts: Mapping[str, Any]) -> Corpus:
+    """Return the corpus that a model file was trained on, by its facts. InputError where they do not hold enough."""
+    trained_on: Mapping[str, Any] = facts.get("corpus", {})
+    name = trained_on.get("name")
+    if name == "world":
+        return World(from_dict(WorldConfig, trained_on["config"]))
+    require(name == "stdlib", "corpus", name, "a model file does not say where such text lies; give a folder of text")
+    return Stdlib()
+
+
 def first_steps(job: Job, steps: int) -> Run:
     """The first `steps` steps of a run, as they are in the whole one; nothing is evaluated or kept."""
     _, _, model, batches = _begin(job)

@@ -1,9 +1,12 @@
 """A recorded run trained again, to have its weights: records hold results only."""
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from dsmoe_lite.errors import InputError, require, require_choice
 from dsmoe_lite.experiments import grid, record_path, records
@@ -38,7 +41,8 @@ def replay(name: str, model: str, seed: int, out: Path, snapshots: Collection[in
     if (model, seed) not in known:
         raise InputError(f"{record_path(name, model, seed)} holds no finished run: `dsmoe experiment {name}` first")
     folder = RUNS / "replay" / f"{name}-{model}-seed{seed}"
-    record = run_job(plan.job(model, seed), folder, snapshots=snapshots)
+    with _one_thread():
+        record = run_job(plan.job(model, seed), folder, snapshots=snapshots)
     files = []
     for ours in ("model", *(f"step{step}" for step in sorted(snapshots))):
         target = out / (f"{folder.name}.safetensors" if ours == "model" else f"{folder.name}-{ours}.safetensors")
@@ -48,3 +52,14 @@ def replay(name: str, model: str, seed: int, out: Path, snapshots: Collection[in
             shutil.copyfile(source, aside)
         files.append(target)
     return Replayed(tuple(files), known[model, seed], record["heldout_loss"])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """As records are made: more threads add in another order, and the weights drift apart."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

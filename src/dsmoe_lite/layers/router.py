@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ class Routing:
     def counts(self) -> Tensor:
         """How many tokens chose each expert, (E,) int64; those it then dropped count too."""
         return torch.bincount(self.topk_ids.flatten() + 1, minlength=self.n_experts + 1)[1:]  # -1 falls away
+
+    def to(self, device: str | torch.device) -> "Routing":
+        """The same on another device."""
+        tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
+        return replace(self, **{name: value.to(device) for name, value in tensors.items()})
 
 
 class Router(nn.Module):

@@ -55,21 +55,22 @@ def vocabulary_by_expert(topk_ids: Tensor, token_ids: Tensor, n_experts: int, le
     return total / torch.bincount(owner, minlength=n_experts).clamp(min=1)
 
 
-def context_independence(topk_ids: Tensor, token_ids: Tensor, n_experts: int) -> float:
-    """Return I(first choice; token id) / H(first choice): how much of the choice the token id settles.
+def uncertainty_coefficient(topk_ids: Tensor, labels: Tensor, n_experts: int) -> float:
+    """Return I(first choice; label) / H(first choice), Theil's U: how much of the choice the label settles.
 
-    OpenMoE's context-independent specialization (arXiv:2402.01739), as one number: 1 where the id alone decides, as in
-    hash routing, 0 where it says nothing or there is nothing to say (one expert takes all). Divided by the entropy of
-    the choice, since that of the ids is larger and 1 could not be reached. Rare ids lift it: draw a null with
-    `shuffled`. Tokens without an expert are left out.
+    labels (T,): token ids, domains, any label of a token. 1 where the label alone decides, 0 where it says nothing or
+    there is nothing to say (one expert takes all). Of token ids it is OpenMoE's context-independent specialization
+    (arXiv:2402.01739) as one number, 1 in hash routing. Divided by the entropy of the choice, since that of many labels
+    is larger and 1 could not be reached. Rare labels lift it: draw a null with `shuffled`. Tokens without an expert are
+    left out.
     """
     require_choices(topk_ids, n_experts)
-    require_labels("token_ids", token_ids, len(topk_ids))
+    require_labels("labels", labels, len(topk_ids))
     if topk_ids.numel() == 0:
         return 0.0
     chosen = topk_ids[:, 0] >= 0
-    ids, n_ids = _dense(token_ids[chosen])
-    counts = _counts(topk_ids[chosen, :1], ids, n_ids, n_experts)
+    dense, n_labels = _dense(labels[chosen])
+    counts = _counts(topk_ids[chosen, :1], dense, n_labels, n_experts)
     of_expert = _entropy(counts.sum(dim=0))
     if of_expert == 0:
         return 0.0
