@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -20,7 +23,7 @@ from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
 from dsmoe_lite.errors import DivergedError, InputError, RunError
 from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
-from dsmoe_lite.job import CorpusConfig, Job, first_steps, make_corpus, read_job, run_job
+from dsmoe_lite.job import CorpusConfig, Job, corpus_of, first_steps, make_corpus, read_job, run_job
 from dsmoe_lite.presets import preset
 from dsmoe_lite.train import TrainConfig
 
@@ -72,6 +75,16 @@ def test_the_corpus_is_the_one_that_is_named(tmp_path: Path) -> None:
     folder = make_corpus(CorpusConfig("folder", path=str(tmp_path)))
     assert isinstance(folder, Folder)
     assert folder.fingerprint()["bytes"] == 30_000
+
+
+def test_a_model_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    run_job(JOB, tmp_path)
+    facts = read_facts(tmp_path / "model.safetensors")
+    assert corpus_of(facts).fingerprint()["sha256"] == World(WORLD).fingerprint()["sha256"] == facts["corpus"]["sha256"]
+    assert isinstance(corpus_of({"corpus": {"name": "stdlib"}}), Stdlib)
+    for other in ({}, {"corpus": {"name": "folder"}}):
+        with pytest.raises(InputError, match=r"corpus = .*: a model file does not say where such text lies"):
+            corpus_of(other)
 
 
 def test_a_record_says_what_the_saved_model_does(tmp_path: Path) -> None:
@@ -202,6 +215,51 @@ def test_a_dead_process_is_one_line_and_what_is_recorded_stays(small: Path) -> N
     assert found["course-dense"] == {"model_name": "course-dense", "seed": 0, "width": 128, "threads": 1}
     assert found["course-gshard"]["kept"]  # what was there is not run again
     assert missing("small") == [("course-dense", 1), ("course-gshard", 1)]
+
+
+ENDLESS = """
+import os, sys, time
+from pathlib import Path
+from dsmoe_lite import experiments
+
+HERE = Path(sys.argv[1])
+
+class Endless:
+    def seeded(self, seed, n_streams):
+        return self
+    def run(self):
+        (HERE / f"{os.getpid()}.pid").touch()
+        time.sleep(120)
+
+if __name__ == "__main__":
+    experiments.DATA = HERE
+    experiments.GRIDS = {"endless": experiments.Grid({"one": Endless()}, (0, 1), 2)}
+    list(experiments.run_missing("endless", 2))
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kill is POSIX")
+def test_the_workers_of_a_killed_experiment_end_too(tmp_path: Path) -> None:
+    script, deadline = tmp_path / "endless.py", time.monotonic() + 90
+    script.write_text(ENDLESS, encoding="utf-8")
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.DEVNULL) as parent:
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+    left = {int(path.stem) for path in tmp_path.glob("*.pid")}
+    assert len(left) == 2
+    while left and time.monotonic() < deadline:
+        left = {pid for pid in left if _is_running(pid)}
+        time.sleep(0.05)
+    assert not left
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class InThisProcess:

@@ -65,6 +65,24 @@ def test_a_replay_is_the_same_run(recorded: dict, tmp_path: Path, capsys: pytest
     assert facts["tokenizer"]
 
 
+def test_a_replay_trains_on_one_thread_as_records_do(
+    recorded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def watched(*args: object, **more: object) -> dict:
+        seen.append(torch.get_num_threads())
+        return run_job(*args, **more)
+
+    monkeypatch.setattr(module, "run_job", watched)
+    torch.set_num_threads(2)
+    try:
+        replay("small", "gshard", 1, tmp_path / "out")
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -68,6 +68,9 @@ def test_a_design_is_the_loop_over_tokens(name: str, seed: int) -> None:
     assert routing.kept.tolist() == (routing.topk_ids >= 0).tolist()
     assert routing.batch_shape == (3, 10)
     assert routing.clean_logits is routing.noise_scale is None
+    there = routing.to("meta")
+    assert {there.scores.device.type, there.topk_ids.device.type, there.kept.device.type} == {"meta"}
+    assert (there.batch_shape, there.clean_logits) == (routing.batch_shape, None)
     target = torch.randn_like(gates)
     (mine,) = torch.autograd.grad((routing.gates * target).sum(), router.weight)
     (theirs,) = torch.autograd.grad((gates * target).sum(), router.weight)

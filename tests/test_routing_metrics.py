@@ -14,10 +14,10 @@ from dsmoe_lite.routing.metrics import dead_share, drop_rate, load, load_cv, loa
 from dsmoe_lite.routing.positions import drop_rate_by_position, repetition, repetition_null
 from dsmoe_lite.routing.saturation import saturation, saturation_null
 from dsmoe_lite.routing.specialization import (
-    uncertainty_coefficient,
     null_specialization,
     shuffled,
     specialization,
+    uncertainty_coefficient,
     vocabulary_by_expert,
     vocabulary_specialization,
 )
@@ -304,7 +304,7 @@ def test_bad_input_is_one_line() -> None:
         "topk_ids = (3,): must be (tokens, choices)": lambda: uncertainty_coefficient(ids[:, 0], tokens, 4),
         "n_experts = 0: must be a whole number of at least 1": lambda: repetition_null(ids, 0),
         "token_ids = -1: must be at least 0": lambda: vocabulary_specialization(ids, tokens - 1, 4),
-        "token_ids = (3, 1): must be one for each of 3 tokens": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
+        "labels = (3, 1): must be one for each of 3 tokens": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
         "least = 0: must be a whole number of at least 1": lambda: vocabulary_by_expert(ids, tokens, 4, 0),
         "draws = 0: must be a whole number of at least 1": lambda: shuffled(len, ids, seeded(0), 0),
         "topk_ids_then = 2: must be of the same 3 tokens": lambda: saturation(ids[:2], ids),

@@ -7,8 +7,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Protocol
 
 from dsmoe_lite import pilot, protocol
@@ -210,7 +211,7 @@ def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] 
     require_whole("processes", processes, 1)
     todo, plan = missing(name), grid(name)
     with (
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_quiet_thread) as pool,
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool,
         progress(total=len(todo), desc=name, unit="run") as bar,
     ):
         waiting = {pool.submit(run, plan.job(*pair)): pair for pair in todo}
@@ -227,8 +228,17 @@ def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] 
             raise
 
 
-def _one_quiet_thread() -> None:
+def _quiet_worker() -> None:
     import torch
 
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers: they would run on, beside those of the next call."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
