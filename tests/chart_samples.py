@@ -238,6 +238,14 @@ def every_chart() -> dict[str, Any]:
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
         "coactivation, few": charts.coactivation(together(8)[0]),
+        "effect_matrix": charts.effect_matrix(
+            [{"model": m, "without": a, "on": b, "value": (1.7 if a == b else 0.1) - 0.2 * i + 0.01 * run}
+             for i, m in enumerate(("GShard", "DeepSeekMoE")) for run in range(3)
+             for a in DOMAINS for b in DOMAINS]
+        ),
+        "effect_matrix, one": charts.effect_matrix(
+            [{"model": "a", "without": a, "on": b, "value": -0.1} for a in "xy" for b in "xy"]
+        ),
         "worth_scatter": charts.worth_scatter(
             [{"model": m, "expert": e, "counted": 1 + (e * 7 % 5) / 4, "worth": 0.02 * (e % 3) - 0.005}
              for m in ("GShard", "DeepSeekMoE") for e in range(8)]

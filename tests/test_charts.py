@@ -306,6 +306,28 @@ def test_worth_has_every_expert_on_common_axes_and_names_the_most_needed():
     assert len(domains) == 1
 
 
+def test_a_matrix_averages_runs_and_frames_what_is_a_groups_own():
+    rows = [
+        {"model": model, "without": a, "on": b, "value": scale * (i + 3 * (a == b))}
+        for model, scale in (("m", 1.0), ("n", -1.0))
+        for i in range(3)
+        for a in ("x", "y")
+        for b in ("x", "y")
+    ]
+    chart = charts.effect_matrix(rows)
+    panels = chart.to_dict()["hconcat"]
+    for panel, scale in zip(panels, (1.0, -1.0), strict=True):
+        (cells,) = all_values(panel["layer"][0])
+        assert {(cell["without"], cell["on"]): cell["value"] for cell in cells} == {
+            ("x", "x"): 4 * scale, ("x", "y"): scale, ("y", "x"): scale, ("y", "y"): 4 * scale
+        }  # fmt: skip
+        assert panel["layer"][1]["transform"] == [{"filter": "datum.without === datum.on"}]
+        assert panel["layer"][0]["encoding"]["color"]["scale"]["domain"] == [0.0, 4.0]
+    assert "m: most for x without x, +4.000" in chart.description
+    with pytest.raises(InputError, match="models = 3: at most 2"):
+        charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
+
+
 def test_effects_are_means_over_parts_and_the_largest_stands_out():
     rows = [
         {"kind": kind, "effect": "e", "value": value, "part": part}

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+from functools import partial
 
 import jupytext
 import pytest
@@ -67,6 +68,17 @@ def side_by_side(gate, up, down, factor=1.0, *, turned=False):
     if turned:
         down = down[::-1]
     return torch.cat(list(gate)), torch.cat(list(up)), factor * torch.cat(list(down), dim=1)
+
+
+def pairs_at(counted, topk_ids, n_experts, both_ways=True):
+    """How often two experts take ranks i and j of one token, of the ranks that are `counted`."""
+    counts, K = torch.zeros(n_experts, n_experts, dtype=torch.long), topk_ids.shape[1]
+    ranks = [(i, j) for i in range(K) for j in range(i + 1, K) if counted(i, j, K)]
+    for i, j in ranks:
+        for a, b in topk_ids[:, [i, j]].tolist():
+            counts[a, b] += 1
+            counts[b, a] += both_ways
+    return counts
 
 
 def limited_with(fill, worth="top2"):
@@ -225,6 +237,26 @@ WRONG = {
                 1
             ),
             lambda W_O, W_UV: 2 * torch.einsum("ohv,hvc->ohc", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV).flatten(1),
+        ],
+    },
+    "08": {
+        "all_pairs": [
+            partial(pairs_at, lambda i, j, K: j == i + 1),  # as it was
+            partial(pairs_at, lambda i, j, K: i == 0),  # the first with the others
+            partial(pairs_at, lambda i, j, K: i < j, both_ways=False),
+            lambda ids, E: (
+                pairs_at(lambda i, j, K: i < j, ids, E) + torch.diag(torch.bincount(ids.flatten(), minlength=E))
+            ),
+            lambda ids, E: pairs_at(lambda i, j, K: i < j, ids, E) / len(ids),
+            lambda ids, E: pairs_at(lambda i, j, K: i < j, ids, E)[:4, :4],
+        ],
+        "settled_share": [
+            lambda then, final: (then == final).float().mean().item(),  # place by place
+            lambda then, final: (final[:, :, None] == then[:, None, :]).any(dim=2).any(dim=1).float().mean().item(),
+            lambda then, final: (final[:, :, None] == then[:, None, :]).any(dim=2).all(dim=1).float().mean().item(),
+            lambda then, final: (final[:, :1] == then).any(dim=1).float().mean().item(),  # first choices
+            lambda then, final: torch.isin(final, then).float().mean().item(),  # of any token
+            lambda then, final: (final[:, :, None] == then[:, None, :]).any(dim=2).float().sum(dim=1).mean().item(),
         ],
     },
 }

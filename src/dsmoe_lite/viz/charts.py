@@ -11,6 +11,7 @@ from dsmoe_lite.viz.devices import device_flow
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
 from dsmoe_lite.viz.kinds import effects_by_kind
 from dsmoe_lite.viz.lift import specialization_against_null
+from dsmoe_lite.viz.matrix import effect_matrix
 from dsmoe_lite.viz.pairs import coactivation
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
@@ -26,6 +27,7 @@ __all__ = [
     "decode_cost",
     "device_flow",
     "domain_heatmap",
+    "effect_matrix",
     "effects_by_kind",
     "expert_load",
     "expert_spread",
