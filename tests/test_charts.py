@@ -306,6 +306,15 @@ def test_worth_has_every_expert_on_common_axes_and_names_the_most_needed():
     assert len(domains) == 1
 
 
+def test_close_values_can_be_told_apart_by_their_numbers():
+    rows = [{"model": name, "metric": "loss", "value": value} for name, value in (("a", 1.8061), ("b", 1.8079))]
+    for number, expected in (("", ["1.81", "1.81"]), (".3f", ["1.806", "1.808"])):
+        chart = charts.model_comparison(rows, number=number)
+        texts = next(v for v in all_values(chart.to_dict()) if "text" in v[0])
+        assert [row["text"] for row in texts] == expected
+        assert f"a {expected[0]} and b {expected[1]}" in chart.description
+
+
 def test_a_matrix_averages_runs_and_frames_what_is_a_groups_own():
     rows = [
         {"model": model, "without": a, "on": b, "value": scale * (i + 3 * (a == b))}

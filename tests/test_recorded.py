@@ -102,6 +102,8 @@ def test_rows_of_metrics_and_curves() -> None:
         ("model A", metric) for metric in ("held-out loss", "recall, frequent people", "recall, rare people")
     }
     assert [row["value"] for row in rows if row["metric"] == "recall, rare people"] == [0.1, 0.2]
+    both = metric_rows(MADE_UP, {"b": "B", "a": "A"})[:4]
+    assert [(row["model"], row["seed"]) for row in both] == [("B", 1), ("B", 0), ("A", 0), ("A", 1)]
 
 
 def test_curve_gaps_pair_steps_and_seeds() -> None:

@@ -16,12 +16,13 @@ METRICS = {
 
 
 def metric_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows {model, seed, metric, value} of the models in `names` (name in the grid -> name to show)."""
+    """Rows {model, seed, metric, value} of the models in `names` (name in the grid -> name to show), in that order."""
     return [
-        {"model": names[record["model_name"]], "seed": record["seed"], "metric": metric, "value": value_of(record)}
+        {"model": shown, "seed": record["seed"], "metric": metric, "value": value_of(record)}
         for metric, value_of in METRICS.items()
+        for name, shown in names.items()
         for record in records
-        if record["model_name"] in names
+        if record["model_name"] == name
     ]
 
 

@@ -27,13 +27,15 @@ MEASURES = {"total": "parameters stored", "active": "parameters used per token",
 def model_comparison(
     rows: Rows,
     *,
+    number: str = "",
     title: str = "How do the models compare?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.ConcatChart:
     """One panel a metric: each seed a small ring, the mean a dot with its 95% t-interval and its value written out.
 
-    rows: {model, metric, value, seed (optional)}. Panels and models keep the order of the rows.
+    rows: {model, metric, value, seed (optional)}. Panels and models keep the order of the rows. `number` is the format
+    of what is written, for values that three digits do not tell apart.
     """
     need_rows(rows, "model", "metric", "value")
     models, metrics = in_order(row["model"] for row in rows), in_order(row["metric"] for row in rows)
@@ -45,7 +47,7 @@ def model_comparison(
         subtitle = "Ring: one seed. Dot and bar: mean and its 95% interval."
     if not description:
         parts = [
-            f"{metric}: " + listed([f"{m} {short(mean_and_half_width(values[metric, m])[0])}"
+            f"{metric}: " + listed([f"{m} {_written(mean_and_half_width(values[metric, m])[0], None, number)}"
                                     for m in models if (metric, m) in values])
             for metric in metrics
         ]  # fmt: skip
@@ -55,18 +57,30 @@ def model_comparison(
     width = int((theme.MAX_WIDTH - 50 - names) / columns - 36)
     panels = [
         _metric(
-            metric, {m: values[metric, m] for m in models if (metric, m) in values}, models, width, i % columns == 0
+            metric,
+            {m: values[metric, m] for m in models if (metric, m) in values},
+            models,
+            number,
+            width,
+            i % columns == 0,
         )
         for i, metric in enumerate(metrics)
     ]
     return theme.finish(alt.concat(*panels, columns=columns, spacing=22), title, subtitle, description)
 
 
-def _metric(metric: str, values: dict[str, list[float]], models: list[str], width: int, first: bool) -> Any:
+def _written(mean: float, half: float | None, number: str) -> str:
+    text = format(mean, number) if number else short(mean)
+    return text if half is None else f"{text} ± {float(f'{half:.2g}'):g}"
+
+
+def _metric(
+    metric: str, values: dict[str, list[float]], models: list[str], number: str, width: int, first: bool
+) -> Any:
     means: list[dict[str, Any]] = []
     for model, seen in values.items():
         mean, half = mean_and_half_width(seen)
-        text = short(mean) if half is None else f"{short(mean)} ± {float(f'{half:.2g}'):g}"
+        text = _written(mean, half, number)
         means.append(
             {"model": model, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0), "text": text}
         )
