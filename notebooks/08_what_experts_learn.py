@@ -33,7 +33,7 @@ text_folder: str = ""  # text for it, if not its own corpus: 0..400
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
+    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict
     from dsmoe_lite.labs.guard import need
 except ModuleNotFoundError:
     raise SystemExit(
@@ -255,8 +255,24 @@ for name in models:
             )
         )
 
+# %% tags=["trained"]
+settles = {(row["what"], row["layer"]): row["value"] for row in rows}
+for name in models:
+    for number in {0, len(seen[name][0]) - 1}:
+        claim(
+            f"{name}, layer {number}: settled by the next token minus by the token",
+            settles[f"{name}: next token", number] - settles[f"{name}: token", number],
+            (-0.03, 0.13) if number == 0 else (0.06, 0.26),
+            asserted=own,
+        )
+
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** What kind of text it is, and what type of token, are far above chance and settle hardly more than a tenth of the
+# choice. Single words settle most of it. And the word that goes with the choice best is not the one that the router
+# stands on: it is the one that comes *next*, which the router cannot see. In the first layer the two are close, in the
+# second they are not. The model has read the sentence and expects something, and the choice follows what it expects.
+# (The labels overlap: in this world a word often tells the next one, so the shares do not add up. And 16 experts are settled more than 63, as there is
+# less to settle.)
 #
 # ## Which experts does a domain use?
 #
@@ -303,22 +319,35 @@ charts.specialization_against_null(
 
 # %% tags=["trained"]
 for name in models:
-    found = [row for row in rows if row["what"] == name]
-    most = max(row["value"] / max(row["null"], 1e-9) for row in found)
-    away = mean(
-        not row["null_low"] <= row["value"] <= row["null_high"] for row in found
+    bars = [row for row in rows if row["what"] == name]
+    outside = mean(
+        not row["null_low"] <= row["value"] <= row["null_high"] for row in bars
     )
-    report(
-        **{
-            name: {
-                "outside chance": f"{away:.0%}",
-                "highest over chance": f"{most:.1f}",
-            }
-        }
+    claim(
+        f"{name}: share of experts outside chance", outside, (0.75, 1.0), asserted=own
+    )
+    best = max(bars, key=lambda row: row["value"] - row["null"])
+    its = (seen[name][0][layer].topk_ids == best["expert"]).any(dim=1)
+    claim(
+        f"{name}, e{best['expert']}, highest above chance: share of {domain}'s tokens",
+        best["value"],
+        (0.3, 0.7),
+        asserted=own,
+    )
+    claim(
+        f"{name}, e{best['expert']}: share of {domain} among its own tokens",
+        (domains[its] == d).float().mean(),
+        (0.05, 0.35),
+        asserted=own,
     )
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** Nearly every expert lies outside what shuffling gives, most of them below: code goes to few experts, some of
+# which it chooses several times as often as chance would have it. That looks like experts for code. Now take the expert that lies highest above
+# its bar, and look from its side: of all the tokens that it gets, only a small part is code, for code is rare. "The
+# expert for code" spends most of its time on something else. Which of the two shares is printed decides what the reader believes.
+# (Tokens of one text are not independent of each other, and shuffling them one by one makes the bars narrower than chance is. A mark just
+# outside proves little.)
 # (Tokens of one text are not independent of each other, so shuffling them one by one makes the bar somewhat narrower than chance is. A mark
 # just outside it proves little.)
 #
@@ -378,7 +407,9 @@ for i, j in (divmod(pair, E) for pair in strongest.tolist()):
     )
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** There are teams: pairs that meet several times as often as loads alone would have it. The lines say what the tokens of a pair have in common, and in
+# brackets how common it is in all the text. Some teams stand at one mark or a few words, some at the end of a document, some in
+# the texts that are not about people. None covers a domain. It is as with single experts: words, and places in a sentence.
 #
 # ## When do the choices settle?
 #
@@ -440,9 +471,23 @@ for row in rows:
     print(
         f"{row['model']:15} step {row['step']:4}: {row['share']:.0%}, by chance {row['chance']:.0%}"
     )
+if not checkpoint and run == 0:
+    made = {(row["model"], row["step"]): row["share"] for row in rows}
+    for name, step, interval in (
+        ("GShard (0)", 50, (0.45, 0.65)),
+        ("GShard (1)", 50, (0.16, 0.36)),
+        ("DeepSeekMoE (0)", 50, (0.12, 0.32)),
+        ("DeepSeekMoE (1)", 50, (0.05, 0.25)),
+        ("GShard (0)", 800, (0.74, 0.94)),
+        ("DeepSeekMoE (0)", 800, (0.64, 0.84)),
+    ):
+        claim(f"{name}, step {step}", made[name, step], interval, asserted=own)
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** In GShard's first layer half of the choices are final after 50 steps, when the model knows hardly a fact. The
+# other layer and both of DeepSeekMoE's follow much later, and at step 800 a good part of all choices is still to change. Which
+# 7 of 63 is a finer question than which 2 of 16, so the two are not put to the same test; chance is near an eighth in both. An
+# expert whose tokens change has to learn anew. Late settling is a price of fine experts that no table of losses shows.
 #
 # ## What is an expert worth?
 #
@@ -512,6 +557,7 @@ charts.worth_scatter(
 
 # %% tags=["trained"]
 print("rank correlation with worth: mean of the runs ± half its 95% interval; each run")
+related = {}
 for name in models:
     for number in range(len(models[name].moe_layers)):
         for what in ("load", "mean gate", "sum of gates"):
@@ -521,9 +567,29 @@ for name in models:
                 for at, gained in [layers[number]]
             }
             print(f"  {name}, layer {number}  {what:13} {seed_line(by_run)}")
+            related[name, number, what] = mean(by_run.values())
+
+# %% tags=["trained"]
+for name in models:
+    last = len(models[name].moe_layers) - 1
+    for number, interval in ((0, (0.2, 0.8)), (last, (-0.6, 0.2))):
+        claim(
+            f"{name}, layer {number}: rank correlation of load and worth",
+            related[name, number, "load"],
+            interval,
+            asserted=own,
+        )
+gate = min(value for (_, _, what), value in related.items() if what == "mean gate")
+claim("mean gate and worth, the lowest of all", gate, (0.45, 0.85), asserted=own)
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** How busy an expert is says little of what it is worth. In the first layer the busy ones are somewhat more needed; in
+# the second that is gone, or turned round. A rule that prunes the idle would do well in one layer and badly in the next. The mean
+# gate does better in all four: how much a router wants an expert when it takes it says more than how often it takes it. It is a
+# rank correlation all the same, far from 1, in five runs of one small world.
+#
+# And most dots lie on the line: nearly any single expert can go without the model noticing, since the next best steps in. A few
+# carry the layer.
 #
 # ## Take the specialists away
 #
@@ -598,14 +664,19 @@ for name, those in runs.items():
 # %% tags=["trained"]
 charts.effect_matrix(
     rows,
-    value_title="rise in loss beyond random experts (nats)",
     title="Who suffers without a domain's specialists?",
-    subtitle="Row: whose specialists are gone. Column: on whose tokens. Framed: their own. Mean of the runs.",
+    subtitle=[
+        "Row: whose specialists are gone. Column: on whose tokens. Framed: their own.",
+        "Rise beyond that without random experts, mean of the runs.",
+    ],
 )
 
 # %% tags=["trained"]
-print("the domain's own rise, and in how many runs it is the highest of all domains")
+print(
+    "the domain's own rise; in how many runs it is the highest; mean ± half its 95% interval; each run"
+)
 for name in models:
+    highest = 0
     for d in here:
         gone = [row for row in rows if row["model"] == name and row["without"] == d]
         own_rise = {row["run"]: row["value"] for row in gone if row["on"] == d}
@@ -613,10 +684,38 @@ for name in models:
             value == max(row["value"] for row in gone if row["run"] == i)
             for i, value in own_rise.items()
         )
+        highest += first
         print(f"  {name}, {d:11} {first} of {len(own_rise)}; {seed_line(own_rise)}")
+    claim(
+        f"{name}: share of cases in which the domain itself suffers most",
+        highest / len(here) / len(runs[name]),
+        (0.5, 1.0),
+        asserted=own,
+    )
+
+# %% tags=["trained"]
+print("over the experts of a layer, rank correlation of a domain's share above chance")
+print(
+    "and the rise in its loss without the expert: mean ± half its 95% interval; each run"
+)
+of_input, of_target = (
+    labels[::6, cut].flatten() for cut in (slice(-1), slice(1, None))
+)
+for name in models:
+    for d in map(corpus.domains.index, here):
+        by_run = {}
+        for i, layers in enumerate(found[name]):
+            at, gained = layers[layer]
+            share = specialization(
+                at.topk_ids, of_input, len(corpus.domains), at.n_experts
+            )[d]
+            above = share - null_specialization(at.topk_ids, at.n_experts)
+            rise = gained[:, of_target == d].mean(dim=1)
+            by_run[i] = spearmanr(above, rise).statistic
+        print(f"  {name}, {corpus.domains[d]:11} {seed_line(by_run)}")
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** @SPECTEXT@
 #
 # ## Where does an expert's absence hurt?
 #
@@ -653,12 +752,24 @@ for name in models:
         away = torch.cat([elsewhere(at, gained) for at, gained in pairs])
         most = torch.cat([of_the_most_hit(gained) for _, gained in pairs])
         print(
-            f"{name}, layer {number}: of the change in loss {away.median():.0%} elsewhere (largest {away.max():.0%}), "
-            f"of the rise {most.median():.0%} at 1% of the tokens; medians over experts"
+            f"{name}, layer {number}, medians over experts of {len(pairs)} runs: {away.median():.0%} of the change "
+            f"elsewhere (highest {away.max():.0%}), {most.median():.0%} of the rise at 1% of the tokens"
+        )
+        if number == 0:
+            claim(f"{name}: elsewhere", away.median(), (0.1, 0.5), asserted=own)
+        claim(
+            f"{name}, layer {number}: of the rise at 1% of the tokens",
+            most.median(),
+            (0.4, 1.0),
+            asserted=own,
         )
 
 # %% [markdown]
-# **What to notice.** TODO
+# **What to notice.** In the last layer nothing can happen elsewhere: no attention follows, and an expert changes the tokens that chose it, and
+# no others. In the first layer a good part of the change lies at tokens that had *not* chosen the expert; they looked back at one
+# that had. Who counts an expert's tokens misses them. And the rise is concentrated: a hundredth of the tokens carries more
+# than half of what the typical expert is worth, in the last layer nearly all of it. An expert is for a few places in the text, where a
+# fact or a name is due; at the others it could be anyone.
 #
 # Look at one: the expert of the layer that is worth most, on a line of held-out text.
 
@@ -797,4 +908,11 @@ verdict = check_exercise(settled_share, finds_choices_in_any_place)
 #
 # ## Recap
 #
-# TODO
+# - What a choice goes with best is the word that is due next; domain and type of token say little.
+# - Experts that a domain uses far above chance are mostly busy with something else.
+# - Choices settle late: coarse first layers early, fine ones over the whole run.
+# - Load does not say what an expert is worth; the size of its gates says more.
+# - Taking a domain's specialists away hits that domain most, but not only; and the loss lies at few tokens, some of
+#   which never chose the expert.
+#
+# Chapter 07 asks what the paper says of such experts: are they less redundant?

@@ -326,7 +326,7 @@ def test_a_matrix_averages_runs_and_frames_what_is_a_groups_own():
     chart = charts.effect_matrix(rows)
     panels = chart.to_dict()["hconcat"]
     for panel, scale in zip(panels, (1.0, -1.0), strict=True):
-        (cells,) = all_values(panel["layer"][0])
+        (cells,) = all_values(panel)
         assert {(cell["without"], cell["on"]): cell["value"] for cell in cells} == {
             ("x", "x"): 4 * scale, ("x", "y"): scale, ("y", "x"): scale, ("y", "y"): 4 * scale
         }  # fmt: skip

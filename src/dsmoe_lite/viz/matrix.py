@@ -11,7 +11,7 @@ from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import CHARACTER, data, gradient, in_order, listed, need_rows, plain
 
 PANELS = 2
-CELL = 58  # px
+CELL, ROW, GAP = 58, 36, 24  # px: a cell at most, a row, and between two panels
 
 
 def effect_matrix(
@@ -41,13 +41,17 @@ def effect_matrix(
             f"Heat map of {value_title}, {len(gone)} groups of experts gone by {len(hit)} hit. {listed(said)}."
         )
     subtitle = subtitle or "Row: whose experts are gone. Column: on whose tokens. Framed: their own."
+    labels = int(max(map(len, gone)) * 12 * CHARACTER) + 8
+    room = theme.MAX_WIDTH - 80 - labels - GAP * (len(models) - 1)
+    cell = min(CELL, room // (len(models) * len(hit)))
     panels = [
-        _panel(cells[model], gone, hit, high, value_title, named=model == models[0]).properties(
-            title=alt.TitleParams(model, fontSize=12.5, offset=6, frame="group")
+        _panel(cells[model], gone, hit, high, value_title, labels if model == models[0] else 0).properties(
+            width=cell * len(hit), height=ROW * len(gone),
+            title=alt.TitleParams(model, fontSize=12.5, offset=6, frame="group"),
         )
         for model in models
-    ]
-    both = alt.hconcat(*panels, spacing=24).resolve_scale(color="shared")
+    ]  # fmt: skip
+    both = alt.hconcat(*panels, spacing=GAP).resolve_scale(color="shared")
     return theme.finish(both, title, subtitle, description)
 
 
@@ -59,12 +63,12 @@ def _cells(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _panel(
-    cells: list[dict[str, Any]], gone: list[str], hit: list[str], high: float, value_title: str, *, named: bool
+    cells: list[dict[str, Any]], gone: list[str], hit: list[str], high: float, value_title: str, labels: int
 ) -> Any:
-    extent = int(max(map(len, gone)) * 12 * CHARACTER) + 8 if named else 0
+    """`labels`: px for the names of the rows, 0 without them."""
     x = alt.X("on:N", sort=hit, title="loss on", axis=alt.Axis(orient="top", labelAngle=0, labelFontSize=11))
-    y = alt.Y("without:N", sort=gone, title="without the experts of" if named else None,
-              axis=alt.Axis(labels=named, minExtent=extent, labelColor=theme.LIGHT["ink"]))  # fmt: skip
+    y = alt.Y("without:N", sort=gone, title="without the experts of" if labels else None,
+              axis=alt.Axis(labels=labels > 0, minExtent=labels, labelColor=theme.LIGHT["ink"]))  # fmt: skip
     color = alt.Color("value:Q", scale=theme.ramp((0.0, high)), legend=gradient(value_title))
     on_cell = alt.condition(f"datum.value > {theme.DEEP_FROM * high:.4g}", alt.value(theme.LIGHT["on_deep"]),
                             alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
@@ -76,4 +80,4 @@ def _panel(
         filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2
     )
     numbers = base.mark_text(fontSize=11.5).encode(text=alt.Text("value:Q", format="+.2f"), color=on_cell)
-    return alt.layer(boxes, own, numbers).properties(width=CELL * len(hit), height=0.62 * CELL * len(gone))
+    return alt.layer(boxes, own, numbers)
