@@ -323,6 +323,8 @@ def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
         ({"model": written["model"] | {"n_layers": 3}}, "model.n_layers = 3: this run has 2"),
         ({"train": written["train"] | {"lr": 0.5}}, "train.lr = 0.5: this run has 0.003"),
         ({"first_document": 0}, "first_document = 0: this run has 200"),
+        ({"masked": {"0.25": {}}}, "masked = ['0.25']: this run has []"),
+        ({"active": {"1": {}}}, "active = ['1']: this run has []"),
         ({"corpus": {"config": written["corpus"]["config"] | {"n_values": 4}}}, "corpus.n_values = 4"),
         ({"model": None}, "model = None: is missing"),
     ):

@@ -1,10 +1,18 @@
 """The protocol's page says what the code does: every try, every family, every comparison."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from statistics import stdev
+from typing import Any
 
 from dsmoe_lite import ledger, paths
+from dsmoe_lite.config import from_dict
+from dsmoe_lite.errors import InputError
 from dsmoe_lite.experiments import GRIDS, grid, records
+from dsmoe_lite.job import Job
 from dsmoe_lite.protocol import CPU, FAMILIES, MODELS, VERSION
+from dsmoe_lite.stats import seeds_needed
+from dsmoe_lite.train import TrainConfig
 
 PAGE = (paths.NOTEBOOKS / "07_protocol.md").read_text(encoding="utf-8")
 
@@ -63,3 +71,33 @@ def test_the_grid_is_what_the_page_says() -> None:
     assert plan.jobs == CPU.jobs()
     assert f"Seeds 0 to {plan.seeds[-1]}" in PAGE
     assert plan.seeds == tuple(range(len(plan.seeds)))
+
+
+def test_the_number_of_seeds_follows_from_the_pilot() -> None:
+    text = " ".join(PAGE.split())
+    runs = [record for name in GRIDS if name.startswith("pilot-") for record in records(name)]
+
+    def chosen(model: str) -> dict[int, float]:
+        """Held-out loss by seed of the runs that are the tier's own, but for the seed."""
+        job = CPU.jobs()[model]
+        return {r["seed"]: r["heldout_loss"] for r in runs if _is_of(job.seeded(r["seed"], 200), r)}
+
+    dense, gshard, ours = (chosen(model) for model in ("dense", "gshard", "deepseekmoe"))
+    differences = [ours[seed] - gshard[seed] for seed in sorted(gshard)]
+    assert sorted(gshard) == [100, 101, 102, 103, 104]
+    assert ", ".join(f"{d:+.3f}" for d in differences[:-1]) + f" and {differences[-1]:+.3f}" in text
+    assert f"standard deviation {stdev(differences):.4f}." in text
+    assert seeds_needed(stdev(differences), 0.012) == len(grid("paper").seeds) == 10
+    lead = dense[100] - gshard[100]
+    assert f"lead of {lead:.3f} here DeepSeekMoE's would be {lead * 0.059 / 0.193:.3f}." in text
+
+
+def _is_of(job: Job, record: dict[str, Any]) -> bool:
+    """Whether a record is of this run, but for what the pilot kept less of and for where it began to read."""
+    every = from_dict(TrainConfig, record["train"]).routing_every
+    same = replace(job, first_document=record["first_document"], train=replace(job.train, routing_every=every))
+    try:
+        replace(same, masked=(), active=()).check_record({**record, "masked": {}, "active": {}})
+    except InputError:
+        return False
+    return True

@@ -103,6 +103,8 @@ class Job:
                 settings["train"] = {name: settings["train"][name] for name in ("steps", "seed")}
         else:
             found["train"] = to_dict(from_dict(TrainConfig, found["train"]))
+        found |= {name: sorted(record.get(name, {})) for name in ("masked", "active")}
+        wanted |= {"masked": sorted(map(str, self.masked)), "active": sorted(map(str, self.active))}
         if self.corpus.kind == "world":
             found["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
             wanted["corpus"] = to_dict(self.corpus.world)
