@@ -663,7 +663,7 @@ for name, interval in {"GShard": (0.5, 0.65), "DeepSeekMoE": (0.75, 0.95)}.items
 # first DeepSeekMoE loses more, as in the paper; at a quarter the two have met. So this test does not say whose experts are less
 # redundant here. The forbidden weights are the same. But the first step takes from GShard one of the two experts that a token
 # wanted, and from DeepSeekMoE four of its seven; its shared expert stays. And it is one trained model of each
-# kind, so that no interval can be given. Chapter 08 repeats it with more seeds.
+# kind, so that no interval can be given. Chapter 07 repeats it with more seeds.
 #
 # ## How many active experts are enough?
 #

@@ -131,7 +131,7 @@ Seen = namedtuple("Seen", "routings losses guesses")
 
 @torch.no_grad()
 def look(model, tokens):
-    """Run it: a Routing for each MoE layer; loss and likeliest token at each place, (N, S)."""
+    """A Routing for each MoE layer; loss and likeliest token, (N, S)."""
     output = model(tokens[:, :-1].to(device))
     logits, targets = output.logits.float().cpu(), tokens[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
@@ -263,9 +263,8 @@ charts.specialization_against_null(
 # %% tags=["trained"]
 print("settled, of at most (by chance)")
 for row in rows:
-    print(
-        f"  layer {row['layer']}, {row['what']:25} {row['value']:.2f} of {row['most']:.2f} ({row['null']:.2f})"
-    )
+    print(f"  layer {row['layer']}, {row['what']:25} {row['value']:.2f}", end=" ")
+    print(f"of {row['most']:.2f} ({row['null']:.2f})")
 
 # %% tags=["trained"]
 settles = {(row["what"], row["layer"]): row for row in rows}
@@ -293,7 +292,7 @@ for name, found in seen.items():
 
 # %% [markdown]
 # **What to notice.** Domain and type of token settle little of the choice, but there is little in them: the domain could settle at
-# most what stands behind *of*, and does settle a quarter to a half of that. Single words settle most. And the word that goes with the choice
+# most what stands behind *of*, and settles between a quarter and three fifths of that. Single words settle most. And the word that goes with the choice
 # is less the one that the router stands on than the one that comes *next*, which the router cannot see; and best of all the model's
 # own guess of it, right or wrong. In the first layer the lead is small, in the second it is not. So a choice goes with what the
 # model is about to say. (That is a correlation: the place in the sentence would give it too, as a name is followed by *has*. And labels
@@ -339,7 +338,7 @@ charts.specialization_against_null(
     rows,
     value_title=f"share of tokens of {domain}",
     title=f"Which experts does {domain} use?",
-    subtitle=f"Mark: the router. Bar: {draws} shuffles of its choices, by rows. Layer {layer}.",
+    subtitle=f"Layer {layer}. Mark: the router. Bar: {draws} shuffles of its choices, by rows.",
 )
 
 # %% tags=["trained"]
@@ -390,18 +389,16 @@ charts.coactivation(
 
 # %% tags=["trained"]
 chose = torch.zeros(N * length, E, dtype=torch.bool).scatter_(1, at.topk_ids, True)
-often = (
-    chose.float().mean(dim=0) >= 0.02
-)  # a few tokens make a strong pair of rare experts
+# a few tokens are enough to make a strong pair of rare experts
+often = chose.float().mean(dim=0) >= 0.02
 pairs = (often[:, None] & often[None, :]).triu(1)
 times_chance = together / null * pairs
-print(
-    f"strongest of {pairs.sum()} pairs in any shuffle: {(nulls / null * pairs).max():.1f} times chance"
-)
+highest = (nulls / null * pairs).max()
+print(f"highest of {pairs.sum()} pairs in any shuffle: {highest:.1f} times chance")
 
 
 def commonest(values, names):
-    """Of the tokens that chose both: the value that most have; in brackets, its share of all tokens."""
+    """What most tokens that chose both have (and its share of all tokens)."""
     value = values[both].mode().values
     share, of_all = ((some == value).float().mean() for some in (values[both], values))
     return f"{share:.0%} {names[value]!r} ({of_all:.0%})"
@@ -412,7 +409,7 @@ for pair in times_chance.flatten().topk(6).indices.tolist():
     both = chose[:, i] & chose[:, j]
     print(
         f"  e{i} and e{j}: {times_chance[i, j]:.1f};",
-        f"domain {commonest(domains, corpus.domains)},",
+        f"{commonest(domains, corpus.domains)},",
         f"token {commonest(words, pieces)},",
         f"next {commonest(tokens[:, 1:].flatten(), pieces)}",
     )
@@ -420,7 +417,7 @@ for pair in times_chance.flatten().topk(6).indices.tolist():
 # %% [markdown]
 # **What to notice.** There are teams: the strongest pairs meet three times as often as any pair does in the shuffles. The lines say what the tokens of
 # a team have in common. Four of the six stand where nearly all text stands, in sentences about people, and what sets their tokens apart is a full
-# stop, the end of a document, a few words. The other two stand mostly outside such sentences. So some teams go with a place in the
+# stop, the end of a document, a few words. The other two stand outside such sentences much more often than text does. So some teams go with a place in the
 # sentence, and some with a kind of text.
 #
 # ## When do the choices settle?
@@ -562,7 +559,8 @@ for name, model in models.items():
                 at, gained = without[name, i, number]
                 worth = gained.mean(dim=1)
                 by_run[i] = spearmanr(counted(at)[what], worth).statistic
-            print(f"  {name}, layer {number}  {what:13} {seed_line(by_run)}")
+            where = f"{name}, layer {number}"
+            print(f"  {where:21} {what:13} {seed_line(by_run)}")
             related[name, number, what] = mean(by_run.values())
 
 # %% tags=["trained"]
@@ -679,7 +677,7 @@ for name in models:
         if row["model"] == name
     }
     for d in here:
-        print(f"  {name}, {d:11}", seed_line({i: value[i, d, d] for i in tried}))
+        print(f"  {f'{name}, {d}':24}", seed_line({i: value[i, d, d] for i in tried}))
     cases = [(i, d) for i in tried for d in here]
     by_row = mean(
         value[i, d, d] == max(value[i, d, on] for on in here) for i, d in cases
@@ -694,8 +692,8 @@ print(f"by chance {1 / len(here):.0%} of the cases, run by run and domain by dom
 # %% [markdown]
 # **What to notice.** Looking was right, for DeepSeekMoE: experts that were found by looking at one half of the text are missed on the other half
 # by just the domain that they were found for. Its framed cells are the highest of their row, and of their column, in nearly every
-# case, and above zero in every run. In GShard a framed cell is the highest in more than half of the cases; facts do not miss their own experts
-# at all, and two other domains suffer with arithmetic's, brackets' and code's. An eighth is in both as many experts as
+# case, and above zero in every run. In GShard a framed cell is the highest in more than half of the cases; whether facts miss their
+# own experts these runs do not tell; and where those of sums, brackets or code go, the other two of these suffer too. An eighth is in both as many experts as
 # a token takes, and the same weights. So this is the *hybridity* of chapter 02 from the side of causes: a wide expert
 # does several domains' work, and goes for all of them. Finer experts have less of it, in these runs. They are not clean
 # either: beside the frames there are cells above zero.
@@ -713,7 +711,7 @@ predict("08-few", None)  # a percentage
 
 
 def elsewhere(at, gained):
-    """For each expert, the share of all change in loss at tokens that had not chosen it."""
+    """By expert: share of all change in loss at tokens that did not choose it."""
     chose = torch.zeros(gained.shape[1], at.n_experts, dtype=torch.bool)
     chose.scatter_(1, at.topk_ids, True)
     change = gained.abs()
@@ -721,7 +719,7 @@ def elsewhere(at, gained):
 
 
 def of_the_most_hit(gained):
-    """For each expert, the share of all rises that the hundredth of the tokens with the largest has."""
+    """By expert: share of all rises at the hundredth of the tokens hit most."""
     rises = gained.clamp(min=0).sort(dim=1, descending=True).values
     most = rises[:, : rises.shape[1] // 100].sum(dim=1)
     return most / rises.sum(dim=1).clamp(min=1e-9)
@@ -735,9 +733,8 @@ for name, model in models.items():
         away = torch.cat([elsewhere(at, gained) for at, gained in pairs])
         most = torch.cat([of_the_most_hit(gained) for _, gained in pairs])
         where = f"{name}, layer {number}"
-        print(
-            f"{where}: of the change {away.median():.0%} elsewhere, highest {away.max():.0%}"
-        )
+        of_change = f"{away.median():.0%}, at most {away.max():.0%}"
+        print(f"{where}: of the change in loss elsewhere {of_change}")
         if number == 0:
             claim(f"{where}: change elsewhere", away.median(), (0.1, 0.5), asserted=own)
         claim(
@@ -869,7 +866,7 @@ def finds_choices_in_any_place(settled_share):
         ([[0, 1], [2, 3], [4, 5], [6, 7]], 1.0),
         ([[1, 0], [3, 2], [5, 4], [7, 6]], 1.0),
         ([[2, 3], [4, 5], [6, 7], [0, 1]], 0.0),
-        ([[1, 9], [9, 2], [8, 9], [7, 6]], 4 / 8),
+        ([[1, 9], [9, 3], [8, 9], [7, 6]], 4 / 8),
     ):
         got = float(settled_share(torch.tensor(then), final.clone()))
         assert abs(got - right) < 1e-6, (

@@ -42,6 +42,15 @@ FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
         {"method": "sequence", "bias_speed": 0.03},
     ],
     "06": [{"seed": 2, "latent": 8}, {"n_kv_heads": 4, "window": 1, "latent": 4}, {"window": 64, "latent": 128}],
+    "08": [
+        {"run": 3, "layer": 1, "domain": "brackets"},
+        {"checkpoint": str(paths.DATA / "models" / "world-deepseekmoe.safetensors")},
+        {
+            "checkpoint": str(paths.DATA / "models" / "paper-gshard-seed1.safetensors"),
+            "text_folder": str(paths.NOTEBOOKS),
+            "domain": "text",
+        },
+    ],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
 
