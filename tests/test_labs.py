@@ -384,6 +384,10 @@ def test_course_prints_times_and_ends_1_on_a_failure(course, capsys):
     assert row["chapter"] == "03_small"
     assert row["CPU s"] > 0
     assert row["wall s"] > 0
+    assert exit_status("course", "3", "--profile", "smoke", "--json") == 0
+    assert [row["chapter"] for row in json.loads(capsys.readouterr().out)] == ["03_small"]
+    assert exit_status("course", "nonesuch") == EXIT_INPUT
+    assert "no chapter nonesuch" in capsys.readouterr().err
     course.write("\n# %%\n1 / 0\n")
     assert exit_status("course", "--profile", "smoke") == EXIT_FAILURE
     printed = capsys.readouterr()

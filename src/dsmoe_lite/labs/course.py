@@ -2,12 +2,13 @@
 
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.labs.order import chapters
+from dsmoe_lite.labs.order import chapters, find_chapter
 from dsmoe_lite.labs.parameters import find, parse_value
 from dsmoe_lite.labs.run import chapter_schema, run_chapter
 from dsmoe_lite.progress import progress
@@ -23,11 +24,10 @@ class Outcome:
     failure: str = ""
 
 
-def run_course(profile: str, out: Path | None = None) -> list[Outcome]:
-    """Run every chapter of book.yml in order with `profile`; a failure does not stop the rest."""
-    return [
-        _run(chapter, profile, out) for chapter in progress(chapters(), desc="course", unit="chapter", disable=None)
-    ]
+def run_course(profile: str, names: Sequence[str] = (), out: Path | None = None) -> list[Outcome]:
+    """Run chapters in order with `profile`, every one of book.yml or those named; a failure does not stop the rest."""
+    wanted = [find_chapter(name) for name in names] or chapters()
+    return [_run(chapter, profile, out) for chapter in progress(wanted, desc="course", unit="chapter", disable=None)]
 
 
 def machine() -> str:
