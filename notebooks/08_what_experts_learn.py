@@ -185,8 +185,9 @@ def settled(first, a, n_experts):
     table = torch.zeros(int(a.max()) + 1, n_experts, dtype=torch.double)
     for label, e in zip(a.tolist(), first.tolist(), strict=True):
         table[label, e] += 1
+    of_choice = entropy(table.sum(dim=0))
     given_label = entropy(table) - entropy(table.sum(dim=1))  # H(e | a)
-    return 1 - given_label / entropy(table.sum(dim=0))
+    return 1 - given_label / of_choice if of_choice else 0.0
 
 
 words = tokens[:, :-1].flatten()
@@ -242,7 +243,7 @@ for name, found in seen.items():
                     "what": f"{name}: {what}",
                     "layer": number,
                     "value": share(first),
-                    "most": min(1.0, of_label / of_choice),
+                    "most": min(1.0, of_label / max(of_choice, 1e-9)),
                     "null": chance.median(),
                     "null_low": chance.min(),
                     "null_high": chance.max(),
@@ -282,7 +283,7 @@ for name, found in seen.items():
             asserted=own,
         )
     row = settles[f"{name}: domain", last]
-    of_most = row["value"] / row["most"]
+    of_most = row["value"] / max(row["most"], 1e-9)
     claim(
         f"{name}, layer {last}: domain, of what it could",
         of_most,
