@@ -503,8 +503,8 @@ if not checkpoint and run == 0:
 # ## What is an expert worth?
 #
 # So far we looked. Now each routed expert is switched off, one at a time; its tokens take the next best expert. The rise in
-# loss, mean over all tokens, is what it was *worth* to the model. This is done in all five runs, and every sentence below is about
-# all of them.
+# loss, mean over all tokens, is what it was *worth* to the model. This is done in all five runs; the picture shows one of them, the numbers are of
+# all.
 #
 # Three things can be counted of an expert without touching the model: its load, the mean of its gates (of the tokens that
 # chose it), and the sum of its gates, which is both together.
@@ -695,7 +695,7 @@ print(f"by chance {1 / len(here):.0%} of the cases, run by run and domain by dom
 # by just the domain that they were found for. Its framed cells are the highest of their row, and of their column, in nearly every
 # case, and above zero in every run. In GShard a framed cell is the highest in more than half of the cases; whether facts miss their
 # own experts these runs do not tell; and where those of sums, brackets or code go, the other two of these suffer too. An eighth is in both as many experts as
-# a token takes, and the same weights. So this is the *hybridity* of chapter 02 from the side of causes: a wide expert
+# a token takes, and nearly the same weights. So this is the *hybridity* of chapter 02 from the side of causes: a wide expert
 # does several domains' work, and goes for all of them. Finer experts have less of it, in these runs. They are not clean
 # either: beside the frames there are cells above zero.
 #
