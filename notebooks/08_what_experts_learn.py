@@ -699,6 +699,9 @@ print(f"by chance {1 / len(here):.0%} of the cases, run by run and domain by dom
 # does several domains' work, and goes for all of them. Finer experts have less of it, in these runs. They are not clean
 # either: beside the frames there are cells above zero.
 #
+# One warning. How specialists are picked, and what their absence is compared with, was changed three times while this
+# chapter was written, after the first runs had been seen. So this is an exploration, and no test that was fixed before.
+#
 # ## Where does an expert's absence hurt?
 #
 # A mean over thousands of tokens hides where they lose. Two questions to the numbers that we have. Of all change in loss, up or

@@ -7,7 +7,6 @@ from urllib.parse import urlsplit
 
 import book_fixture
 import pytest
-import yaml
 
 from dsmoe_lite import paths
 from dsmoe_lite.book.build import build
@@ -27,12 +26,7 @@ def small(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def course(tmp_path_factory):
-    """The course's own book, once its chapters are there."""
-    book = yaml.safe_load((paths.REPOSITORY / "book.yml").read_text(encoding="utf-8"))["toc"]
-    pages = [book["root"], *(entry["file"] for entry in book["chapters"])]
-    chapters = [page for page in pages if page.rpartition("/")[2][0].isdigit()]
-    if not any((paths.REPOSITORY / f"{page}.ipynb").exists() for page in chapters):
-        pytest.skip("no chapter is written yet")
+    """The course's own book."""
     root = tmp_path_factory.mktemp("course book")
     return build(paths.REPOSITORY / "book.yml", root / "book").parent
 

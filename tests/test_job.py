@@ -238,7 +238,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kill is POSIX")
 def test_the_workers_of_a_killed_experiment_end_too(tmp_path: Path) -> None:
     script, deadline = tmp_path / "endless.py", time.monotonic() + 90
     script.write_text(ENDLESS, encoding="utf-8")
