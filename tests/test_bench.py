@@ -3,18 +3,20 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from dsmoe_lite.accounting import training_flops
 from dsmoe_lite.bench import layer, ratios
 from dsmoe_lite.bench import train as train_bench
 from dsmoe_lite.bench.contenders import dense_ffn, moe_layer, routed_experts, transformers_experts
 from dsmoe_lite.bench.layer import SIZES
 from dsmoe_lite.bench.memory import peak_bytes
 from dsmoe_lite.bench.recorded import max_violation, skewed_ids, uniform_ids, zipf_ids
-from dsmoe_lite.bench.train import MODELS, _llama, bench_train
+from dsmoe_lite.bench.train import LLAMA, PLACES, Place, _llama, bench_train
 from dsmoe_lite.cli import main
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers.experts import Experts
@@ -210,6 +212,25 @@ def test_train_bench_stands_on_a_llama_of_the_same_size() -> None:
     before = ours.head.weight.clone()
     train_bench.training_step(ours, torch.randint(0, 1024, (2, 9)))()
     assert not torch.equal(ours.head.weight, before)  # the optimizer's step is in what is timed
-    rows = bench_train(1, batch_size=2, seq_len=8)
-    assert [row["what"] for row in rows] == ["transformers Llama, dense", *MODELS]
+    rows = bench_train(1, replace(PLACES["cpu"], batch_size=2, seq_len=8))
+    assert [row["what"] for row in rows] == [LLAMA, *PLACES["cpu"].models]
     assert rows[0]["speed ratio"] == 1
+
+
+def test_the_share_of_a_matmul_is_of_flops_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, gshard = preset("course-dense"), preset("course-gshard")
+    place = Place({"dense": dense, "gshard": gshard}, batch_size=2, seq_len=8)
+    taken = {LLAMA: 4.0, "dense": 2.0, "gshard": 8.0, "matmul": 0.5}
+
+    def timed(steps: dict[str, Callable[[], None]], rounds: int) -> list[dict[str, object]]:
+        for step in steps.values():
+            step()
+        return [{"what": name, "milliseconds": taken[name], "speed ratio": 4.0 / taken[name]} for name in steps]
+
+    monkeypatch.setattr(train_bench, "compare", timed)
+    product = train_bench.MATMULS * 2 * 16 * dense.d_model * dense.ffn_width / 0.5
+    of_dense, of_gshard = (2 * training_flops(config, 8).total for config in (dense, gshard))
+    shares = {row["what"]: row["of matmul"] for row in bench_train(3, place)}
+    assert shares == pytest.approx(
+        {LLAMA: of_dense / 4 / product, "dense": of_dense / 2 / product, "gshard": of_gshard / 8 / product}
+    )

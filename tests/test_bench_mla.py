@@ -236,14 +236,17 @@ def test_bad_input_is_one_line(arguments: str, said: str, small: Path, capsys: p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> None:
-    assert dsmoe("bench", "mla", "--device", "cuda") == 2
-    assert "torch finds no GPU here" in capsys.readouterr().err
+    for what in ("mla", "train"):
+        assert dsmoe("bench", what, "--device", "cuda") == 2
+        assert "torch finds no GPU here" in capsys.readouterr().err
 
 
 def test_options_of_mla_are_for_mla(capsys: pytest.CaptureFixture) -> None:
-    for option in (("--contexts", "4,6"), ("--device", "cpu"), ("--record",)):
+    for option in (("--contexts", "4,6"), ("--record",)):
         assert dsmoe("bench", "train", *option) == 2
         assert f"{option[0]}: is for `mla`, not for `train`" in capsys.readouterr().err
+    assert dsmoe("bench", "layer", "--device", "cpu") == 2
+    assert "--device: is for `train` and `mla`, not for `layer`" in capsys.readouterr().err
 
 
 def test_functions_refuse_too_few_rounds() -> None:

@@ -181,12 +181,29 @@ def test_what_is_missing_is_named_seed_by_seed(small: Path, capsys: pytest.Captu
     assert records("small") == [{"model_name": "course-gshard", "seed": 0, "x": 1}]
     planned(["--plan", "--json"])
     assert json.loads(capsys.readouterr().out)[0] == {"model": "course-dense", "seed": 0}
+    planned(["--plan", "--json", "--models", "course-gshard"])
+    assert json.loads(capsys.readouterr().out) == [{"model": "course-gshard", "seed": 1}]
+    with pytest.raises(InputError, match="model = 'gshrad': must be one of course-dense, course-gshard"):
+        missing("small", ["course-dense", "gshrad"])
     for pair in everything:
         record(*pair)
     planned(["--plan", "--json"])
     assert json.loads(capsys.readouterr().out) == []
     planned([])
     assert capsys.readouterr().out == "small: every run is recorded.\n"
+
+
+def test_a_profile_asks_for_the_tier_of_that_name() -> None:
+    assert [experiments.in_profile("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
+    with pytest.raises(InputError, match="profile = 'gpu': neighbours has no tier for it; paper has"):
+        experiments.in_profile("neighbours", "gpu")
+
+
+def test_only_the_named_models_are_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    done = run_missing("small", 1, lambda job: {"x": 1}, models=["course-gshard"])
+    assert sorted(done) == [("course-gshard", 0), ("course-gshard", 1)]
+    assert missing("small") == [("course-dense", 0), ("course-dense", 1)]
 
 
 def planned(options: list[str]) -> None:

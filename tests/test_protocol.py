@@ -8,8 +8,9 @@ import pytest
 
 from dsmoe_lite import accounting, pilot
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.job import Job
 from dsmoe_lite.pilot import FACTS
-from dsmoe_lite.protocol import FAMILIES, MODELS
+from dsmoe_lite.protocol import CPU, FAMILIES, GPU, MODELS
 
 TIER = pilot._tier(16)
 LADDER = ("gshard", "0+2-of-16", "1+1-of-15", "1+3-of-31", "deepseekmoe", "0+8-of-64", "2+6-of-62", "4+4-of-60")
@@ -104,3 +105,24 @@ def test_figures_4_and_5_are_asked_of_the_models_that_they_compare() -> None:
     jobs = TIER.jobs()
     assert {name for name, job in jobs.items() if job.masked} == {"gshard", "gshard-x1.5", "deepseekmoe"}
     assert {name for name, job in jobs.items() if job.active} == {"deepseekmoe"}
+
+
+def test_the_larger_tier_is_the_smaller_one_enlarged() -> None:
+    small, large = CPU.jobs(), GPU.jobs()
+    assert {job.device for job in small.values()} == {"cpu"}, "fp32, whatever the machine has"
+    assert {job.device for job in large.values()} == {"cuda"}
+
+    def facts(job: Job) -> int:
+        return job.corpus.world.n_entities * job.corpus.world.n_relations
+
+    def weights(job: Job) -> int:
+        return accounting.parameters(job.model).ffn.total
+
+    def tokens(job: Job) -> int:
+        return job.train.steps * job.train.batch_size * job.train.seq_len
+
+    for name, job in small.items():
+        assert facts(large[name]) / facts(job) == 16
+        assert weights(large[name]) / weights(job) == pytest.approx(16, rel=0.02), "whole channels"
+        assert tokens(large[name]) / tokens(job) == 16
+        assert large[name].train.lr == job.train.lr * job.model.d_model / large[name].model.d_model

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from dsmoe_lite import pilot, protocol
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
-from dsmoe_lite.errors import DivergedError, InputError, RunError, require, require_whole
+from dsmoe_lite.errors import DivergedError, InputError, RunError, require, require_choice, require_whole
 from dsmoe_lite.files import write_json
 from dsmoe_lite.job import CorpusConfig, Job
 from dsmoe_lite.needle import NeedleJob
@@ -143,8 +143,9 @@ GRIDS = {
     "pilot-finalists": Grid(pilot.FINALISTS, pilot.SEEDS[1:3], n_streams=200),
     "pilot-normalised": Grid(pilot.NORMALISED, pilot.SEEDS[:3], n_streams=200),
     "pilot-last": Grid(pilot.LAST, pilot.SEEDS[3:], n_streams=200),
-    # Chapter 07, by its protocol.
+    # Chapter 07, by its protocol; then the same in its larger tier.
     "paper": Grid(protocol.CPU.jobs(), tuple(range(10)), n_streams=200, protocol=protocol.VERSION),
+    "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
 
 
@@ -156,15 +157,29 @@ def grid(name: str) -> Grid:
     raise InputError(f"experiment = {name!r}: there is none; try {', '.join(close)}")
 
 
+def in_profile(name: str, profile: str) -> str:
+    """The grid that a profile, cpu or gpu, asks for under that name; raises InputError where it has no such tier."""
+    if profile == "cpu":
+        return name
+    larger = [grid.removesuffix("-gpu") for grid in GRIDS if grid.endswith("-gpu")]
+    require(name in larger, "profile", profile, f"{name} has no tier for it; {', '.join(larger)} has")
+    return f"{name}-gpu"
+
+
 def record_path(name: str, model: str, seed: int) -> Path:
     """Where the record of one run lies."""
     return DATA / "runs" / name / f"{model}-seed{seed}.json"
 
 
-def missing(name: str) -> list[tuple[str, int]]:
-    """The (name, seed) pairs of a grid that have no record yet, seed by seed."""
+def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
+    """The (model, seed) pairs of a grid that have no record yet, seed by seed; of `models` only, where some are named.
+
+    InputError for a model that the grid has not.
+    """
     plan = grid(name)
-    pairs = ((name, seed) for seed in plan.seeds for name in plan.jobs)
+    for model in models:
+        require_choice("model", model, plan.jobs)
+    pairs = ((model, seed) for seed in plan.seeds for model in plan.jobs if model in (models or plan.jobs))
     return [pair for pair in pairs if not record_path(name, *pair).is_file()]
 
 
@@ -206,10 +221,12 @@ def run_one(job: Runnable) -> dict[str, Any]:
         return {"diverged": str(error), "provenance": provenance()}
 
 
-def run_missing(name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one) -> Iterator[tuple[str, int]]:
+def run_missing(
+    name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one, models: Collection[str] = ()
+) -> Iterator[tuple[str, int]]:
     """Run what is missing in processes of one thread each; yield each pair as its record is written."""
     require_whole("processes", processes, 1)
-    todo, plan = missing(name), grid(name)
+    todo, plan = missing(name, models), grid(name)
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool,
         progress(total=len(todo), desc=name, unit="run") as bar,

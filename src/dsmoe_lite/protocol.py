@@ -84,6 +84,7 @@ class Tier:
     balance: float  # weight of the expert-level loss, DeepSeekMoE Eq 12
     gates: Mapping[str, str] = field(default_factory=dict)  # of families
     lr: Mapping[str, float] = field(default_factory=dict)  # of families that have one of their own
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for family in (*self.gates, *self.lr):
@@ -97,7 +98,7 @@ class Tier:
         model, family = self.shrink(MODELS[name], self.gates.get(FAMILIES[name], "printed")), FAMILIES[name]
         balance = {"expert": self.balance} if model.moe and model.moe.scoring_func != "hash" else {}
         train = replace(self.train, balance=balance, lr=self.lr.get(family, self.train.lr))
-        return Job(model, train, self.corpus, self.vocab_size)
+        return Job(model, train, self.corpus, self.vocab_size, device=self.device)
 
     def jobs(self) -> dict[str, Job]:
         """The runs of all MODELS, with what Figures 4 and 5 ask of a trained model.
@@ -130,9 +131,11 @@ class Tier:
         return round(printed * self.dense.ffn_width / STANDARD)
 
 
-def world(n_entities: int, n_relations: int) -> WorldConfig:
+def world(n_entities: int, n_relations: int, n_names: int = 32) -> WorldConfig:
     """People whose relations share eight lists of 32 values: every word is one token, and text never comes twice."""
     return WorldConfig(
+        n_first=n_names,
+        n_last=n_names,
         n_entities=n_entities,
         n_control=32,
         n_relations=n_relations,
@@ -151,4 +154,17 @@ CPU = Tier(
     balance=0.001,
     gates={"deepseekmoe": "softmax x m"},
     lr={"hash": 0.04},
+)
+
+# Sixteen times the facts, the expert weights and the tokens. No try was made at this size: rates are the CPU tier's
+# over the ratio of the widths, as matrices want it under AdamW (muP, arXiv:2203.03466).
+GPU = Tier(
+    ModelConfig(1024, 128, 2, AttentionConfig(4, 32), 128, max_seq_len=256),
+    TrainConfig(2400, batch_size=128, seq_len=128, lr=CPU.train.lr / 4, routing_every=100),
+    CorpusConfig(world=world(8192, 8, n_names=128)),
+    1024,
+    balance=CPU.balance,
+    gates=CPU.gates,
+    lr={family: lr / 4 for family, lr in CPU.lr.items()},
+    device="cuda",
 )

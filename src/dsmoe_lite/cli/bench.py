@@ -19,26 +19,32 @@ from dsmoe_lite.errors import InputError
 @click.option("--rounds", type=click.IntRange(3, 10_000), help="Turns to take medians over.  [default: 30; mla: 12]")
 @click.option("--profile", is_flag=True, help="layer: print where the time goes, by torch operation.")
 @click.option("--contexts", metavar="N,N,...", help="mla: tokens to look back at.  [default: 1024,2048,4096,8192]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="mla: where to measure.  [default: cpu]")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="train, mla: where to measure.  [default: cpu]"
+)
 @click.option("--record", is_flag=True, help="mla: also write data/runs/bench-mla-DEVICE.json.")
 @json_option
 def command(what: str, rounds: int | None, as_json: bool, **options: Any) -> None:
     """Print a row for each contender."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints a line whenever it starts or stops
-    meant_for = {"profile": "layer", "contexts": "mla", "device": "mla", "record": "mla"}
+    meant_for = {"profile": ["layer"], "contexts": ["mla"], "device": ["train", "mla"], "record": ["mla"]}
     for name, only in meant_for.items():
-        if options[name] and what != only:
-            raise InputError(f"--{name}: is for `{only}`, not for `{what}`")
+        if options[name] and what not in only:
+            raise InputError(f"--{name}: is for `{'` and `'.join(only)}`, not for `{what}`")
     measure: dict[str, Callable[..., None]] = {"layer": _layer, "train": _train, "mla": _mla}
-    measure[what](rounds, as_json, **{name: options[name] for name, only in meant_for.items() if what == only})
+    measure[what](rounds, as_json, **{name: options[name] for name, only in meant_for.items() if what in only})
 
 
-def _train(rounds: int | None, as_json: bool) -> None:
-    from dsmoe_lite.bench.train import bench_train
+def _train(rounds: int | None, as_json: bool, device: str | None) -> None:
+    from dsmoe_lite.bench.train import PLACES, bench_train
+    from dsmoe_lite.job import usable_device
 
-    rounds = rounds or 30
-    title = f"dsmoe bench train: medians of {rounds} turns, ratios to the first row, {_threads()}"
-    print_rows(bench_train(rounds), as_json=as_json, title=title)
+    rounds, place = rounds or 30, PLACES[usable_device(device or "cpu")]
+    title = (
+        f"dsmoe bench train: medians of {rounds} turns, speed ratio to the first row, FLOPs a second as a share of a "
+        f"matmul of the dense FFN's shape; {place.device}, {_threads()}"
+    )
+    print_rows(bench_train(rounds, place), as_json=as_json, title=title)
 
 
 def _layer(rounds: int | None, as_json: bool, profile: bool) -> None:
