@@ -161,6 +161,13 @@ RATIOS = [
     {"what": "grouped", "against": "loop over experts", "ratio": 0.61, "low": 0.55, "high": 0.7},
     {"what": "this layer", "against": "transformers' layer", "ratio": 0.97, "low": 0.93, "high": 1.01, "goal": 1.0},
 ]  # fmt: skip
+TRENDS = [
+    {"what": "a - b", "figure": "Table 1", "mean": -0.0225, "low": -0.042, "high": -0.003, "verdict": "holds"},
+    {"what": "a - c", "figure": "Table 1", "mean": -0.01, "low": -0.019, "high": -0.001, "verdict": "leans"},
+    {"what": "a - d", "figure": "Table 2", "mean": 0.001, "low": -0.013, "high": 0.015, "verdict": "inconclusive",
+     "limits": [0.012]},
+    {"what": "a - b", "figure": "Figure 4", "mean": 1.74, "low": 1.43, "high": 2.05, "verdict": "reversed"},
+]  # fmt: skip
 POINTS = [
     {"name": "experts, 1 token", "intensity": 1, "flops": 1.9e12},
     {"name": "experts, 64 tokens", "intensity": 8},
@@ -257,6 +264,7 @@ def every_chart() -> dict[str, Any]:
         "loss_against_active": charts.loss_against_active(
             loss_rows("active", [1, 2, 3, 4, 5, 6, 7], 2, 3), reference={"GShard top-2": 2.808, "dense": 3.2}
         ),
+        "trend_intervals": charts.trend_intervals(TRENDS),
         "ratio_bars": charts.ratio_bars(RATIOS),
         "ratio_bars, wide": charts.ratio_bars([{**row, "ratio": 9.5, "high": 12} for row in RATIOS[:1]] + RATIOS[1:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),

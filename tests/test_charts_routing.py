@@ -154,6 +154,29 @@ def test_ratios_are_written_out_beside_one_and_their_goal():
     assert values(spec["layer"][0], "ratio") == [{"ratio": 1.0}]
 
 
+def test_trends_are_written_out_beside_zero_their_margins_and_their_verdicts():
+    chart = charts.trend_intervals(chart_samples.TRENDS)
+    spec = chart.to_dict()
+    rows = values(spec, "low")
+    for row, given in zip(rows, chart_samples.TRENDS, strict=True):
+        assert (row["low"], row["mean"], row["high"]) == (given["low"], given["mean"], given["high"])
+        assert row["text"].startswith(f"{given['verdict']}, {given['mean']:+.3f} ({given['low']:+.3f} to")
+        assert row["full"] == (given["verdict"] in ("holds", "reversed"))
+        assert row["text"] in spec["description"]
+    assert [row["limit"] for row in values(spec["layer"][-1], "limit")] == [0.012]
+    low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
+    assert low < -0.042 < 2.05 < high
+    holds = chart_samples.TRENDS[0]
+    for change, says in (
+        ({"verdict": "true"}, "verdict = 'true': must be one of holds"),
+        ({"low": 0.5}, "low = 0.5, mean = -0.0225"),
+    ):
+        with pytest.raises(InputError, match=says):
+            charts.trend_intervals([{**holds, **change}])
+    with pytest.raises(InputError, match="the same 'what' and 'figure'"):
+        charts.trend_intervals([holds, holds])
+
+
 @pytest.mark.parametrize(("high", "kind"), [(1.4, None), (9.0, "log")])
 def test_the_ratio_axis_holds_one_and_is_logarithmic_where_it_is_wide(high, kind):
     axis = benchmarks._ratio_axis([1.0, 1.2, high], "t").to_dict()

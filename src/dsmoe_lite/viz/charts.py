@@ -16,6 +16,7 @@ from dsmoe_lite.viz.pairs import coactivation
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
+from dsmoe_lite.viz.trends import trend_intervals
 from dsmoe_lite.viz.worth import worth_scatter
 
 __all__ = [
@@ -46,5 +47,6 @@ __all__ = [
     "specialization_against_null",
     "token_routing",
     "training_curves",
+    "trend_intervals",
     "worth_scatter",
 ]
