@@ -42,6 +42,7 @@ FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
         {"method": "sequence", "bias_speed": 0.03},
     ],
     "06": [{"seed": 2, "latent": 8}, {"n_kv_heads": 4, "window": 1, "latent": 4}, {"window": 64, "latent": 128}],
+    "07": [{"seed": 151, "live": "dense"}, {"seed": 152, "live": "gshard", "live_steps": 60}, {"seed": 0}],
     "08": [
         {"run": 3, "layer": 1, "domain": "brackets"},
         {"checkpoint": str(paths.DATA / "models" / "world-deepseekmoe.safetensors")},

@@ -4,11 +4,13 @@ import ast
 import math
 import re
 from functools import partial
+from itertools import product
 
 import jupytext
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.stats import ttest_1samp
 
 from dsmoe_lite import paths
 from dsmoe_lite.labs import check_exercise
@@ -24,6 +26,17 @@ def joined(routings):
     first = torch.cat([r.topk_ids[:, 0] for r in routings])
     E = scores.shape[1]
     return E * (torch.bincount(first, minlength=E) / len(first) * scores.mean(dim=0)).sum()
+
+
+def of_shares(shares, given, factor=None):
+    E = shares.shape[1]
+    first = torch.bincount(given.argmax(dim=-1), minlength=E) / len(given)
+    return (E if factor is None else factor) * (first * shares.mean(dim=0)).sum()
+
+
+def flips(differences):
+    signs = product((1, -1), repeat=len(differences))
+    return [sum(f * d for f, d in zip(flip, differences, strict=True)) for flip in signs]
 
 
 def count_only_what_is_sent(chosen, second_gate, draw, slots):
@@ -237,6 +250,22 @@ WRONG = {
                 1
             ),
             lambda W_O, W_UV: 2 * torch.einsum("ohv,hvc->ohc", W_O.unflatten(1, (W_UV.shape[0], -1)), W_UV).flatten(1),
+        ],
+    },
+    "07": {
+        "mended_loss": [
+            lambda given, are_logits: of_shares(given.softmax(dim=-1), given),  # as it was
+            lambda given, are_logits: of_shares(given, given),
+            lambda given, are_logits: of_shares(given if are_logits else given.softmax(dim=-1), given),
+            lambda given, are_logits: of_shares(given.softmax(dim=-1) if are_logits else given, given, factor=1),
+            lambda given, are_logits: of_shares(given.softmax(dim=-1) if are_logits else given.log().softmax(0), given),
+        ],
+        "sign_flip_p": [
+            lambda d: sum(s >= sum(d) - 1e-12 for s in flips(d)) / 2 ** len(d),  # one-sided
+            lambda d: sum(abs(s) > abs(sum(d)) + 1e-12 for s in flips(d)) / 2 ** len(d),  # without ties
+            lambda d: (sum(abs(s) >= abs(sum(d)) - 1e-12 for s in flips(d)) - 1) / (2 ** len(d) - 1),  # nor itself
+            lambda d: 1 / 2 ** len(d),
+            lambda d: float(ttest_1samp(d, 0).pvalue) if len(d) > 1 else 1.0,
         ],
     },
     "08": {

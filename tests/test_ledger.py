@@ -225,6 +225,12 @@ def test_the_page_of_the_book_shows_every_claim_once() -> None:
     assert [text.count(f"| {claim.says} <br>") for claim in CLAIMS] == [1] * len(CLAIMS)
 
 
+def test_a_claim_links_to_its_heading() -> None:
+    place = replace(CLAIMS[0], where="07, Tables 2, 8 and 9: how good is it?")
+    assert book_page._link(place) == "[07](07_paper_experiments.ipynb#tables-2-8-and-9-how-good-is-it)"
+    assert book_page._link(replace(place, where="")) == "-"
+
+
 def test_every_metric_reads_some_record() -> None:
     found = [record for name in ("balance", "needle") for record in experiments.records(name)[:1]]
     changed = {"heldout_loss": 2.0}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from dsmoe_lite import accounting
+from dsmoe_lite import accounting, ledger
 from dsmoe_lite.config import from_dict
 from dsmoe_lite.experiments import GRIDS, grid, records
 from dsmoe_lite.labs.recorded import (
@@ -16,6 +16,7 @@ from dsmoe_lite.labs.recorded import (
     metric_rows,
     overtaken_at,
     seed_line,
+    trend_rows,
 )
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.needle import KINDS, NeedleJob
@@ -86,6 +87,31 @@ def test_a_seed_that_one_of_the_two_lacks_is_left_out() -> None:
     half_done = [record for record in MADE_UP if (record["model_name"], record["seed"]) != ("a", 0)]
     assert gaps(half_done, "b", "a", "held-out loss") == {1: 1.0}
     assert {row["seed"] for row in curve_gaps(half_done, {"b": "B"}, baseline="a", window=1)} == {1}
+
+
+def test_rows_of_trends_are_those_of_the_ledger() -> None:
+    claims = [claim for claim in ledger.load() if claim.trend and claim.trend.grid == "balance"]
+    rows = trend_rows(claims, records("balance"))
+    assert len(rows) == len(claims) > 3
+    for claim, row in zip(claims, rows, strict=True):
+        assert claim.ours.startswith(f"{row['mean']:+.4f}, 95% from {row['low']:+.4f} to {row['high']:+.4f},")
+        assert row["verdict"] == claim.verdict
+    assert trend_rows([replace(claims[0], verdict="not tested")], records("balance")) == []
+
+
+@pytest.mark.parametrize(
+    ("id", "what", "figure", "limits"),
+    [
+        ("moe-beats-gshard", "deepseekmoe - gshard", "Table 1: below", []),
+        ("moe-two-shared", "2+6-of-62 - deepseekmoe", "Section 4.4: equal", [-0.012, 0.012]),
+        ("moe-equals-gshard-x1.5", "deepseekmoe - gshard-x1.5", "Table 2: not above 0.012", [0.012]),
+        ("moe-shared-irreplaceable", "deepseekmoe: shared expert swapped", "Section 4.5: above", []),
+    ],
+)
+def test_a_trend_is_named_and_has_its_margin(id: str, what: str, figure: str, limits: list[float]) -> None:
+    claim = replace(ledger.by_id(ledger.load(), id), verdict="holds")
+    (row,) = trend_rows([claim], records("paper"))
+    assert (row["what"], row["figure"], row["limits"]) == (what, figure, limits)
 
 
 def test_a_line_of_seeds() -> None:

@@ -145,7 +145,7 @@ GRIDS = {
     "pilot-last": Grid(pilot.LAST, pilot.SEEDS[3:], n_streams=200),
     # Chapter 07, by its protocol; then the same in its larger tier.
     "paper": Grid(protocol.CPU.jobs(), tuple(range(10)), n_streams=200, protocol=protocol.VERSION),
-    # Not of the protocol, asked when Figure 4 had come out: GShard with the gates of DeepSeekMoE, its best experts masked.
+    # Not of the protocol: GShard with DeepSeekMoE's kind of gates, its best experts masked, asked after Figure 4.
     "paper-gates": Grid(
         {"0+2-of-16": replace(protocol.CPU.job("0+2-of-16"), masked=protocol.MASKED)}, tuple(range(10)), n_streams=200
     ),

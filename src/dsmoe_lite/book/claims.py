@@ -1,5 +1,6 @@
 """The page of the book that shows the ledgers: claims, and equations."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -59,6 +60,11 @@ def _row(claim: Claim, number: str) -> str:
 def _link(claim: Claim) -> str:
     if not claim.where:
         return "-"
-    chapter = claim.where.split(", ")[0]
+    chapter, heading = claim.where.split(", ", 1)
     (notebook,) = NOTEBOOKS.glob(f"{chapter}_*.ipynb")
-    return f"[{chapter}]({notebook.name})"
+    return f"[{chapter}]({notebook.name}#{_anchor(heading)})"
+
+
+def _anchor(heading: str) -> str:
+    """The id that MyST gives a heading, which is GitHub's."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from dsmoe_lite.ledger import Claim, differences
+from dsmoe_lite.stats import paired
 from dsmoe_lite.viz.parts import mean_and_half_width
 
 Records = Sequence[Mapping[str, Any]]
@@ -93,6 +95,34 @@ def active_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, An
         if r["model_name"] in names
         for active, found in {**r["active"], r["model"]["moe"]["top_k"]: r}.items()
     ]
+
+
+def trend_rows(claims: Sequence[Claim], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows {what, figure, mean, low, high, verdict, limits} of claims that are trends, in their order.
+
+    limits: where the margin of "equal" and "not above" ends. Claims that are not tested are left out.
+    """
+    rows = []
+    for claim in claims:
+        trend = claim.trend
+        if trend is None or claim.verdict == "not tested":
+            continue
+        found = paired(list(differences(trend, records).values()))
+        itself = f"{trend.model}: {trend.metric.removeprefix('loss, ')}"
+        sides = {"equal": (-1, 1), "not above": (1,)}.get(trend.expected, ())
+        expected = trend.expected + (f" {trend.margin:g}" if trend.expected == "not above" else "")
+        rows.append(
+            {
+                "what": itself if trend.model == trend.other else f"{trend.model} - {trend.other}",
+                "figure": f"{claim.source.partition(', ')[2]}: {expected}",
+                "mean": found.mean,
+                "low": found.low,
+                "high": found.high,
+                "verdict": claim.verdict,
+                "limits": [side * trend.margin for side in sides],
+            }
+        )
+    return rows
 
 
 def needle_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
