@@ -160,12 +160,18 @@ def test_trends_are_written_out_beside_zero_their_margins_and_their_verdicts():
     rows = values(spec, "low")
     for row, given in zip(rows, chart_samples.TRENDS, strict=True):
         assert (row["low"], row["mean"], row["high"]) == (given["low"], given["mean"], given["high"])
-        assert row["text"].startswith(f"{given['verdict']}, {given['mean']:+.3f} ({given['low']:+.3f} to")
+        assert row["text"] == f"{given['verdict']}, {given['mean']:+.3f} ± {(given['high'] - given['low']) / 2:.3f}"
         assert row["full"] == (given["verdict"] in ("holds", "reversed"))
         assert row["text"] in spec["description"]
     assert [row["limit"] for row in values(spec["layer"][-1], "limit")] == [0.012]
-    low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
-    assert low < -0.042 < 2.05 < high
+    wide, narrow = (
+        charts.trend_intervals(rows).to_dict()["layer"][0]["encoding"]["x"]["scale"]
+        for rows in (chart_samples.TRENDS, chart_samples.TRENDS[:3])
+    )
+    assert wide["type"] == "symlog"
+    assert wide["domain"][0] < -0.042 < 2.05 < wide["domain"][1]
+    assert "type" not in narrow
+    assert narrow["domain"][0] <= -0.042 < 0.015 <= narrow["domain"][1]
     holds = chart_samples.TRENDS[0]
     for change, says in (
         ({"verdict": "true"}, "verdict = 'true': must be one of holds"),

@@ -225,6 +225,19 @@ def test_the_page_of_the_book_shows_every_claim_once() -> None:
     assert [text.count(f"| {claim.says} <br>") for claim in CLAIMS] == [1] * len(CLAIMS)
 
 
+def test_readme_says_what_was_reproduced() -> None:
+    verdicts = [claim.verdict for claim in CLAIMS if claim.trend and claim.trend.grid == "paper"]
+    readme = " ".join((paths.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
+    assert f"{verdicts.count('holds')} of {len(verdicts)} claims hold" in readme
+    assert verdicts.count("inconclusive") == 4
+    assert "for four claims, of shared experts, of the finest cut and of half the active experts" in readme
+    assert [claim.id for claim in CLAIMS if claim.verdict == "reversed" and "Figure 4" in claim.source] != []
+
+
+def test_a_settled_claim_is_not_under_way() -> None:
+    assert [claim.id for claim in CLAIMS if "under way" in claim.why and claim.verdict != "not tested"] == []
+
+
 def test_a_claim_links_to_its_heading() -> None:
     place = replace(CLAIMS[0], where="07, Tables 2, 8 and 9: how good is it?")
     assert book_page._link(place) == "[07](07_paper_experiments.ipynb#tables-2-8-and-9-how-good-is-it)"

@@ -108,12 +108,13 @@ def trend_rows(claims: Sequence[Claim], records: Sequence[dict[str, Any]]) -> li
         if trend is None or claim.verdict == "not tested":
             continue
         found = paired(list(differences(trend, records).values()))
-        itself = f"{trend.model}: {trend.metric.removeprefix('loss, ')}"
+        measured = trend.metric.removeprefix("loss, ").partition(",")[0]
+        model = trend.model if measured == "loss" else f"{trend.model} ({measured})"
         sides = {"equal": (-1, 1), "not above": (1,)}.get(trend.expected, ())
         expected = trend.expected + (f" {trend.margin:g}" if trend.expected == "not above" else "")
         rows.append(
             {
-                "what": itself if trend.model == trend.other else f"{trend.model} - {trend.other}",
+                "what": f"{model} - {'same' if trend.other == trend.model else trend.other}",
                 "figure": f"{claim.source.partition(', ')[2]}: {expected}",
                 "mean": found.mean,
                 "low": found.low,

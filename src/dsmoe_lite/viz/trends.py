@@ -1,6 +1,7 @@
 """Many claims at once: differences between models with their intervals, beside 0, and what they were judged."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,10 +9,11 @@ import altair as alt
 
 from dsmoe_lite.errors import InputError, require_choice
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.parts import CHARACTER, data, in_order, need_rows, plain
+from dsmoe_lite.viz.parts import CHARACTER, data, in_order, need_rows, nice_range, plain
 
 COLORS = {"holds": "line1", "leans": "line3", "inconclusive": "muted", "reversed": "line2"}  # by verdict
-LINEAR = 0.01  # up to here the axis is all but linear, beyond logarithmic
+LINEAR = 0.01  # up to here a wide axis is all but linear, beyond logarithmic
+WIDE = 10.0  # largest end of an interval over the median one from which the axis is wide
 TICKS = [sign * digit * 10.0**power for power in range(-2, 3) for digit in (1, 3) for sign in (-1, 1)]
 TEXT, NAME, ROW = 11.5, 12, 36
 
@@ -19,7 +21,7 @@ TEXT, NAME, ROW = 11.5, 12, 36
 def trend_intervals(
     rows: Sequence[dict[str, Any]],
     *,
-    x_title: str = "first minus second (symmetric log scale)",
+    x_title: str = "first minus second",
     title: str = "Which trends appear?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -43,13 +45,14 @@ def trend_intervals(
     ]
     legend = ["Dot and bar: mean difference and its 95% interval.", "Full dot: significant after correction."]
     subtitle = subtitle or [legend[0], legend[1] + (" Tick: margin." if limits else "")]
-    names = min(max(len(part) for mark in marks for part in mark["name"].split("|")) * NAME * CHARACTER, 250)
+    names = min(max(len(part) for mark in marks for part in mark["name"].split("|")) * NAME * CHARACTER, 280)
     numbers = max(len(mark["text"]) for mark in marks) * TEXT * CHARACTER
-    width = int(max(theme.MAX_WIDTH - 70 - names - numbers, 200))
+    width = int(max(theme.MAX_WIDTH - 70 - names - numbers, 180))
     y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None,
-              axis=alt.Axis(labelExpr="split(datum.label, '|')", labelColor=theme.LIGHT["ink"], labelLimit=250,
+              axis=alt.Axis(labelExpr="split(datum.label, '|')", labelColor=theme.LIGHT["ink"], labelLimit=280,
                             labelLineHeight=14, labelOffset=-7, grid=True))  # fmt: skip
-    x = _axis([value for mark in marks for value in (mark["low"], mark["high"])], x_title)
+    ends = [value for mark in marks for value in (mark["low"], mark["high"])] + [mark["limit"] for mark in limits]
+    x = _axis(ends, x_title)
     colors = alt.Scale(domain=verdicts, range=[theme.LIGHT[COLORS[verdict]] for verdict in verdicts])
     color = alt.Color("verdict:N", scale=colors, legend=None)
     base = alt.Chart(data(marks)).encode(y=y, color=color)
@@ -75,13 +78,18 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
     require_choice("verdict", row["verdict"], COLORS)
     if not -math.inf < low <= mean <= high < math.inf:
         raise InputError(f"rows: {row['what']}: low = {low:g}, mean = {mean:g}, high = {high:g} must rise")
-    text = f"{row['verdict']}, {mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    text = f"{row['verdict']}, {mean:+.3f} ± {(high - low) / 2:.3f}"
     return {"name": f"{row['what']}|{row['figure']}", "mean": mean, "low": low, "high": high, "text": text,
             "verdict": row["verdict"], "full": row["verdict"] in ("holds", "reversed")}  # fmt: skip
 
 
 def _axis(values: list[float], title: str) -> alt.X:
+    if max(map(abs, values)) < WIDE * statistics.median(map(abs, values)):
+        low, high = nice_range([0.0, *values])
+        scale = alt.Scale(domain=[low, high], nice=False, zero=False)
+        return alt.X("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5, grid=False))
     low, high = (1.15 * limit for limit in (min([*values, -LINEAR]), max([*values, LINEAR])))
     ticks = sorted([0.0, *(tick for tick in TICKS if low <= tick <= high)])
     scale = alt.Scale(type="symlog", constant=LINEAR, domain=[low, high], nice=False)
-    return alt.X("mean:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format="~g", grid=False))
+    return alt.X("mean:Q", title=f"{title} (linear near 0, logarithmic beyond)", scale=scale,
+                 axis=alt.Axis(values=ticks, format="~g", grid=False))  # fmt: skip
