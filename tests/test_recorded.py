@@ -111,7 +111,7 @@ def test_rows_of_trends_are_those_of_the_ledger() -> None:
         ("moe-beats-gshard", "deepseekmoe - gshard", "Table 1: below", []),
         ("moe-two-shared", "2+6-of-62 - deepseekmoe", "Section 4.4: equal", [-0.012, 0.012]),
         ("moe-equals-gshard-x1.5", "deepseekmoe - gshard-x1.5", "Table 2: not above 0.012", [0.012]),
-        ("moe-shared-irreplaceable", "deepseekmoe (shared expert swapped) - same", "Section 4.5: above", []),
+        ("moe-shared-irreplaceable", "deepseekmoe: shared expert swapped", "Section 4.5: above", []),
         ("moe-masked-hurts-more", "deepseekmoe (rise) - gshard-x1.5", "Figure 4: above", []),
         ("moe-four-active", "deepseekmoe (4 routed experts) - gshard", "Figure 5: not above 0.012", [0.012]),
     ],

@@ -109,12 +109,13 @@ def trend_rows(claims: Sequence[Claim], records: Sequence[dict[str, Any]]) -> li
             continue
         found = paired(list(differences(trend, records).values()))
         measured = trend.metric.removeprefix("loss, ").partition(",")[0]
+        of_itself = f"{trend.model}: {measured}"
         model = trend.model if measured == "loss" else f"{trend.model} ({measured})"
         sides = {"equal": (-1, 1), "not above": (1,)}.get(trend.expected, ())
         expected = trend.expected + (f" {trend.margin:g}" if trend.expected == "not above" else "")
         rows.append(
             {
-                "what": f"{model} - {'same' if trend.other == trend.model else trend.other}",
+                "what": of_itself if trend.other == trend.model else f"{model} - {trend.other}",
                 "figure": f"{claim.source.partition(', ')[2]}: {expected}",
                 "mean": found.mean,
                 "low": found.low,

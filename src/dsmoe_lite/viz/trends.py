@@ -14,7 +14,7 @@ from dsmoe_lite.viz.parts import CHARACTER, data, in_order, need_rows, nice_rang
 COLORS = {"holds": "line1", "leans": "line3", "inconclusive": "muted", "reversed": "line2"}  # by verdict
 LINEAR = 0.01  # up to here a wide axis is all but linear, beyond logarithmic
 WIDE = 10.0  # largest end of an interval over the median one from which the axis is wide
-TICKS = [sign * digit * 10.0**power for power in range(-2, 3) for digit in (1, 3) for sign in (-1, 1)]
+TICKS = [sign * 10.0**power for power in range(-2, 3) for sign in (-1, 1)]
 TEXT, NAME, ROW = 11.5, 12, 36
 
 
