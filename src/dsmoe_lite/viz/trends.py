@@ -47,7 +47,7 @@ def trend_intervals(
     subtitle = subtitle or [legend[0], legend[1] + (" Tick: margin." if limits else "")]
     names = min(max(len(part) for mark in marks for part in mark["name"].split("|")) * NAME * CHARACTER, 280)
     numbers = max(len(mark["text"]) for mark in marks) * TEXT * CHARACTER
-    width = int(max(theme.MAX_WIDTH - 70 - names - numbers, 180))
+    width = int(max(theme.MAX_WIDTH - 76 - names - numbers, 180))
     y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None,
               axis=alt.Axis(labelExpr="split(datum.label, '|')", labelColor=theme.LIGHT["ink"], labelLimit=280,
                             labelLineHeight=14, labelOffset=-7, grid=True))  # fmt: skip
