@@ -654,9 +654,7 @@ middle = [mean(losses) for losses in zip(*recorded.values(), strict=True)]
 mine = smoothed(begun.losses)
 
 # %% tags=["trained"]
-curves = [
-    (f"{len(recorded)} recorded seeds", one, curve) for one, curve in recorded.items()
-]
+curves = [(f"{len(recorded)} recorded", one, curve) for one, curve in recorded.items()]
 curves.append((f"seed {seed}, yours", seed, mine))
 rows = [
     {"model": model, "seed": one, "step": (i + 1) * WINDOW, "loss": loss - middle[i]}
