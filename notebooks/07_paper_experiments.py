@@ -210,18 +210,18 @@ def loss_of(name):
     return mean(r["heldout_loss"] for r in runs if r["model_name"] == name)
 
 
+def loss_rows(names):
+    return [row for row in metric_rows(runs, names) if row["metric"] == "held-out loss"]
+
+
 def beside_paper(names):
     """Rows for a chart: the paper's one loss, and ours seed by seed."""
     theirs = [
         {"model": shown, "metric": "paper: Pile loss", "value": pile_loss(model)}
         for shown, model in names.values()
     ]
-    ours = metric_rows(runs, {name: shown for name, (shown, _) in names.items()})
-    return theirs + [
-        {**row, "metric": "here: held-out loss"}
-        for row in ours
-        if row["metric"] == "held-out loss"
-    ]
+    ours = loss_rows({name: shown for name, (shown, _) in names.items()})
+    return theirs + [{**row, "metric": "here: held-out loss"} for row in ours]
 
 
 def verdicts(title, *ids):
@@ -424,7 +424,7 @@ SHARED = {
     "4+4-of-60": "4 shared",
 }
 charts.model_comparison(
-    metric_rows(runs, SHARED),
+    loss_rows(SHARED),
     title="Section 4.4: how many of 64 experts should be shared?",
     subtitle=ALONE,
 )
@@ -569,7 +569,7 @@ HALF = {
     "deepseekmoe": "1+7 of 63",
 }
 charts.model_comparison(
-    metric_rows(runs, HALF),
+    loss_rows(HALF),
     title="Figure 6: trained with half the active experts",
     subtitle=ALONE,
 )
