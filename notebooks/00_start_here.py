@@ -49,9 +49,10 @@ need("torch", "altair", "vl_convert", "tokenizers")
 # | 02 GShard: two experts for each token | router, experts, capacity, balance | are sixteen experts too few? |
 # | 03 Fine-grained experts | many narrow experts | what do they all have to know? |
 # | 04 Shared experts | experts that are always on | how are they kept busy? |
-# | 05 Balance | losses, and balance without a loss | |
-# | 06 Multi-head latent attention (planned) | MLA and its cache | |
-# | 07, 08 The paper's experiments (planned) | Tables 1 and 2, Figures 3 to 6 | |
+# | 05 Balance | losses, and balance without a loss | what does attention keep? |
+# | 06 Latent attention | MLA and its cache | does all this help? |
+# | 07 The paper's experiments | Tables 1 and 2, Figures 3 to 6, with ten seeds | and what is in the experts? |
+# | 08 What experts learn | who uses which, and what is lost without them | |
 # | 10 CUDA kernels (planned) | the layer at speed | |
 # | 11 Many devices (planned) | expert parallelism | |
 #

@@ -87,6 +87,8 @@ def test_the_number_of_seeds_follows_from_the_pilot() -> None:
     assert sorted(gshard) == [100, 101, 102, 103, 104]
     assert ", ".join(f"{d:+.3f}" for d in differences[:-1]) + f" and {differences[-1]:+.3f}" in text
     assert f"standard deviation {stdev(differences):.4f}." in text
+    chapter = (paths.NOTEBOOKS / "07_paper_experiments.py").read_text(encoding="utf-8")
+    assert f"PILOT = {[round(d, 3) for d in differences]}\n" in chapter
     assert seeds_needed(stdev(differences), 0.012) == len(grid("paper").seeds) == 10
     lead = dense[100] - gshard[100]
     assert f"lead of {lead:.3f} here DeepSeekMoE's would be {lead * 0.059 / 0.193:.3f}." in text
