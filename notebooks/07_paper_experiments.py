@@ -344,7 +344,7 @@ def with_seeds(n):
 redrawn(with_seeds, n=IntSlider(10, min=5, max=10, description="seeds"))
 
 # %% [markdown]
-# **What to notice.** All four hold. Two do so with nothing to spare: the interval for GShard x1.2 ends next to 0, that for GShard x1.5 next to the margin. The means of
+# **What to notice.** All four hold. Two do so with nothing to spare: the interval for GShard x1.2 ends next to 0, that for GShard x1.5 next to the margin; with the first nine seeds neither would hold. The means of
 # DeepSeekMoE and GShard x1.5 lie on each other, as in the paper. The dense model of 16 standard FFNs even has a higher mean loss than DeepSeekMoE; the claim was
 # only that DeepSeekMoE is no worse.
 #
