@@ -175,7 +175,7 @@ def test_grouped_says_what_it_does_not_take() -> None:
         some_experts(4, "grouped", torch.float64)(sent)
     odd = Experts(2, 6, 4, "grouped")
     with pytest.raises(InputError, match="multiple of 16 bytes"):
-        odd(Dispatched(torch.randn(3, 6), torch.arange(3), torch.ones(3), torch.tensor([1, 3], dtype=torch.int32)))
+        odd(Dispatched(torch.randn(3, 6), 1, torch.arange(3), torch.ones(3), torch.tensor([1, 3], dtype=torch.int32)))
 
 
 def test_auto_groups_where_torch_can() -> None:

@@ -17,7 +17,7 @@ SCORING_FUNCS = ("softmax", "sigmoid", "hash")
 CHOOSERS = ("token", "expert")
 GROUP_SCORES = ("max", "top2")
 SECOND_CHOICES = ("all", "random")
-BACKENDS = ("loop", "padded", "grouped", "auto")
+BACKENDS = ("loop", "padded", "grouped", "triton", "cuda", "auto")
 
 C = TypeVar("C")
 

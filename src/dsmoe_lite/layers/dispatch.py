@@ -1,6 +1,7 @@
 """Tokens to experts and back, as pure functions: sort by expert, compute, add up."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,9 +14,22 @@ class Dispatched:
     """Tokens in expert order: expert 0's first, each expert's by token. N counts the kept assignments, at most T*K."""
 
     x: Tensor  # (T, D), every token once
-    token: Tensor  # (N,), which token each row is
+    top_k: int  # K
+    choice: Tensor  # (N,), which of the T * K choices each row is: number k of token t is t * K + k
     gates: Tensor  # (N,), the weight of each row in its token's sum
     ends: Tensor  # (E,) int32, cumulative counts: expert e owns rows ends[e-1] .. ends[e]
+
+    @cached_property
+    def token(self) -> Tensor:
+        """Which token each row is, (N,)."""
+        return self.choice // self.top_k
+
+    @property
+    def place(self) -> Tensor:
+        """Which row each choice is, (T, K) int32; -1 where it was not kept."""
+        rows = torch.arange(len(self.choice), dtype=torch.int32, device=self.choice.device)
+        place = rows.new_full((len(self.x) * self.top_k,), -1).index_copy(0, self.choice, rows)
+        return place.view(-1, self.top_k)
 
     @property
     def x_sorted(self) -> Tensor:
@@ -34,8 +48,8 @@ def dispatch(x: Tensor, routing: Routing) -> Dispatched:
     ids = routing.topk_ids.masked_fill(~routing.kept, E).flatten()  # E: a bin for what is left out
     counts = torch.bincount(ids, minlength=E + 1)[:E]
     ends = counts.cumsum(0)
-    slot = ids.argsort(stable=True)[: int(ends[-1])]  # index into the flattened (T * K) choices
-    return Dispatched(x, slot // K, routing.gates.flatten().index_select(0, slot), ends.to(torch.int32))
+    choice = ids.argsort(stable=True)[: int(ends[-1])]
+    return Dispatched(x, K, choice, routing.gates.flatten().index_select(0, choice), ends.to(torch.int32))
 
 
 def combine(y_sorted: Tensor, sent: Dispatched) -> Tensor:

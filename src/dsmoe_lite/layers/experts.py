@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
 from dsmoe_lite.layers.dispatch import Dispatched, combine
+from dsmoe_lite.layers.fused import run_cuda, run_triton
 
 
 class Experts(nn.Module):
@@ -28,8 +29,7 @@ class Experts(nn.Module):
         sent = replace(sent, x=sent.x.to(dtype), gates=sent.gates.to(dtype))
         weights = [weight.to(dtype) for weight in (self.gate, self.up, self.down)]
         backend = choose_backend(sent, self.gate) if self.backend == "auto" else self.backend
-        run = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped}[backend]
-        return run(sent, *weights)
+        return WAYS[backend](sent, *weights)
 
 
 def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -41,6 +41,9 @@ def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor
         hidden = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)  # (rows of e, F)
         outputs.append(g.unsqueeze(1) * F.linear(hidden, w_down))
     return combine(torch.cat(outputs), sent)
+
+
+WAYS = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped, "triton": run_triton, "cuda": run_cuda}
 
 
 def choose_backend(sent: Dispatched, gate: Tensor) -> str:

@@ -1,0 +1,100 @@
+"""Compile moe.cu: by nvcc for a GPU, by g++ with cuda_on_cpu.h for the CPU, once for each state of the sources."""
+
+import ctypes
+import hashlib
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from filelock import FileLock
+
+from dsmoe_lite import paths
+from dsmoe_lite.errors import RunError
+from dsmoe_lite.files import written_whole
+from dsmoe_lite.machine import find_nvcc
+
+SOURCES = Path(__file__).parent
+STANDARD = ("-std=c++20", "-O3")
+
+
+@cache
+def cpu_library() -> ctypes.CDLL:
+    """The kernels as they run on the CPU. RunError where g++ is missing or fails."""
+    return _load(compile_for_cpu(SOURCES / "moe.cu"), ctypes.PyDLL)  # keeps the lock: the shim has one machine
+
+
+@cache
+def gpu_library(capability: tuple[int, int]) -> ctypes.CDLL:
+    """The kernels for a GPU of this compute capability. RunError where nvcc is missing or fails, or the GPU is old."""
+    return _load(compile_for_gpu(architecture(capability)))
+
+
+def compile_for_cpu(source: Path) -> Path:
+    """Compile a .cu file by g++ into a shared library of the cache; it may include the kernels' headers."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise RunError(
+            "g++ not found: kernels run on the CPU only after compiling; apt install g++, or xcode-select --install"
+        )
+    flags = [*STANDARD, "-x", "c++", "-fPIC", "-shared", "-DCUDA_ON_CPU_BUILD", "-U_FORTIFY_SOURCE"]
+    flags += ["-Wno-unknown-pragmas", f"-I{SOURCES}"]
+    if sys.platform == "darwin":
+        flags += ["-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE", "-Wno-deprecated-declarations"]  # ucontext
+    return _compiled([compiler, *flags], source, ".so")
+
+
+def compile_for_gpu(arch: str) -> Path:
+    """Compile moe.cu by nvcc into a shared library of the cache, for one architecture such as sm_90a."""
+    flags = [*STANDARD, "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}"]
+    return _compiled([nvcc(), *flags], SOURCES / "moe.cu", ".so")
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """The target for a compute capability; 9.0 needs its own kind, which has wgmma. RunError below 8.0."""
+    if capability < (8, 0):
+        found = ".".join(map(str, capability))
+        raise RunError(f"compute capability {found}: these kernels need 8.0 (A100) or newer; use backend 'padded'")
+    return "sm_90a" if capability == (9, 0) else f"sm_{capability[0]}{capability[1]}"
+
+
+def nvcc() -> str:
+    """NVIDIA's compiler; RunError where it is missing."""
+    found = find_nvcc()
+    if found is None:
+        raise RunError("nvcc not found: install NVIDIA's CUDA toolkit, or pip install -e '.[nvcc]'")
+    return found
+
+
+def _compiled(command: list[str], source: Path, suffix: str) -> Path:
+    """The cached result of `command` on `source`, made where the sources or the command are new."""
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in (source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))):
+        digest.update(path.read_bytes())
+    target = paths.cache() / "kernels" / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_suffix(".lock")):
+        if not target.exists():
+            with written_whole(target) as aside:
+                run_compiler([*command, str(source), "-o", str(aside)])
+    return target
+
+
+def run_compiler(command: list[str]) -> str:
+    """Run a compiler and return what it said; RunError with its first errors where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    if done.returncode:
+        errors = [line for line in said.splitlines() if "error" in line] or said.splitlines()
+        raise RunError(f"{Path(command[0]).name} failed: {' | '.join(errors[:3])}")
+    return said
+
+
+def _load(path: Path, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+    try:
+        library = kind(str(path))
+    except OSError as error:
+        raise RunError(f"{path}: does not load ({error}); delete it to compile anew") from None
+    library.moe_error.restype = ctypes.c_char_p
+    return library

@@ -1,0 +1,19 @@
+"""Tests of what not every machine has: skipped with one line that names the remedy, or run where DSMOE_REQUIRE asks."""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+import pytest
+
+from dsmoe_lite.machine import find_nvcc
+
+
+def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:
+    required = part in os.environ.get("DSMOE_REQUIRE", "").split(",")  # then the test runs, and fails
+    return pytest.mark.skipif(not found and not required, reason=remedy)
+
+
+needs_gxx = _needs("gxx", shutil.which("g++") is not None, "g++ not found: apt install g++")
+needs_nvcc = _needs("nvcc", find_nvcc() is not None, "nvcc not found: pip install -e '.[nvcc]'")
+needs_triton = _needs("triton", find_spec("triton") is not None, "triton not found: pip install triton")
