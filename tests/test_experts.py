@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs_gxx
 
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers import batched
@@ -14,6 +15,7 @@ from dsmoe_lite.layers.router import Routing
 D, F_WIDTH = 12, 8
 WAYS = [("loop", torch.float64), ("padded", torch.float64), ("auto", torch.float64)]
 WAYS += [("grouped", torch.float32), ("auto", torch.float32), ("padded", torch.float32)]
+WAYS += [pytest.param("cuda", torch.float32, marks=needs_gxx)]
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -33,8 +34,12 @@ def parts() -> list[Part]:
         Part("course packages", *_course_packages()),
         Part("CPU threads", str(cpu_threads())),
         Part("GPU", *_gpu_with_remedy()),
-        Part("triton", version("triton"), "comes with torch's CUDA builds on Linux; only GPU chapters use it"),
-        Part("nvcc", _first_line_version(find_nvcc()), "install NVIDIA's CUDA toolkit; only kernel chapters use it"),
+        Part("triton", version("triton"), "comes with torch's CUDA builds on Linux, else pip install -e '.[triton]'"),
+        Part(
+            "nvcc",
+            _first_line_version(find_nvcc()),
+            "pip install -e '.[nvcc]', or NVIDIA's CUDA toolkit; only CUDA kernels use it",
+        ),
         Part("g++", _first_line_version(shutil.which("g++")), "apt install g++, or xcode-select --install on macOS"),
         Part("chromium", find_chromium(), "apt install chromium, or install Chrome; only the browser tests use it"),
     ]
@@ -77,8 +82,8 @@ def torch_cuda() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """NVIDIA's compiler, on the PATH or where its toolkit usually lies."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    """NVIDIA's compiler, on the PATH, where its toolkit usually lies, or where pip puts the extra `nvcc`."""
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", sysconfig.get_path("purelib") + "/nvidia/cu13"]
     return shutil.which("nvcc") or next((p for h in homes if h and (p := shutil.which(f"{h}/bin/nvcc"))), None)
 
 

@@ -12,43 +12,56 @@ from filelock import FileLock
 
 from dsmoe_lite import paths
 from dsmoe_lite.errors import RunError
-from dsmoe_lite.files import written_whole
+from dsmoe_lite.files import write_text, written_whole
 from dsmoe_lite.machine import find_nvcc
 
 SOURCES = Path(__file__).parent
-STANDARD = ("-std=c++20", "-O3")
+FOR_GPU = ("-std=c++20", "-O3")
 
 
 @cache
 def cpu_library() -> ctypes.CDLL:
     """The kernels as they run on the CPU. RunError where g++ is missing or fails."""
-    return _load(compile_for_cpu(SOURCES / "moe.cu"), ctypes.PyDLL)  # keeps the lock: the shim has one machine
+    library = load_for_cpu(compile_for_cpu(SOURCES / "moe.cu"))
+    library.moe_error.restype = ctypes.c_char_p
+    return library
 
 
 @cache
 def gpu_library(capability: tuple[int, int]) -> ctypes.CDLL:
     """The kernels for a GPU of this compute capability. RunError where nvcc is missing or fails, or the GPU is old."""
-    return _load(compile_for_gpu(architecture(capability)))
+    library = _load(compile_for_gpu(architecture(capability)), ctypes.CDLL)
+    library.moe_error.restype = ctypes.c_char_p
+    return library
 
 
-def compile_for_cpu(source: Path) -> Path:
+def cpu_library_of(text: str) -> ctypes.CDLL:
+    """CUDA C++ of your own as it runs on the CPU: `text` includes launch.cuh, and its functions are extern "C"."""
+    source = paths.cache() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
+    write_text(source, text)
+    return load_for_cpu(compile_for_cpu(source, "-O0"))
+
+
+def compile_for_cpu(source: Path, level: str = "-O2") -> Path:
     """Compile a .cu file by g++ into a shared library of the cache; it may include the kernels' headers."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise RunError(
             "g++ not found: kernels run on the CPU only after compiling; apt install g++, or xcode-select --install"
         )
-    flags = [*STANDARD, "-x", "c++", "-fPIC", "-shared", "-DCUDA_ON_CPU_BUILD", "-U_FORTIFY_SOURCE"]
+    flags = ["-std=c++20", level, "-x", "c++", "-fPIC", "-shared", "-DCUDA_ON_CPU_BUILD", "-U_FORTIFY_SOURCE"]
     flags += ["-Wno-unknown-pragmas", f"-I{SOURCES}"]
     if sys.platform == "darwin":
         flags += ["-D_XOPEN_SOURCE=700", "-D_DARWIN_C_SOURCE", "-Wno-deprecated-declarations"]  # ucontext
-    return _compiled([compiler, *flags], source, ".so")
+    return _compiled([compiler, *flags], source)
 
 
 def compile_for_gpu(arch: str) -> Path:
     """Compile moe.cu by nvcc into a shared library of the cache, for one architecture such as sm_90a."""
-    flags = [*STANDARD, "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}"]
-    return _compiled([nvcc(), *flags], SOURCES / "moe.cu", ".so")
+    compiler = nvcc()
+    libraries = Path(compiler).parents[1] / "lib"  # pip's toolkit has no lib64, where nvcc looks by itself
+    flags = [*FOR_GPU, "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", f"-L{libraries}"]
+    return _compiled([compiler, *flags], SOURCES / "moe.cu")
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -63,16 +76,17 @@ def nvcc() -> str:
     """NVIDIA's compiler; RunError where it is missing."""
     found = find_nvcc()
     if found is None:
-        raise RunError("nvcc not found: install NVIDIA's CUDA toolkit, or pip install -e '.[nvcc]'")
+        raise RunError("nvcc not found: pip install -e '.[nvcc]', or install NVIDIA's CUDA toolkit")
     return found
 
 
-def _compiled(command: list[str], source: Path, suffix: str) -> Path:
+def _compiled(command: list[str], source: Path) -> Path:
     """The cached result of `command` on `source`, made where the sources or the command are new."""
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in (source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))):
+    folders = dict.fromkeys((source.parent, SOURCES))
+    for path in (source, *sorted(one for folder in folders for kind in ("*.cuh", "*.h") for one in folder.glob(kind))):
         digest.update(path.read_bytes())
-    target = paths.cache() / "kernels" / f"{source.stem}-{digest.hexdigest()[:16]}{suffix}"
+    target = paths.cache() / "kernels" / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
@@ -91,10 +105,15 @@ def run_compiler(command: list[str]) -> str:
     return said
 
 
-def _load(path: Path, kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
+def load_for_cpu(path: Path) -> ctypes.CDLL:
+    """A library made by `compile_for_cpu`, called with Python's lock held: the shim has one machine."""
+    library = _load(path, ctypes.PyDLL)
+    library.cuda_on_cpu_error.restype = ctypes.c_char_p
+    return library
+
+
+def _load(path: Path, kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     try:
-        library = kind(str(path))
+        return kind(str(path))
     except OSError as error:
         raise RunError(f"{path}: does not load ({error}); delete it to compile anew") from None
-    library.moe_error.restype = ctypes.c_char_p
-    return library

@@ -5,7 +5,7 @@
 //   shows as a wrong result, because shared memory starts as NaN and nobody else has written yet, or already has.
 // - A barrier whose threads stand at different lines, or that some thread never reaches, ends the launch with a message
 //   that names both places.
-// - Asynchronous copies and products happen as late as the program allows (instructions_on_cpu.h).
+// - Asynchronous copies and products happen as late as the program allows, or at once (instructions_on_cpu.h).
 #pragma once
 #define CUDA_ON_CPU
 
@@ -94,6 +94,7 @@ struct Machine {
   dim3 block, grid;
   unsigned threads = 0, schedule = 0, random = 1;
 
+  bool late() { return schedule % 2 == 0; }
   char* shared() { return memory.get() + (1024 - reinterpret_cast<uintptr_t>(memory.get()) % 1024) % 1024; }
 };
 
@@ -202,7 +203,7 @@ inline void start(Fiber& fiber, unsigned thread) {
   fiber.copy_group = 0;
 }
 
-// 0: first to last. 1: last to first. Others: shuffled, the same way in every run.
+// Whose turn it is. 0: first to last. 1: last to first. Others: shuffled, the same way in every run.
 inline std::vector<unsigned> order(unsigned n) {
   Machine& m = machine();
   std::vector<unsigned> turn(n);
@@ -317,9 +318,16 @@ T shuffle(T value, From from, const char* what, Place place) {
 
 }  // namespace cpu
 
-extern "C" __attribute__((used)) inline void cuda_on_cpu_schedule(unsigned schedule) {
+extern "C" {
+
+// Even schedules have what is asynchronous done as late as allowed, odd ones at once.
+__attribute__((used)) inline void cuda_on_cpu_schedule(unsigned schedule) {
   cpu::machine().schedule = schedule;
   cpu::machine().random = schedule;
+}
+
+// Why the last launch failed.
+__attribute__((used)) inline const char* cuda_on_cpu_error() { return cpu::machine().error.c_str(); }
 }
 
 // ---- what a kernel sees

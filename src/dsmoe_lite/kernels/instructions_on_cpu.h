@@ -1,5 +1,5 @@
-// What the instructions of instructions.cuh do, for cuda_on_cpu.h. What a GPU may do late is done as late as allowed:
-// copies land, and products read shared memory, when somebody waits for them and not before.
+// What the instructions of instructions.cuh do, for cuda_on_cpu.h. What a GPU may do late is done as late as allowed in
+// even schedules (copies land, and products read shared memory, when somebody waits for them), and at once in odd ones.
 #pragma once
 #include "cuda_on_cpu.h"
 
@@ -10,8 +10,9 @@ inline float half_of(uint32_t pair, int which) { return __bfloat162float({uint16
 // A 128-byte swizzle: the 16-byte piece of a row is exchanged with the row's number, modulo 8.
 inline size_t swizzled(size_t byte) { return byte ^ ((byte >> 7 & 7) << 4); }
 
-inline void finish_copies(Fiber& fiber, unsigned pending) {
-  auto late = [&](const Copy& copy) { return copy.group + pending >= fiber.copy_group; };
+// Let the copies of all groups but the last `pending` land; -1: also those of the group that is not committed yet.
+inline void finish_copies(Fiber& fiber, int pending) {
+  auto late = [&](const Copy& copy) { return int(copy.group) + pending >= int(fiber.copy_group); };
   for (const Copy& copy : fiber.copies)
     if (!late(copy)) copy.from ? memcpy(copy.to, copy.from, copy.bytes) : memset(copy.to, 0, copy.bytes);
   std::erase_if(fiber.copies, [&](const Copy& copy) { return !late(copy); });
@@ -38,6 +39,7 @@ inline void copy_async(void* to, const void* from, bool take) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || (take && reinterpret_cast<uintptr_t>(from) % 16))
     cpu::fail("copy_async: an address is no multiple of 16");
   me.copies.push_back({to, take ? from : nullptr, 16, me.copy_group});
+  if (!cpu::machine().late()) cpu::finish_copies(me, -1);
 }
 
 inline void copy_async_commit() { cpu::machine().self->copy_group++; }
@@ -124,7 +126,7 @@ inline void barrier_wait(Barrier* barrier, uint32_t parity, cpu::Place place = c
 
 inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, Barrier* barrier) {
   if (reinterpret_cast<uintptr_t>(to) % 1024) cpu::fail("copy_box: the target is no multiple of 1024");
-  cpu::machine().transfers.push_back([=, map = *map] {
+  auto transfer = [=, map = *map] {
     char* target = static_cast<char*>(to);
     for (uint32_t row = 0; row < map.box[1]; row++)
       for (uint32_t column = 0; column < map.box[0]; column++) {
@@ -135,7 +137,11 @@ inline void copy_box(void* to, const TensorMap* map, int x, int y, int z, Barrie
       }
     cpu::count_of(barrier).bytes_and_phase -= 2 * int32_t(map.box[0] * map.box[1] * 2);
     cpu::count_of(barrier).settle();
-  });
+  };
+  if (cpu::machine().late())
+    cpu::machine().transfers.push_back(transfer);
+  else
+    transfer();
 }
 
 inline void shared_fence() {}
@@ -209,7 +215,7 @@ void multiply_64x128x16(float (&d)[64], uint64_t a, uint64_t b, cpu::Place place
       out[thread] = one->d;
       if (one->a != first->a || one->b != first->b) cpu::fail("multiply_64x128x16: threads name different matrices");
     }
-    list.push_back([out, a = first->a, b = first->b] {
+    auto product = [out, a = first->a, b = first->b] {
       float A[64][16], B[128][16];
       for (unsigned k = 0; k < 16; k++) {
         for (unsigned i = 0; i < 64; i++) A[i][k] = cpu::element<TRANSPOSED_A>(a, i, k);
@@ -220,6 +226,10 @@ void multiply_64x128x16(float (&d)[64], uint64_t a, uint64_t b, cpu::Place place
           unsigned i = thread / 32 * 16 + thread % 32 / 4 + r / 2 % 2 * 8, j = r / 4 * 8 + thread % 4 * 2 + r % 2;
           for (unsigned k = 0; k < 16; k++) out[thread][r] += A[i][k] * B[j][k];
         }
-    });
+    };
+    if (cpu::machine().late())
+      list.push_back(product);
+    else
+      product();
   });
 }

@@ -62,8 +62,7 @@ def library_for(x: Tensor) -> ctypes.CDLL:
 def launch(name: str, near: Tensor, *arguments: Any) -> None:
     """Call moe_<name> on the device and stream of `near`; every code that is not 0 is raised."""
     library = library_for(near)
-    passed = [_as_c(one) for one in arguments]
-    function = getattr(library, f"moe_{name}")
+    function, passed = getattr(library, f"moe_{name}"), [_as_c(one) for one in arguments]
     if near.is_cuda:
         with torch.cuda.device(near.device):
             code = function(*passed, ctypes.c_void_p(torch.cuda.current_stream(near.device).cuda_stream))
@@ -71,6 +70,12 @@ def launch(name: str, near: Tensor, *arguments: Any) -> None:
         code = function(*passed, None)
     if code:
         raise RunError(f"{name}: {library.moe_error(code).decode()}")
+
+
+def launch_on_cpu(library: ctypes.CDLL, name: str, *arguments: Any) -> None:
+    """Call a function of `build.cpu_library_of`; a launch that failed is raised."""
+    if getattr(library, name)(*(_as_c(one) for one in arguments)):
+        raise RunError(f"{name}: {library.cuda_on_cpu_error().decode()}")
 
 
 def _as_c(argument: Any) -> Any:

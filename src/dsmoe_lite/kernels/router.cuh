@@ -158,6 +158,5 @@ __global__ void route_backward(const float* scores, const long long* ids, const 
     dot = warp_sum(dot);
     for (int e = lane; e < s.experts; e += 32)
       d_logits[token * s.experts + e] = own[e] * (s.sigmoid ? d[e] * (1 - own[e]) : d[e] - dot);
-    __syncwarp();
   }
 }

@@ -37,6 +37,7 @@ HOPPER = (
 )
 TILES = ((16, 32, 16, 4, 1, 4),) if INTERPRETED else HOPPER
 BAND = 8  # rows of tiles that go through a matrix together, while its columns are in the L2 cache
+FUSED = {"enable_fp_fusion": True}  # x y + z in one instruction, said here because Triton warns where nothing is said
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INDEX_DTYPES = {"ends": torch.int32, "place": torch.int32, "token": torch.int64}
 
@@ -73,8 +74,8 @@ def _find_tile(
 
 @triton.jit
 def _add_product(
-    total: tl.tensor, left: tl.tensor, right: tl.tensor, K: tl.tensor, left_step: tl.tensor, right_step: tl.tensor, m_inside: tl.tensor, n_inside: tl.tensor,
-    BLOCK_K: tl.constexpr
+    total: tl.tensor, left: tl.tensor, right: tl.tensor, K: tl.tensor, left_step: tl.tensor, right_step: tl.tensor,
+    m_inside: tl.tensor, n_inside: tl.tensor, BLOCK_K: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
     """The total (M, N) + left (M, K) @ right (K, N), whose pointers are to their first BLOCK_K columns and rows."""
     k = tl.arange(0, BLOCK_K)
@@ -90,15 +91,9 @@ def _add_product(
 
 @triton.jit
 def _add_rows(
-    out: tl.tensor,
-    rows: tl.tensor,
-    place: tl.tensor,
-    T: tl.tensor,
-    D: tl.tensor,
-    K: tl.tensor,
-    BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-) -> None:
+    out: tl.tensor, rows: tl.tensor, place: tl.tensor, T: tl.tensor, D: tl.tensor, K: tl.tensor,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+) -> None:  # fmt: skip
     """out[t] = sum_k rows[place[t, k]], where a place of -1 adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -112,10 +107,10 @@ def _add_rows(
     tl.store(at, total.to(out.dtype.element_ty), mask=t_inside[:, None] & d_inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BITS"])
 def _gate_up(
-    hidden: tl.tensor, a: tl.tensor, b: tl.tensor, left: tl.tensor, gate: tl.tensor, up: tl.tensor, gates: tl.tensor, ends: tl.tensor, F: tl.tensor, D: tl.tensor, E: tl.tensor,
-    BITS: tl.tensor,
+    hidden: tl.tensor, a: tl.tensor, b: tl.tensor, left: tl.tensor, gate: tl.tensor, up: tl.tensor,
+    gates: tl.tensor, ends: tl.tensor, F: tl.tensor, D: tl.tensor, E: tl.tensor, BITS: tl.tensor,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
     PER_SM: tl.constexpr
 ) -> None:  # fmt: skip
@@ -128,35 +123,34 @@ def _gate_up(
         f = column * BLOCK_N + n
         m_inside, f_inside = m < rows, f < F
         at_left = left + row * D + m[:, None] * D + k[None, :]
-        at_matrix = expert * F * D + f[None, :] * D + k[:, None]
-        to_gate, to_up = gate + at_matrix, up + at_matrix
+        matrix, inner = expert * F * D, f[None, :] * D + k[:, None]
+        at_gate, at_up = gate + matrix + inner, up + matrix + inner
         sum_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         sum_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for first in range(0, D, BLOCK_K):
             k_inside = k < D - first
             x = tl.load(at_left, mask=m_inside[:, None] & k_inside[None, :], other=0.0)
             inside = k_inside[:, None] & f_inside[None, :]
-            sum_a = tl.dot(x, tl.load(to_gate, mask=inside, other=0.0), sum_a, input_precision="ieee")
-            sum_b = tl.dot(x, tl.load(to_up, mask=inside, other=0.0), sum_b, input_precision="ieee")
+            sum_a = tl.dot(x, tl.load(at_gate, mask=inside, other=0.0), sum_a, input_precision="ieee")
+            sum_b = tl.dot(x, tl.load(at_up, mask=inside, other=0.0), sum_b, input_precision="ieee")
             at_left += BLOCK_K
-            to_gate += BLOCK_K
-            to_up += BLOCK_K
+            at_gate += BLOCK_K
+            at_up += BLOCK_K
         g = tl.load(gates + row + m, mask=m_inside, other=0.0).to(tl.float32)
         inside = m_inside[:, None] & f_inside[None, :]
-        at = row * F + m[:, None] * F + f[None, :]
+        at, inner = row * F, m[:, None] * F + f[None, :]
         value = sum_a * tl.sigmoid(sum_a) * sum_b * g[:, None]
-        tl.store(hidden + at, value.to(hidden.dtype.element_ty), mask=inside)
+        tl.store(hidden + at + inner, value.to(hidden.dtype.element_ty), mask=inside)
         if a is not None:
-            tl.store(a + at, sum_a.to(a.dtype.element_ty), mask=inside)
-            tl.store(b + at, sum_b.to(b.dtype.element_ty), mask=inside)
+            tl.store(a + at + inner, sum_a.to(a.dtype.element_ty), mask=inside)
+            tl.store(b + at + inner, sum_b.to(b.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BITS"])
 def _multiply(
-    out: tl.tensor, left: tl.tensor, right: tl.tensor, left2: tl.tensor, right2: tl.tensor, ends: tl.tensor, P: tl.tensor, K: tl.tensor, E: tl.tensor, BITS: tl.tensor,
-    TRANSPOSED: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
-    PER_SM: tl.constexpr
+    out: tl.tensor, left: tl.tensor, right: tl.tensor, left2: tl.tensor, right2: tl.tensor, ends: tl.tensor,
+    P: tl.tensor, K: tl.tensor, E: tl.tensor, BITS: tl.tensor, TRANSPOSED: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, PER_SM: tl.constexpr
 ) -> None:  # fmt: skip
     """out = left @ right[e] + left2 @ right2[e], right (E, K, P), or (E, P, K) where TRANSPOSED."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -166,25 +160,53 @@ def _multiply(
         expert, row, rows, column = _find_tile(tile, until, ends, columns, BLOCK_M, BAND)
         p = column * BLOCK_N + n
         m_inside, p_inside = m < rows, p < P
-        at_left = row * K + m[:, None] * K + k[None, :]
+        at_left, in_left, matrix = row * K, m[:, None] * K + k[None, :], expert * K * P
         if TRANSPOSED:
-            at_right, step = expert * K * P + p[None, :] * K + k[:, None], BLOCK_K
+            in_right, step = p[None, :] * K + k[:, None], BLOCK_K
         else:
-            at_right, step = expert * K * P + k[:, None] * P + p[None, :], BLOCK_K * P
+            in_right, step = k[:, None] * P + p[None, :], BLOCK_K * P
         total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        total = _add_product(total, left + at_left, right + at_right, K, BLOCK_K, step, m_inside, p_inside, BLOCK_K)
+        x, w = left + at_left + in_left, right + matrix + in_right
+        total = _add_product(total, x, w, K, BLOCK_K, step, m_inside, p_inside, BLOCK_K)
         if left2 is not None:
-            total = _add_product(
-                total, left2 + at_left, right2 + at_right, K, BLOCK_K, step, m_inside, p_inside, BLOCK_K
-            )
+            x, w = left2 + at_left + in_left, right2 + matrix + in_right
+            total = _add_product(total, x, w, K, BLOCK_K, step, m_inside, p_inside, BLOCK_K)
         at = out + row * P + m[:, None] * P + p[None, :]
         tl.store(at, total.to(out.dtype.element_ty), mask=m_inside[:, None] & p_inside[None, :])
 
 
 @triton.jit
+def _finish_hidden(
+    d: tl.tensor, hidden: tl.tensor, a: tl.tensor, b: tl.tensor, g: tl.tensor, m_inside: tl.tensor,
+    stride: tl.tensor, columns: tl.tensor
+) -> tl.tensor:  # fmt: skip
+    """What `_hidden_backward` makes of d (M, N), 16 columns at a time: all at once, registers spill by kilobytes."""
+    half: tl.constexpr = d.shape[1] // 2
+    if half >= 16:
+        d0, d1 = tl.split(tl.permute(tl.reshape(d, (d.shape[0], 2, half)), (0, 2, 1)))
+        sums = _finish_hidden(d0, hidden, a, b, g, m_inside, stride, columns)
+        sums += _finish_hidden(d1, hidden + half, a + half, b + half, g, m_inside, stride, columns - half)
+    else:
+        m, n = tl.arange(0, d.shape[0]), tl.arange(0, d.shape[1])
+        at = m[:, None] * stride + n[None, :]
+        inside = m_inside[:, None] & (n < columns)[None, :]
+        of_a = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
+        of_b = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
+        tl.debug_barrier()  # no thread may write over a number another has yet to read
+        sigma = tl.sigmoid(of_a)
+        s = of_a * sigma
+        sums = tl.sum(d * s * of_b, 1)
+        tl.store(hidden + at, (s * of_b * g[:, None]).to(hidden.dtype.element_ty), mask=inside)
+        d *= g[:, None]
+        tl.store(a + at, (d * of_b * (sigma + s * (1 - sigma))).to(a.dtype.element_ty), mask=inside)
+        tl.store(b + at, (d * s).to(b.dtype.element_ty), mask=inside)
+    return sums
+
+
+@triton.jit(do_not_specialize=["BITS"])
 def _hidden_backward(
-    hidden: tl.tensor, partial: tl.tensor, a: tl.tensor, b: tl.tensor, left: tl.tensor, down: tl.tensor, gates: tl.tensor, ends: tl.tensor, F: tl.tensor, D: tl.tensor, PARTS: tl.tensor,
-    E: tl.tensor, BITS: tl.tensor,
+    hidden: tl.tensor, partial: tl.tensor, a: tl.tensor, b: tl.tensor, left: tl.tensor, down: tl.tensor,
+    gates: tl.tensor, ends: tl.tensor, F: tl.tensor, D: tl.tensor, PARTS: tl.tensor, E: tl.tensor, BITS: tl.tensor,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
     PER_SM: tl.constexpr
 ) -> None:  # fmt: skip
@@ -200,25 +222,16 @@ def _hidden_backward(
         at_down = down + expert * D * F + k[:, None] * F + f[None, :]
         d = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         d = _add_product(d, at_left, at_down, D, BLOCK_K, BLOCK_K * F, m_inside, f_inside, BLOCK_K)
-        at = row * F + m[:, None] * F + f[None, :]
-        inside = m_inside[:, None] & f_inside[None, :]
-        of_a = tl.load(a + at, mask=inside, other=0.0).to(tl.float32)
-        of_b = tl.load(b + at, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(gates + row + m, mask=m_inside, other=0.0).to(tl.float32)[:, None]
-        sigma = tl.sigmoid(of_a)
-        s = of_a * sigma
-        tl.store(partial + (row + m) * PARTS + column, tl.sum(d * s * of_b, 1), mask=m_inside)
-        tl.store(hidden + at, (s * of_b * g).to(hidden.dtype.element_ty), mask=inside)
-        tl.debug_barrier()  # no thread may write over a number another has yet to read
-        d *= g
-        tl.store(a + at, (d * of_b * (sigma + s * (1 - sigma))).to(a.dtype.element_ty), mask=inside)
-        tl.store(b + at, (d * s).to(b.dtype.element_ty), mask=inside)
+        g = tl.load(gates + row + m, mask=m_inside, other=0.0).to(tl.float32)
+        first = row * F + column * BLOCK_N
+        sums = _finish_hidden(d, hidden + first, a + first, b + first, g, m_inside, F, F - column * BLOCK_N)
+        tl.store(partial + (row + m) * PARTS + column, sums, mask=m_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["BITS"])
 def _weights_backward(
-    out: tl.tensor, left: tl.tensor, right: tl.tensor, ends: tl.tensor, P: tl.tensor, Q: tl.tensor, E: tl.tensor, BITS: tl.tensor,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr
+    out: tl.tensor, left: tl.tensor, right: tl.tensor, ends: tl.tensor, P: tl.tensor, Q: tl.tensor, E: tl.tensor,
+    BITS: tl.tensor, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PER_SM: tl.constexpr
 ) -> None:  # fmt: skip
     """out[e] = left[rows of e].T @ right[rows of e]; the sum runs over rows."""
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -332,45 +345,6 @@ def weights_backward(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def compile_for(capability: int) -> dict[str, str]:
-    """Compile every kernel in bfloat16 for a GPU of that compute capability (90: Hopper), without one; return the PTX.
-
-    RunError in the interpreter, which has no compiler.
-    """
-    if INTERPRETED:
-        raise RunError("triton: nothing is compiled under TRITON_INTERPRET=1; start Python without it")
-    by_expert = {"BLOCK_E": 64, "BAND": BAND}
-    one = {"left2": None, "right2": None}
-    return {
-        "permute": _compile(_add_rows, capability, {"BLOCK_T": 1, "BLOCK_D": 1024}, place="*i64"),
-        "combine": _compile(_add_rows, capability, {"BLOCK_T": 1, "BLOCK_D": 1024}, place="*i32"),
-        "gate_up": _compile(GATE_UP, capability, by_expert),
-        "multiply": _compile(MULTIPLY, capability, {**by_expert, **one, "TRANSPOSED": True}),
-        "hidden_backward": _compile(HIDDEN_BACKWARD, capability, by_expert),
-        "rows_backward": _compile(MULTIPLY, capability, {**by_expert, "TRANSPOSED": False}),
-        "weights_backward": _compile(WEIGHTS_BACKWARD, capability, {}),
-    }
-
-
-def _compile(kernel: Any, capability: int, constants: dict[str, Any], place: str = "") -> str:
-    """The PTX of one kernel, with the first of its tiles, for addresses and sizes of a multiple of 16."""
-    options = {}
-    if not isinstance(kernel, triton.JITFunction):
-        config = kernel.configs[0]
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        kernel, constants = kernel.fn, constants | config.kwargs
-    types = {"place": place, "ends": "*i32", "partial": "*fp32"}
-    signature = {
-        name: "constexpr" if name in constants else "i32" if name.isupper() else types.get(name, "*bf16")
-        for name in kernel.arg_names
-    }
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "constexpr"}
-    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    text: str = triton.compile(source, target=target, options=options).asm["ptx"]
-    return text
-
-
 def _sum_rows(rows: Tensor, place: Tensor, T: int, K: int) -> Tensor:
     """Return out (T, D), the sum of the rows at K places for each of T."""
     D = rows.shape[1]
@@ -382,7 +356,7 @@ def _sum_rows(rows: Tensor, place: Tensor, T: int, K: int) -> Tensor:
         tokens = 1024 // columns
         grid = (triton.cdiv(T, tokens), triton.cdiv(D, columns))
         with torch.cuda.device_of(rows):
-            _add_rows[grid](out, rows, place, T, D, K, BLOCK_T=tokens, BLOCK_D=columns)
+            _add_rows[grid](out, rows, place, T, D, K, BLOCK_T=tokens, BLOCK_D=columns, **FUSED)
     return out
 
 
@@ -392,13 +366,14 @@ def _by_expert(size: dict[str, int]) -> dict[str, int]:
     return {"E": E, "BITS": N.bit_length(), "BLOCK_E": triton.next_power_of_2(E), "BAND": BAND}
 
 
-def _launch(kernel: Any, out: Tensor, *args: Any, **constants: Any) -> None:
-    """Start the programs that share the tiles of out among them; none where it is empty."""
+def _launch(kernel: Any, *args: Any, **constants: Any) -> None:
+    """Start the programs that share the tiles of the output, args[0], among them; none where it is empty."""
+    out: Tensor = args[0]
     if not out.numel():
         return
     programs = 1 if INTERPRETED else torch.cuda.get_device_properties(out.device).multi_processor_count
     with torch.cuda.device_of(out):
-        kernel[lambda chosen: (programs * chosen["PER_SM"],)](out, *args, **constants)
+        kernel[lambda chosen: (programs * chosen["PER_SM"],)](*args, **constants, **FUSED)
 
 
 def _sizes(**named: tuple[Tensor, str]) -> dict[str, int]:
@@ -407,10 +382,8 @@ def _sizes(**named: tuple[Tensor, str]) -> dict[str, int]:
     require(first.dtype in DTYPES, f"{first_name}.dtype", first.dtype, "must be float32, float16 or bfloat16")
     if INTERPRETED and first.dtype == torch.bfloat16:
         raise InputError("triton: bfloat16 is wrong in Triton's interpreter; use float32 or float16, or a GPU")
-    if not INTERPRETED and not first.is_cuda:
-        raise InputError(
-            f"triton: got a tensor on {first.device}; use a GPU, or set TRITON_INTERPRET=1 before Python starts"
-        )
+    remedy = "Triton needs a GPU, or TRITON_INTERPRET=1 set before Python starts"
+    require(INTERPRETED or first.is_cuda, f"{first_name}.device", str(first.device), remedy)
     size: dict[str, int] = {}
     for name, (tensor, letters) in named.items():
         dtype = INDEX_DTYPES.get(name, first.dtype)
