@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_lite.kernels.ready import ready
 from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
 from dsmoe_lite.layers.dispatch import Dispatched, combine
 from dsmoe_lite.layers.fused import run_cuda, run_triton
@@ -47,13 +48,24 @@ WAYS = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped, "triton"
 
 
 def choose_backend(sent: Dispatched, gate: Tensor) -> str:
-    """Return "grouped" where torch has a grouped product for these tensors, else "padded".
+    """Return the way for these tensors: on a GPU one by hand-written kernels, where one is ready; else torch's.
 
-    Measured in fp32, forward and backward, T 512 to 4096, D 64 to 512, one and two threads, time of grouped over
-    padded: on an AMD EPYC 0.8 to 1.1 uniform, 0.6 to 1.0 Zipf. An Intel Xeon, one thread, had padded up to 1.2 times
-    ahead above N * F = 1.5 * 2^20 hidden numbers; the rule takes what loses nowhere by much and wastes no rows.
+    "grouped" where torch has a grouped product for them, else "padded". Measured on CPUs in fp32, forward and backward,
+    T 512 to 4096, D 64 to 512, one and two threads, time of grouped over padded: on an AMD EPYC 0.8 to 1.1 uniform, 0.6
+    to 1.0 Zipf. An Intel Xeon, one thread, had padded up to 1.2 times ahead above N * F = 1.5 * 2^20 hidden numbers;
+    the rule takes what loses nowhere by much and wastes no rows.
     """
+    if sent.x.is_cuda:
+        for name in by_kernels(sent.x.dtype, *gate.shape[1:]):
+            if ready(name, sent.x.device):
+                return name
     return "grouped" if can_group(sent.x, gate) else "padded"
+
+
+def by_kernels(dtype: torch.dtype, *widths: int) -> list[str]:
+    """The hand-written kernels made for this dtype and these widths, best first: those that feed tensor cores."""
+    whole = all(width % 8 == 0 for width in widths)  # a copy moves 16 bytes
+    return ["cuda"] * (dtype == torch.bfloat16 and whole) + ["triton"] * (dtype in (torch.bfloat16, torch.float16))
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:

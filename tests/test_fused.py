@@ -1,0 +1,164 @@
+"""The experts by hand-written kernels, and how `auto` comes to them."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from needs import needs_gxx
+
+from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.kernels import cuda
+from dsmoe_lite.kernels import ready as readiness
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.experts import Experts, by_kernels, choose_backend
+from dsmoe_lite.layers.router import Routing
+
+T, E, K, D, WIDTH = 60, 5, 2, 24, 40
+CPU = torch.device("cpu")
+
+
+def a_routing(dtype: torch.dtype = torch.float32) -> Routing:
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.rand(T, E, generator=draw).topk(K).indices
+    kept = torch.rand(T, K, generator=draw) < 0.9
+    gates = torch.rand(T, K, generator=draw).to(dtype).requires_grad_()
+    return Routing(torch.zeros(T, E), torch.zeros(T, E), ids, gates, kept, (1, T))
+
+
+def some_experts(backend: str, dtype: torch.dtype) -> Experts:
+    torch.manual_seed(0)
+    experts = Experts(E, D, WIDTH, backend)
+    for weight in experts.parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    return experts.to(torch.bfloat16).to(dtype)  # the same numbers in every dtype
+
+
+def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    """The output and all gradients."""
+    draw, experts = torch.Generator().manual_seed(1), some_experts(backend, dtype)
+    x, dy = (torch.randn(T, D, generator=draw).to(torch.bfloat16).to(dtype) for _ in range(2))
+    routing = a_routing(dtype)
+    y = experts(dispatch(x.requires_grad_(), routing))
+    return [y.detach(), *torch.autograd.grad(y, [*experts.parameters(), x, routing.gates], dy)]
+
+
+@needs_gxx
+def test_float32_is_the_loops_to_a_millionth() -> None:
+    for mine, exact in zip(results("cuda", torch.float32), results("loop", torch.float64), strict=True):
+        assert (mine.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@needs_gxx
+def test_bfloat16_is_no_further_from_the_truth_than_the_loop_in_bfloat16() -> None:
+    exact = results("loop", torch.float64)
+    for mine, theirs, truth in zip(
+        results("cuda", torch.bfloat16), results("loop", torch.bfloat16), exact, strict=True
+    ):
+        assert (mine.double() - truth).norm() <= 1.2 * (theirs.double() - truth).norm()
+
+
+@needs_gxx
+def test_a_graph_is_used_once() -> None:
+    """The gradients of a and b were written over them: a second pass must fail, not be wrong."""
+    y = some_experts("cuda", torch.float32)(dispatch(torch.randn(T, D, requires_grad=True), a_routing()))
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@needs_gxx
+def test_between_the_passes_only_a_and_b_are_kept_and_without_gradients_nothing() -> None:
+    experts, routing = some_experts("cuda", torch.float32), a_routing()
+    known, numbers = {weight.data_ptr() for weight in experts.parameters()}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in known and tensor.is_floating_point():
+            numbers.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        sent = dispatch(torch.randn(T, D, requires_grad=True), routing)
+        experts(sent)
+        N = len(sent.choice)
+        assert sum(numbers) <= 2 * N * WIDTH + T * D + N
+        numbers.clear()
+        with torch.no_grad():
+            experts(sent)
+    assert not numbers
+
+
+@needs_gxx
+def test_a_slice_and_a_transposed_view_are_laid_out() -> None:
+    x = torch.randn(D * T + 1)[1:].view(D, T).T
+    mine = some_experts("cuda", torch.float32)(dispatch(x, a_routing()))
+    torch.testing.assert_close(mine, some_experts("loop", torch.float32)(dispatch(x, a_routing())))
+
+
+def test_what_the_kernels_do_not_take_is_said() -> None:
+    with pytest.raises(InputError, match="these kernels take float32 and bfloat16, not torch.float64"):
+        results("cuda", torch.float64)
+
+
+# ---- auto
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "names"),
+    [
+        (torch.bfloat16, (64, 128), ["cuda", "triton"]),
+        (torch.bfloat16, (64, 100), ["triton"]),
+        (torch.float16, (64, 128), ["triton"]),
+        (torch.float32, (64, 128), []),
+    ],
+)
+def test_kernels_are_taken_where_they_feed_tensor_cores(
+    dtype: torch.dtype, widths: tuple[int, int], names: list[str]
+) -> None:
+    assert by_kernels(dtype, *widths) == names
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *working: str) -> str:
+    """What `auto` takes for bfloat16 on a GPU on which these kernels work."""
+    module = "dsmoe_lite.layers.experts"
+    monkeypatch.setattr(f"{module}.ready", lambda name, device: name in working)
+    monkeypatch.setattr(f"{module}.can_group", lambda x, gate: True)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=CPU)
+    return choose_backend(SimpleNamespace(x=x), torch.empty(2, 16, 8))  # type: ignore[arg-type]
+
+
+def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert on_a_gpu(monkeypatch, "cuda", "triton") == "cuda"
+    assert on_a_gpu(monkeypatch, "triton") == "triton"
+    assert on_a_gpu(monkeypatch) == "grouped"
+
+
+@needs_gxx
+def test_kernels_that_agree_are_ready() -> None:
+    assert readiness.disagreement(cuda, CPU) is None
+    assert readiness.disagreement(cuda, CPU, torch.float32) is None
+
+
+@pytest.mark.parametrize("product", ["multiply", "rows_backward", "weights_backward"])
+@needs_gxx
+def test_kernels_that_disagree_are_not(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(cuda, product)
+    monkeypatch.setattr(cuda, product, lambda *given: right(*given) * 1.02)
+    assert readiness.disagreement(cuda, CPU).startswith(f"{product} differs from torch by 2.")
+    monkeypatch.setattr(cuda, product, lambda *given: right(*given) * torch.nan)
+    assert "by nan" in readiness.disagreement(cuda, CPU)
+
+
+def test_the_reason_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> None:
+        raise RunError("nvcc not found: pip install")
+
+    monkeypatch.setattr(readiness, "disagreement", broken)
+    readiness.ready.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not readiness.ready("cuda", CPU)
+        assert not readiness.ready("cuda", CPU)
+    readiness.ready.cache_clear()
+    assert [record.message for record in caplog.records] == [
+        "backend 'auto' goes on without 'cuda' on cpu: nvcc not found: pip install"
+    ]
