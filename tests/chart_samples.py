@@ -35,6 +35,11 @@ def routing(tokens: int, layers: int, k: int = 2) -> list[dict[str, Any]]:
     ]
 
 
+def speed_rows(*ways: str) -> list[dict[str, Any]]:
+    return [{"by": way, "rows": n, "TFLOP/s": (600 - 90 * i) * n / (n + 200)}
+            for i, way in enumerate(ways) for n in (64, 256, 1024, 4096)]  # fmt: skip
+
+
 def kind_rows() -> list[dict[str, Any]]:
     draw = random.Random(3)
     return [
@@ -265,6 +270,14 @@ def every_chart() -> dict[str, Any]:
             loss_rows("active", [1, 2, 3, 4, 5, 6, 7], 2, 3), reference={"GShard top-2": 2.808, "dense": 3.2}
         ),
         "trend_intervals": charts.trend_intervals(TRENDS),
+        "launch_counts": charts.launch_counts(
+            [{"way": way, "forward": n, "backward": 2 * n} for way, n in (("loop", 395), ("ours", 4))]
+        ),
+        "bank_groups": charts.bank_groups(
+            {"as it lies": [list(range(8))] * 8, "swizzled": [[p ^ r for p in range(8)] for r in range(8)]}, 3
+        ),
+        "product_speed": charts.product_speed(speed_rows("hopper", "mma", "triton"), dense=speed_rows("dense")),
+        "product_speed, one": charts.product_speed(speed_rows("hopper")[:2]),
         "ratio_bars": charts.ratio_bars(RATIOS),
         "ratio_bars, wide": charts.ratio_bars([{**row, "ratio": 9.5, "high": 12} for row in RATIOS[:1]] + RATIOS[1:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),

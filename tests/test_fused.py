@@ -96,7 +96,7 @@ def test_a_slice_and_a_transposed_view_are_laid_out() -> None:
 
 
 def test_what_the_kernels_do_not_take_is_said() -> None:
-    with pytest.raises(InputError, match="these kernels take float32 and bfloat16, not torch.float64"):
+    with pytest.raises(InputError, match=r"these kernels take float32 and bfloat16, not torch\.float64"):
         results("cuda", torch.float64)
 
 

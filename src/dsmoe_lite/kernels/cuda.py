@@ -112,7 +112,7 @@ def rows_backward(da: Tensor, db: Tensor, gate: Tensor, up: Tensor, ends: Tensor
 
 
 def weights_backward(left: Tensor, right: Tensor, ends: Tensor, rung: str | None = None) -> Tensor:
-    """left[e]^T right[e] over the rows of expert e, (E, P, Q), from left (N, P) and right (N, Q); zeros without rows."""
+    """left[e]^T right[e] over the rows of each expert, (E, P, Q); zeros without rows. left (N, P), right (N, Q)."""
     check_tensors(left=left, right=right)
     check_ids(left.device, ends=(ends, torch.int32))
     (N, P), (_, Q), E = left.shape, right.shape, len(ends)

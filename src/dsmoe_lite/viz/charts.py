@@ -9,6 +9,7 @@ from dsmoe_lite.viz.context import needle, rotary_frequencies
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.devices import device_flow
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
+from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kinds import effects_by_kind
 from dsmoe_lite.viz.lift import specialization_against_null
 from dsmoe_lite.viz.matrix import effect_matrix
@@ -21,6 +22,7 @@ from dsmoe_lite.viz.worth import worth_scatter
 
 __all__ = [
     "balance_scatter",
+    "bank_groups",
     "cache_by_design",
     "cache_calculator",
     "capacity_curve",
@@ -33,12 +35,14 @@ __all__ = [
     "expert_load",
     "expert_spread",
     "finer_experts",
+    "launch_counts",
     "loss_against_active",
     "loss_against_disabled",
     "loss_table",
     "model_comparison",
     "needle",
     "parameter_split",
+    "product_speed",
     "ratio_bars",
     "reach_curve",
     "roofline",
