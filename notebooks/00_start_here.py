@@ -52,8 +52,8 @@ need("torch", "altair", "vl_convert", "tokenizers")
 # | 05 Balance | losses, and balance without a loss | what does attention keep? |
 # | 06 Latent attention | MLA and its cache | does all this help? |
 # | 07 The paper's experiments | Tables 1 and 2, Figures 3 to 6, with ten seeds | and what is in the experts? |
-# | 08 What experts learn | who uses which, and what is lost without them | |
-# | 10 CUDA kernels (planned) | the layer at speed | |
+# | 08 What experts learn | who uses which, and what is lost without them | how does a GPU run this? |
+# | 10 Kernels | the layer in CUDA C++, run on your CPU | how do many devices share it? |
 # | 11 Many devices (planned) | expert parallelism | |
 #
 # ## How a chapter works

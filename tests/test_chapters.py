@@ -52,6 +52,7 @@ FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
             "domain": "text",
         },
     ],
+    "10": [{"seed": 2, "n_experts": 8, "top_k": 8}, {"n_experts": 128, "top_k": 1, "gpu": "A100"}, {"gpu": "H200"}],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]
 

@@ -37,7 +37,7 @@ def gpu_library(capability: tuple[int, int]) -> ctypes.CDLL:
 
 def cpu_library_of(text: str) -> ctypes.CDLL:
     """CUDA C++ of your own as it runs on the CPU: `text` includes launch.cuh, and its functions are extern "C"."""
-    source = paths.cache() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.cu"
+    source = paths.cache() / "kernels" / hashlib.sha256(text.encode()).hexdigest()[:16] / "kernel.cu"
     write_text(source, text)
     return load_for_cpu(compile_for_cpu(source, "-O0"))
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def or_recorded(run: Callable[[], None], notebook: Path) -> None:
     if shutil.which("g++") is not None:
         run()
         return
-    print("g++ not found (apt install g++): this is the recorded output\n")
+    print("g++ not found (apt install g++): this is the recorded output", file=sys.stderr)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     mine = [cell for cell in cells if f"or_recorded({run.__name__}," in "".join(cell["source"])]
     for output in (output for cell in mine for output in cell["outputs"]):
