@@ -43,15 +43,22 @@ check_parameters(globals())
 need("torch", "altair", "vl_convert")
 
 # %% tags=["hide-input"]
+import os
 import time
 from unittest.mock import patch
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler speaks when it starts
+
 import torch
+from IPython.display import display
 from ipywidgets import IntSlider, SelectionSlider
 from torch.testing import assert_close
 
 from dsmoe_lite import published
+from dsmoe_lite.bench.backends import Layer
+from dsmoe_lite.bench.kernels import newest_record
 from dsmoe_lite.bench.launches import operations
+from dsmoe_lite.bench.products import DENSE
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError
 from dsmoe_lite.kernels import cuda
@@ -611,17 +618,25 @@ def trains_alike():
 or_recorded(trains_alike, chapter)
 
 # %% [markdown]
-# How much must be kept between forward and backward, for one layer of V2-Lite and 16K tokens? Autograd, left alone, keeps everything the loop
-# makes on its way.
+# How much memory does a step hold at most, beside the weights and their gradients? torch records every allocation, and what is allocated does
+# not depend on the device. The widths of V2-Lite, a sixteenth of each:
 
 # %%
-N, width, model = 16_384 * 6, 1408, 2048
-kept = {
-    "the loop, by autograd": N * (model + 4 * width) + N * model,
-    "a and b": 2 * N * width,
-}
-for name, numbers in kept.items():
-    print(f"{name:22} {2 * numbers / 1e9:5.2f} GB")
+predict("10-memory", None)  # of the loop's peak, the kernels' share
+
+
+def peak_memory():
+    layer = Layer(MoEConfig(64, 6, 88), d_model=128, n_tokens=256)
+    peaks = {
+        name: layer.contender(name, "cpu", torch.float32).peak_bytes()
+        for name in ("loop", "grouped", "cuda")
+    }
+    for name, peak_bytes in peaks.items():
+        print(f"{name:8} {peak_bytes / 1e6:5.1f} MB, {peak_bytes / peaks['loop']:4.0%}")
+    assert peaks["cuda"] < 0.7 * peaks["grouped"]
+
+
+or_recorded(peak_memory, chapter)
 
 # %% [markdown]
 # ## The same in Triton
@@ -641,10 +656,45 @@ print(
 # %% [markdown]
 # ## What a GPU says
 #
-# Nothing yet: these kernels compile for sm_80, sm_90 and sm_90a, keep everything in registers, and contain the instructions they are
-# meant to contain (the tests disassemble them), and on the CPU they are right. None of them has been timed on a GPU, so this chapter
-# makes no claim about their speed. On a machine with a GPU, `auto` compiles them at first use, compares them with torch once, and goes on
-# without them where either fails.
+# `dsmoe bench kernels --record` on a machine with a GPU checks every rung, Triton, torch's grouped product and whole layers against
+# float64, and then times them. This section draws the newest record.
+
+# %%
+record = newest_record()
+
+
+def what_a_gpu_said(record):
+    made = record["provenance"]
+    print(f"{made['device']}, torch {made['torch']}, {record['date'][:10]}\n")
+    for row in record["ladder"]:
+        print(
+            f"{row['by']:20} {row['TFLOP/s']:6.0f} TFLOP/s, {row['of dense']:4.0%} of dense"
+        )
+    print()
+    for row in record["goals"]:
+        value = "not measured" if row["value"] is None else f"{row['value']:.2f}"
+        print(f"{row['what']:48} {value:>12}   goal {row['goal']}")
+    at = {"experts": 64, "k": 2048, "routing": "uniform"}
+    mine = [row for row in record["products"] if at.items() <= row.items()]
+    ways = ("hopper", "mma", "triton", "F.grouped_mm")
+    display(
+        charts.product_speed(
+            [row for row in mine if row["by"] in ways],
+            dense=[row for row in mine if row["by"] == DENSE],
+        )
+    )
+
+
+if record is None:
+    print("No GPU run is recorded yet.")
+else:
+    what_a_gpu_said(record)
+
+# %% [markdown]
+# As long as no run is recorded, what can be said is this: the kernels compile for sm_80, sm_90 and sm_90a, the two upper rungs keep everything in registers
+# and contain the instructions they are meant to contain (the tests disassemble them), and on the CPU they are right. Nothing is
+# claimed about their speed. On a machine with a GPU, `auto` compiles them at first use, compares them with torch once, and goes on without
+# them where either fails.
 #
 # ## Exercises
 #

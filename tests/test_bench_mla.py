@@ -107,7 +107,7 @@ def test_slopes_are_by_hand() -> None:
 
 
 def test_peaks_count_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mla, "seconds_of", lambda step: 1e-6)
+    monkeypatch.setattr("dsmoe_lite.bench.turns.seconds_of", lambda step: 1e-6)
     assert mla.peaks(3, TINY_PLACE) == {"copy GB/s": 2.0, "matmul GFLOP/s": round(2 * 16**3 / 1000, 3)}
 
 
@@ -242,9 +242,9 @@ def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture) -> N
 
 
 def test_options_of_mla_are_for_mla(capsys: pytest.CaptureFixture) -> None:
-    for option in (("--contexts", "4,6"), ("--record",)):
+    for option, those in ((("--contexts", "4,6"), "`mla`"), (("--record",), "`mla` and `kernels`")):
         assert dsmoe("bench", "train", *option) == 2
-        assert f"{option[0]}: is for `mla`, not for `train`" in capsys.readouterr().err
+        assert f"{option[0]}: is for {those}, not for `train`" in capsys.readouterr().err
     assert dsmoe("bench", "layer", "--device", "cpu") == 2
     assert "--device: is for `train` and `mla`, not for `layer`" in capsys.readouterr().err
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.bench.memory import peak_bytes
+from dsmoe_lite.bench.memory import peak_bytes, peak_bytes_on_gpu
 from dsmoe_lite.bench.recorded import RecordedRouter
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError
@@ -38,7 +38,8 @@ class Contender:
 
     def peak_bytes(self) -> int:
         """The most memory a step holds beyond the weights and their gradients."""
-        return peak_bytes(self.step, self.clear, self.gradients)
+        measure = peak_bytes_on_gpu if self.dy.is_cuda else peak_bytes
+        return measure(self.step, self.clear, self.gradients)
 
     def gradients(self) -> list[Tensor]:
         """The gradients of the weights."""
@@ -59,16 +60,19 @@ def moe_layer(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Conten
     return Contender(layer, lambda x: layer(x[None])[0][0], [_tokens(n_tokens, d_model)], _dy(n_tokens, d_model))
 
 
-def routed_experts(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Contender:
+def routed_experts(
+    moe: MoEConfig, ids: Tensor, backend: str, d_model: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Contender:
     """Return the routed experts alone, with dispatch and combine, given `ids` and gates (T, K)."""
     T, E = len(ids), moe.n_routed_experts
-    experts, scores = Experts(E, d_model, moe.expert_width, backend), torch.empty(T, E)
+    experts = Experts(E, d_model, moe.expert_width, backend).to(device, dtype)
+    ids, scores = ids.to(device), torch.empty(T, E, device=device)
 
     def call(x: Tensor, gates: Tensor) -> Tensor:
         kept = torch.ones_like(ids, dtype=torch.bool)
         return experts(dispatch(x, Routing(scores, scores, ids, gates, kept, (1, T))))
 
-    return Contender(experts, call, [_tokens(T, d_model), _gates(ids)], _dy(T, d_model))
+    return _contender(experts, call, ids, d_model, dtype)
 
 
 def transformers_experts(experts: Experts, ids: Tensor, implementation: str) -> Contender:
@@ -81,13 +85,20 @@ def transformers_experts(experts: Experts, ids: Tensor, implementation: str) -> 
     E, width, d_model = experts.gate.shape
     config = MixtralConfig(hidden_size=d_model, intermediate_size=width, num_local_experts=E)
     config._experts_implementation = implementation
-    theirs = MixtralExperts(config)
+    theirs = MixtralExperts(config).to(experts.gate.device, experts.gate.dtype)
     with torch.no_grad():
         theirs.gate_up_proj.copy_(torch.cat([experts.gate, experts.up], dim=1))
         theirs.down_proj.copy_(experts.down)
-    T = len(ids)
-    call = lambda x, gates: theirs(x, ids, gates)  # noqa: E731
-    return Contender(theirs, call, [_tokens(T, d_model), _gates(ids)], _dy(T, d_model))
+    ids = ids.to(experts.gate.device)
+    return _contender(theirs, lambda x, gates: theirs(x, ids, gates), ids, d_model, experts.gate.dtype)
+
+
+def _contender(
+    module: nn.Module, call: Callable[..., Tensor], ids: Tensor, d_model: int, dtype: torch.dtype
+) -> Contender:
+    x, gates, dy = _tokens(len(ids), d_model), _gates(ids), _dy(len(ids), d_model)
+    inputs = [tensor.detach().to(ids.device, dtype).requires_grad_() for tensor in (x, gates)]
+    return Contender(module, call, inputs, dy.to(ids.device, dtype))
 
 
 def _tokens(n_tokens: int, d_model: int) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -37,3 +38,17 @@ def peak_bytes(step: Callable[[], Any], clear: Callable[[], Any], uncounted: Cal
         elif size < 0:
             live -= held.pop(address, 0)
     return peak
+
+
+def peak_bytes_on_gpu(
+    step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]
+) -> int:
+    """Return the same for the current GPU, by its allocator's own count."""
+    step()
+    clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in uncounted())

@@ -3,16 +3,17 @@ machine can do at most, copy memory and multiply matrices.
 """
 
 import statistics
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsmoe_lite.bench.ratios import Step, median_interval, seconds_of
+from dsmoe_lite.bench.ratios import Step, median_interval
+from dsmoe_lite.bench.turns import captured, turns
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, to_dict
 from dsmoe_lite.errors import RunError, require, require_whole
 from dsmoe_lite.job import usable_device
@@ -21,7 +22,6 @@ from dsmoe_lite.layers.cache import GrowingCache
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.paths import DATA
-from dsmoe_lite.progress import progress
 from dsmoe_lite.provenance import provenance
 
 SCHEMA_VERSION = 1
@@ -30,8 +30,6 @@ ROUNDS = 12
 METHODS = ("MHA", "GQA", "MLA naive", "MLA absorbed")
 PREFILLS = ((2048, 6), (8192, 3))  # tokens, pairs
 ABSORBED_GOAL, CACHE_GOAL, PREFILL_GOAL = 5.0, 1 / 7, 1.3
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,8 @@ def decode_costs(
     for context in contexts:
         for method in METHODS:
             cache = caches[method, context] = filled_cache(layers.config(method), context, place)
-            steps[method, context] = _captured(layers.decode(method, cache), place)
-    seconds = _turns(steps, rounds, place, "decoding")
+            steps[method, context] = captured(layers.decode(method, cache), place.device)
+    seconds = turns(steps, rounds, place.device, "decoding", place.steps)
     rows = []
     for (method, context), own in seconds.items():
         middle, low, high = (round(1000 * value, 4) for value in median_interval(own))
@@ -161,8 +159,8 @@ def prefill_ratios(
     layers, rows = Layers(shape, place), []
     for n_tokens in lengths:
         require_whole("tokens", n_tokens, 1)
-        steps = {method: _captured(layers.prefill(method, n_tokens), place) for method in ("MHA", "MLA naive")}
-        seconds = _turns(steps, rounds, place, f"reading {n_tokens} tokens")
+        steps = {method: captured(layers.prefill(method, n_tokens), place.device) for method in ("MHA", "MLA naive")}
+        seconds = turns(steps, rounds, place.device, f"reading {n_tokens} tokens", place.steps)
         mha, mla = seconds["MHA"], seconds["MLA naive"]
         ratio, low, high = median_interval([a / b for a, b in zip(mla, mha, strict=True)])
         rows.append(
@@ -196,7 +194,9 @@ def peaks(rounds: int = ROUNDS, place: Place = PLACES["cpu"]) -> dict[str, float
         "copy": lambda: target.copy_(source),
         "matmul": lambda: torch.mm(a, b, out=product),
     }
-    seconds = {name: statistics.median(own) for name, own in _turns(steps, rounds, place, "peaks").items()}
+    seconds = {
+        name: statistics.median(own) for name, own in turns(steps, rounds, place.device, "peaks", place.steps).items()
+    }
     return {
         "copy GB/s": round(2 * place.copied_bytes / seconds["copy"] / 1e9, 3),
         "matmul GFLOP/s": round(2 * n**3 / seconds["matmul"] / 1e9, 3),
@@ -311,56 +311,6 @@ def filled_cache(config: AnyAttention, context: int, place: Place) -> GrowingCac
         cache.extend(*(_random(place, place.batch_size, heads, context - 1, width) for width in widths))
     cache.advance(context - 1)
     return cache
-
-
-@dataclass(frozen=True)
-class _Replay:
-    """A step as a CUDA graph."""
-
-    graph: Any
-    step: Step  # holds the tensors that the graph reads and writes
-
-    def __call__(self) -> None:
-        self.graph.replay()
-
-
-def _captured(step: Step, place: Place) -> Step:
-    """On a GPU a graph of `step`: launching its kernels one by one may take the host longer than the GPU needs."""
-    if place.device == "cpu":
-        return step
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries make their plans before, not during the capture
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return _Replay(graph, step)
-
-
-def _turns(steps: dict[Key, Step], rounds: int, place: Place, title: str) -> dict[Key, list[float]]:
-    """Time every step `rounds` times in turns, each other turn the other way round; seconds by step."""
-    seconds: dict[Key, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()  # first calls allocate
-    for turn in progress(range(rounds), desc=title):
-        for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
-            seconds[name].append(_seconds(step, place))
-    return seconds
-
-
-def _seconds(step: Step, place: Place) -> float:
-    if place.device == "cpu":
-        return seconds_of(step)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(place.steps):
-        step()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / place.steps
 
 
 def _slope(rows: Sequence[dict[str, Any]], name: str) -> float:

@@ -12,26 +12,31 @@ from dsmoe_lite.errors import InputError
 
 
 @click.command(
-    help="Measure ratios in one process: `layer` (experts beside a dense FFN), `train` (training steps) or `mla` "
-    "(attention that generates and reads)."
+    help="Measure ratios in one process: `layer` (experts beside a dense FFN), `train` (training steps), `mla` "
+    "(attention that generates and reads) or `kernels` (all of them on a GPU, checked before they are timed)."
 )
-@click.argument("what", type=click.Choice(["layer", "train", "mla"]))
-@click.option("--rounds", type=click.IntRange(3, 10_000), help="Turns to take medians over.  [default: 30; mla: 12]")
+@click.argument("what", type=click.Choice(["layer", "train", "mla", "kernels"]))
+@click.option(
+    "--rounds", type=click.IntRange(3, 10_000), help="Turns to take medians over.  [default: 30; mla: 12; kernels: 10]"
+)
 @click.option("--profile", is_flag=True, help="layer: print where the time goes, by torch operation.")
 @click.option("--contexts", metavar="N,N,...", help="mla: tokens to look back at.  [default: 1024,2048,4096,8192]")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="train, mla: where to measure.  [default: cpu]"
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where to measure, not for layer.  [default: cpu; kernels: auto]",
 )
-@click.option("--record", is_flag=True, help="mla: also write data/runs/bench-mla-DEVICE.json.")
+@click.option("--record", is_flag=True, help="mla, kernels: also write data/runs/bench-WHAT-DEVICE.json.")
 @json_option
 def command(what: str, rounds: int | None, as_json: bool, **options: Any) -> None:
     """Print a row for each contender."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler prints a line whenever it starts or stops
-    meant_for = {"profile": ["layer"], "contexts": ["mla"], "device": ["train", "mla"], "record": ["mla"]}
+    meant_for = {"profile": ["layer"], "contexts": ["mla"], "device": ["train", "mla", "kernels"]}
+    meant_for["record"] = ["mla", "kernels"]
     for name, only in meant_for.items():
         if options[name] and what not in only:
             raise InputError(f"--{name}: is for `{'` and `'.join(only)}`, not for `{what}`")
-    measure: dict[str, Callable[..., None]] = {"layer": _layer, "train": _train, "mla": _mla}
+    measure: dict[str, Callable[..., None]] = {"layer": _layer, "train": _train, "mla": _mla, "kernels": _kernels}
     measure[what](rounds, as_json, **{name: options[name] for name, only in meant_for.items() if what in only})
 
 
@@ -87,6 +92,34 @@ def _mla(rounds: int | None, as_json: bool, contexts: str | None, device: str | 
         print_rows(found["goals"], as_json=False, title="Goals")
     if record:
         write_json(mla.record_path(place["device"]), found)
+
+
+def _kernels(rounds: int | None, as_json: bool, device: str | None, record: bool) -> None:
+    from dsmoe_lite.bench import kernels
+    from dsmoe_lite.files import write_json
+
+    if record and device == "cpu":
+        raise InputError("--record: what kernels take on a CPU says nothing about a GPU; measure on one")
+    found = kernels.bench_kernels(rounds or kernels.ROUNDS, device or "auto")
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        turns = f"medians of {found['place']['rounds']} turns"
+        where = f"{found['provenance']['device']}, {found['place']['dtype']}"
+        print_rows(found["checks"], as_json=False, title="Right? Differences from float64, of the norm")
+        print_rows(
+            found["ladder"], as_json=False, title=f"dsmoe bench kernels: one product by every rung, {turns}, {where}"
+        )
+        print_rows(
+            found["products"], as_json=False, title=f"Products, {turns}; of dense: 1 is as fast as one dense product"
+        )
+        print_rows(found["moves"], as_json=False, title="Permute and combine, read once and written once")
+        print_rows(found["backends"], as_json=False, title="The routed experts; times grouped: above 1 is faster")
+        print_rows(found["goals"], as_json=False, title="Goals")
+        for note in found["notes"]:
+            click.echo(f"left out: {note}")
+    if record:
+        write_json(kernels.record_path(found), found)
 
 
 def _contexts(text: str | None) -> list[int]:

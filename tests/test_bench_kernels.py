@@ -1,0 +1,178 @@
+"""The kernels' benchmark on a CPU: everything is checked before it is timed, and what is missing is noted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from needs import needs_gxx
+
+from dsmoe_lite.bench import kernels, products
+from dsmoe_lite.bench.kernels import PLACES, bench_kernels, goals, newest_record
+from dsmoe_lite.bench.products import DENSE, Case, check_products, time_products, tried
+from dsmoe_lite.cli import main
+from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.kernels import cuda
+
+FLOAT = ("cpu", torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where records go."""
+    monkeypatch.setattr(kernels, "DATA", tmp_path)
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
+
+
+def dsmoe(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    return left.value.code
+
+
+@pytest.mark.parametrize("case", [case for place in PLACES.values() for case in (*place.cases, place.checked)])
+def test_every_case_has_the_rows_it_says(case: Case) -> None:
+    counts = case.counts()
+    assert len(counts) == case.experts
+    assert sum(counts) == case.experts * case.rows
+    assert counts == sorted(counts, reverse=True)
+    assert (counts[0] == counts[-1]) == (case.routing == "uniform")
+
+
+@needs_gxx
+def test_the_whole_command(capsys: pytest.CaptureFixture) -> None:
+    assert dsmoe("bench", "kernels", "--device", "cpu", "--rounds", "3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    place = PLACES["cpu"]
+    assert [row["by"] for row in found["ladder"]] == ["naive", "tiled", "F.grouped_mm", "loop over products", DENSE]
+    assert {row["by"] for row in found["products"]} == {"tiled", "F.grouped_mm", "loop over products", DENSE}
+    assert len(found["products"]) == 4 * len(place.cases)
+    for row in found["ladder"] + found["products"]:
+        assert 0 < row["low"] <= row["milliseconds"] <= row["high"]
+        flops = 2 * row["experts"] * row["rows"] * row["k"] * row["n"]
+        assert row["TFLOP/s"] == pytest.approx(flops / row["milliseconds"] / 1e9)
+        assert row["by"] != DENSE or row["of dense"] == 1
+    assert {row["by"] for row in found["checks"]} >= {"tiled", "cuda", "grouped"}
+    assert all(row["error"] <= 1e-5 for row in found["checks"])
+    assert {(row["what"], row["by"]) for row in found["moves"]} == {
+        ("copy", "copy"), ("permute", "cuda"), ("combine", "cuda"),
+    }  # fmt: skip
+    whole = {row["by"]: row for row in found["backends"] if row["what"] == "forward and backward"}
+    assert set(whole) == {"grouped", "cuda", "transformers eager", "transformers grouped_mm"}
+    assert whole["grouped"]["times grouped"] == whole["grouped"]["of grouped"] == 1
+    assert any(note.startswith("triton: ") for note in found["notes"])
+    assert found["goals"] == goals(found["products"], found["moves"], found["backends"])
+
+
+@needs_gxx
+def test_a_kernels_peak_memory_is_far_below_the_grouped_path() -> None:
+    """By torch's record of allocations, which is the same on every device; widths as in V2-Lite, a 32nd."""
+    from dsmoe_lite.bench.backends import Layer
+    from dsmoe_lite.config import MoEConfig
+
+    layer = Layer(MoEConfig(16, 6, 44), 64, 300)
+    mine, grouped = (layer.contender(name, *FLOAT).peak_bytes() for name in ("cuda", "grouped"))
+    assert mine / grouped <= 0.7
+
+
+@needs_gxx
+def test_a_wrong_kernel_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cuda.multiply
+    monkeypatch.setattr(products.cuda, "multiply", lambda *given: right(*given) * 1.001)
+    with pytest.raises(RunError, match=r"tiled: differs from float64 by 1\.0e-03 of the norm, nothing was timed"):
+        bench_kernels(3, "cpu")
+    monkeypatch.undo()
+    backward = cuda.weights_backward
+    monkeypatch.setattr(cuda, "weights_backward", lambda *given: backward(*given) * 1.001)
+    with pytest.raises(RunError, match=r"experts by cuda: differ from the loop by .* nothing was timed"):
+        bench_kernels(3, "cpu")
+
+
+def failing(error: Exception) -> Callable[[], torch.Tensor]:
+    def way() -> torch.Tensor:
+        raise error
+
+    return way
+
+
+def test_what_does_not_run_is_noted_and_left_out() -> None:
+    notes: list[str] = []
+    ways = {
+        "one": failing(InputError("needs a GPU")),
+        "two": failing(torch.OutOfMemoryError("CUDA out of memory.\nTried to")),
+        "three": lambda: torch.ones(1),
+    }
+    assert list(tried(ways, notes)) == ["three"]
+    assert notes == ["one: needs a GPU", "two: CUDA out of memory."]
+
+
+def test_a_case_without_its_dense_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    monkeypatch.setattr(products, "products", lambda *_: {DENSE: failing(RuntimeError("out of memory"))})
+    assert time_products(Case(2, 8, 8, 3), (), *FLOAT, 3, 1, notes) == []
+    assert "the dense product does not run" in notes[-1]
+
+
+def test_torchs_own_product_is_held_against_float64_too() -> None:
+    found = check_products(Case(3, 8, 16, 5, "skewed"), (), *FLOAT, [])
+    assert {row["by"] for row in found} == {"F.grouped_mm", "loop over products"}
+
+
+def product(by: str, rows: int, of_dense: float) -> dict[str, Any]:
+    return {"experts": 64, "k": 2048, "n": 1408, "routing": "uniform", "rows": rows, "by": by, "of dense": of_dense}
+
+
+def test_goals_take_the_best_rung_at_its_worst() -> None:
+    rows = [product("hopper", 1024, 0.8), product("hopper", 4096, 0.7), product("hopper", 64, 0.1)]
+    rows += [product("mma", 1024, 0.4), product("mma", 4096, 0.5), product("F.grouped_mm", 1024, 0.75)]
+    rows += [{**product("hopper", 1024, 0.01), "routing": "skewed"}, {**product("hopper", 1024, 0.01), "experts": 16}]
+    moves = [{"what": "permute", "by": "cuda", "of copy": 0.9}, {"what": "permute", "by": "triton", "of copy": 0.1}]
+    whole = [{"what": "forward and backward", "by": "cuda", "times grouped": 1.5, "of grouped": 0.71}]
+    found = [(row["value"], row["reached"]) for row in goals(rows, moves, whole)]
+    assert found == [
+        (0.7, False), (0.7 / 0.75, False), (0.4, True), (None, False),
+        (0.9, True), (None, False), (1.5, True), (0.71, False),
+    ]  # fmt: skip
+
+
+def test_the_newest_record_is_found_by_its_date(runs: Path) -> None:
+    assert newest_record() is None
+    for name, date in (("a", "2026-02-01T00:00:00+00:00"), ("b", "2026-01-01T00:00:00+00:00")):
+        record = {"schema_version": 1, "date": date, "provenance": {"device": f"NVIDIA {name}"}}
+        assert kernels.record_path(record) == runs / f"bench-kernels-nvidia-{name}.json"
+        kernels.record_path(record).write_text(json.dumps(record), encoding="utf-8")
+    assert newest_record()["provenance"]["device"] == "NVIDIA a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("{", "is not JSON"), ("[]", "is no record"), ("{}", "schema_version 1")]
+)
+def test_a_file_that_is_no_record_is_named(text: str, message: str, runs: Path) -> None:
+    (runs / "bench-kernels-x.json").write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"bench-kernels-x\.json: .*{message}"):
+        newest_record()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "torch finds no GPU here; --device cpu tries the command"),
+        (["--device", "cuda"], "torch finds no GPU here"),
+        (["--device", "cpu", "--record"], "--record: what kernels take on a CPU says nothing"),
+        (["--profile"], "--profile: is for `layer`"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what is said where there is no GPU")
+def test_bad_calls_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture) -> None:
+    assert dsmoe("bench", "kernels", *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
