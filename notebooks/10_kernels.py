@@ -122,14 +122,14 @@ with patch.object(cuda, "launch") as forward_calls:
     y = Experts(E, D, F, "cuda")(sent)
 with patch.object(cuda, "launch") as backward_calls:
     y.backward(dy, retain_graph=True)
-ours = [forward_calls.call_count, backward_calls.call_count]
-rows.append({"way": "kernels of this chapter", "forward": ours[0], "backward": ours[1]})
+ours = {"forward": forward_calls.call_count, "backward": backward_calls.call_count}
+rows.append({"way": "kernels of this chapter", **ours})
 charts.launch_counts(rows)
 
 # %%
 print("forward: ", *(call.args[0] for call in forward_calls.call_args_list))
 print("backward:", *(call.args[0] for call in backward_calls.call_args_list))
-assert ours == [4, 8]
+assert ours == {"forward": 4, "backward": 8}
 
 # %% [markdown]
 # The last row counts the kernels alone, not the few operations by which torch prepares their arguments.
@@ -239,11 +239,13 @@ least = 1e6 * one.seconds(peak, bandwidth)
 print(
     f"\none expert with {one.flops / (2 * 2048 * 1408):.0f} rows, one of its three products:"
 )
-print(f"at least {least:.1f} microseconds on the whole {gpu}")
+print(
+    f"at least {least:.1f} microseconds on all of {gpu}, {device['multiprocessors']} multiprocessors"
+)
 
 # %% [markdown]
 # **What to notice.** Two things starve a GPU here. Each product is over in a few microseconds, about as long as it takes to start
-# the next; and it has too few rows to fill all multiprocessors at once (an H100 has 132). Both are cured by *one*
+# the next; and it has too few rows to fill all multiprocessors at once. Both are cured by *one*
 # launch for all experts, a **grouped product**: one kernel whose blocks work on tiles of different experts at the same time
 # (MegaBlocks {cite:p}`MegaBlocks` showed that no token needs to be dropped for it). What it does not cure is intensity: weights that
 # few rows use must still be read. Experts want large batches.
@@ -309,7 +311,8 @@ def without_barrier():
 
 
 def two_barriers():
-    split = "if (threadIdx.x < 32)\n    __syncthreads();\n  else\n    __syncthreads();"
+    two = ("if (threadIdx.x < 32)", "  __syncthreads();", "else", "  __syncthreads();")
+    split = "\n  ".join(two)
     try:
         divergent = cpu_library_of(reverse.replace("__syncthreads();", split))
         launch_on_cpu(divergent, "run", torch.arange(128.0))
