@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = INPUT)
         ("experiment neighbors", "neighbours"),
         ("experiment neighbours --processes 0 --plan", "--processes"),
         ("experiment neighbours --processes many", "--processes"),
-        ("bench kernels", "'layer', 'train'"),
+        ("bench experts", "'layer', 'train'"),
         ("bench layer --rounds 1", "--rounds"),
         ("course --profile fast", "--profile"),
         ("refresh 99", "no chapter 99"),
