@@ -10,6 +10,7 @@ import torch
 from needs import needs_gxx
 
 from dsmoe_lite.bench import kernels, products
+from dsmoe_lite.bench.attempt import attempt
 from dsmoe_lite.bench.kernels import PLACES, bench_kernels, goals, newest_record
 from dsmoe_lite.bench.products import DENSE, Case, check_products, time_products, tried
 from dsmoe_lite.cli import main
@@ -60,7 +61,9 @@ def test_the_whole_command(capsys: pytest.CaptureFixture) -> None:
         flops = 2 * row["experts"] * row["rows"] * row["k"] * row["n"]
         assert row["TFLOP/s"] == pytest.approx(flops / row["milliseconds"] / 1e9)
         assert row["by"] != DENSE or row["of dense"] == 1
-    assert {row["by"] for row in found["checks"]} >= {"tiled", "cuda", "grouped"}
+    assert {row["by"] for row in found["checks"]} >= {
+        "tiled", "cuda", "grouped", "transformers eager", "transformers grouped_mm",
+    }  # fmt: skip
     assert all(row["error"] <= 1e-5 for row in found["checks"])
     assert {(row["what"], row["by"]) for row in found["moves"]} == {
         ("copy", "copy"), ("permute", "cuda"), ("combine", "cuda"),
@@ -111,7 +114,7 @@ def test_what_does_not_run_is_noted_and_left_out() -> None:
         "three": lambda: torch.ones(1),
     }
     assert list(tried(ways, notes)) == ["three"]
-    assert notes == ["one: needs a GPU", "two: CUDA out of memory."]
+    assert notes == ["one: needs a GPU", "two: out of this GPU's memory"]
 
 
 def test_a_case_without_its_dense_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,3 +179,53 @@ def test_bad_calls_are_one_line(arguments: list[str], message: str, capsys: pyte
     said = capsys.readouterr().err
     assert message in said
     assert len(said.strip().splitlines()) == 1
+
+
+# What a GPU may do to a run
+
+
+def test_a_failure_that_is_no_runtime_error_is_noted_too() -> None:
+    """Triton's compiler, for one, has errors of its own, and so has a transformers of another version."""
+    notes: list[str] = []
+    assert attempt("one", failing(TypeError("unexpected argument\nmore")), notes) is None
+    assert attempt("two", failing(Exception()), notes) is None
+    assert attempt("three", lambda: 3, notes) == 3
+    assert notes == ["one: unexpected argument", "two: Exception"]
+
+
+def test_a_kernel_that_breaks_the_gpu_ends_the_run_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access\nand more")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RunError, match=r"hopper: CUDA error: an illegal memory access; it leaves the GPU unusable"):
+        attempt("hopper", lambda: torch.ones(1), [])
+
+
+@needs_gxx
+def test_parts_that_fail_leave_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time(*_: object) -> None:
+        raise KeyError("copy")
+
+    for part in ("time_moves", "time_backends"):
+        monkeypatch.setattr(kernels, part, time)
+    found = bench_kernels(3, "cpu")
+    assert (found["moves"], found["backends"]) == ([], [])
+    assert found["products"]
+    assert {"permute and combine: 'copy'", "experts: 'copy'"} <= set(found["notes"])
+    assert [row["value"] for row in found["goals"]] == [None] * 8
+
+
+@pytest.mark.parametrize(("traced", "peak"), [(900, 900), (0, 600), (2000, 1000)])
+def test_the_peak_on_a_gpu_lies_within_its_allocators_bounds(
+    traced: int, peak: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peak of 1000 bytes, gradients of 400: all of them were there when it was reached, or none."""
+    from dsmoe_lite.bench import memory
+
+    monkeypatch.setattr(memory, "peak_bytes", lambda *_: traced)
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 50)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 1050)
+    assert memory.peak_bytes_on_gpu(list, list, lambda: [torch.ones(100)]) == peak

@@ -246,7 +246,7 @@ def test_options_of_mla_are_for_mla(capsys: pytest.CaptureFixture) -> None:
         assert dsmoe("bench", "train", *option) == 2
         assert f"{option[0]}: is for {those}, not for `train`" in capsys.readouterr().err
     assert dsmoe("bench", "layer", "--device", "cpu") == 2
-    assert "--device: is for `train` and `mla`, not for `layer`" in capsys.readouterr().err
+    assert "--device: is for `train`, `mla` and `kernels`, not for `layer`" in capsys.readouterr().err
 
 
 def test_functions_refuse_too_few_rounds() -> None:

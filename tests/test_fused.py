@@ -89,6 +89,17 @@ def test_between_the_passes_only_a_and_b_are_kept_and_without_gradients_nothing(
 
 
 @needs_gxx
+def test_without_gradients_a_and_b_are_not_even_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, right = [], cuda.gate_up
+    monkeypatch.setattr(cuda, "gate_up", lambda *given: kept.append(given[-1]) or right(*given))
+    experts, x = some_experts("cuda", torch.float32), torch.randn(T, D)
+    with torch.no_grad():
+        experts(dispatch(x, a_routing()))
+    experts(dispatch(x, a_routing()))
+    assert kept == [False, True]
+
+
+@needs_gxx
 def test_a_slice_and_a_transposed_view_are_laid_out() -> None:
     x = torch.randn(D * T + 1)[1:].view(D, T).T
     mine = some_experts("cuda", torch.float32)(dispatch(x, a_routing()))

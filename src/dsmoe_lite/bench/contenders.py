@@ -65,7 +65,8 @@ def routed_experts(
 ) -> Contender:
     """Return the routed experts alone, with dispatch and combine, given `ids` and gates (T, K)."""
     T, E = len(ids), moe.n_routed_experts
-    experts = Experts(E, d_model, moe.expert_width, backend).to(device, dtype)
+    with torch.device(device):
+        experts = Experts(E, d_model, moe.expert_width, backend).to(dtype)
     ids, scores = ids.to(device), torch.empty(T, E, device=device)
 
     def call(x: Tensor, gates: Tensor) -> Tensor:
@@ -85,7 +86,8 @@ def transformers_experts(experts: Experts, ids: Tensor, implementation: str) -> 
     E, width, d_model = experts.gate.shape
     config = MixtralConfig(hidden_size=d_model, intermediate_size=width, num_local_experts=E)
     config._experts_implementation = implementation
-    theirs = MixtralExperts(config).to(experts.gate.device, experts.gate.dtype)
+    with experts.gate.device:
+        theirs = MixtralExperts(config).to(experts.gate.dtype)
     with torch.no_grad():
         theirs.gate_up_proj.copy_(torch.cat([experts.gate, experts.up], dim=1))
         theirs.down_proj.copy_(experts.down)

@@ -4,14 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dsmoe_lite.bench.attempt import Notes, attempt
 from dsmoe_lite.bench.backends import Layer, check_backends, time_backends
 from dsmoe_lite.bench.moves import time_moves
-from dsmoe_lite.bench.products import TOP, Case, Notes, check_products, time_products
+from dsmoe_lite.bench.products import TOP, Case, check_products, time_products
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import InputError, require_whole
 from dsmoe_lite.job import usable_device
@@ -82,13 +84,18 @@ def bench_kernels(rounds: int = ROUNDS, device: str = "auto") -> dict[str, Any]:
     checks = check_products(place.checked, place.rungs, *where, notes)
     checks += check_backends(place.checked_layer, *where, notes)
     timing = (*where, rounds, place.repeat, notes)
-    every = [rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled")]
-    ladder, found = time_products(place.ladder, every, *timing), []
+    every = tuple(rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled"))
+
+    def product(case: Case, rungs: tuple[str, ...]) -> list[dict[str, Any]]:
+        return attempt(f"{case}", partial(time_products, case, rungs, *timing), notes) or []
+
+    ladder, found = product(place.ladder, every), []
     for case in progress(place.cases, desc="products"):
-        found += time_products(case, place.rungs, *timing)
+        found += product(case, place.rungs)
     layer = place.layer
-    moves = time_moves(layer.n_tokens, layer.moe.top_k, layer.d_model, *timing)
-    backends = time_backends(layer, *timing)
+    moving = partial(time_moves, layer.n_tokens, layer.moe.top_k, layer.d_model, *timing)
+    moves = attempt("permute and combine", moving, notes) or []
+    backends = attempt("experts", partial(time_backends, layer, *timing), notes) or []
     return {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -158,7 +165,7 @@ def newest_record() -> dict[str, Any] | None:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             raise InputError(f"{path}: is not JSON") from None
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
+        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or "date" not in record:
             raise InputError(f"{path}: is no record of schema_version {SCHEMA_VERSION}")
         found.append(record)
     return max(found, key=lambda record: record["date"], default=None)

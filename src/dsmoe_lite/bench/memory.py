@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # as the trace numbers them
 
-def peak_bytes(step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]) -> int:
-    """Return the most bytes that `step` allocates and holds at once on the CPU.
+
+def peak_bytes(
+    step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]], device: str = "cpu"
+) -> int:
+    """Return the most bytes that `step` allocates and holds at once on the device, "cpu" or "cuda".
 
     `clear` drops what the last step left; `uncounted` names, after the step, tensors to leave out: the weights'
     gradients. What was allocated before the step, and what a BLAS takes for itself, is not seen.
@@ -26,7 +30,8 @@ def peak_bytes(step: Callable[[], Any], clear: Callable[[], Any], uncounted: Cal
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
         events = [one for one in json.loads(path.read_text())["traceEvents"] if one.get("name") == "[memory]"]
-    changes = [(one["args"]["Addr"], one["args"]["Bytes"]) for one in sorted(events, key=lambda one: one["ts"])]
+    about = [one["args"] for one in sorted(events, key=lambda one: one["ts"])]
+    changes = [(one["Addr"], one["Bytes"]) for one in about if one["Device Type"] == DEVICE_TYPES[device]]
     last = {address: index for index, (address, size) in enumerate(changes) if size > 0}  # an address is used again
     held: dict[int, int] = {}
     live = peak = 0
@@ -43,12 +48,16 @@ def peak_bytes(step: Callable[[], Any], clear: Callable[[], Any], uncounted: Cal
 def peak_bytes_on_gpu(
     step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]
 ) -> int:
-    """Return the same for the current GPU, by its allocator's own count."""
-    step()
+    """Return the same for the current GPU, within the bounds that its allocator's own peak gives.
+
+    That peak counts those tensors as far as they were there when it was reached, which it does not say: all, or none.
+    """
+    traced = peak_bytes(step, clear, uncounted, "cuda")
     clear()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before - sum(tensor.nbytes for tensor in uncounted())
+    high = torch.cuda.max_memory_allocated() - before
+    return min(max(traced, high - sum(tensor.nbytes for tensor in uncounted())), high)

@@ -6,8 +6,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from dsmoe_lite.bench.products import Notes, tried
+from dsmoe_lite.bench.attempt import Notes
+from dsmoe_lite.bench.products import ready, tried
 from dsmoe_lite.bench.recorded import uniform_ids
 from dsmoe_lite.bench.turns import turns
 from dsmoe_lite.kernels import cuda
@@ -25,26 +27,26 @@ def time_moves(
     place = place.view(n_tokens, top_k).to(device)
     x, rows = (torch.randn(n, width, device=device, dtype=dtype) for n in (n_tokens, N))
     target = torch.empty_like(rows)
-    steps: dict[str, Callable[[], Any]] = {
+    steps: dict[str, Callable[[], Tensor]] = {
         "copy|copy": lambda: target.copy_(rows),
         "permute|cuda": lambda: cuda.permute(x, token),
         "combine|cuda": lambda: cuda.combine(rows, place),
         "permute|triton": lambda: _triton().permute(x, token),
         "combine|triton": lambda: _triton().combine(rows, place),
     }
-    seconds = turns(tried(steps, notes), rounds, device, "permute and combine", repeat)
+    seconds = turns(ready(tried(steps, notes), device, notes), rounds, device, "permute and combine", repeat)
     size = rows.element_size()
     moved = {
         "copy": row_copies(N, N, width, size).bytes,
         "permute": row_copies(N, N, width, size).bytes,
         "combine": row_copies(N, n_tokens, width, size).bytes,
     }
-    copied = moved["copy"] / statistics.median(seconds["copy|copy"])
     found = []
     for name, own in seconds.items():
         what, by = name.split("|")
+        times = statistics.median(a / b for a, b in zip(seconds["copy|copy"], own, strict=True))
         speed = moved[what] / statistics.median(own)
-        found.append({"what": what, "by": by, "GB/s": speed / 1e9, "of copy": speed / copied})
+        found.append({"what": what, "by": by, "GB/s": speed / 1e9, "of copy": times * moved[what] / moved["copy"]})
     return found
 
 

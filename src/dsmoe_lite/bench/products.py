@@ -1,24 +1,25 @@
 """One grouped product by every way there is: our rungs, Triton, torch's own, a loop over cuBLAS, one dense product."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmoe_lite.bench.ratios import median_interval
-from dsmoe_lite.bench.turns import captured, turns
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.bench.attempt import Notes, attempt
+from dsmoe_lite.bench.ratios import Step, median_interval
+from dsmoe_lite.bench.turns import Key, captured, turns
+from dsmoe_lite.errors import RunError
 from dsmoe_lite.kernels import cuda
 from dsmoe_lite.kernels.work import grouped_product
 
 TOP = ("mma", "hopper")  # rungs that are measured everywhere
 LIMITS = {torch.bfloat16: 1e-2, torch.float32: 1e-5}  # of the norm, against float64
 DENSE = "dense product"
-Notes = list[str]
 Product = Callable[[], Tensor]
 
 
@@ -64,7 +65,10 @@ def products(case: Case, rungs: Sequence[str], device: str, dtype: torch.dtype) 
         return triton_twins.multiply(rows, matrices, ends)
 
     def loop() -> Tensor:
-        return torch.cat([F.linear(x, w) for x, w in zip(rows.split(counts), matrices, strict=True)])
+        out = rows.new_empty(len(rows), case.n)
+        for x, w, y in zip(rows.split(counts), matrices, out.split(counts), strict=True):
+            torch.mm(x, w.T, out=y)
+        return out
 
     return {
         **{rung: by_rung(rung) for rung in rungs},
@@ -77,14 +81,13 @@ def products(case: Case, rungs: Sequence[str], device: str, dtype: torch.dtype) 
 
 def tried(ways: dict[str, Product], notes: Notes) -> dict[str, Product]:
     """The ways that run here; what the others say goes into `notes`."""
-    running = {}
-    for name, way in ways.items():
-        try:
-            way()
-            running[name] = way
-        except (InputError, RunError, RuntimeError) as error:  # RuntimeError: out of memory, or CUDA's own
-            notes.append(f"{name}: {str(error).splitlines()[0]}")
-    return running
+    return {name: way for name, way in ways.items() if attempt(name, way, notes) is not None}
+
+
+def ready(ways: Mapping[Key, Product], device: str, notes: Notes) -> dict[Key, Step]:
+    """The ways as they are timed: on a GPU as graphs; what cannot be captured is timed as it is called."""
+    graphs = {name: attempt(f"a graph of {name}", partial(captured, way, device), notes) for name, way in ways.items()}
+    return {name: graphs[name] or way for name, way in ways.items()}
 
 
 def check_products(
@@ -110,12 +113,7 @@ def time_products(
     case: Case, rungs: Sequence[str], device: str, dtype: torch.dtype, rounds: int, repeat: int, notes: Notes
 ) -> list[dict[str, Any]]:
     """Time every way in turns: rows with milliseconds, TFLOP/s, and time of the dense product over its own."""
-    steps = {}
-    for name, way in tried(products(case, rungs, device, dtype), notes).items():
-        try:
-            steps[name] = captured(way, device)
-        except RuntimeError:  # what cannot be captured is timed as it is called
-            steps[name] = way
+    steps = ready(tried(products(case, rungs, device, dtype), notes), device, notes)
     if DENSE not in steps:
         notes.append(f"{case}: left out, the dense product does not run")
         return []

@@ -35,7 +35,9 @@ def command(what: str, rounds: int | None, as_json: bool, **options: Any) -> Non
     meant_for["record"] = ["mla", "kernels"]
     for name, only in meant_for.items():
         if options[name] and what not in only:
-            raise InputError(f"--{name}: is for `{'` and `'.join(only)}`, not for `{what}`")
+            *most, last = (f"`{one}`" for one in only)
+            those = f"{', '.join(most)} and {last}" if most else last
+            raise InputError(f"--{name}: is for {those}, not for `{what}`")
     measure: dict[str, Callable[..., None]] = {"layer": _layer, "train": _train, "mla": _mla, "kernels": _kernels}
     measure[what](rounds, as_json, **{name: options[name] for name, only in meant_for.items() if what in only})
 
@@ -101,25 +103,26 @@ def _kernels(rounds: int | None, as_json: bool, device: str | None, record: bool
     if record and device == "cpu":
         raise InputError("--record: what kernels take on a CPU says nothing about a GPU; measure on one")
     found = kernels.bench_kernels(rounds or kernels.ROUNDS, device or "auto")
+    if record:
+        write_json(kernels.record_path(found), found)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:
         turns = f"medians of {found['place']['rounds']} turns"
         where = f"{found['provenance']['device']}, {found['place']['dtype']}"
-        print_rows(found["checks"], as_json=False, title="Right? Differences from float64, of the norm")
-        print_rows(
-            found["ladder"], as_json=False, title=f"dsmoe bench kernels: one product by every rung, {turns}, {where}"
-        )
-        print_rows(
-            found["products"], as_json=False, title=f"Products, {turns}; of dense: 1 is as fast as one dense product"
-        )
-        print_rows(found["moves"], as_json=False, title="Permute and combine, read once and written once")
-        print_rows(found["backends"], as_json=False, title="The routed experts; times grouped: above 1 is faster")
-        print_rows(found["goals"], as_json=False, title="Goals")
+        titles = {
+            "checks": "Right? Differences from float64, of the norm",
+            "ladder": f"dsmoe bench kernels: one product by every rung, {turns}, {where}",
+            "products": f"Products, {turns}; of dense: 1 is as fast as one dense product",
+            "moves": "Permute and combine; bytes: what they read and what they write",
+            "backends": "The routed experts; times grouped: above 1 is faster",
+            "goals": "Goals",
+        }
+        for table, title in titles.items():
+            if found[table]:  # everything in it may have been left out
+                print_rows(found[table], as_json=False, title=title)
         for note in found["notes"]:
             click.echo(f"left out: {note}")
-    if record:
-        write_json(kernels.record_path(found), found)
 
 
 def _contexts(text: str | None) -> list[int]:

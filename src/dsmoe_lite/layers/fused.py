@@ -86,6 +86,8 @@ def run_triton(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tens
 
 def _run(kernels: ModuleType, sent: Dispatched, *weights: Tensor) -> Tensor:
     floats = [_laid_out(tensor) for tensor in (sent.x, sent.gates, *weights)]
+    if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of torch.no_grad: a and b would be written
+        floats = [tensor.detach() for tensor in floats]
     return _Fused.apply(cast(Kernels, kernels), sent.token, sent.place, sent.ends, *floats)
 
 
