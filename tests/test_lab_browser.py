@@ -156,7 +156,7 @@ def run_top_to_bottom(
     run_all(page, timeout)
     if then is not None:
         then(page)
-    page.keyboard.press("Control+s")
+    page.locator("[data-jp-item-name=save] .jp-ToolbarButtonComponent").click()  # the explorer keeps all keys
     page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=MINUTE)
     cells = code_cells(copy)
     errors = [out.get("evalue") for cell in cells for out in cell.outputs if out.output_type == "error"]
