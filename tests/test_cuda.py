@@ -155,7 +155,10 @@ def test_gradients_of_rows_and_of_matrices(
     (D, width), N, E = widths, sum(counts), len(counts)
     da, db = draw(N, width, dtype=dtype, seed=1), draw(N, width, dtype=dtype, seed=2)
     gate, up = draw(E, width, D, dtype=dtype, seed=3), draw(E, width, D, dtype=dtype, seed=4)
-    both = lambda a, b, v, w: a @ v + b @ w  # noqa: E731
+
+    def both(a: Tensor, b: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return a @ v + b @ w
+
     exact = torch.cat(by_expert(counts, both, gate, up, rows=[da, db]))
     size = torch.cat(by_expert(counts, both, gate.abs(), up.abs(), rows=[da.abs(), db.abs()]))
     assert_sums(cuda.rows_backward(da, db, gate, up, ends_of(counts), rung), exact, size)

@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from needs import needs_gxx
 from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
 from dsmoe_lite.kernels import ready as readiness
-from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.dispatch import Dispatched, dispatch
 from dsmoe_lite.layers.experts import Experts, by_kernels, choose_backend
 from dsmoe_lite.layers.router import Routing
 
@@ -135,7 +136,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *working: str) -> str:
     monkeypatch.setattr(f"{module}.ready", lambda name, device: name in working)
     monkeypatch.setattr(f"{module}.can_group", lambda x, gate: True)
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=CPU)
-    return choose_backend(SimpleNamespace(x=x), torch.empty(2, 16, 8))  # type: ignore[arg-type]
+    return choose_backend(cast(Dispatched, SimpleNamespace(x=x)), torch.empty(2, 16, 8))
 
 
 def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
