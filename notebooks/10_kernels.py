@@ -17,10 +17,10 @@
 #
 # **You will** count what a loop starts; find out when memory and when arithmetic sets the limit; run CUDA C++ *on your CPU*, take
 # a barrier away and see it caught; follow one grouped product up a ladder of five rungs; cost the permutation in bytes;
-# and train through the kernels, with gradients equal to the loop's.
+# and take gradients through the kernels, equal to the loop's.
 #
 # **You need** chapters 02 and 04; for the kernels themselves some C++. **Reading time** 70 minutes. **Hardware** any laptop
-# CPU with g++ (`apt install g++`, or `xcode-select --install`); without it you read recorded outputs. A GPU is only
+# CPU with g++ (`apt install g++`; macOS has not been tried); without it you read recorded outputs. A GPU is only
 # needed for the last section's timings.
 
 # %% tags=["parameters"]
@@ -132,7 +132,8 @@ print("backward:", *(call.args[0] for call in backward_calls.call_args_list))
 assert ours == {"forward": 4, "backward": 8}
 
 # %% [markdown]
-# The last row counts the kernels alone, not the few operations by which torch prepares their arguments.
+# The last row counts the kernels alone, not the operations by which torch prepares their arguments; the other rows count all that torch
+# starts.
 #
 # What does one start cost *here*? No GPU is asked, but torch's own way to an operation is the same: look it up, check
 # its arguments, record it for the gradient.
@@ -202,7 +203,7 @@ predict("10-tokens", None)  # a number of tokens
 def roof(tokens):
     points = []
     for name, experts, chosen, width in (
-        ("dense FFN", 1, 1, 11_264),  # 8 experts' width, always on
+        ("dense FFN", 1, 1, K * 1408),  # the same work for a token
         (f"{K} of {E}", E, K, 1408),
     ):
         product = grouped_product(tokens * chosen, experts, 2048, width)
@@ -229,12 +230,18 @@ live(
 for tokens in (1024, 4096, 16_384):
     product = grouped_product(tokens * K, E, 2048, 1408)
     kind = "arithmetic" if product.intensity > peak / bandwidth else "memory"
-    dense = grouped_product(tokens, 1, 2048, 11_264).intensity
+    dense = grouped_product(tokens, 1, 2048, K * 1408).intensity
     print(
         f"{tokens:6,} tokens, {tokens * K // E:5} rows an expert:"
         f" {product.intensity:4.0f} FLOPs a byte ({kind});"
         f" dense FFN {dense:4.0f}"
     )
+enough = next(
+    n
+    for n in range(1, 2**17)
+    if grouped_product(n * K, E, 2048, 1408).intensity >= peak / bandwidth
+)
+print(f"arithmetic sets the limit from {enough:,} tokens on")
 least = 1e6 * one.seconds(peak, bandwidth)
 print(
     f"\none expert with {one.flops / (2 * 2048 * 1408):.0f} rows, one of its three products:"
@@ -381,7 +388,7 @@ predict("10-moving", None)  # a share
 def forward_parts(tokens, E=64, K=6, D=2048, F=1408):
     N = tokens * K
     return {
-        "permute": row_copies(N, N, D),
+        "permute": row_copies(tokens, N, D),  # each token read once, if caches keep it
         # two results, kept for the gradients, and the hidden vector
         "gate and up, SwiGLU": grouped_product(N, E, D, 2 * F) + row_copies(0, N, F),
         "down": grouped_product(N, E, F, D),
@@ -400,7 +407,8 @@ moving = (seconds["permute"] + seconds["combine"]) / sum(seconds.values())
 print(f"moving rows: {moving:.0%} of the least time on the {gpu}")
 
 # %% [markdown]
-# **What to notice.** A good part of the time would go into copies, and that is the least. So the kernels save where they can:
+# **What to notice.** Moving is a small part but no trifle, and this is the least: where a token's row leaves the caches before all its experts have
+# it, it is read up to six times. So the kernels save where they can:
 #
 # - The gate is multiplied *before* $W_{down}$, into the hidden vector: $W_{down}(g\,\mathbf{h}) = g\,W_{down}\mathbf{h}$. Then combine is a plain sum, and the
 #   backward pass needs no result of width $D$.
@@ -474,8 +482,8 @@ live(
 show_source("gemm_mma.cuh", "int place(int row")
 
 # %% [markdown]
-# The copies ahead bring a new kind of mistake: to multiply what has not landed. A GPU would mostly have it there in time. Take
-# the wait away:
+# The copies ahead bring a new kind of mistake: to multiply what has not landed. On a GPU the result then
+# depends on the timing. Here a copy comes as late as the program allows. Take the wait away:
 
 
 # %%
@@ -571,13 +579,15 @@ charts.roofline(
 )
 
 # %% [markdown]
-# **What to notice.** None of them. Larger tiles alone do not do it: registers and shared memory end before. The rest comes from the **L2 cache**: blocks that run at the
+# **What to notice.** None of them. (The roof is that of the tensor cores, which rungs 1 and 2 do not use: theirs is far lower.) Larger tiles
+# alone do not do it: registers and shared memory end before. The rest comes from the **L2 cache**: blocks that run at the
 # same time share rows or columns, so that most fetches never reach memory. That is why the order in which blocks take tiles matters: here
 # down the rows of an expert first, so that neighbours share the columns of its matrix.
 #
-# ## Training: the same product, lying differently
+# ## Gradients: the same product, lying differently
 #
-# Backward there are three more kinds of product, and all are this one with A or B lying the other way round:
+# The backward pass has five products of two more kinds. Both are this one, with A or B lying the other way round. The letters are those
+# of BLAS, one for A and one for B: N as it lies, T transposed.
 #
 # | | A | B | |
 # |---|---|---|---|
@@ -593,7 +603,8 @@ charts.roofline(
 show_source("grouped.cuh", "struct SwiGLUBackward")
 
 # %% [markdown]
-# **Prove** it: output and all gradients equal the loop's, in float64.
+# **Prove** it: output and all gradients by the float32 kernels of rung 2, against the loop in float64. The package's tests do the same for
+# rungs 4 and 5 in bfloat16.
 
 
 # %%
@@ -645,7 +656,7 @@ or_recorded(peak_memory, chapter)
 # ## The same in Triton
 #
 # Triton writes kernels in Python: a *program* works on whole tiles, and the compiler decides what a thread does, how tiles
-# are staged and swizzled. `Experts(backend="triton")` is its twin of everything above. What you give up is the say in those decisions; what you gain
+# are staged and swizzled. `Experts(backend="triton")` is its twin of the experts' kernels, without the router and without the lower rungs. What you give up is the say in those decisions; what you gain
 # is fewer and simpler lines, and float16 besides.
 
 # %%
@@ -695,15 +706,16 @@ else:
 
 # %% [markdown]
 # As long as no run is recorded, what can be said is this: the kernels compile for sm_80, sm_90 and sm_90a, the two upper rungs keep everything in registers
-# and contain the instructions they are meant to contain (the tests disassemble them), and on the CPU they are right. Nothing is
-# claimed about their speed. On a machine with a GPU, `auto` compiles them at first use, compares them with torch once, and goes on without
-# them where either fails.
+# and contain the instructions they are meant to contain (the tests disassemble them), and on the CPU they are right. What the CPU
+# cannot show is a missing fence, which does nothing there, or an instruction that we misread: `wgmma`, TMA and `ldmatrix` do there what we
+# understood from the manual. Nothing is claimed about their speed. On a machine with a GPU, `auto` compiles them at first use, compares them with torch once, and goes on without
+# them where they do not compile or differ.
 #
 # ## Exercises
 #
 # **1. A bug from the wild** (20 minutes). Before a grouped product, somebody must say which tile of rows belongs to which expert. This
-# kernel does: thread $e$ counts the tiles up to and with expert $e$; then all threads look up their tiles. It is the plan of a
-# kernel that a serving engine ran for a long time, and it has that kernel's bug. Return the kernel mended.
+# kernel does: thread $e$ counts the tiles up to and with expert $e$; then all threads look up their tiles. It follows a
+# kernel of a serving engine, and has the bug that a pull request there reports. (To check an answer needs g++.) Return the kernel mended.
 
 
 # %%
@@ -804,13 +816,13 @@ verdict = check_exercise(stands, one_turn)
 # Rows $2i$ and $2i + 1$ lie in different halves of the groups anyway, so only every second row needs another order.
 # </details>
 #
-# **3. Run it** with `-p gpu=A100` and with `-p n_experts=128`. Which of the two changes the number of tokens from which arithmetic sets the
-# limit, and in which direction?
+# **3. Run it** with `dsmoe run 10 -p gpu=A100`, then with `dsmoe run 10 -p n_experts=128`. How does each change the number of tokens from
+# which arithmetic sets the limit, and why?
 #
 # ## Recap
 #
 # - A loop over experts starves a GPU by the number of its launches and by their size; one grouped product cures both.
-# - Few rows an expert mean few FLOPs a byte: experts want larger batches than a dense FFN of equal work.
+# - Few rows an expert mean few FLOPs a byte: experts want larger batches than a dense FFN.
 # - Moving rows is not free: fold the gate into the hidden vector, fuse SwiGLU, gather instead of adding atomically.
 # - From rung to rung the same sums come from nearer places, are ordered further ahead, by larger instructions.
 # - A missing barrier need not show on a GPU. Run warp by warp, as late as allowed or at once, it does.

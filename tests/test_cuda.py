@@ -313,10 +313,15 @@ def test_indices_out_of_range_end_the_launch() -> None:
         cuda.multiply(torch.zeros(5, 16), W, ENDS)
 
 
-def test_nothing_to_do_is_no_error() -> None:
-    none, ends = torch.zeros(0, 16), torch.zeros(2, dtype=torch.int32)
+@pytest.mark.parametrize(("rung", "dtype"), FULL)
+def test_nothing_to_do_is_no_error(rung: str, dtype: torch.dtype) -> None:
+    none, ends, w = torch.zeros(0, 16, dtype=dtype), torch.zeros(2, dtype=torch.int32), W.to(dtype)
+    narrow, gates = torch.zeros(0, 8, dtype=dtype), torch.zeros(0, dtype=dtype)
     assert cuda.permute(X, torch.zeros(0, dtype=torch.int64)).shape == (0, 16)
-    assert cuda.multiply(none, W, ends).shape == (0, 8)
+    assert cuda.multiply(none, w, ends, rung).shape == (0, 8)
+    assert cuda.gate_up(none, w, w, gates, ends, True, rung)[0].shape == (0, 8)
+    assert cuda.hidden_backward(none, w.mT.contiguous(), narrow, narrow, gates, ends, rung)[3].shape == (0,)
+    assert cuda.rows_backward(narrow, narrow, w, w, ends, rung).shape == (0, 16)
     assert not cuda.weights_backward(none, none, ends).any()
     assert cuda.combine(none, torch.zeros(0, 2, dtype=torch.int32)).shape == (0, 16)
     assert route(torch.zeros(0, 8), Rule(2))[1].shape == (0, 2)

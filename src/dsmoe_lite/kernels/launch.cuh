@@ -69,26 +69,24 @@ int launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared, cudaStre
 #endif
 }
 
-// The GPU in use has compute capability `major`.x; the CPU has them all.
-inline bool is_generation(int major) {
-#ifdef CUDA_ON_CPU
-  return true;
-#else
-  int device = 0, own = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&own, cudaDevAttrComputeCapabilityMajor, device);
-  return own == major;
-#endif
-}
+// What the GPU in use is: the major number of its compute capability, and its multiprocessors, as many blocks as a
+// kernel that stays on the GPU needs. The CPU passes for a small one of every kind.
+struct Gpu {
+  int generation = 9, multiprocessors = 2;
+};
 
-// How many blocks a kernel that stays on the GPU needs: one a multiprocessor.
-inline int multiprocessors() {
+// Ask the driver; the code of an error, 0 if there is none.
+inline int look_at(Gpu* gpu) {
 #ifdef CUDA_ON_CPU
-  return 2;
+  *gpu = {};
+  return 0;
 #else
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
+  int device = 0;
+  auto code = cudaGetDevice(&device);
+  if (code == cudaSuccess) code = cudaSetDevice(device);  // makes its context current, in any thread
+  if (code == cudaSuccess) code = cudaDeviceGetAttribute(&gpu->generation, cudaDevAttrComputeCapabilityMajor, device);
+  if (code == cudaSuccess)
+    code = cudaDeviceGetAttribute(&gpu->multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return code;
 #endif
 }

@@ -43,6 +43,12 @@ def _check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
+def laid_out(tensor: Tensor) -> Tensor:
+    """The tensor as kernels want it: contiguous, and its first number at a multiple of 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Require a shape."""
     if tuple(tensor.shape) != shape:

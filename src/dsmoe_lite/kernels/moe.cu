@@ -32,7 +32,10 @@ int run_mma(const Operands<bf16>& in, const Sizes& s, const Epilogue& out, cudaS
 template <Layout LAYOUT, Form FORM, int HALVES, class Epilogue>
 int run_hopper(const Operands<bf16>& in, const Sizes& s, const Epilogue& out, cudaStream_t stream) {
   constexpr int WIDTH = FORM == Form::DUAL ? hopper::BN : hopper::BN * HALVES;
-  if (!is_generation(9)) return NOT_HOPPER;
+  if (s.rows == 0) return 0;  // there is no map of nothing
+  Gpu gpu;
+  if (int failed = look_at(&gpu)) return failed;
+  if (gpu.generation != 9) return NOT_HOPPER;
   hopper::Maps maps{};
   for (int i = 0; i < (FORM == Form::ONE ? 1 : 2); i++) {
     const bf16* a = in.a[FORM == Form::SUM ? i : 0];
@@ -45,7 +48,7 @@ int run_hopper(const Operands<bf16>& in, const Sizes& s, const Epilogue& out, cu
     if (failed) return failed;
   }
   long tiles = most_tiles<LAYOUT, hopper::BM, WIDTH>(s);
-  dim3 grid{unsigned(tiles < multiprocessors() ? tiles : multiprocessors())};
+  dim3 grid{unsigned(tiles < gpu.multiprocessors ? tiles : gpu.multiprocessors)};
   return launch(hopper::gemm<LAYOUT, FORM, HALVES, Epilogue>, grid, hopper::THREADS, sizeof(hopper::Shared<HALVES>), stream,
                 maps, s, out);
 }

@@ -1,4 +1,7 @@
-"""Whether a GPU can be trusted with a set of kernels: they build for it, and give what torch gives. Asked once."""
+"""Whether a GPU can be trusted with a set of kernels: they build for it, and give what torch gives. Asked once.
+
+It catches wrong results, and what a compiler or a launch reports; a kernel that crashes or hangs takes the process along.
+"""
 
 import logging
 from functools import cache

@@ -10,6 +10,10 @@
 // Describe matrices (count, rows, columns), row-major; a box has `box_rows` rows. The code of an error, 0 if none.
 inline int describe(TensorMap* map, const bf16* data, int count, int rows, int columns, int box_rows) {
 #ifdef CUDA_ON_CPU
+  if (!count || !rows || !columns) {
+    cpu::machine().error = "describe: a side is 0";  // as cuTensorMapEncodeTiled
+    return 1;
+  }
   uint64_t size = uint64_t(rows) * columns;
   *map = {data, {uint64_t(columns), uint64_t(rows), uint64_t(count)}, {1, uint64_t(columns), size}, {64, unsigned(box_rows)}};
   return 0;

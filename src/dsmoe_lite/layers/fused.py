@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe_lite.kernels.launch import laid_out
 from dsmoe_lite.layers.dispatch import Dispatched
 
 
@@ -58,7 +59,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         token, place, ends, x, gates, gate, up, down, a, b = ctx.saved_tensors
         kernels: Kernels = ctx.kernels
-        dy_rows = kernels.permute(_laid_out(dy), token)
+        dy_rows = kernels.permute(laid_out(dy), token)
         torch.autograd.graph.increment_version((a, b))
         da, db, hidden, d_gates = kernels.hidden_backward(dy_rows, down, a, b, gates, ends)
         d_down = kernels.weights_backward(dy_rows, hidden, ends)
@@ -85,13 +86,7 @@ def run_triton(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tens
 
 
 def _run(kernels: ModuleType, sent: Dispatched, *weights: Tensor) -> Tensor:
-    floats = [_laid_out(tensor) for tensor in (sent.x, sent.gates, *weights)]
+    floats = [laid_out(tensor) for tensor in (sent.x, sent.gates, *weights)]
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of torch.no_grad: a and b would be written
         floats = [tensor.detach() for tensor in floats]
     return _Fused.apply(cast(Kernels, kernels), sent.token, sent.place, sent.ends, *floats)
-
-
-def _laid_out(tensor: Tensor) -> Tensor:
-    """The tensor as kernels want it: contiguous, and its first number at a multiple of 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
