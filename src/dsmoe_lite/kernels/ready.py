@@ -1,6 +1,6 @@
 """Whether a GPU can be trusted with a set of kernels: they build for it, and give what torch gives. Asked once.
 
-It catches wrong results, and what a compiler or a launch reports; a kernel that crashes or hangs takes the process along.
+It catches wrong results, and what a compiler or a launch reports, but no kernel that crashes or hangs.
 """
 
 import logging
