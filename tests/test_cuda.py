@@ -1,4 +1,4 @@
-"""The CUDA kernels, run on the CPU, against float64: every rung, every product, in three orders of the warps."""
+"""The CUDA kernels against float64: every rung and product; on the CPU in three orders of the warps, and on a GPU."""
 
 import ctypes
 from collections.abc import Callable, Iterator
@@ -37,9 +37,18 @@ WIDTHS = {"tiles": (128, 256), "tails": (72, 136)}
 ODD_WIDTHS = (13, 7)  # no multiple of 8: what the tensor cores' copies do not take
 
 
-@pytest.fixture(params=[0, 1, 7], ids=["first warp first", "last warp first", "shuffled"])
-def order(request: pytest.FixtureRequest) -> Iterator[int]:
-    """The order in which warps run: a result that depends on it lacks a barrier."""
+ORDERS: dict[str, int | None] = {"first warp first": 0, "last warp first": 1, "shuffled": 7}
+if torch.cuda.is_available():
+    ORDERS["on a GPU"] = None
+
+
+@pytest.fixture(params=ORDERS.values(), ids=ORDERS)
+def order(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    """Where kernels run; on the CPU in which order warps do: a result that depends on it lacks a barrier."""
+    if request.param is None:
+        with torch.device("cuda"):
+            yield None
+        return
     schedule(request.param)
     yield request.param
     schedule(0)
@@ -50,7 +59,8 @@ def schedule(seed: int) -> None:
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def ends_of(counts: list[int]) -> Tensor:
@@ -79,7 +89,7 @@ def assert_sums(mine: Tensor, exact: Tensor, size: Tensor) -> None:
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_every_rung_multiplies(
-    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int
+    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int | None
 ) -> None:
     P, Q = widths
     rows, matrices = draw(sum(counts), P, dtype=dtype, seed=1), draw(len(counts), Q, P, dtype=dtype, seed=2)
@@ -91,7 +101,7 @@ def test_every_rung_multiplies(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rung", ["naive", "tiled"])
-def test_widths_that_do_not_tile(rung: str, dtype: torch.dtype) -> None:
+def test_widths_that_do_not_tile(rung: str, dtype: torch.dtype, order: int | None) -> None:
     counts, (P, Q) = [3, 0, 70], ODD_WIDTHS
     rows, matrices = draw(sum(counts), P, dtype=dtype, seed=1), draw(len(counts), Q, P, dtype=dtype, seed=2)
     exact = torch.cat(by_expert(counts, lambda x, w: x @ w.T, matrices, rows=[rows]))
@@ -102,7 +112,9 @@ def test_widths_that_do_not_tile(rung: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("rung", "dtype"), FULL)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
-def test_swiglu_is_fused(rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int) -> None:
+def test_swiglu_is_fused(
+    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int | None
+) -> None:
     (D, width), N, E = widths, sum(counts), len(counts)
     rows, gates = draw(N, D, dtype=dtype, seed=1), draw(N, dtype=dtype, seed=2)
     gate, up = draw(E, width, D, dtype=dtype, seed=3) / D**0.5, draw(E, width, D, dtype=dtype, seed=4) / D**0.5
@@ -124,7 +136,7 @@ def test_swiglu_is_fused(rung: str, dtype: torch.dtype, counts: list[int], width
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_swiglu_backward_is_fused(
-    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int
+    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int | None
 ) -> None:
     """Against autograd in float64, from the same rounded a and b."""
     (D, width), N, E = widths, sum(counts), len(counts)
@@ -150,7 +162,7 @@ def test_swiglu_backward_is_fused(
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_gradients_of_rows_and_of_matrices(
-    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int
+    rung: str, dtype: torch.dtype, counts: list[int], widths: tuple[int, int], order: int | None
 ) -> None:
     (D, width), N, E = widths, sum(counts), len(counts)
     da, db = draw(N, width, dtype=dtype, seed=1), draw(N, width, dtype=dtype, seed=2)
@@ -170,7 +182,7 @@ def test_gradients_of_rows_and_of_matrices(
 
 
 @pytest.mark.parametrize("rung", ["mma", "hopper"])
-def test_a_bad_row_of_the_next_expert_stays_there(rung: str) -> None:
+def test_a_bad_row_of_the_next_expert_stays_there(rung: str, order: int | None) -> None:
     """Tiles overlap the next expert's rows: NaN times zero must not come in."""
     counts, N = [70, 60], 130
     left, right = draw(N, 64, dtype=torch.bfloat16, seed=1), draw(N, 128, dtype=torch.bfloat16, seed=2)
@@ -184,7 +196,7 @@ def test_a_bad_row_of_the_next_expert_stays_there(rung: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [7, 8, 64, 2100])
-def test_permute_and_combine_move_rows(dtype: torch.dtype, width: int) -> None:
+def test_permute_and_combine_move_rows(dtype: torch.dtype, width: int, order: int | None) -> None:
     token = torch.tensor([3, 0, 0, 2, 3, 1])
     x = draw(5, width, dtype=dtype, seed=0)
     rows = cuda.permute(x, token)
@@ -281,6 +293,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "rows: must begin at a multiple of 16",
     ),
     "shape": (lambda: cuda.multiply(X, torch.zeros(2, 8, 12), ENDS), r"matrices: must be of shape \(2, 8, 16\), not"),
+    "no experts": (lambda: cuda.multiply(X, W[:0], ENDS[:0]), "experts = 0: must be a whole number of at least 1"),
     "ends": (lambda: cuda.multiply(X, W, ENDS.long()), "ends: must be torch.int32"),
     "rung": (lambda: cuda.multiply(X, W, ENDS, "fast"), "rung = 'fast': must be one of naive, tiled"),
     "float rung": (lambda: cuda.multiply(X, W, ENDS, "mma"), "rung = 'mma': needs bfloat16, not torch.float32"),

@@ -1,6 +1,7 @@
 """The experts by hand-written kernels, and how `auto` comes to them."""
 
 import logging
+import sys
 from types import SimpleNamespace
 from typing import cast
 
@@ -10,9 +11,10 @@ from needs import needs_gxx
 
 from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
-from dsmoe_lite.kernels import ready as readiness
+from dsmoe_lite.layers import ready as readiness
 from dsmoe_lite.layers.dispatch import Dispatched, dispatch
 from dsmoe_lite.layers.experts import Experts, by_kernels, choose_backend
+from dsmoe_lite.layers.fused import run_cuda
 from dsmoe_lite.layers.router import Routing
 
 T, E, K, D, WIDTH = 60, 5, 2, 24, 40
@@ -145,27 +147,55 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
     assert on_a_gpu(monkeypatch) == "grouped"
 
 
+def differs(dtype: torch.dtype = torch.bfloat16) -> str | None:
+    return readiness.disagreement(run_cuda, CPU, (70, 0, 30), (72, 136), dtype)
+
+
 @needs_gxx
-def test_kernels_that_agree_are_ready() -> None:
-    assert readiness.disagreement(cuda, CPU) is None
-    assert readiness.disagreement(cuda, CPU, torch.float32) is None
+def test_kernels_that_agree_are_ready(caplog: pytest.LogCaptureFixture) -> None:
+    assert differs() is None
+    assert differs(torch.float32) is None
+    assert readiness.ready("cuda", CPU)
+    assert not caplog.messages
 
 
-@pytest.mark.parametrize("product", ["multiply", "rows_backward", "weights_backward"])
+@pytest.mark.parametrize(
+    "product", ["permute", "gate_up", "multiply", "combine", "hidden_backward", "weights_backward", "rows_backward"]
+)
 @needs_gxx
 def test_kernels_that_disagree_are_not(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(cuda, product)
-    monkeypatch.setattr(cuda, product, lambda *given: right(*given) * 1.02)
-    assert readiness.disagreement(cuda, CPU).startswith(f"{product} differs from torch by 2.")
-    monkeypatch.setattr(cuda, product, lambda *given: right(*given) * torch.nan)
-    assert "by nan" in readiness.disagreement(cuda, CPU)
+    right, factor = getattr(cuda, product), 1.04
+
+    def wrong(*given: object) -> object:
+        result = right(*given)
+        return result * factor if isinstance(result, torch.Tensor) else (result[0] * factor, *result[1:])
+
+    monkeypatch.setattr(cuda, product, wrong)
+    assert " differs from the loop's by " in str(differs())
+    factor = torch.nan
+    assert "by nan" in str(differs())
+
+
+def test_a_process_that_crashes_or_hangs_is_survived() -> None:
+    python = [sys.executable, "-c"]
+    crashed = readiness.answer([*python, "import os; os.abort()"], 60)
+    assert crashed.startswith("the trial ended with code -6")
+    assert readiness.answer([*python, "while True: pass"], 0.5) == "no answer in 0.5 s"
+    assert readiness.answer([*python, "1 / 0"], 60).endswith("ZeroDivisionError: division by zero")
+    assert readiness.answer([*python, "print('no nvcc'); print('more')"], 60) == "no nvcc"
+    assert not readiness.answer([*python, ""], 60)
+
+
+def test_what_the_trial_meets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RunError("nvcc not found: pip install\nand more")
+
+    monkeypatch.setattr(readiness, "disagreement", broken)
+    assert readiness.trial("cuda", CPU) == "nvcc not found: pip install"
 
 
 def test_the_reason_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(*_: object) -> None:
-        raise RunError("nvcc not found: pip install")
-
-    monkeypatch.setattr(readiness, "disagreement", broken)
+    monkeypatch.setattr(readiness, "answer", lambda command, limit: "nvcc not found: pip install")
     readiness.ready.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert not readiness.ready("cuda", CPU)

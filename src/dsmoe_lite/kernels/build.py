@@ -60,7 +60,10 @@ def compile_for_gpu(arch: str) -> Path:
     """Compile moe.cu by nvcc into a shared library of the cache, for one architecture such as sm_90a."""
     compiler = nvcc()
     libraries = Path(compiler).parents[1] / "lib"  # pip's toolkit has no lib64, where nvcc looks by itself
-    flags = [*FOR_GPU, "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", f"-L{libraries}"]
+    target = (
+        f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"  # no PTX: a driver could not compile it either
+    )
+    flags = [*FOR_GPU, "-shared", "-Xcompiler", "-fPIC", target, f"-L{libraries}"]
     return _compiled([compiler, *flags], SOURCES / "moe.cu")
 
 

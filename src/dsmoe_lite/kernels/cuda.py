@@ -8,7 +8,7 @@ device. InputError says what does not fit; RunError carries what a compiler or a
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require, require_choice
+from dsmoe_lite.errors import require, require_choice, require_whole
 from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, is_float, launch, library_for
 
 RUNGS = ("naive", "tiled", "wmma", "mma", "hopper")  # as moe.cu numbers them
@@ -40,10 +40,9 @@ def multiply(rows: Tensor, matrices: Tensor, ends: Tensor, rung: str | None = No
     rung: one of RUNGS; None takes the best that fits.
     """
     check_tensors(rows=rows, matrices=matrices)
-    check_ids(rows.device, ends=(ends, torch.int32))
     (N, P), (E, Q, _) = rows.shape, matrices.shape
+    _check_ends(ends, rows, E)
     check_shape("matrices", matrices, (E, Q, P))
-    check_shape("ends", ends, (E,))
     out = rows.new_empty(N, Q)
     launch("multiply", rows, _rung(rung, RUNGS, rows, P, Q), is_float(rows), rows, matrices, ends, E, N, Q, P, out)
     return out
@@ -57,12 +56,11 @@ def gate_up(
     rows (N, D), gate and up (E, F, D), gates (N,).
     """
     check_tensors(rows=rows, gate=gate, up=up, gates=gates)
-    check_ids(rows.device, ends=(ends, torch.int32))
     (N, D), (E, F, _) = rows.shape, gate.shape
+    _check_ends(ends, rows, E)
     check_shape("gate", gate, (E, F, D))
     check_shape("up", up, (E, F, D))
     check_shape("gates", gates, (N,))
-    check_shape("ends", ends, (E,))
     hidden = rows.new_empty(N, F)
     a, b = (torch.empty_like(hidden), torch.empty_like(hidden)) if keep else (None, None)
     number = _rung(rung, EVERYWHERE, rows, D, F)
@@ -79,13 +77,12 @@ def hidden_backward(
     da and db take the place of a and b: they are the same tensors.
     """
     check_tensors(dy_rows=dy_rows, down=down, a=a, b=b, gates=gates)
-    check_ids(dy_rows.device, ends=(ends, torch.int32))
     (N, D), (E, _, F) = dy_rows.shape, down.shape
+    _check_ends(ends, dy_rows, E)
     check_shape("down", down, (E, D, F))
     check_shape("a", a, (N, F))
     check_shape("b", b, (N, F))
     check_shape("gates", gates, (N,))
-    check_shape("ends", ends, (E,))
     number = _rung(rung, EVERYWHERE, dy_rows, D, F)
     hidden = torch.empty_like(a)
     slots = library_for(dy_rows).moe_slots(number, F)
@@ -98,12 +95,11 @@ def hidden_backward(
 def rows_backward(da: Tensor, db: Tensor, gate: Tensor, up: Tensor, ends: Tensor, rung: str | None = None) -> Tensor:
     """dx_rows (N, D): W_gate^T da + W_up^T db, from da and db (N, F), gate and up (E, F, D)."""
     check_tensors(da=da, db=db, gate=gate, up=up)
-    check_ids(da.device, ends=(ends, torch.int32))
     (N, F), (E, _, D) = da.shape, gate.shape
+    _check_ends(ends, da, E)
     check_shape("db", db, (N, F))
     check_shape("gate", gate, (E, F, D))
     check_shape("up", up, (E, F, D))
-    check_shape("ends", ends, (E,))
     out = da.new_empty(N, D)
     launch(
         "rows_backward", da, _rung(rung, EVERYWHERE, da, D, F), is_float(da), da, db, gate, up, ends, E, N, D, F, out
@@ -114,8 +110,8 @@ def rows_backward(da: Tensor, db: Tensor, gate: Tensor, up: Tensor, ends: Tensor
 def weights_backward(left: Tensor, right: Tensor, ends: Tensor, rung: str | None = None) -> Tensor:
     """left[e]^T right[e] over the rows of each expert, (E, P, Q); zeros without rows. left (N, P), right (N, Q)."""
     check_tensors(left=left, right=right)
-    check_ids(left.device, ends=(ends, torch.int32))
     (N, P), (_, Q), E = left.shape, right.shape, len(ends)
+    _check_ends(ends, left, E)
     check_shape("right", right, (N, Q))
     if N == 0:
         return left.new_zeros(E, P, Q)
@@ -130,6 +126,12 @@ def best_rung(x: Tensor, *widths: int) -> str:
     if x.dtype == torch.float32 or any(width % 8 for width in widths):  # a copy moves 16 bytes
         return "tiled"
     return "hopper" if not x.is_cuda or torch.cuda.get_device_capability(x.device) == (9, 0) else "mma"
+
+
+def _check_ends(ends: Tensor, rows: Tensor, E: int) -> None:
+    check_ids(rows.device, ends=(ends, torch.int32))
+    check_shape("ends", ends, (E,))
+    require_whole("experts", E, 1)
 
 
 def _rung(rung: str | None, possible: tuple[str, ...], x: Tensor, *widths: int) -> int:

@@ -97,14 +97,8 @@ __device__ __forceinline__ void finish(const Sizes& s, const Tile& tile, const E
         int n = tile.n + h * BN + 8 * j + lane % 4 * 2;
         if (m >= tile.m_end || n >= s.n) continue;
         float one[2] = {sum[h][4 * j + 2 * half], sum[h][4 * j + 2 * half + 1]};
-        if constexpr (FORM == Form::DUAL) {
-          float other[2] = {sum[1][4 * j + 2 * half], sum[1][4 * j + 2 * half + 1]};
-          out.write(row, n, s.n, one, other);
-        } else if constexpr (Epilogue::SUMS) {
-          of_row += out.write(row, n, s.n, one);
-        } else {
-          out.write(row, n, s.n, one);
-        }
+        float other[2] = {sum[HALVES - 1][4 * j + 2 * half], sum[HALVES - 1][4 * j + 2 * half + 1]};
+        of_row += write_out<FORM>(out, row, n, s.n, one, other);
       }
     if constexpr (Epilogue::SUMS) {
       for (int step = 2; step; step /= 2) of_row += __shfl_xor_sync(0xFFFFFFFF, of_row, step);
@@ -149,13 +143,14 @@ __device__ __forceinline__ void consume(Shared<HALVES>& shared, const Sizes& s, 
         read = ring.stage;
       }
     product_wait<0>();
+    for (auto& half : sum) settle(half);
     if (read >= 0 && lane == 0) barrier_arrive(&shared.empty[read]);
     finish<LAYOUT, FORM, HALVES>(s, tile, out, tile.m + group * WARPGROUP_M + warp * 16, lane, sum);
   }
 }
 
 template <Layout LAYOUT, Form FORM, int HALVES, class Epilogue>
-__global__ __launch_bounds__(THREADS) void gemm(const __grid_constant__ Maps maps, Sizes s, Epilogue out) {
+__global__ __launch_bounds__(THREADS, 1) void gemm(const __grid_constant__ Maps maps, Sizes s, Epilogue out) {
   static_assert(FORM != Form::DUAL || HALVES == 2);
 #if defined(CUDA_ON_CPU) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // no other target knows these instructions
   require_ends(s);

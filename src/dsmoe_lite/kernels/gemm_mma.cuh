@@ -88,6 +88,7 @@ __device__ __forceinline__ void multiply(const Stage& stage, int m0, int n0, int
 template <Layout LAYOUT, Form FORM, class Epilogue>
 __device__ __forceinline__ void finish(const Sizes& s, const Tile& tile, const Epilogue& out, int warp, int lane,
                                        const float (&sum)[4][4][4]) {
+  constexpr int MATRICES = FORM == Form::DUAL ? 2 : 1;
   int m0 = tile.m + warp / WARPS_N * WARP_M, n0 = warp % WARPS_N * WARP_N;
 #pragma unroll
   for (int i = 0; i < 4; i++)
@@ -97,18 +98,12 @@ __device__ __forceinline__ void finish(const Sizes& s, const Tile& tile, const E
       size_t row = out_row<LAYOUT>(s, tile, m);
       float of_row = 0;
 #pragma unroll
-      for (int j = 0; j < 4; j += FORM == Form::DUAL ? 2 : 1) {
+      for (int j = 0; j < 4; j += MATRICES) {
         int n = tile.n + column_of<FORM>(n0 + 8 * j) + lane % 4 * 2;
         if (m >= tile.m_end || n >= s.n) continue;
-        float one[2] = {sum[i][j][2 * half], sum[i][j][2 * half + 1]};
-        if constexpr (FORM == Form::DUAL) {
-          float other[2] = {sum[i][j + 1][2 * half], sum[i][j + 1][2 * half + 1]};
-          out.write(row, n, s.n, one, other);
-        } else if constexpr (Epilogue::SUMS) {
-          of_row += out.write(row, n, s.n, one);
-        } else {
-          out.write(row, n, s.n, one);
-        }
+        const auto &first = sum[i][j], &second = sum[i][j + MATRICES - 1];
+        float one[2] = {first[2 * half], first[2 * half + 1]}, other[2] = {second[2 * half], second[2 * half + 1]};
+        of_row += write_out<FORM>(out, row, n, s.n, one, other);
       }
       if constexpr (Epilogue::SUMS) {
         for (int step = 2; step; step /= 2) of_row += __shfl_xor_sync(0xFFFFFFFF, of_row, step);
@@ -119,7 +114,8 @@ __device__ __forceinline__ void finish(const Sizes& s, const Tile& tile, const E
 }
 
 template <Layout LAYOUT, Form FORM, class Epilogue>
-__global__ __launch_bounds__(THREADS) void gemm(Operands<bf16> in, Sizes s, Epilogue out) {
+__global__ __launch_bounds__(THREADS) void gemm(const __grid_constant__ Operands<bf16> in, Sizes s,
+                                                     Epilogue out) {
   constexpr int OUT_N = FORM == Form::DUAL ? BN / 2 : BN;
   static_assert(FORM != Form::DUAL || LAYOUT == Layout::NT);
   require_ends(s);

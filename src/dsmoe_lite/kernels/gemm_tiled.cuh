@@ -61,15 +61,8 @@ __global__ __launch_bounds__(THREADS) void gemm(Operands<T> in, Sizes s, Epilogu
       int n = tile.n + x + 16 * j;
       if (m >= tile.m_end || n >= s.n) continue;
       size_t row = out_row<LAYOUT>(s, tile, m);
-      float one[1] = {sum[0][i][j]};
-      if constexpr (FORM == Form::DUAL) {
-        float other[1] = {sum[1][i][j]};
-        out.write(row, n, s.n, one, other);
-      } else if constexpr (Epilogue::SUMS) {
-        of_row += out.write(row, n, s.n, one);
-      } else {
-        out.write(row, n, s.n, one);
-      }
+      float one[1] = {sum[0][i][j]}, other[1] = {sum[OUTPUTS - 1][i][j]};
+      of_row += write_out<FORM>(out, row, n, s.n, one, other);
     }
     if constexpr (Epilogue::SUMS) {
       for (int step = 8; step; step /= 2) of_row += __shfl_xor_sync(0xFFFFFFFF, of_row, step);

@@ -94,6 +94,18 @@ __device__ __forceinline__ size_t out_row(const Sizes& s, const Tile& tile, int 
 // ---- What happens to complete sums. `write` gets W neighbours of one row; SUMS: it returns its share of a number that
 // belongs to the whole row, which the kernel adds up and leaves in `sums`, one column for each of `slots`.
 
+// Hand W neighbours to the epilogue, of both products where there are two; its share of the row's number, or 0.
+template <Form FORM, class Epilogue, int W>
+__device__ __forceinline__ float write_out(const Epilogue& out, size_t row, int column, int n, const float (&one)[W],
+                                           const float (&other)[W]) {
+  if constexpr (Epilogue::SUMS) return out.write(row, column, n, one);
+  if constexpr (FORM == Form::DUAL)
+    out.write(row, column, n, one, other);
+  else
+    out.write(row, column, n, one);
+  return 0;
+}
+
 template <class T>
 struct Store {
   static constexpr bool SUMS = false;

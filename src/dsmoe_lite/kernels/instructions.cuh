@@ -125,6 +125,12 @@ __device__ __forceinline__ void product_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Let the compiler read sums no earlier than here: it does not know that `multiply_64x128x16` goes on after its call.
+__device__ __forceinline__ void settle(float (&d)[64]) {
+#pragma unroll
+  for (int i = 0; i < 64; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Where a matrix lies in shared memory, for the tensor cores: rows of 128 bytes, swizzled, 8 rows in 1024 bytes.
 // `block` is the distance in bytes between neighbouring blocks of 64 columns where the matrix lies transposed.
 __device__ __forceinline__ uint64_t matrix_descriptor(const void* start, int block) {

@@ -1,15 +1,15 @@
-"""E SwiGLU networks with stacked weights, and the reference way to run them; which way is taken is chosen by name."""
+"""E SwiGLU networks with stacked weights; the way they are run is chosen by name."""
 
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_lite.kernels.ready import ready
 from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
-from dsmoe_lite.layers.dispatch import Dispatched, combine
+from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.fused import run_cuda, run_triton
+from dsmoe_lite.layers.loop import run_loop
+from dsmoe_lite.layers.ready import ready
 
 
 class Experts(nn.Module):
@@ -31,17 +31,6 @@ class Experts(nn.Module):
         weights = [weight.to(dtype) for weight in (self.gate, self.up, self.down)]
         backend = choose_backend(sent, self.gate) if self.backend == "auto" else self.backend
         return WAYS[backend](sent, *weights)
-
-
-def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Run one expert after the other: what the equation says, and the reference for every other way."""
-    rows = zip(sent.x_sorted.split(sent.counts), sent.gates.split(sent.counts), strict=True)
-    weights = zip(gate.unbind(), up.unbind(), down.unbind(), strict=True)  # gate[e] would make E gradients of full size
-    outputs = []
-    for (x, g), (w_gate, w_up, w_down) in zip(rows, weights, strict=True):
-        hidden = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)  # (rows of e, F)
-        outputs.append(g.unsqueeze(1) * F.linear(hidden, w_down))
-    return combine(torch.cat(outputs), sent)
 
 
 WAYS = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped, "triton": run_triton, "cuda": run_cuda}
