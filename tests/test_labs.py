@@ -216,6 +216,12 @@ def test_an_exercise_takes_a_value():
     assert check_exercise(5, is_four) is False
 
 
+def test_an_exercise_says_what_program_it_lacks(capsys):
+    assert check_exercise(lambda x: 2 * x, _doubles, needs="no-such-program") is None
+    assert capsys.readouterr().out == "not checked: no-such-program not found (apt install no-such-program)\n"
+    assert check_exercise(lambda x: 2 * x, _doubles, needs="sh") is True
+
+
 def test_predictions_are_kept_outside_the_notebook(course, capsys):
     predict("02/drops", None)
     assert course.files() == {"book.yml"}

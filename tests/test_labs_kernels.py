@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.kernels.build import SOURCES
-from dsmoe_lite.labs.kernels import or_recorded, show_source
+from dsmoe_lite.labs.kernels import or_recorded, product_by, show_source
 
 
 def test_an_excerpt_is_the_source_with_its_comment() -> None:
@@ -18,11 +19,31 @@ def test_an_excerpt_is_the_source_with_its_comment() -> None:
     assert code.endswith("\n}")
 
 
-@pytest.mark.parametrize(("start", "lines"), [("no such line", 0), ("__device__", 8)])
-def test_an_excerpt_is_named_by_one_line(start: str, lines: int) -> None:
-    with pytest.raises(
-        InputError, match=f"start = '{start}': must be in one line of grouped.cuh, not in [1-9]?{lines}"
-    ):
+def test_an_excerpt_of_python_ends_at_the_empty_line() -> None:
+    shown = show_source("triton_twins.py", "def _add_product(").data
+    code = shown.removeprefix("```python\n").removesuffix("\n```\n*kernels/triton_twins.py*")
+    assert code + "\n\n" in (SOURCES / "triton_twins.py").read_text(encoding="utf-8")
+    assert code.startswith("@triton.jit\ndef _add_product(")
+    assert code.splitlines()[-1].startswith("    return ")
+
+
+def test_a_product_by_a_changed_kernel() -> None:
+    text = (SOURCES / "gemm_mma.cuh").read_text(encoding="utf-8")
+    rows, matrix = torch.randn(70, 24).bfloat16(), torch.randn(40, 24).bfloat16()
+    wanted = rows.double() @ matrix.double().T
+    torch.testing.assert_close(product_by(text, rows, matrix).double(), wanted, atol=1e-2, rtol=1e-2)
+    wrong = text.replace("total = FORM == Form::SUM ? 2 * steps : steps", "total = 0")
+    assert wrong != text
+    assert not product_by(wrong, rows, matrix).any()
+    with pytest.raises(RunError, match="no_such_name"):
+        product_by(text + "int broken = no_such_name;\n", rows, matrix)
+
+
+@pytest.mark.parametrize("start", ["no such line", "__device__"])
+def test_an_excerpt_is_named_by_one_line(start: str) -> None:
+    lines = (SOURCES / "grouped.cuh").read_text(encoding="utf-8").splitlines()
+    found = sum(start in line for line in lines)
+    with pytest.raises(InputError, match=f"start = '{start}': must be in one line of grouped.cuh, not in {found}$"):
         show_source("grouped.cuh", start)
 
 

@@ -114,8 +114,7 @@ __device__ __forceinline__ void finish(const Sizes& s, const Tile& tile, const E
 }
 
 template <Layout LAYOUT, Form FORM, class Epilogue>
-__global__ __launch_bounds__(THREADS) void gemm(const __grid_constant__ Operands<bf16> in, Sizes s,
-                                                     Epilogue out) {
+__global__ __launch_bounds__(THREADS) void gemm(const __grid_constant__ Operands<bf16> in, Sizes s, Epilogue out) {
   constexpr int OUT_N = FORM == Form::DUAL ? BN / 2 : BN;
   static_assert(FORM != Form::DUAL || LAYOUT == Layout::NT);
   require_ends(s);

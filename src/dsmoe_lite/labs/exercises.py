@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -18,12 +19,17 @@ class _UnsolvedError(Exception):
     """The stub still returns None."""
 
 
-def check_exercise(answer: Any, test: Callable[[Any], None]) -> bool | None:
+def check_exercise(answer: Any, test: Callable[[Any], None], needs: str | None = None) -> bool | None:
     """Try `test(answer)`, print the verdict in one line and return it: True, False, or None for an untouched stub.
+
+    needs: a program without which the test cannot run; where it is missing that is said, and the verdict is None.
 
     `answer` is a function or a value. `test` raises AssertionError, saying what was expected, on a wrong answer. A stub
     is a value None, or a function that returns None. Nothing raises. End the cell's line with `;`.
     """
+    if needs is not None and shutil.which(needs) is None:
+        print(f"not checked: {needs} not found (apt install {needs})")
+        return None
     try:
         if answer is None:
             raise _UnsolvedError
