@@ -9,14 +9,14 @@
 # %% [markdown]
 # # Kernels: feeding a GPU
 #
-# ![Left: a loop starts some twelve hundred small operations for one step of a layer with 64 experts, and the GPU waits between them. Right: twelve launches, each of which has work for the whole GPU: permute, gate and up, down, combine, and eight more for the gradients.](images/kernels.svg)
+# ![Left: a loop starts some twelve hundred small operations for one step of 64 experts, and the GPU waits between them. Right: twelve launches, each of which has work for the whole GPU: permute, gate and up, down, combine, and eight more for the gradients.](images/kernels.svg)
 #
 # The layer of chapters 02 to 05 is right, and on a GPU a plain loop over its experts would be slow: a GPU is fast at few, large
 # things, and the loop does many small ones. This chapter writes the layer as a handful of kernels in CUDA C++, from a
 # product that a beginner would write to one that feeds the tensor cores of an H100.
 #
 # **You will** count what a loop starts; find out when memory and when arithmetic sets the limit; run CUDA C++ *on your CPU*, take
-# a barrier away and see it caught; follow one grouped product up a ladder of five rungs; cost the permutation in bytes;
+# a barrier away and see it caught; follow one grouped product up a ladder of five rungs, a bound guessed before each; cost the permutation in bytes;
 # and take gradients through the kernels, equal to the loop's.
 #
 # **You need** chapters 02, 04 and, for one router, 05; for the kernels themselves some C++. **Reading time** 70 minutes. **Hardware** any laptop
@@ -58,9 +58,9 @@ from torch.testing import assert_close
 
 from dsmoe_lite import published
 from dsmoe_lite.bench.backends import Layer
-from dsmoe_lite.bench.kernels import newest_record
+from dsmoe_lite.bench.kernels import goals, newest_record
 from dsmoe_lite.bench.launches import operations
-from dsmoe_lite.bench.products import DENSE
+from dsmoe_lite.bench.products import DENSE, Case
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError
 from dsmoe_lite.kernels import cuda
@@ -94,56 +94,61 @@ E, K = n_experts, top_k
 # the CPU asks, the GPU runs one function on its multiprocessors, and the next function starts when that is done. A launch costs the CPU some microseconds,
 # however little there is to do.
 #
-# **Ask.** How many operations does such a loop start for one step of the layer, forward and backward? Beside it stand two ways of this package with
-# fewer: *padded* takes a few neighbouring experts at a time, fills their rows up to the longest of them, and needs one batched product for all;
-# *grouped* uses the product by experts that torch itself has.
+# **Ask.** How many operations does such a loop start for one step of the experts, forward and backward? (Router and sorting are the same for every way,
+# and left out.) Beside it stand *grouped*, which uses the product by experts that torch itself has, and the kernels of this chapter.
 
 # %%
 predict("10-launches", None)  # a number
 
-router = Router(D, MoEConfig(E, K, F), vocab_size=1)
-x, dy = torch.randn(T, D), torch.randn(T, D)
-with torch.no_grad():  # the router is the same for every way: we count the experts
-    sent = dispatch(x, router(x, (1, T)))
-sent = replace(sent, x=x.requires_grad_(), gates=sent.gates.requires_grad_())
-started = []  # our kernels, noted instead of run
+x, dy = torch.randn(T, D, requires_grad=True), torch.randn(T, D)
 
 
-def step(backend):  # operations that torch starts, forward and backward
-    experts, out = Experts(E, D, F, backend), []
-    wanted = (sent.x, sent.gates, *experts.parameters())
-    with patch.object(cuda, "launch", lambda name, *_: started.append(name)):
+def step(backend, E):  # operations started forward and backward, our kernels' names
+    router, experts = (
+        Router(D, MoEConfig(E, K, F), vocab_size=1),
+        Experts(E, D, F, backend),
+    )
+    with torch.no_grad():
+        sent = dispatch(x, router(x, (1, T)))
+    sent, out, ours = replace(sent, x=x, gates=sent.gates.requires_grad_()), [], []
+    wanted = (x, sent.gates, *experts.parameters())
+    with patch.object(cuda, "launch", lambda name, *_: ours.append(name)):
         forward = operations(lambda: out.append(experts(sent)))
-        n_forward = len(started)
+        n_forward = len(ours)
         backward = operations(lambda: torch.autograd.grad(out[0], wanted, dy))
-    return len(forward) + n_forward, len(backward) + len(started) - n_forward
+    return len(forward) + n_forward, len(backward) + len(ours) - n_forward, ours
 
 
 rows = []
 for backend, name in {
     "loop": "a loop over experts",
-    "padded": "padded batches",
     "grouped": "torch's grouped product",
     "cuda": "kernels of this chapter",
 }.items():
-    forward, backward = step(backend)
+    forward, backward, ours = step(backend, E)
     rows.append({"way": name, "forward": forward, "backward": backward})
 charts.launch_counts(rows)
 
 # %%
-print("kernels forward: ", *started[:4])
-print("kernels backward:", *started[4:])
-print(
-    f"and {rows[-1]['forward'] + rows[-1]['backward'] - 12} small operations of torch"
-)
-assert len(started) == 12
+print("kernels forward: ", *ours[:4])
+print("kernels backward:", *ours[4:])
+print(f"and {forward + backward - len(ours)} small operations of torch")
+assert len(ours) == 12
+for backend in ("loop", "cuda"):
+    forward, backward, ours = step(backend, 16)
+    print(f"with 16 experts, {backend:4} {forward:3} + {backward}")
+assert len(ours) == 12
+router = Router(D, MoEConfig(E, K, F), vocab_size=1)
+around = operations(lambda: dispatch(x, router(x, (1, T))))
+print(f"to route and to sort, forward, for every way: {len(around)} more")
 
 # %% [markdown]
 # **What to notice.** The loop's count grows with the number of experts, the kernels' does not: each serves all experts at once. What
-# torch still does beside them is to prepare their arguments.
+# torch still does beside them is to prepare their arguments and to add up parts of the gates' gradient. For torch's ways an operation is *at least* one launch.
+# And torch's grouped product cures the launches too: what kernels of one's own can add is fusion, which means fewer bytes and less memory.
 #
 # What does one start cost *here*? On a CPU no GPU is asked, but torch's own way to an operation is the same: look it up, check
-# its arguments, record it for the gradient. (With `profile=gpu` the GPU is asked.)
+# its arguments, record it for the gradient; and the smallest of products. (With `profile=gpu` the GPU is asked.)
 
 # %% tags=["measured"]
 where = "cuda" if profile == "gpu" else "cpu"
@@ -156,7 +161,7 @@ for _ in range(2000):
 if where == "cuda":
     torch.cuda.synchronize()
 each = (time.perf_counter() - began) / 2000
-total = sum(rows[0][name] for name in ("forward", "backward"))
+total = rows[0]["forward"] + rows[0]["backward"]
 print(f"one product of 2 x 2: {1e6 * each:.1f} microseconds on this {where.upper()}")
 print(f"{total:,} of them: {1e3 * total * each:.1f} milliseconds")
 
@@ -206,7 +211,8 @@ print(f"they meet at {peak / bandwidth:.0f} FLOPs a byte; {device['source']}")
 
 # %% [markdown]
 # **Ask.** The experts of V2-Lite multiply rows of 2048 numbers by matrices of $1408 \times 2048$. With 64 experts and 6 a token, how many
-# tokens must a batch have at least, so that arithmetic sets the limit and not memory? Guess; then move the slider.
+# tokens must a batch have at least, so that arithmetic sets the limit and not memory? Guess; then move the slider. Beside the experts stands one dense FFN
+# as wide as those of a token together: the same FLOPs.
 
 # %%
 predict("10-tokens", None)  # a number of tokens
@@ -254,15 +260,19 @@ enough = next(
     if grouped_product(n * K, E, 2048, 1408).intensity >= peak / bandwidth
 )
 print(f"arithmetic sets the limit from {enough:,} tokens on\n")
-print("one of its three products, for one expert with 384 rows:")
+tiles = ceil(384 / 128) * ceil(1408 / 128)
+least = one.seconds(peak, bandwidth)
 print(
-    f"at least {1e6 * one.seconds(peak, bandwidth):.1f} microseconds on all"
-    f" {device['multiprocessors']} multiprocessors of {gpu}"
+    f"one product of one expert with 384 rows: {1e6 * least:.1f} microseconds at least"
 )
+print(
+    f"on all {device['multiprocessors']} multiprocessors; it has {tiles} tiles of 128 x 128"
+)
+print(f"a step has {9 * E} of them, {9e3 * E * least:.1f} milliseconds at least")
 
 # %% [markdown]
-# **What to notice.** Two things starve a GPU here. Each product is over in a few microseconds, about as long as it takes to start
-# the next; and it has too few rows to fill all multiprocessors at once. Both are cured by *one*
+# **What to notice.** Two things starve a GPU here. Each product would be over in a few microseconds, if all multiprocessors worked on it: about as long as it takes to start
+# the next. (Nine a step and expert: three forward, six for the gradients.) But it has too few tiles, and a multiprocessor takes a whole tile or none, so most of them wait. Both are cured by *one*
 # launch for all experts, a **grouped product**: one kernel whose blocks work on tiles of different experts at the same time
 # (MegaBlocks {cite:p}`MegaBlocks` showed that no token needs to be dropped for it). What it does not cure is intensity: weights that
 # few rows use must still be read. Experts want large batches.
@@ -270,8 +280,12 @@ print(
 # ## CUDA in ten lines, on your CPU
 #
 # A CUDA **kernel** is a function that runs once for every **thread**. Threads come in **blocks** of up to 1024. A block runs on one
-# multiprocessor, whose **shared memory** all its threads see. 32 threads in a row are a **warp**, which executes together; a thread's place in its warp, 0
-# to 31, is its **lane**. Threads of a block wait for each other at a **barrier**, `__syncthreads()`; blocks do not wait for each other at all.
+# multiprocessor, whose **shared memory** all its threads see; several blocks may share one, and while some warps wait for memory others compute. 32 threads in a row are a **warp**, which mostly
+# executes together but need not; a thread's place in its warp, 0 to 31, is its **lane**. The lanes of a warp read fastest where they read neighbouring addresses: their reads are then
+# **coalesced** into few. Threads of a block wait for each other at a **barrier**, `__syncthreads()`, lanes of a warp at `__syncwarp()`; blocks do not wait for each other at all.
+#
+# In the code `__global__` marks a kernel and `__device__` a function that it calls; `threadIdx.x` is the thread's number in its block, `blockIdx.x` the number of the
+# block, `gridDim.x` how many blocks there are. `shared_memory<Shared>()` is this package's name for the block's shared memory.
 #
 # This kernel reverses 128 numbers. Each thread puts one number into shared memory and takes another one out. `run` launches it: one
 # block (`dim3` counts blocks in up to three directions), 128 threads, that many bytes of shared memory, the default queue of the GPU (`nullptr`), and the kernel's
@@ -348,13 +362,13 @@ or_recorded(two_barriers, chapter)
 # **What to notice.** Without the barrier the first two warps read what the last two have not written yet; shared memory starts as NaN, so that it shows. That is how the
 # shim finds a missing barrier: not by luck, as on a GPU, but because one warp runs ahead as far as it may. It can
 # also run the warps in other orders, and do what is asynchronous as late as allowed, or at once. And a block whose warps wait at different lines is an error with
-# both lines in it; on a GPU it may hang, or go on with wrong numbers. The package's tests take
+# both lines in it; CUDA forbids it, and on a GPU it may hang, or go on, with wrong numbers or with right ones. The package's tests take
 # *every* wait out of *every* kernel of this chapter, one at a time, and demand that the shim notices.
 #
 # ## The router in one kernel
 #
-# Scores, the best groups, the K best experts, gates and the count of tokens for each expert: in torch a dozen operations, each of which
-# reads and writes all of it. Here a warp takes a token; lane $l$ has experts $l, l + 32, \dots$; the largest score is found by
+# From the logits on: scores, the best groups, the K best experts, gates and the count of tokens for each expert. In torch each is several operations, which
+# read and write all of it. Here a warp takes a token; lane $l$ has experts $l, l + 32, \dots$; the largest score is found by
 # comparing with the lane 16 away, then 8, 4, 2, 1 (`__shfl_xor_sync` hands a number from lane to lane), without any memory at all:
 
 # %%
@@ -379,12 +393,15 @@ def same_choices():
     assert torch.equal(ids, wanted.topk_ids)
     assert_close(gates, wanted.gates.detach(), rtol=0, atol=1e-6)
     assert torch.equal(counts.long(), wanted.counts)
-    print(
-        f"{T} tokens, 64 experts: same ids, gates to 1e-6, counts {counts[:6].tolist()} ..."
-    )
+    print(f"{T} tokens, 64 experts: same ids, same counts, gates to 1e-6")
+    in_torch = operations(lambda: theirs(x.detach(), (1, T)))
+    print(f"one kernel for {len(in_torch)} operations of torch, the logits among them")
 
 
 or_recorded(same_choices, chapter)
+
+# %% [markdown]
+# (The layer itself still routes by torch: this kernel has no gradient, and waits for one.)
 
 # %% [markdown]
 # ## What moving costs
@@ -442,40 +459,86 @@ show_source("permute.cuh", "void combine")
 # $$ (eq:tile-intensity)
 #
 # FLOPs for each byte it fetches. That is its ceiling under the bandwidth of whatever it fetches from: memory at worst, the L2 cache
-# where blocks share their tiles.
+# where blocks share their tiles. **Ask**, before each rung: which share of the tensor cores' peak can it reach at most, if all it fetches comes from memory?
+
+# %%
+record = newest_record()
+rungs = {  # tile, units that multiply
+    "1 naive": (1, 1, "fp32"), "2 tiled": (64, 64, "fp32"),
+    "3 wmma": (64, 64, "bf16"), "4 mma": (128, 128, "bf16"),
+    "5 hopper": (128, 256, "bf16"),
+}  # fmt: skip
+if gpu == "A100":
+    del rungs["5 hopper"]  # it has no such instructions
+
+
+def of_peak(name):
+    (m, n, units), ladder = rungs[name], record["ladder"] if record else []
+    at_most = min(device[f"{units}_flops"], bandwidth * tile_intensity(m, n)) / peak
+    print(
+        f"{name}: {tile_intensity(m, n):.1f} FLOPs a byte, at most {at_most:.1%}",
+        end="; ",
+    )
+    shares = [f"{row['of dense']:.0%}" for row in ladder if row["by"] in name.split()]
+    print(f"measured, of a dense product: {''.join(shares) or 'not yet'}")
+
+
+# %% [markdown]
+# **Names in the sources.** The product is $C = A B$.
 #
-# **Names in the sources.** The product is $C = A B$: A has the rows, $m$ counts them; B comes from an expert's matrix, $n$ counts the columns of the result;
-# $k$ is summed over. `Layout` says which way A and B lie: here `NT`, B transposed, since torch keeps a matrix as $n \times k$. `Form` says whether it is
-# one product (`ONE`), two with the same A (`DUAL`: $W_{gate}\mathbf{x}$ and $W_{up}\mathbf{x}$), or the sum of two (`SUM`). `find_tile` turns the number of a block into
-# an expert and a tile of its results, walking through the experts' row counts with a `Cursor`; `a_index` and `b_index` say where a number
-# lies in memory. From the second rung on each has a `fetch`, a `multiply` and a `finish`, which hands complete sums to an **epilogue**: store
-# them, or take SwiGLU of them first.
+# | | |
+# |---|---|
+# | A, `m` | rows of experts, and their number |
+# | B, `n` | an expert's matrix; `n` counts the columns of the result |
+# | `k` | what is summed over |
+# | `Layout` | which way A and B lie; here `NT`, B transposed, since torch keeps a matrix as $n \times k$ |
+# | `Form` | one product (`ONE`), two with the same A (`DUAL`: $W_{gate}\mathbf{x}$ and $W_{up}\mathbf{x}$), the sum of two (`SUM`) |
+# | `find_tile`, `Cursor` | from the number of a block to an expert and a tile of its results |
+# | `a_index`, `b_index` | where a number lies in memory |
+# | `fetch`, `multiply` | into shared memory, and from there |
+# | `finish`, **epilogue** | hands complete sums to what comes last: store them, or take SwiGLU of them first |
 #
 # ### 1. One thread an output
 
 # %%
+predict("10-rung-1", None)  # a share of the peak
 show_source("gemm_naive.cuh", "void gemm_naive")
 
+# %%
+of_peak("1 naive")
+
 # %% [markdown]
-# Two numbers are fetched for one multiplication and one addition: a "tile" of one by one.
+# Two numbers are fetched for one multiplication and one addition: a "tile" of one by one. And neighbouring lanes have neighbouring columns, so that at each $k$ they
+# read from 32 rows of the matrix, far apart: nothing is coalesced.
 #
 # ### 2. Tiles in shared memory
 #
-# 256 threads fetch 64 rows of A and 64 columns of B, 16 deep, into shared memory, and each multiplies $4 \times 4$ of the results from there.
-# In the package this rung also has the gradients and float32.
+# 256 threads fetch 64 rows of A and 64 columns of B, 16 deep, into shared memory, and each multiplies $4 \times 4$ of the results from there: eight numbers read for
+# sixteen multiplications. In the package this is the rung for training in float32, and for any width.
+
+# %%
+predict("10-rung-2", None)  # a share of the peak
+show_source("gemm_tiled.cuh", "void multiply(")
 
 # %%
 show_source("gemm_tiled.cuh", "void gemm(")
 
+# %%
+of_peak("2 tiled")
+
 # %% [markdown]
 # ### 3. Tensor cores, CUDA's own words
 #
-# The same tiles in bfloat16, multiplied by **tensor cores**: units that multiply small matrices whole. `wmma::mma_sync` has a warp multiply
+# Tiles of 64 by 64 again, in bfloat16, 32 deep and by four warps, multiplied by **tensor cores**: units that multiply small matrices whole. `wmma::mma_sync` has a warp multiply
 # $16 \times 16$ by $16 \times 16$, spread over its lanes as **fragments**. CUDA does not say which lane holds which number, so the results
 # take a detour through shared memory before they are written.
 
 # %%
+predict("10-rung-3", None)  # a share of the peak
 show_source("gemm_wmma.cuh", "void multiply(")
+
+# %%
+of_peak("3 wmma")
 
 # %% [markdown]
 # ### 4. `mma.sync`, copies that run ahead, and a swizzle
@@ -484,7 +547,7 @@ show_source("gemm_wmma.cuh", "void multiply(")
 # way. `cp.async` copies past the registers and lets the thread go on; who needs the numbers waits for them later.
 #
 # And here shared memory itself becomes the limit. It has 32 **banks**; in one turn each of them gives 4 bytes. `ldmatrix`, which feeds the tensor cores, reads from 8 rows a
-# **piece** of 16 bytes each, four banks wide. A row of the tile has 128 bytes, 8 pieces, so that piece 3 of every row lies in the *same* four banks:
+# **piece** of 16 bytes each, four banks wide: a **group** of banks, of which there are 8. A row of the tile has 128 bytes, 8 pieces, so that piece 3 of every row lies in the *same* group:
 
 # %%
 apart = [list(range(8)) for _ in range(8)]
@@ -517,15 +580,19 @@ live(
 # two is held. In the kernel it is one line, and `gemm` never waits for the stage it has just asked for:
 
 # %%
+predict("10-rung-4", None)  # a share of the peak
 show_source("gemm_mma.cuh", "int place(int row")
 
 # %%
 show_source("gemm_mma.cuh", "void gemm(")
 
+# %%
+of_peak("4 mma")
+
 # %% [markdown]
-# Copies that run ahead bring a new kind of mistake: to multiply what has not landed. On a GPU the result then
-# depends on the timing. In the shim a copy lands as late as the program allows. **Ask.** How many numbers are wrong without
-# `copy_async_wait`?
+# Copies that run ahead bring a new kind of mistake: to multiply what has not landed. `copy_async_wait<N>` waits until at most N of the groups of copies that were begun are
+# still on their way. On a GPU the result of too short a wait depends on the timing; in the shim a copy lands as late as the program allows. **Ask.** How many numbers are still right with
+# `STAGES - 1` in place of `STAGES - 2`, and how many without any wait?
 
 # %%
 predict("10-wait", None)  # of 12,800
@@ -535,11 +602,14 @@ def without_wait():
     text = (SOURCES / "gemm_mma.cuh").read_text()
     rows, matrix = (torch.randn(n, 256).bfloat16() for n in (100, 128))
     exact = rows.double() @ matrix.double().T
-    for name, source in (
-        ("with the wait", text),
-        ("without", text.replace("copy_async_wait<STAGES - 2>();", "")),
+    wait = "copy_async_wait<STAGES - 2>();"
+    for name, instead in (
+        ("as it is", wait),
+        ("one too many", wait.replace("2", "1")),
+        ("no wait", ""),
     ):
-        out = product_by(source, rows, matrix)
+        assert text.count(wait) == 1
+        out = product_by(text.replace(wait, instead), rows, matrix)
         right = (out.double() - exact).abs() < 0.01 * exact.abs() + 0.05
         print(f"{name:13} {int(right.sum()):6,} of {right.numel():,} right,", end=" ")
         print(f"{int(out.isnan().sum()):,} NaN")
@@ -548,6 +618,9 @@ def without_wait():
 or_recorded(without_wait, chapter)
 
 # %% [markdown]
+# **What to notice.** Off by one, each step multiplies the stage before its copies have landed: what lies there is NaN at first, and later the numbers of three steps ago, which look like a
+# result. No test that only asks for finite numbers would find those.
+#
 # ### 5. Hopper: `wgmma`, TMA, and blocks that stay
 #
 # The tensor cores of an H100 are so fast that warps have no time left to fetch for them. So roles are split. One thread does nothing but order copies
@@ -556,24 +629,30 @@ or_recorded(without_wait, chapter)
 #
 # They meet at two barriers of each stage, which lie in shared memory and do not need the whole block. At `full` the copies report their bytes; at `empty` the warps report
 # that they have read the stage. Such a barrier counts rounds, and who waits says by a **parity**, 0 or 1, which round is meant: nobody is ever more than one ahead. The stages
-# are used in turn, as a **ring**. The thread that copies:
+# are used in turn, as a **ring**. At the start every stage is free, but nobody has reported so: the thread that copies asks for the round *before* (`parity ^ 1`), which a new barrier takes as over. 128 rows of A, 64 deep, have
+# `PART` bytes, and `HALVES` says of how many such parts B is made; `pair` counts the two products of a `SUM`. The thread that copies:
 
 # %%
+predict("10-rung-5", None)  # a share of the peak
 show_source("gemm_hopper.cuh", "void produce(")
 
 # %% [markdown]
-# The warpgroups multiply straight from shared memory (`wgmma`), 128 rows by 256 columns; a **descriptor** tells the tensor cores where a tile begins and how it lies. Each thread
-# keeps 128 of the sums in registers. One product always runs while the next is being prepared, so a stage is handed back one step late:
+# The two warpgroups multiply straight from shared memory (`wgmma`), 64 rows by 256 columns each; a **descriptor** tells the tensor cores where a slab of 64 rows begins and how it lies. Each thread
+# keeps 128 of the sums in registers. One product always runs while the next is being prepared, so a stage is handed back one step late. A **fence** orders writes and reads as others see them, and waits for nobody; a
+# **named barrier** waits for some of a block's threads, here those that multiply:
 
 # %%
 show_source("gemm_hopper.cuh", "void consume(")
+
+# %%
+if "5 hopper" in rungs:
+    of_peak("5 hopper")
 
 # %% [markdown]
 # A block stays on its multiprocessor and takes one tile after the
 # other, of whatever expert is next, so that the copies for the next tile begin while this one is being written.
 #
-# An expert's last tile overlaps the next expert's rows. Forward that costs a little work, and those results are not
-# stored. In the gradient of the weights, where the rows are *summed over*, they must count as zero; so both sides are cleared,
+# An expert's last tile overlaps the next expert's rows; those results are not stored. In the gradient of the weights, where the rows are *summed over*, they must count as zero; so both sides are cleared,
 # since a NaN in one times zero in the other is still NaN.
 #
 # All rungs against float64, on the CPU, with an empty expert, a tail, one row:
@@ -600,35 +679,28 @@ def every_rung():
 or_recorded(every_rung, chapter)
 
 # %% [markdown]
-# **Ask.** What can each rung reach at most, if all it fetches comes from memory? Which could reach half of the peak?
+# How much of a tile is such overlap? It depends on how many rows an expert has, uniformly or by Zipf's law:
 
 # %%
-predict("10-ladder", None)  # names
-
-rungs = {  # tile, units that multiply
-    "1 naive": (1, 1, "fp32"), "2 tiled": (64, 64, "fp32"),
-    "3 wmma": (64, 64, "bf16"), "4 mma": (128, 128, "bf16"),
-    "5 hopper": (128, 256, "bf16"),
-}  # fmt: skip
-
-
-def of_peak(reads, units):  # share of the tensor cores' peak, at `reads` FLOPs a byte
-    return min(device[f"{units}_flops"], bandwidth * reads) / peak
-
-
-for name, (m, n, units) in rungs.items():
-    reads = tile_intensity(m, n)
-    print(f"{name:9} {reads:5.1f} FLOPs a byte, at most {of_peak(reads, units):5.1%}")
+for tokens in (64, 256, 1024, 4096, 16_384):
+    shares = []
+    for routing in ("uniform", "skewed"):
+        counts = Case(E, 2048, 1408, max(1, tokens * K // E), routing).counts()
+        shares.append(sum(counts) / sum(128 * ceil(count / 128) for count in counts))
+    print(
+        f"{tokens:6,} tokens: {shares[0]:4.0%} of the rows of tiles are real, {shares[1]:4.0%} skewed"
+    )
 
 # %% [markdown]
-# **What to notice.** None. Rungs 1 and 2 multiply in the ordinary float32 units, which end far below the tensor cores anyway; for 3 to 5 even the largest tile asks for too
-# much. Larger tiles are no way out: registers and shared memory are full.
+# **What to notice.** A grouped product wastes no launch, but tiles: with few rows an expert most of a tile is computed for nothing. A server that writes a few answers at a time stands at the top
+# of this list, and there memory sets the limit anyway, since the matrices must be read for few rows.
 #
-# What helps is the **L2 cache**. Blocks that run at the same time share rows or columns: what one has fetched the others find in the cache. How much of
-# what the blocks fetch at one moment is the same? `find_tile` hands out tiles down the rows of an expert first. Count it, for 1024 rows an expert and one block on each multiprocessor:
-
+# **Ask.** From memory no rung reaches half of the peak. What must a better place to fetch from give?
 
 # %%
+predict("10-ladder", None)  # bytes a second
+
+
 def sharing(m, n, rows=1024, columns=1408):  # fetched by all blocks / different
     down, across = ceil(rows / m), ceil(columns / n)
     of_a, of_b, blocks = set(), set(), device["multiprocessors"]
@@ -640,27 +712,32 @@ def sharing(m, n, rows=1024, columns=1408):  # fetched by all blocks / different
 
 
 points = []
-for name, (m, n, units) in list(rungs.items())[2:]:
+for name, (m, n, _) in list(rungs.items())[2:]:
     reads, times = tile_intensity(m, n), sharing(m, n)
-    points.append({"name": f"{name}, no cache", "intensity": reads})
-    points.append({"name": f"{name}, L2", "intensity": reads * times})
-    print(f"{name:9} fetched {times:4.1f} times over, at most", end=" ")
-    print(f"{of_peak(reads * times, units):4.0%}")
+    points.append({"name": f"{name}, a tile", "intensity": reads})
+    points.append({"name": f"{name}, all tiles", "intensity": reads * times})
+    print(
+        f"{name:9} the blocks must get {peak / reads / 1e12:4.1f} TB/s at the peak;",
+        end=" ",
+    )
+    print(f"each byte is wanted by {times:4.1f} blocks at once")
 charts.roofline(
     points,
     peak=peak,
     bandwidth=bandwidth,
     device=f"{gpu}, bfloat16",
-    title="What if blocks find each other's tiles in the L2 cache?",
+    title="What if memory gives a byte once, for all blocks that want it?",
 )
 
 # %% [markdown]
-# **What to notice.** With the cache, memory no longer keeps the upper rungs from the peak, as long as an expert has many rows. What keeps them from it then lies inside the multiprocessor: how
-# well copies, barriers and products overlap. That is what rungs 4 and 5 change, and what only a GPU can say.
+# **What to notice.** Between memory and the multiprocessors lies the **L2 cache**: what one block has fetched the others find there. `find_tile` hands out tiles down the rows of an expert
+# first, so that neighbours share (counted for 1024 rows an expert, one block on each multiprocessor, which simplifies rungs 3 and 4). Then memory alone no longer sets the limit. But the L2 must
+# still give each block its bytes, three to nine times what memory gives on an H100: that is why the tiles grow from rung to rung, until at rung 5 shared
+# memory is full. No datasheet states the L2's bandwidth, and nothing here has measured it. What else lies between a rung and the peak is how well copies, barriers and products overlap: that only a GPU can say.
 #
 # ## Gradients: the same product, lying differently
 #
-# The backward pass has five products of two more kinds. Both are this one, with A or B lying the other way round. The letters are those
+# The backward pass has six products of two more kinds, in five launches: the two that make $dL/d\mathbf{x}$ are summed in one. All are this product, with A or B lying the other way round. The letters are those
 # of BLAS, one for A and one for B: N as it lies, T transposed.
 #
 # | | A | B | |
@@ -669,7 +746,7 @@ charts.roofline(
 # | gradient of the rows | rows | matrix | `NN` |
 # | gradient of the matrix | rows, transposed | rows | `TN`: the sum runs over an expert's rows |
 #
-# The tensor cores read either way, transposed by `ldmatrix.trans` or by a bit of the instruction. What a product ends with is fused again: where $dL/d\mathbf{h}$ is complete, still in
+# The tensor cores read either way, transposed by `ldmatrix.trans` or by a bit of the instruction. What a product ends with is fused again: where $\mathbf{d} = W_{down}^\top\, dL/d\mathbf{y}$, the gradient of $g\,\mathbf{h}$, is complete, still in
 # registers, SwiGLU's gradient is taken, and it is written *over* $\mathbf{a} = W_{gate}\mathbf{x}$ and $\mathbf{b} = W_{up}\mathbf{x}$, which nobody
 # needs any more:
 
@@ -760,15 +837,13 @@ show_source("triton_twins.py", "def _add_product(")
 # What you give up is the say in those decisions; what you gain is fewer and simpler lines, and float16 besides.
 
 # %% [markdown]
-# ## What a GPU says
+# ## What a GPU must say
 #
 # `dsmoe bench kernels --record` on a machine with a GPU checks every rung, Triton, torch's grouped product and whole layers against
-# float64, and then times them. This section draws the newest record.
+# float64, and then times them, against goals that were set before. This section draws the newest record.
+
 
 # %%
-record = newest_record()
-
-
 def what_a_gpu_said(record):
     made = record["provenance"]
     print(f"{made['device']}, torch {made['torch']}, {record['date'][:10]}\n")
@@ -777,9 +852,7 @@ def what_a_gpu_said(record):
             f"{row['by']:20} {row['TFLOP/s']:6.0f} TFLOP/s, {row['of dense']:4.0%} of dense"
         )
     print()
-    for row in record["goals"]:
-        value = "not measured" if row["value"] is None else f"{row['value']:.2f}"
-        print(f"{row['what']:48} {value:>12}   goal {row['goal']}")
+    hold_against(record["goals"])
     at = {"experts": 64, "k": 2048, "routing": "uniform"}
     mine = [row for row in record["products"] if at.items() <= row.items()]
     ways = ("hopper", "mma", "triton", "F.grouped_mm")
@@ -791,8 +864,15 @@ def what_a_gpu_said(record):
     )
 
 
+def hold_against(goals):
+    for row in goals:
+        value = "not measured" if row["value"] is None else f"{row['value']:.2f}"
+        print(f"{row['what']:48} {value:>12}   goal {row['goal']}")
+
+
 if record is None:
-    print("No GPU run is recorded yet.")
+    print("No GPU run is recorded yet.\n")
+    hold_against(goals([], [], []))
 else:
     what_a_gpu_said(record)
 
@@ -803,11 +883,15 @@ else:
 # understood from the manual. Nothing is claimed about their speed. On a machine with a GPU, `auto` has them compiled at first use by a process of its own, which compares a layer with the
 # loop, and goes on without them where they do not compile, differ, crash or hang.
 #
+# Two more things happen between the CPU and the GPU. A launch does not wait for the kernel: the CPU runs ahead, until it needs a number from the GPU. `dispatch` needs one, how many rows there are; so the
+# experts' ends stay on the GPU, a kernel is started with as many blocks as could be needed, and those without a tile return. And a whole step can be recorded once and started again by one call, as a
+# *CUDA graph*, which the benchmark does: the other cure for launches.
+#
 # ## Exercises
 #
 # **1. A bug from the wild** (20 minutes). Before a grouped product, somebody must say which tile of rows belongs to which expert. This
 # kernel does: thread $e$ counts the tiles up to and with expert $e$; then all threads look up their tiles. It follows a
-# kernel of a serving engine, and has the bug that a pull request there reports. (To check an answer needs g++.) Return the kernel mended.
+# kernel of a serving engine, and has the bug that a pull request there reports. Return the kernel mended: `kernel.replace(old, new)`. The check needs g++.
 
 
 # %%
@@ -866,7 +950,7 @@ verdict = check_exercise(mended, finds_owners, needs="g++")
 #     return kernel.replace("  for (int t =", "  __syncthreads();\n  for (int t =")
 # ```
 #
-# A thread of the second warp may search before the first warp has written its ends. Inside the `if` a barrier would be
+# A thread may search before another has written its end: of another warp, and, since a warp need not execute together, even of its own. Inside the `if` a barrier would be
 # another bug: threads without an expert never come there. Found in SGLang's `moe_align_block_size` (pull request 37663); a
 # sister, a missing `__syncwarp()` in a router (11183), now and then made a sum of gates zero, and the output infinite.
 # </details>
@@ -910,7 +994,7 @@ verdict = check_exercise(stands, one_turn)
 #
 # <details><summary>Solution</summary>
 #
-# An A100 has less of both, but of arithmetic still less: its roof is level from 153 FLOPs a byte on, that of an H100 from 295. So fewer rows an expert are enough, and fewer tokens. Twice
+# 1,999 and 9,747 tokens in place of 4,874. An A100 has less of both, but of arithmetic still less: its roof is level from 153 FLOPs a byte on, that of an H100 from 295. So fewer rows an expert are enough, and fewer tokens. Twice
 # the experts halve the rows of each, so twice as many tokens are needed; the product itself has not changed.
 # </details>
 #
@@ -922,5 +1006,5 @@ verdict = check_exercise(stands, one_turn)
 # - From rung to rung the same sums come from nearer places, are ordered further ahead, by larger instructions.
 # - A missing barrier need not show on a GPU. Run warp by warp, as late as allowed or at once, it does.
 #
-# **Claims settled here:** output and gradients of the kernels are the loop's, on the CPU; 12 launches serve any number of experts; a step holds less than
+# **Claims settled here:** output and gradients of the kernels are the loop's, on the CPU; the same 12 launches serve 16 experts and 64; a step holds less than
 # 0.7 of what torch's grouped product needs. Not settled: every claim of speed, which takes a GPU.

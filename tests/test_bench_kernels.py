@@ -90,7 +90,7 @@ def test_a_kernels_peak_memory_is_far_below_the_grouped_path() -> None:
 def test_a_wrong_kernel_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cuda.multiply
     monkeypatch.setattr(products.cuda, "multiply", lambda *given: right(*given) * 1.001)
-    with pytest.raises(RunError, match=r"tiled: differs from float64 by 1\.0e-03 of the norm, nothing was timed"):
+    with pytest.raises(RunError, match=r"naive: differs from float64 by 1\.0e-03 of the norm, nothing was timed"):
         bench_kernels(3, "cpu")
     monkeypatch.undo()
     backward = cuda.weights_backward

@@ -81,10 +81,10 @@ def bench_kernels(rounds: int = ROUNDS, device: str = "auto") -> dict[str, Any]:
         raise InputError("device = 'auto': torch finds no GPU here; --device cpu tries the command on tiny sizes")
     place, notes = PLACES[usable_device(device)], Notes()
     where = (place.device, place.dtype)
-    checks = check_products(place.checked, place.rungs, *where, notes)
+    every = tuple(rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled"))
+    checks = check_products(place.checked, every, *where, notes)
     checks += check_backends(place.checked_layer, *where, notes)
     timing = (*where, rounds, place.repeat, notes)
-    every = tuple(rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled"))
 
     def product(case: Case, rungs: tuple[str, ...]) -> list[dict[str, Any]]:
         return attempt(f"{case}", partial(time_products, case, rungs, *timing), notes) or []

@@ -7,8 +7,8 @@
 namespace hopper {
 
 constexpr int BM = 128, BN = 128, BK = 64, THREADS = 384, CONSUMERS = 256;
-constexpr int PIECE = 128 * BK * 2;  // bytes of 128 of m or n by 64 of k
-constexpr int WARPGROUP_M = 64, BLOCK = 64 * 128;  // bytes of 64 rows of 128 bytes
+constexpr int PART = 128 * BK * 2;  // bytes of 128 of m or n by 64 of k
+constexpr int WARPGROUP_M = 64, SLAB = 64 * 128;  // bytes of 64 rows of 128 bytes
 
 struct Maps {
   TensorMap a[2], b[2];
@@ -19,7 +19,7 @@ template <int HALVES>
 struct Shared {
   static constexpr int STAGES = HALVES == 2 ? 4 : 6;
   struct {
-    unsigned char a[PIECE], b[HALVES][PIECE];
+    unsigned char a[PART], b[HALVES][PART];
   } stage[STAGES];
   Barrier full[STAGES], empty[STAGES];
 };
@@ -43,7 +43,7 @@ __device__ __forceinline__ void fetch(unsigned char* to, const TensorMap* map, i
     copy_box(to, map, k, mn, expert, barrier);
   } else {
     copy_box(to, map, mn, k, expert, barrier);
-    copy_box(to + BLOCK, map, mn + 64, k, expert, barrier);
+    copy_box(to + SLAB, map, mn + 64, k, expert, barrier);
   }
 }
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ void fetch(unsigned char* to, const TensorMap* map, i
 __device__ __forceinline__ void clear_tail(unsigned char* blocks, int n_blocks, int valid, int thread) {
   int pieces = (64 - valid) * 8;  // of 16 bytes, in a block
   for (int i = thread; i < n_blocks * pieces; i += CONSUMERS)
-    *reinterpret_cast<uint4*>(blocks + i / pieces * BLOCK + valid * 128 + i % pieces * 16) = uint4{0, 0, 0, 0};
+    *reinterpret_cast<uint4*>(blocks + i / pieces * SLAB + valid * 128 + i % pieces * 16) = uint4{0, 0, 0, 0};
 }
 
 template <Layout LAYOUT, Form FORM, int HALVES>
@@ -71,7 +71,7 @@ __device__ __forceinline__ void produce(Shared<HALVES>& shared, const Maps& maps
         auto& stage = shared.stage[ring.stage];
         Barrier* full = &shared.full[ring.stage];
         barrier_wait(&shared.empty[ring.stage], ring.parity ^ 1);
-        barrier_arrive_expect(full, (1 + HALVES) * PIECE);
+        barrier_arrive_expect(full, (1 + HALVES) * PART);
         fetch<LAYOUT != Layout::TN>(stage.a, &maps.a[pair], tile.m, k, 0, full);
 #pragma unroll
         for (int h = 0; h < HALVES; h++)
@@ -112,7 +112,7 @@ template <Layout LAYOUT, Form FORM, int HALVES, class Epilogue>
 __device__ __forceinline__ void consume(Shared<HALVES>& shared, const Sizes& s, const Epilogue& out) {
   constexpr bool A_KMAJOR = LAYOUT != Layout::TN, B_KMAJOR = LAYOUT == Layout::NT;
   constexpr int A_STEP = A_KMAJOR ? 32 : 2048, B_STEP = B_KMAJOR ? 32 : 2048;  // bytes to the next 16 of k
-  int thread = threadIdx.x - 128, group = thread / 128, warp = thread % 128 / 32, lane = thread % 32;
+  int thread = threadIdx.x - 128, warpgroup = thread / 128, warp = thread % 128 / 32, lane = thread % 32;
   Ring<Shared<HALVES>::STAGES> ring;
   Cursor cursor;
   Tile tile;
@@ -132,10 +132,10 @@ __device__ __forceinline__ void consume(Shared<HALVES>& shared, const Sizes& s, 
         product_fence();
 #pragma unroll
         for (int step = 0; step < BK / 16; step++) {
-          uint64_t a = matrix_descriptor(stage.a + group * BLOCK + step * A_STEP, BLOCK);
+          uint64_t a = matrix_descriptor(stage.a + warpgroup * SLAB + step * A_STEP, SLAB);
 #pragma unroll
           for (int h = 0; h < HALVES; h++)
-            multiply_64x128x16<!A_KMAJOR, !B_KMAJOR>(sum[h], a, matrix_descriptor(stage.b[h] + step * B_STEP, BLOCK));
+            multiply_64x128x16<!A_KMAJOR, !B_KMAJOR>(sum[h], a, matrix_descriptor(stage.b[h] + step * B_STEP, SLAB));
         }
         product_commit();
         product_wait<1>();
@@ -145,7 +145,7 @@ __device__ __forceinline__ void consume(Shared<HALVES>& shared, const Sizes& s, 
     product_wait<0>();
     for (auto& half : sum) settle(half);
     if (read >= 0 && lane == 0) barrier_arrive(&shared.empty[read]);
-    finish<LAYOUT, FORM, HALVES>(s, tile, out, tile.m + group * WARPGROUP_M + warp * 16, lane, sum);
+    finish<LAYOUT, FORM, HALVES>(s, tile, out, tile.m + warpgroup * WARPGROUP_M + warp * 16, lane, sum);
   }
 }
 

@@ -1,5 +1,5 @@
 // Rung 2: a block fetches a tile of A and of B into shared memory once, and every thread of it multiplies from there.
-// The only rung for float32, and for widths that are no multiple of 8.
+// The rung that trains in float32, and with widths that are no multiple of 8.
 #pragma once
 #include "grouped.cuh"
 

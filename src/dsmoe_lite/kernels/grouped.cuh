@@ -138,7 +138,7 @@ struct SwiGLU {
   }
 };
 
-// From d = dL/d(hidden / gate): da and db over a and b, hidden once more for W_down's gradient, and dL/d(gate).
+// From d = dL/d(hidden), hidden = gate * silu(a) * b: da and db over a and b, hidden once more, and dL/d(gate).
 template <class T>
 struct SwiGLUBackward {
   static constexpr bool SUMS = true;
