@@ -714,13 +714,10 @@ def sharing(m, n, rows=1024, columns=1408):  # fetched by all blocks / different
 points = []
 for name, (m, n, _) in list(rungs.items())[2:]:
     reads, times = tile_intensity(m, n), sharing(m, n)
-    points.append({"name": f"{name}, a tile", "intensity": reads})
-    points.append({"name": f"{name}, all tiles", "intensity": reads * times})
-    print(
-        f"{name:9} the blocks must get {peak / reads / 1e12:4.1f} TB/s at the peak;",
-        end=" ",
-    )
-    print(f"each byte is wanted by {times:4.1f} blocks at once")
+    points.append({"name": name, "intensity": reads})
+    points.append({"name": f"{name}, L2", "intensity": reads * times})
+    print(f"{name:9} needs {peak / reads / 1e12:4.1f} TB/s at the peak;", end=" ")
+    print(f"{times:4.1f} blocks want each byte at once")
 charts.roofline(
     points,
     peak=peak,
