@@ -26,14 +26,18 @@ class Experts(nn.Module):
 
     def forward(self, sent: Dispatched) -> Tensor:
         """Return y (T, D), y_t = sum of gate * FFN_e(x_t) over the rows of token t; a token without rows gets zero."""
-        dtype = _matmul_dtype(sent.x)
-        sent = replace(sent, x=sent.x.to(dtype), gates=sent.gates.to(dtype))
-        weights = [weight.to(dtype) for weight in (self.gate, self.up, self.down)]
-        backend = choose_backend(sent, self.gate) if self.backend == "auto" else self.backend
-        return WAYS[backend](sent, *weights)
+        sent = as_multiplied(sent)
+        weights = [weight.to(sent.x.dtype) for weight in (self.gate, self.up, self.down)]
+        return run_experts(self.backend, sent, *weights)
 
 
 WAYS = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped, "triton": run_triton, "cuda": run_cuda}
+
+
+def run_experts(backend: str, sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The experts' sums (T, D) by the way named `backend`; "auto" chooses one."""
+    name = choose_backend(sent, gate) if backend == "auto" else backend
+    return WAYS[name](sent, gate, up, down)
 
 
 def choose_backend(sent: Dispatched, gate: Tensor) -> str:
@@ -57,8 +61,9 @@ def by_kernels(dtype: torch.dtype, *widths: int) -> list[str]:
     return ["cuda"] * (dtype == torch.bfloat16 and whole) + ["triton"] * (dtype in (torch.bfloat16, torch.float16))
 
 
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype torch.autocast multiplies x in; it does not cast what a hand-written backward multiplies."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+def as_multiplied(sent: Dispatched) -> Dispatched:
+    """The same in the dtype torch.autocast multiplies in: it does not cast what a hand-written backward multiplies."""
+    dtype, device = sent.x.dtype, sent.x.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return replace(sent, x=sent.x.to(dtype), gates=sent.gates.to(dtype))

@@ -1,0 +1,1 @@
+"""Experts spread over processes, on torch.distributed."""

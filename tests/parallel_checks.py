@@ -1,0 +1,207 @@
+"""What tests/test_parallel.py asks of several processes, all in one launch; torchrun runs this file.
+
+Rank 0 writes what it found, by name, to the JSON file that is named first.
+"""
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.layers import balance
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.experts import Experts
+from dsmoe_lite.layers.router import Router, Routing
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.mesh import device_of, make_mesh
+from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
+from dsmoe_lite.parallel.total import total
+
+FOUND: dict[str, Any] = {}
+V, D, S = 40, 16, 12
+MODEL = ModelConfig(V, D, 2, AttentionConfig(2, 8), 32, MoEConfig(8, 2, 12, 1), n_dense_layers=1, max_seq_len=S)
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "importance": balance.importance_loss, "gshard": balance.gshard_loss, "switch": balance.switch_loss,
+    "z": balance.z_loss, "expert": balance.expert_loss, "sequence": balance.sequence_loss,
+    "device": lambda routing, total: balance.device_loss(routing, device_of=torch.arange(8) // 2, total=total),
+    "communication": lambda routing, total: balance.communication_loss(
+        routing, device_of=torch.arange(8) // 2, topk_group=2, total=total
+    ),
+}  # fmt: skip
+
+
+def worst(pairs: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """The largest difference of two tensors, over the largest number of the second."""
+    return max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in pairs)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as if there were one process."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sequences(sizes: list[int]) -> tuple[Tensor, slice]:
+    """Tokens (B, S + 1) for all, and which rows are this process's when they get `sizes`."""
+    tokens = torch.randint(0, V, (sum(sizes), S + 1), generator=torch.Generator().manual_seed(5))
+    rank = dist.get_rank()
+    return tokens, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+
+def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, total: balance.Total) -> Tensor:
+    """Cross-entropy of a batch of n_sequences, of which `tokens` are a part, with two balance losses."""
+    out = model(tokens[:, :-1])
+    loss = F.cross_entropy(out.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / (n_sequences * S)
+    loss = total(loss)
+    for routing in out.routings:
+        loss = loss + 0.1 * balance.expert_loss(routing, total=total)
+        loss = loss + 0.1 * balance.sequence_loss(routing, total=total)
+    return loss
+
+
+def train_both(name: str, config: ModelConfig, expert: int, sizes: list[int], steps: int) -> None:
+    """`steps` steps of AdamW on the same tokens, in one process and in all."""
+    torch.manual_seed(0)
+    alone = Transformer(config)
+    together = copy.deepcopy(alone)
+    parallelize(together, make_mesh("cpu", config.moe, expert))
+    tokens, mine = sequences(sizes)
+    both = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in (alone, together)]
+    losses, gradients = [], 0.0
+    for _ in range(steps):
+        one = loss_of(alone, tokens, len(tokens), balance.alone)
+        all_ = loss_of(together, tokens[mine], len(tokens), total)
+        one.backward()
+        (all_ * dist.get_world_size()).backward()
+        losses.append(abs(float(one.detach() - all_.detach())))
+        pairs = zip(together.parameters(), alone.parameters(), strict=True)
+        gradients = max(gradients, worst((whole(p.grad), q.grad) for p, q in pairs if p.grad is not None))
+        for model, optimizer in zip((alone, together), both, strict=True):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = zip(together.parameters(), alone.parameters(), strict=True)
+    parameters = worst((whole(p.detach()), q.detach()) for p, q in pairs)
+    FOUND[name] = {"losses": max(losses), "gradients": gradients, "parameters": parameters}
+
+
+class Traffic(TorchDispatchMode):
+    """Rows of every all-to-all that leave this process, by the shape of a row and by dtype."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.left: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ == "all_to_all_single":
+            tensor, _, parts, *_ = args
+            row = (tuple(tensor.shape[1:]), tensor.dtype)
+            self.left[row] = self.left.get(row, 0) + sum(parts) - parts[self.rank]
+        return func(*args, **(kwargs or {}))
+
+
+def payload(expert: int) -> None:
+    """Rows that leave, there and back and in the backward pass, beside the fewest that can."""
+    torch.manual_seed(0)
+    E, K, T = 8, 3, 50
+    experts, router = Experts(E, D, 12, "padded"), Router(D, MoEConfig(E, K, 12), V)
+    mesh = make_mesh("cpu", MoEConfig(E, K, 12), expert)
+    spread = ParallelExperts(experts, mesh["expert"])
+    x = torch.randn(T, D, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+    routing = router(x, (1, T))
+    here = mesh["expert"].get_local_rank()
+    devices = device_of(E, mesh)[routing.topk_ids]
+    fewest = sum(len(set(row) - {here}) for row in devices.tolist())
+
+    with Traffic(here) as forward:
+        y = spread(dispatch(x, routing))
+    with Traffic(here) as backward:
+        torch.autograd.grad(y.sum() + (y * x.detach()).sum(), x)
+    numbers = torch.tensor([fewest, forward.left[(D,), x.dtype], backward.left[(D,), x.dtype]])
+    dist.all_reduce(numbers)
+    wanted = experts(dispatch(x, routing))
+    error = worst(iter([(y.detach(), wanted.detach())]))
+    held = sum(p.to_local().numel() for p in spread.parameters()) / sum(p.numel() for p in experts.parameters())
+    FOUND[f"payload {expert}"] = {"fewest": int(numbers[0]), "forward": int(numbers[1]), "backward": int(numbers[2]),
+                                  "error": error, "held": held}  # fmt: skip
+
+
+def empty(expert: int) -> None:
+    """All tokens choose the experts of one process; the others' compute nothing."""
+    torch.manual_seed(0)
+    config = MoEConfig(8, 2, 12)
+    mesh = make_mesh("cpu", config, expert)
+    for backend in ("loop", "padded"):
+        experts = Experts(8, D, 12, backend)
+        spread = ParallelExperts(experts, mesh["expert"])
+        x = torch.randn(9, D).requires_grad_()
+        ids = torch.tensor([[0, 1]]).expand(9, 2)
+        gates, kept = torch.rand(9, 2), torch.ones(9, 2, dtype=torch.bool)
+        routing = Routing(torch.zeros(9, 8), torch.zeros(9, 8), ids, gates, kept, (1, 9))
+        found = [torch.autograd.grad(way(dispatch(x, routing)).square().sum(), x)[0] for way in (spread, experts)]
+        FOUND[f"empty {backend}"] = worst(iter([(found[0], found[1])]))
+
+
+def losses() -> None:
+    """Every balance loss and its gradient on a batch that is spread over the processes."""
+    sizes = [2, 1, 1, 1]
+    torch.manual_seed(0)
+    config = MoEConfig(8, 2, 12, n_group=4, topk_group=2)
+    router = Router(D, config, V)
+    x = torch.randn(sum(sizes) * S, D)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    first = sum(sizes[:rank]) * S
+    mine = x[first : first + sizes[rank] * S]
+    for name, loss in LOSSES.items():
+        one = loss(router(x, (sum(sizes), S)), total=balance.alone)
+        (wanted,) = torch.autograd.grad(one, router.weight)
+        all_ = loss(router(mine, (sizes[rank], S)), total=total)
+        (part,) = torch.autograd.grad(all_ * world, router.weight)
+        dist.all_reduce(part)
+        FOUND[f"loss {name}"] = worst(iter([(all_.detach(), one.detach()), (part / world, wanted)]))
+
+
+@contextmanager
+def _dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def main(out: Path) -> None:
+    """Everything, in the same order on every process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    moe = MODEL.moe
+    assert moe is not None
+    with _dtype(torch.float64):
+        for expert in (1, 2, 4):
+            train_both(f"float64 {expert}", MODEL, expert, [2, 2, 2, 2], 20)
+        train_both("float64 ragged", MODEL, 4, [3, 1, 2, 1], 20)
+        v3 = replace(moe, scoring_func="sigmoid", expert_bias=True, n_group=4, topk_group=2, norm_topk_prob=True)
+        train_both("float64 limited", replace(MODEL, moe=v3), 4, [2, 2, 2, 2], 20)
+        losses()
+        empty(4)
+        payload(4)
+        payload(2)
+    train_both("float32 4", MODEL, 4, [2, 2, 2, 2], 20)
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(FOUND, indent=1))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

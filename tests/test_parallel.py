@@ -1,0 +1,109 @@
+"""Experts spread over processes: the same numbers as one process, and no row sent twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers.dispatch import Dispatched
+from dsmoe_lite.parallel.dispatch import leaving
+from dsmoe_lite.parallel.mesh import check_placement
+
+CHECKS = Path(__file__).with_name("parallel_checks.py")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What four processes found, in one launch."""
+    out = tmp_path_factory.mktemp("parallel") / "found.json"
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=4",
+        str(CHECKS),
+        str(out),
+    ]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited"])
+def test_twenty_steps_are_those_of_one_process(found: dict[str, Any], name: str) -> None:
+    for value in found[f"float64 {name}"].values():
+        assert value < 1e-9
+
+
+def test_twenty_steps_in_float32(found: dict[str, Any]) -> None:
+    assert found["float32 4"]["losses"] < 1e-5
+    assert found["float32 4"]["parameters"] < 1e-3  # Adam divides by what is nearly zero
+
+
+@pytest.mark.parametrize(
+    "name", ["importance", "gshard", "switch", "z", "expert", "sequence", "device", "communication"]
+)
+def test_a_loss_is_that_of_the_whole_batch(found: dict[str, Any], name: str) -> None:
+    assert found[f"loss {name}"] < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["loop", "padded"])
+def test_a_process_whose_experts_get_no_token_still_takes_part(found: dict[str, Any], backend: str) -> None:
+    assert found[f"empty {backend}"] < 1e-12
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_each_token_goes_once_to_a_process(found: dict[str, Any], processes: int) -> None:
+    sent = found[f"payload {processes}"]
+    assert sent["fewest"] > 0
+    assert sent["forward"] == 2 * sent["fewest"]  # there and back
+    assert sent["backward"] == 2 * sent["fewest"]
+    assert sent["held"] == 1 / processes
+    assert sent["error"] < 1e-12
+
+
+@given(T=st.integers(0, 12), K=st.integers(1, 4), local=st.integers(1, 3), P=st.integers(1, 4), seed=st.integers(0, 99))
+def test_what_leaves_is_each_token_once_a_process(T: int, K: int, local: int, P: int, seed: int) -> None:
+    E, draw = P * local, torch.Generator().manual_seed(seed)
+    K = min(K, E)
+    ids = torch.rand(T, E, generator=draw).argsort(dim=1)[:, :K]
+    kept = torch.rand(T, K, generator=draw) < 0.8
+    choices = [(e, t * K + k) for e in range(E) for t in range(T) for k in range(K) if ids[t, k] == e and kept[t, k]]
+    counts = torch.tensor([sum(e == of for of, _ in choices) for e in range(E)])
+    choice = torch.tensor([c for _, c in choices], dtype=torch.int64)
+    sent = Dispatched(torch.zeros(T, 1), K, choice, torch.zeros(len(choice)), counts.cumsum(0).to(torch.int32))
+    out = leaving(sent, P)
+    wanted = [sorted({c // K for e, c in choices if e // local == p}) for p in range(P)]
+    assert [part.tolist() for part in out.token.split(out.rows.tolist())] == wanted
+    assert out.counts.flatten().tolist() == counts.tolist()
+    rows = [
+        wanted[e // local][code // K] * K + code % K for (e, _), code in zip(choices, out.code.tolist(), strict=True)
+    ]
+    assert rows == [c for _, c in choices]
+
+
+@pytest.mark.parametrize(
+    ("moe", "expert", "said"),
+    [
+        (MoEConfig(8, 2, 4), 3, "expert_parallel = 3: must divide n_routed_experts = 8"),
+        (MoEConfig(12, 2, 4, n_group=4), 6, "expert_parallel = 6: must divide n_group = 4 or be a multiple of it"),
+        (None, 2, "expert_parallel = 2: must be 1: the model has no experts"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(moe: MoEConfig | None, expert: int, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        check_placement(moe, expert)
+
+
+@pytest.mark.parametrize(("groups", "expert"), [(1, 4), (4, 4), (8, 4), (2, 4)])
+def test_groups_are_processes_or_parts_or_several_of_them(groups: int, expert: int) -> None:
+    check_placement(MoEConfig(8, 1, 4, n_group=groups), expert)
