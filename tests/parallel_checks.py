@@ -27,6 +27,7 @@ from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.mesh import device_of, make_mesh
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
+from dsmoe_lite.parallel.split import rows_of
 from dsmoe_lite.parallel.total import total
 
 FOUND: dict[str, Any] = {}
@@ -52,13 +53,6 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sequences(sizes: list[int]) -> tuple[Tensor, slice]:
-    """Tokens (B, S + 1) for all, and which rows are this process's when they get `sizes`."""
-    tokens = torch.randint(0, V, (sum(sizes), S + 1), generator=torch.Generator().manual_seed(5))
-    rank = dist.get_rank()
-    return tokens, slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-
-
 def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, total: balance.Total) -> Tensor:
     """Cross-entropy of a batch of n_sequences, of which `tokens` are a part, with two balance losses."""
     out = model(tokens[:, :-1])
@@ -66,17 +60,20 @@ def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, total: balance
     loss = total(loss)
     for routing in out.routings:
         loss = loss + 0.1 * balance.expert_loss(routing, total=total)
-        loss = loss + 0.1 * balance.sequence_loss(routing, total=total)
+        if model.config.moe and model.config.moe.chooser == "token":
+            loss = loss + 0.1 * balance.sequence_loss(routing, total=total)
     return loss
 
 
-def train_both(name: str, config: ModelConfig, expert: int, sizes: list[int], steps: int) -> None:
+def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8, steps: int = 20) -> None:
     """`steps` steps of AdamW on the same tokens, in one process and in all."""
     torch.manual_seed(0)
     alone = Transformer(config)
     together = copy.deepcopy(alone)
     parallelize(together, make_mesh("cpu", config.moe, expert))
-    tokens, mine = sequences(sizes)
+    tokens = torch.randint(0, V, (n_sequences, S + 1), generator=torch.Generator().manual_seed(5))
+    tokens[:, 0] = torch.arange(n_sequences)  # two alike, which see nothing before them, would tie where experts choose
+    mine = rows_of(dist.get_rank(), dist.get_world_size(), n_sequences, config.moe)
     both = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in (alone, together)]
     losses, gradients = [], 0.0
     for _ in range(steps):
@@ -156,18 +153,15 @@ def empty(expert: int) -> None:
 
 def losses() -> None:
     """Every balance loss and its gradient on a batch that is spread over the processes."""
-    sizes = [2, 1, 1, 1]
     torch.manual_seed(0)
-    config = MoEConfig(8, 2, 12, n_group=4, topk_group=2)
-    router = Router(D, config, V)
-    x = torch.randn(sum(sizes) * S, D)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    first = sum(sizes[:rank]) * S
-    mine = x[first : first + sizes[rank] * S]
+    B, config = 5, MoEConfig(8, 2, 12, n_group=4, topk_group=2)
+    router, x = Router(D, config, V), torch.randn(B, S, D)
+    world = dist.get_world_size()
+    mine = x[rows_of(dist.get_rank(), world, B, config)]
     for name, loss in LOSSES.items():
-        one = loss(router(x, (sum(sizes), S)), total=balance.alone)
+        one = loss(router(x.flatten(0, 1), (B, S)), total=balance.alone)
         (wanted,) = torch.autograd.grad(one, router.weight)
-        all_ = loss(router(mine, (sizes[rank], S)), total=total)
+        all_ = loss(router(mine.flatten(0, 1), (len(mine), S)), total=total)
         (part,) = torch.autograd.grad(all_ * world, router.weight)
         dist.all_reduce(part)
         FOUND[f"loss {name}"] = worst(iter([(all_.detach(), one.detach()), (part / world, wanted)]))
@@ -189,15 +183,23 @@ def main(out: Path) -> None:
     assert moe is not None
     with _dtype(torch.float64):
         for expert in (1, 2, 4):
-            train_both(f"float64 {expert}", MODEL, expert, [2, 2, 2, 2], 20)
-        train_both("float64 ragged", MODEL, 4, [3, 1, 2, 1], 20)
+            train_both(f"float64 {expert}", MODEL, expert)
+        train_both("float64 ragged", MODEL, 4, n_sequences=7)
         v3 = replace(moe, scoring_func="sigmoid", expert_bias=True, n_group=4, topk_group=2, norm_topk_prob=True)
-        train_both("float64 limited", replace(MODEL, moe=v3), 4, [2, 2, 2, 2], 20)
+        train_both("float64 limited", replace(MODEL, moe=v3), 4)
+        slots = replace(moe, capacity_factor=1.0, routing_groups=4)
+        train_both("float64 capacity", replace(MODEL, moe=slots), 2, n_sequences=6)
+        devices = replace(
+            moe, n_group=4, topk_group=2, group_capacity_factor=1.0, routing_groups=8, never_drop_share=0.5
+        )
+        train_both("float64 dropping", replace(MODEL, moe=devices), 4, n_sequences=16)
+        experts = replace(moe, chooser="expert", routing_groups=4)
+        train_both("float64 expert choice", replace(MODEL, moe=experts), 4)
         losses()
         empty(4)
         payload(4)
         payload(2)
-    train_both("float32 4", MODEL, 4, [2, 2, 2, 2], 20)
+    train_both("float32 4", MODEL, 4)
     if dist.get_rank() == 0:
         out.write_text(json.dumps(FOUND, indent=1))
     dist.destroy_process_group()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from routing_by_hand import decide, within_experts
 
 from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.capacity import capacity, exempt_tokens, group_budget, place_in_expert, within_budget
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.presets import preset
@@ -147,3 +148,40 @@ def test_exempt_sequences_are_whole_and_the_same_in_every_layer() -> None:
     for seed in range(3):  # three layers
         routing, _ = routed(tight, (8, 6), seed, training=True)
         assert routing.kept.all(dim=1).tolist() == [True] * 12 + [False] * 36
+
+
+GROUPED = {
+    "capacity": MoEConfig(8, 2, 16, capacity_factor=1.0),
+    "devices": MoEConfig(8, 2, 16, n_group=4, topk_group=2, group_capacity_factor=1.0, never_drop_share=0.5),
+    "expert choice": MoEConfig(8, 2, 16, chooser="expert"),
+    "hash": MoEConfig(8, 1, 16, scoring_func="hash", capacity_factor=1.0),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("B", [2, 7])
+def test_a_routing_group_is_a_batch_of_its_own(name: str, B: int) -> None:
+    S, groups, config = 9, 3, GROUPED[name]
+    router = Router(12, config, vocab_size=40)
+    x, ids = torch.randn(B * S, 12), torch.randint(0, 40, (B * S,))
+    router.groups = groups
+    whole = router(x, (B, S), ids)
+    router.groups = 1
+    first = 0
+    for part in range(groups):
+        n = len(range(part, B, groups))
+        rows = slice(first * S, (first + n) * S)
+        alone = router(x[rows], (n, S), ids[rows])
+        K = alone.topk_ids.shape[1]
+        assert torch.equal(whole.topk_ids[rows, :K], alone.topk_ids)
+        assert torch.equal(whole.kept[rows, :K], alone.kept)
+        assert torch.equal(whole.gates[rows, :K], alone.gates)
+        assert not whole.kept[rows, K:].any()
+        assert (whole.topk_ids[rows, K:] == -1).all()
+        first += n
+    assert first == B
+
+
+def test_routing_groups_need_something_to_compete_for() -> None:
+    with pytest.raises(InputError, match="routing_groups = 2: must be 1 where tokens do not compete for slots"):
+        MoEConfig(8, 2, 16, routing_groups=2)

@@ -77,6 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({**EXPERT, "capacity_factor": 1.0}, "capacity_factor = 1.0", "must be None", {"capacity_factor": None}),
     ({**EXPERT, "eval_capacity_factor": 2.0}, "eval_capacity_factor = 2.0", "None", {"eval_capacity_factor": None}),
     ({**EXPERT, "group_capacity_factor": 1.0}, "group_capacity_factor = 1.0", "None", {"group_capacity_factor": None}),
+    ({"routing_groups": 2}, "routing_groups = 2", "must be 1 where", {"routing_groups": 1}),
     ({"backend": "fast"}, "backend = 'fast'", "one of loop", {"backend": "loop"}),
 ]
 

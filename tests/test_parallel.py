@@ -16,6 +16,7 @@ from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.parallel.dispatch import leaving
 from dsmoe_lite.parallel.mesh import check_placement
+from dsmoe_lite.parallel.split import groups_each, rows_of
 
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 
@@ -38,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited"])
+@pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited", "capacity", "dropping", "expert choice"])
 def test_twenty_steps_are_those_of_one_process(found: dict[str, Any], name: str) -> None:
     for value in found[f"float64 {name}"].values():
         assert value < 1e-9
@@ -85,10 +86,8 @@ def test_what_leaves_is_each_token_once_a_process(T: int, K: int, local: int, P:
     wanted = [sorted({c // K for e, c in choices if e // local == p}) for p in range(P)]
     assert [part.tolist() for part in out.token.split(out.rows.tolist())] == wanted
     assert out.counts.flatten().tolist() == counts.tolist()
-    rows = [
-        wanted[e // local][code // K] * K + code % K for (e, _), code in zip(choices, out.code.tolist(), strict=True)
-    ]
-    assert rows == [c for _, c in choices]
+    tokens = [wanted[e // local][row] for (e, _), row in zip(choices, out.row.tolist(), strict=True)]
+    assert tokens == [c // K for _, c in choices]
 
 
 @pytest.mark.parametrize(
@@ -107,3 +106,19 @@ def test_sizes_that_do_not_fit_are_named(moe: MoEConfig | None, expert: int, sai
 @pytest.mark.parametrize(("groups", "expert"), [(1, 4), (4, 4), (8, 4), (2, 4)])
 def test_groups_are_processes_or_parts_or_several_of_them(groups: int, expert: int) -> None:
     check_placement(MoEConfig(8, 1, 4, n_group=groups), expert)
+
+
+@pytest.mark.parametrize("groups", [None, 4, 8])
+@pytest.mark.parametrize("n_sequences", [8, 9, 16, 19])
+def test_processes_share_out_a_batch(groups: int | None, n_sequences: int) -> None:
+    moe = None if groups is None else MoEConfig(8, 2, 4, capacity_factor=1.0, routing_groups=groups)
+    rows = [rows_of(rank, 4, n_sequences, moe) for rank in range(4)]
+    assert [row for part in rows for row in range(n_sequences)[part]] == list(range(n_sequences))
+    assert all(part.stop > part.start for part in rows)
+
+
+def test_what_cannot_be_shared_out_is_named() -> None:
+    with pytest.raises(InputError, match="batch_size = 3: must be at least 4"):
+        rows_of(0, 4, 3, None)
+    with pytest.raises(InputError, match="routing_groups = 2: must be a multiple of the 4 processes"):
+        groups_each(MoEConfig(8, 2, 4, capacity_factor=1.0, routing_groups=2), 4)

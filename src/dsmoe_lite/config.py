@@ -187,11 +187,12 @@ class MoEConfig:
     eval_capacity_factor: float | None = None  # the same outside training
     group_capacity_factor: float | None = None  # in training, slots a group has over its fair share T*K/n_group
     never_drop_share: float = 0.1  # of a batch's sequences, how many no full group drops, rounded to whole ones
+    routing_groups: int = 1  # equal parts of a batch, each with slots of its own: GShard's groups
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         E, K = self.n_routed_experts, self.top_k
-        for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group"):
+        for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group", "routing_groups"):
             require_whole(name, getattr(self, name), 1)
         require_whole("n_shared_experts", self.n_shared_experts, 0)
         for name in ("noisy_gating", "expert_bias", "norm_topk_prob", "scale_normalised"):
@@ -209,6 +210,15 @@ class MoEConfig:
                 require_number(name, getattr(self, name), 0.0, open_low=True)
         self._check_groups()
         self._check_choice()
+        apart = self.routing_groups == 1 or self.competes
+        remedy = "must be 1 where tokens do not compete for slots: without a capacity, nor chooser = 'expert'"
+        require(apart, "routing_groups", self.routing_groups, remedy)
+
+    @property
+    def competes(self) -> bool:
+        """Whether which tokens an expert takes depends on the other tokens of the batch."""
+        factors = (self.capacity_factor, self.eval_capacity_factor, self.group_capacity_factor)
+        return self.chooser == "expert" or any(factor is not None for factor in factors)
 
     @property
     def routes_alone(self) -> bool:

@@ -12,6 +12,11 @@ def capacity(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
     return math.ceil(_as_written(factor) * n_tokens * top_k / n_experts)
 
 
+def even_parts(n: int, parts: int) -> list[int]:
+    """Cut n things into `parts`, each of n / parts rounded up or down, the larger ones first."""
+    return [n // parts + (part < n % parts) for part in range(parts)]
+
+
 def place_in_expert(topk_ids: Tensor, n_experts: int) -> Tensor:
     """Return how many assignments stand before each one in its expert's queue, (T, K).
 

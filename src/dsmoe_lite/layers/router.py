@@ -1,7 +1,7 @@
 """Who goes where, and why: scores, the K experts of every token, their gates, and what capacity leaves."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError, require
-from dsmoe_lite.layers.capacity import capacity, exempt_tokens, group_budget, place_in_expert, within_budget
+from dsmoe_lite.layers.capacity import capacity, even_parts, exempt_tokens, group_budget, place_in_expert, within_budget
 from dsmoe_lite.layers.selection import expert_choice, group_of, limit_groups, ordered_topk
 
 TINY = 1e-20  # all chosen sigmoids may underflow to 0
@@ -50,6 +50,20 @@ class Routing:
         return Routing(**moved)
 
 
+def join(parts: Sequence[Routing], batch_shape: tuple[int, int]) -> Routing:
+    """The routing of a batch whose sequences were routed in parts, in order; the rows of the shorter K are filled."""
+    K = max(part.topk_ids.shape[1] for part in parts)
+    fills = {"topk_ids": -1, "gates": 0, "kept": False}
+    joined: dict[str, Any] = {"batch_shape": batch_shape}
+    for field in fields(Routing):
+        found = [getattr(part, field.name) for part in parts]
+        if field.name in fills:
+            found = [F.pad(piece, (0, K - piece.shape[1]), value=fills[field.name]) for piece in found]
+        if isinstance(found[0], Tensor):
+            joined[field.name] = torch.cat(found)
+    return Routing(**joined)
+
+
 class Router(nn.Module):
     """Score every expert for every token and choose K of them, as `MoEConfig` says.
 
@@ -59,6 +73,8 @@ class Router(nn.Module):
     - gates: the chosen s, never the bias; divided by their sum with `norm_topk_prob` (GShard, V3 Eq 13); times
       `routed_scaling_factor`.
     - hash: a fixed balanced table from token id to one expert, gate 1, nothing learnt (arXiv:2106.04426).
+
+    Where tokens compete for slots, those of each of `groups` parts of the batch do so apart: GShard's groups.
 
     `layer` is the block's number, for error lines. `forbidden`, for experiments on a trained router, takes the scores
     (T, E) and returns which experts (T, E) a token may not choose; gates stay what the scores make them.
@@ -70,7 +86,7 @@ class Router(nn.Module):
 
     def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config, self.layer, self.groups = config, layer, config.routing_groups
         E = config.n_routed_experts
         if config.scoring_func == "hash":
             require(
@@ -91,6 +107,16 @@ class Router(nn.Module):
 
         RunError where a logit is NaN or infinite; InputError when hash routing lacks the token ids.
         """
+        if self.groups == 1:
+            return self._route(x, batch_shape, token_ids)
+        B, S = batch_shape
+        sizes = even_parts(B, self.groups)
+        tokens = [n * S for n in sizes]
+        ids = [None] * self.groups if token_ids is None else token_ids.split(tokens)
+        parts = zip(x.split(tokens), sizes, ids, strict=True)
+        return join([self._route(part, (n, S), some) for part, n, some in parts], batch_shape)
+
+    def _route(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:
         if self.config.scoring_func == "hash":
             return self._by_table(x, batch_shape, token_ids)
         clean, noise_scale = self._logits(x)

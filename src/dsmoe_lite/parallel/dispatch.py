@@ -2,7 +2,7 @@
 
 A token that chose several experts of one process is sent there once, and one row comes back: the sum over those
 experts, gates included. These rows are what the papers count. Beside them go how many rows and choices there are, which
-row and which of its token's choices each choice is, and the gates.
+row each choice reads, and the gates.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Leaving(NamedTuple):
 
     token: Tensor  # (R,) the token of each row, by token within a process
     rows: Tensor  # (P,) how many
-    code: Tensor  # (N,) of each choice: its row among those of its process, times K, plus its place k in its token
+    row: Tensor  # (N,) which of its process's rows each choice reads, choices by expert
     counts: Tensor  # (P, E / P) choices of each expert
 
 
@@ -37,14 +37,13 @@ class Way:
 
 def leaving(sent: Dispatched, n_processes: int) -> Leaving:
     """Find the rows that each process must get: every token once, if it chose an expert there."""
-    P, T, E, K = n_processes, len(sent.x), len(sent.ends), sent.top_k
+    P, T, E = n_processes, len(sent.x), len(sent.ends)
     counts = sent.ends.diff(prepend=sent.ends.new_zeros(1)).view(P, E // P)
     process = torch.arange(P, device=counts.device).repeat_interleave(counts.sum(dim=1), output_size=len(sent.choice))
     wanted = torch.zeros(P, T, dtype=torch.bool, device=counts.device)
     wanted[process, sent.token] = True
-    row = wanted.cumsum(dim=1) - 1  # (P, T), among the rows of its process
-    code = row[process, sent.token] * K + sent.choice % K
-    return Leaving(wanted.nonzero()[:, 1], wanted.sum(dim=1), code, counts)
+    row = (wanted.cumsum(dim=1) - 1)[process, sent.token]
+    return Leaving(wanted.nonzero()[:, 1], wanted.sum(dim=1), row, counts)
 
 
 def send(sent: Dispatched, group: ProcessGroup) -> tuple[Dispatched, Way]:
@@ -52,25 +51,26 @@ def send(sent: Dispatched, group: ProcessGroup) -> tuple[Dispatched, Way]:
 
     Of one expert's rows those of process 0 come first, each process's by token. Every process of `group` must call.
     """
-    P, K = group.size(), sent.top_k
+    P = group.size()
     out = leaving(sent, P)
     numbers = torch.cat([out.rows.unsqueeze(1), out.counts], dim=1)  # (P, 1 + E / P)
     arriving = all_to_all_single(numbers, None, None, group).view_as(numbers)
-    rows_in, counts_in = arriving[:, 0], arriving[:, 1:]
-    rows_out, codes_out = out.rows.tolist(), out.counts.sum(dim=1).tolist()
-    rows_back, codes_back = rows_in.tolist(), counts_in.sum(dim=1).tolist()
+    rows, counts = arriving[:, 0], arriving[:, 1:]
+    rows_out, choices_out = out.rows.tolist(), out.counts.sum(dim=1).tolist()
+    rows_in, choices_in = rows.tolist(), counts.sum(dim=1).tolist()
 
-    x = all_to_all_single_autograd(sent.x.index_select(0, out.token), rows_back, rows_out, group)
-    gates = all_to_all_single_autograd(sent.gates, codes_back, codes_out, group)
-    code = all_to_all_single(out.code, codes_back, codes_out, group)
+    x = all_to_all_single_autograd(sent.x.index_select(0, out.token), rows_in, rows_out, group)
+    gates = all_to_all_single_autograd(sent.gates, choices_in, choices_out, group)
+    row = all_to_all_single(out.row, choices_in, choices_out, group)
 
-    first_row = (rows_in.cumsum(0) - rows_in).repeat_interleave(counts_in.sum(dim=1), output_size=len(code))
-    local = torch.arange(counts_in.shape[1], device=code.device).repeat(P)
-    order = local.repeat_interleave(counts_in.flatten(), output_size=len(code)).argsort(stable=True)
-    choice = (first_row * K + code).index_select(0, order)
-    ends = counts_in.sum(dim=0).cumsum(0).to(torch.int32)
-    here = Dispatched(x, K, choice, gates.index_select(0, order), ends)
-    return here, Way(group, out.token, rows_out, rows_back)
+    N, L = len(row), counts.shape[1]
+    row = row + (rows.cumsum(0) - rows).repeat_interleave(counts.sum(dim=1), output_size=N)
+    expert = torch.arange(L, device=row.device).repeat(P).repeat_interleave(counts.flatten(), output_size=N)
+    order = expert.argsort(stable=True)
+    choice = (row * L + expert).index_select(0, order)  # a row has at most one choice of each local expert
+    ends = counts.sum(dim=0).cumsum(0).to(torch.int32)
+    here = Dispatched(x, L, choice, gates.index_select(0, order), ends)
+    return here, Way(group, out.token, rows_out, rows_in)
 
 
 def bring_back(y: Tensor, way: Way, n_tokens: int) -> Tensor:

@@ -11,6 +11,7 @@ from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.experts import Experts, as_multiplied, run_experts
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.dispatch import bring_back, send
+from dsmoe_lite.parallel.split import groups_each
 
 
 class ParallelExperts(Experts):
@@ -41,9 +42,12 @@ class ParallelExperts(Experts):
 def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
     """Spread `model`, which every process has made alike, over `mesh` (data, expert), in place.
 
-    Gradients become means over all processes: of an expert's, each process of its set has a part of the sum.
+    Gradients become means over all processes: of an expert's, each process of its set has a part of the sum. InputError
+    where routing groups cannot be whole processes.
     """
+    each = groups_each(model.config.moe, mesh.size())
     for layer in model.moe_layers:
+        layer.router.groups = each
         experts = ParallelExperts(layer.experts, mesh["expert"])
         layer.experts = experts
         fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
