@@ -26,9 +26,11 @@ from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.mesh import device_of, make_mesh
+from dsmoe_lite.parallel.placement import in_order
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
 from dsmoe_lite.parallel.split import rows_of
 from dsmoe_lite.parallel.total import total
+from dsmoe_lite.parallel.traffic import rows_between
 
 FOUND: dict[str, Any] = {}
 V, D, S = 40, 16, 12
@@ -126,6 +128,9 @@ def payload(expert: int) -> None:
         y = spread(dispatch(x, routing))
     with Traffic(here) as backward:
         torch.autograd.grad(y.sum() + (y * x.detach()).sum(), x)
+    home = torch.full((T,), here)
+    crossing = rows_between(routing.topk_ids, routing.kept, home, in_order(E, expert)).fill_diagonal_(0)
+    assert int(crossing.sum()) == fewest
     numbers = torch.tensor([fewest, forward.left[(D,), x.dtype], backward.left[(D,), x.dtype]])
     dist.all_reduce(numbers)
     wanted = experts(dispatch(x, routing))
