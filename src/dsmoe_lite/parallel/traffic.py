@@ -1,33 +1,79 @@
-"""Which rows cross between devices, counted from a routing alone."""
+"""Which rows cross between devices and between nodes, counted from a routing alone."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require
+from dsmoe_lite.errors import require, require_whole
 from dsmoe_lite.parallel.placement import Placement
 
 
+@dataclass(frozen=True)
+class Crossings:
+    """Rows that each of D devices sends and receives when tokens go to their experts, (D,) each.
+
+    To another node a token goes once, to the device there that stands where its own does in its node; that device hands
+    it on, as in DeepSeek-V3 (arXiv:2412.19437, Section 3.2.2). Results take the same ways back.
+    """
+
+    sent_across: Tensor  # to other nodes
+    received_across: Tensor
+    sent_inside: Tensor  # to other devices of the node, rows from elsewhere handed on among them
+    received_inside: Tensor
+    choices: Tensor  # what the experts of each device compute
+
+
 def rows_between(topk_ids: Tensor, kept: Tensor, home: Tensor, placement: Placement) -> Tensor:
-    """Rows sent from each device to each, (devices, devices): a token goes once to a device that holds experts of it.
+    """Rows sent from each device to each, (D, D), directly: a token goes once to a device that holds experts of it.
 
     topk_ids, kept (T, K) as in a Routing; home (T,): the device of each token. The diagonal crosses nothing. As many
     rows come back. Copies of an expert are taken in turn, by the number of the token.
     """
+    D = len(placement.slots)
+    token, device = _once(_devices(topk_ids, kept, home, placement), D)
+    return (home[token] * D + device).bincount(minlength=D * D).view(D, D)
+
+
+def crossings(topk_ids: Tensor, kept: Tensor, home: Tensor, placement: Placement, node: int) -> Crossings:
+    """What crosses with `node` devices in each node; arguments otherwise as of `rows_between`."""
+    D = len(placement.slots)
+    require_whole("node", node, 1)
+    require(D % node == 0, "node", node, f"must divide the number of devices, {D}")
+    devices = _devices(topk_ids, kept, home, placement)
+    token, to_node = _once(devices.div(node, rounding_mode="floor"), D // node)
+    away = to_node != home[token] // node
+    token, to_node = token[away], to_node[away]
+    arrival = to_node * node + home[token] % node
+    sent_across, received_across = home[token].bincount(minlength=D), arrival.bincount(minlength=D)
+    token, device = _once(devices, D)
+    start = torch.where(device // node == home[token] // node, home[token], device // node * node + home[token] % node)
+    moves = start != device
+    return Crossings(
+        sent_across,
+        received_across,
+        start[moves].bincount(minlength=D),
+        device[moves].bincount(minlength=D),
+        devices[devices < D].bincount(minlength=D),
+    )
+
+
+def _devices(topk_ids: Tensor, kept: Tensor, home: Tensor, placement: Placement) -> Tensor:
+    """The device that serves each choice, (T, K), in ascending order; D where it was not kept."""
     D, (T, _) = len(placement.slots), topk_ids.shape
     require(tuple(home.shape) == (T,), "home", tuple(home.shape), f"must be the device of each of {T} tokens")
     inside = T == 0 or (int(home.min()) >= 0 and int(home.max()) < D)
     require(inside, "home", home.tolist()[:8], f"must be devices from 0 to {D - 1}")
-    device = torch.where(kept, _device_of(placement, topk_ids), D).sort(dim=1).values
-    first = device.diff(dim=1, prepend=device.new_full((T, 1), -1)) != 0
-    pairs = (home.unsqueeze(1) * D + device)[first & (device < D)]
-    return pairs.bincount(minlength=D * D).view(D, D)
-
-
-def _device_of(placement: Placement, topk_ids: Tensor) -> Tensor:
-    """The device that serves each choice, (T, K)."""
     copies = placement.copies
     by_expert = placement.slots.flatten().argsort(stable=True)  # slots of expert 0, of expert 1, ...
     device = by_expert // placement.slots.shape[1]
     ids = topk_ids.clamp(min=0)  # -1 is never kept
-    turn = torch.arange(len(ids)).unsqueeze(1) % copies[ids]
-    return device[(copies.cumsum(0) - copies)[ids] + turn]
+    turn = torch.arange(T).unsqueeze(1) % copies[ids]
+    return torch.where(kept, device[(copies.cumsum(0) - copies)[ids] + turn], D).sort(dim=1).values
+
+
+def _once(places: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
+    """Each token with each of its places below n_places once: tokens (R,) and places (R,). Rows are sorted."""
+    first = places.diff(dim=1, prepend=places.new_full((len(places), 1), -1)) != 0
+    token, k = (first & (places < n_places)).nonzero(as_tuple=True)
+    return token, places[token, k]
