@@ -1,10 +1,12 @@
-"""What tests/test_parallel.py asks of several processes, all in one launch; torchrun runs this file.
+"""What tests/test_parallel.py asks of several processes; torchrun runs this file.
 
-Rank 0 writes what it found, by name, to the JSON file that is named first.
+With "check" everything in one launch, with "resume" only what needs another number of processes. Rank 0 writes what it
+found, by name, into found.json of the folder that is named; a checkpoint stands beside it.
 """
 
 import copy
 import json
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,11 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
+from dsmoe_lite.errors import RunError
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
 from dsmoe_lite.parallel.mesh import device_of, make_mesh
 from dsmoe_lite.parallel.placement import in_order
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
@@ -35,6 +39,7 @@ from dsmoe_lite.parallel.traffic import rows_between
 FOUND: dict[str, Any] = {}
 V, D, S = 40, 16, 12
 MODEL = ModelConfig(V, D, 2, AttentionConfig(2, 8), 32, MoEConfig(8, 2, 12, 1), n_dense_layers=1, max_seq_len=S)
+CHECKPOINTED = replace(MODEL, moe=MoEConfig(8, 2, 12, 1, scoring_func="sigmoid", expert_bias=True))
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "importance": balance.importance_loss, "gshard": balance.gshard_loss, "switch": balance.switch_loss,
     "z": balance.z_loss, "expert": balance.expert_loss, "sequence": balance.sequence_loss,
@@ -180,10 +185,60 @@ def _dtype(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-def main(out: Path) -> None:
-    """Everything, in the same order on every process."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+def checkpointed() -> tuple[Transformer, torch.optim.AdamW, Tensor]:
+    """A model over all processes, its optimizer, and this process's tokens."""
+    torch.manual_seed(0)
+    model = Transformer(CHECKPOINTED)
+    parallelize(model, make_mesh("cpu", CHECKPOINTED.moe))
+    tokens = torch.randint(0, V, (8, S + 1), generator=torch.Generator().manual_seed(5))
+    mine = rows_of(dist.get_rank(), dist.get_world_size(), len(tokens), CHECKPOINTED.moe)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), tokens[mine]
+
+
+def train_on(model: Transformer, optimizer: torch.optim.AdamW, tokens: Tensor, steps: int) -> list[float]:
+    """The losses of `steps` steps, and that after them."""
+    losses = []
+    for step in range(steps + 1):
+        loss = loss_of(model, tokens, 8, total)
+        losses.append(float(loss.detach()))
+        if step < steps:
+            (loss * dist.get_world_size()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return losses
+
+
+def save(folder: Path) -> None:
+    """Train, save, go on; and a save that the disk refuses."""
+    model, optimizer, tokens = checkpointed()
+    for step in range(1, 4):
+        train_on(model, optimizer, tokens, 1)
+        model.moe_layers[0].router.expert_bias.fill_(step / 8)
+        save_spread(folder, step, model, optimizer, {"step": step})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        save_spread(folder, 4, model, optimizer, {"step": 4})
+    except RunError as error:
+        said: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(said, str(error))
+        FOUND["refused"] = said
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    FOUND["next"] = train_on(model, optimizer, tokens, 2)
+
+
+def resume(folder: Path) -> None:
+    """Go on from the newest checkpoint."""
+    model, optimizer, tokens = checkpointed()
+    path = newest(folder)
+    assert path is not None
+    FOUND["state"] = load_spread(path, model, optimizer)
+    FOUND["next"] = train_on(model, optimizer, tokens, 2)
+
+
+def check(folder: Path) -> None:
+    """Everything that four processes do."""
     moe = MODEL.moe
     assert moe is not None
     with _dtype(torch.float64):
@@ -204,11 +259,23 @@ def main(out: Path) -> None:
         empty(4)
         payload(4)
         payload(2)
+        save(folder)
     train_both("float32 4", MODEL, 4)
+
+
+def main(mode: str, folder: Path) -> None:
+    """Everything, in the same order on every process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    if mode == "resume":
+        with _dtype(torch.float64):
+            resume(folder)
+    else:
+        check(folder)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(FOUND, indent=1))
+        (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,8 +1,10 @@
 """Experts spread over processes: the same numbers as one process, and no row sent twice."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parallel_checks import CHECKPOINTED, loss_of
 
-from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.config import ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.checkpoint import load_spread, newest
 from dsmoe_lite.parallel.dispatch import leaving
 from dsmoe_lite.parallel.mesh import check_placement
 from dsmoe_lite.parallel.split import groups_each, rows_of
@@ -21,22 +27,22 @@ from dsmoe_lite.parallel.split import groups_each, rows_of
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What four processes found, in one launch."""
-    out = tmp_path_factory.mktemp("parallel") / "found.json"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=4",
-        str(CHECKS),
-        str(out),
-    ]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300)
+def launch(mode: str, folder: Path, processes: int) -> dict[str, Any]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    done = subprocess.run([*torchrun, str(CHECKS), mode, str(folder)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("parallel")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> dict[str, Any]:
+    """What four processes found, in one launch."""
+    return launch("check", folder, 4)
 
 
 @pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited", "capacity", "dropping", "expert choice"])
@@ -122,3 +128,64 @@ def test_what_cannot_be_shared_out_is_named() -> None:
         rows_of(0, 4, 3, None)
     with pytest.raises(InputError, match="routing_groups = 2: must be a multiple of the 4 processes"):
         groups_each(MoEConfig(8, 2, 4, capacity_factor=1.0, routing_groups=2), 4)
+
+
+# Checkpoints
+
+
+def test_two_processes_go_on_where_four_stopped(found: dict[str, Any], folder: Path) -> None:
+    again = launch("resume", folder, 2)
+    assert again["state"] == {"step": 3}
+    assert again["next"] == pytest.approx(found["next"], abs=1e-12)
+
+
+def alone(config: ModelConfig = CHECKPOINTED) -> tuple[Transformer, torch.optim.AdamW]:
+    model = Transformer(config).double()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+
+
+def test_one_process_goes_on_where_four_stopped(found: dict[str, Any], folder: Path) -> None:
+    model, optimizer = alone()
+    path = newest(folder)
+    assert path is not None
+    assert load_spread(path, model, optimizer) == {"step": 3}
+    assert model.moe_layers[0].router.expert_bias.tolist() == [3 / 8] * 8
+    tokens = torch.randint(0, 40, (8, 13), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for _ in range(3):
+        loss = loss_of(model, tokens, 8, balance.alone)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == pytest.approx(found["next"], abs=1e-12)
+
+
+def test_a_full_disk_ends_every_process_and_keeps_what_was(found: dict[str, Any], folder: Path) -> None:
+    for said in found["refused"]:
+        assert "step-00000004: not written (" in said
+        assert "File too large" in said
+        assert said.endswith("earlier checkpoints are intact")
+    assert sorted(path.name for path in folder.iterdir()) == ["found.json", "step-00000002", "step-00000003"]
+
+
+def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    path = newest(folder)
+    assert path is not None
+    with pytest.raises(InputError, match=r"model\.d_model = 32: this run has 16"):
+        load_spread(path, *alone(replace(CHECKPOINTED, d_model=32)))
+    with pytest.raises(InputError, match="step-00000009: no checkpoint, or a damaged one"):
+        load_spread(tmp_path / "step-00000009", *alone())
+    broken = tmp_path / path.name
+    shutil.copytree(path, broken)
+    file = next(broken.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(InputError, match="step-00000003: a damaged checkpoint"):
+        load_spread(broken, *alone())
+
+
+def test_a_part_of_a_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / ".step-00000007.part").mkdir()
+    assert newest(tmp_path) is None
+    (tmp_path / "step-00000005").mkdir()
+    assert newest(tmp_path) == tmp_path / "step-00000005"
