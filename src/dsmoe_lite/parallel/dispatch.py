@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 from dsmoe_lite.layers.dispatch import Dispatched
 
@@ -54,14 +54,14 @@ def send(sent: Dispatched, group: ProcessGroup) -> tuple[Dispatched, Way]:
     P = group.size()
     out = leaving(sent, P)
     numbers = torch.cat([out.rows.unsqueeze(1), out.counts], dim=1)  # (P, 1 + E / P)
-    arriving = all_to_all_single(numbers, None, None, group).view_as(numbers)
+    arriving = wait_tensor(all_to_all_single(numbers, None, None, group)).view_as(numbers)
     rows, counts = arriving[:, 0], arriving[:, 1:]
     rows_out, choices_out = out.rows.tolist(), out.counts.sum(dim=1).tolist()
     rows_in, choices_in = rows.tolist(), counts.sum(dim=1).tolist()
 
     x = all_to_all_single_autograd(sent.x.index_select(0, out.token), rows_in, rows_out, group)
     gates = all_to_all_single_autograd(sent.gates, choices_in, choices_out, group)
-    row = all_to_all_single(out.row, choices_in, choices_out, group)
+    row = wait_tensor(all_to_all_single(out.row, choices_in, choices_out, group))
 
     N, L = len(row), counts.shape[1]
     row = row + (rows.cumsum(0) - rows).repeat_interleave(counts.sum(dim=1), output_size=N)
