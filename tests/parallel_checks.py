@@ -60,6 +60,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gradient_of(weight: Tensor) -> Tensor:
+    """The gradient, which must be there."""
+    assert weight.grad is not None
+    return weight.grad
+
+
 def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, total: balance.Total) -> Tensor:
     """Cross-entropy of a batch of n_sequences, of which `tokens` are a part, with two balance losses."""
     out = model(tokens[:, :-1])
@@ -78,8 +84,10 @@ def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8
     alone = Transformer(config)
     together = copy.deepcopy(alone)
     parallelize(together, make_mesh("cpu", config.moe, expert))
-    tokens = torch.randint(0, V, (n_sequences, S + 1), generator=torch.Generator().manual_seed(5))
-    tokens[:, 0] = torch.arange(n_sequences)  # two alike, which see nothing before them, would tie where experts choose
+    tokens = torch.randint(16, V, (n_sequences, S + 1), generator=torch.Generator().manual_seed(5))
+    # Of alike tokens that have seen no others (first in two sequences, first and second in one) the states are equal:
+    # where experts choose they would tie, and rounding would decide.
+    tokens[:, 0] = torch.arange(n_sequences)
     mine = rows_of(dist.get_rank(), dist.get_world_size(), n_sequences, config.moe)
     both = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in (alone, together)]
     losses, gradients = [], 0.0
@@ -90,7 +98,7 @@ def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8
         (all_ * dist.get_world_size()).backward()
         losses.append(abs(float(one.detach() - all_.detach())))
         pairs = zip(together.parameters(), alone.parameters(), strict=True)
-        gradients = max(gradients, worst((whole(p.grad), q.grad) for p, q in pairs if p.grad is not None))
+        gradients = max(gradients, worst((whole(gradient_of(p)), gradient_of(q)) for p, q in pairs))
         for model, optimizer in zip((alone, together), both, strict=True):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -146,7 +154,7 @@ def payload(expert: int) -> None:
 
 
 def empty(expert: int) -> None:
-    """All tokens choose the experts of one process; the others' compute nothing."""
+    """All tokens choose the experts of one process; the others' compute nothing. Gradients of x and of the weights."""
     torch.manual_seed(0)
     config = MoEConfig(8, 2, 12)
     mesh = make_mesh("cpu", config, expert)
@@ -157,8 +165,11 @@ def empty(expert: int) -> None:
         ids = torch.tensor([[0, 1]]).expand(9, 2)
         gates, kept = torch.rand(9, 2), torch.ones(9, 2, dtype=torch.bool)
         routing = Routing(torch.zeros(9, 8), torch.zeros(9, 8), ids, gates, kept, (1, 9))
-        found = [torch.autograd.grad(way(dispatch(x, routing)).square().sum(), x)[0] for way in (spread, experts)]
-        FOUND[f"empty {backend}"] = worst(iter([(found[0], found[1])]))
+        found = [
+            torch.autograd.grad(way(dispatch(x, routing)).square().sum(), (x, *way.parameters()))
+            for way in (spread, experts)
+        ]
+        FOUND[f"empty {backend}"] = worst((whole(mine), wanted) for mine, wanted in zip(*found, strict=True))
 
 
 def losses() -> None:

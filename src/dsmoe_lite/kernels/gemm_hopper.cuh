@@ -47,11 +47,11 @@ __device__ __forceinline__ void fetch(unsigned char* to, const TensorMap* map, i
   }
 }
 
-// Rows `valid` .. 63 of k are another expert's: write zeros over them, in blocks of 64 columns.
-__device__ __forceinline__ void clear_tail(unsigned char* blocks, int n_blocks, int valid, int thread) {
-  int pieces = (64 - valid) * 8;  // of 16 bytes, in a block
-  for (int i = thread; i < n_blocks * pieces; i += CONSUMERS)
-    *reinterpret_cast<uint4*>(blocks + i / pieces * SLAB + valid * 128 + i % pieces * 16) = uint4{0, 0, 0, 0};
+// Rows `valid` .. 63 of k are another expert's: write zeros over them, in slabs of 64 columns.
+__device__ __forceinline__ void clear_tail(unsigned char* slabs, int n_slabs, int valid, int thread) {
+  int pieces = (64 - valid) * 8;  // of 16 bytes, in a slab
+  for (int i = thread; i < n_slabs * pieces; i += CONSUMERS)
+    *reinterpret_cast<uint4*>(slabs + i / pieces * SLAB + valid * 128 + i % pieces * 16) = uint4{0, 0, 0, 0};
 }
 
 template <Layout LAYOUT, Form FORM, int HALVES>
