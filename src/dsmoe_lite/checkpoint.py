@@ -16,6 +16,8 @@ from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.files import written_whole
 from dsmoe_lite.model import Transformer
 
+CHECKPOINT = "checkpoint.safetensors"  # of one process, in the folder of its run
+
 
 def save_model(path: Path, model: Transformer, **facts: Any) -> None:
     """Write weights, the config and any JSON-able `facts` (what it was trained on, by which commit) into one file."""

@@ -2,14 +2,14 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 
 @contextmanager
-def stop_requested() -> Iterator[threading.Event]:
-    """Yield an Event that the first interrupt sets; a second interrupt raises KeyboardInterrupt as usual.
+def stop_requested(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[threading.Event]:
+    """Yield an Event that the first of `signals` sets; a second one does what it usually does.
 
     Outside the main thread signals cannot be caught, and the Event is never set.
     """
@@ -20,10 +20,11 @@ def stop_requested() -> Iterator[threading.Event]:
 
     def note(signum: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signum, before[signal.Signals(signum)])
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {signum: signal.signal(signum, note) for signum in signals}
     try:
         yield requested
     finally:
-        signal.signal(signal.SIGINT, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import save_model
 from dsmoe_lite.config import ModelConfig, from_dict, read_yaml, to_dict
-from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
@@ -22,9 +22,10 @@ from dsmoe_lite.errors import InputError, require, require_choice, require_numbe
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.processes import Alone
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
-from dsmoe_lite.train import Run, TrainConfig, check_balance, run_record, train
+from dsmoe_lite.train import ALONE, Run, TrainConfig, check_balance, run_record, train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
 
@@ -57,12 +58,14 @@ class Job:
     masked: tuple[float, ...] = ()  # evaluated again with these shares of each token's best experts out of reach
     active: tuple[int, ...] = ()  # evaluated again with so many routed experts a token
     device: str = "auto"
+    expert_parallel: int = 0  # under torchrun, processes that share one set of experts; 0: all of them
 
     def __post_init__(self) -> None:
         require_whole("vocab_size", self.vocab_size, 257)
         require_whole("first_document", self.first_document, 0)
         require_whole("n_heldout_batches", self.n_heldout_batches, 1)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
+        require_whole("expert_parallel", self.expert_parallel, 0)
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
         check_balance(self.model.moe, self.train)
@@ -143,36 +146,62 @@ def corpus_of(facts: Mapping[str, Any]) -> Corpus:
 
 def first_steps(job: Job, steps: int) -> Run:
     """The first `steps` steps of a run, as they are in the whole one; nothing is evaluated or kept."""
-    _, _, model, batches = _begin(job)
+    _, _, model, batches = _begin(job, ALONE)
     return train(model, batches, job.train, until=steps)
 
 
-def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] = ()) -> dict[str, Any]:
+def run_job(
+    job: Job, folder: Path | None = None, *, snapshots: Collection[int] = (), processes: Alone = ALONE
+) -> dict[str, Any]:
     """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
 
-    `snapshots`, for which a folder is needed: also the model after so many steps, as step<n>.safetensors.
+    `snapshots`, for which a folder is needed: also the model after so many steps, as step<n>.safetensors. Of many
+    `processes`, each of which must call with the same job, one gathers the trained model and evaluates it.
     Interrupted, it ends with KeyboardInterrupt after the current step; `folder` then holds a checkpoint to go on from.
     """
     for step in snapshots:
         require_whole("snapshot", step, 1, job.train.steps)
     require(folder is not None or not snapshots, "snapshots", snapshots, "need a folder")
-    corpus, tokenizer, model, batches = _begin(job)
+    corpus, tokenizer, model, batches = _begin(job, processes)
     held_back = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
     about = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
 
     def keep(step: int) -> None:
         if folder is not None and step in snapshots:
-            save_model(folder / f"step{step}.safetensors", model, **about)
+            _save(folder / f"step{step}.safetensors", processes.whole(model), about)
 
-    run = train(model, batches, job.train, folder=folder, after=keep)
+    run = train(model, batches, job.train, folder=folder, after=keep, processes=processes)
     if run.steps_done < job.train.steps:
         raise KeyboardInterrupt
+    whole = processes.whole(model)
+
+    def finish() -> dict[str, Any]:
+        assert whole is not None  # it is in the process that leads
+        facts = {"first_document": job.first_document, "processes": processes.size}
+        facts |= _evaluated(job, whole, corpus, tokenizer, held_back)
+        record = run_record(run, whole, job.train, **facts)
+        if folder is not None:
+            _save(folder / "model.safetensors", whole, about)
+            write_json(folder / "record.json", record)
+        return record
+
+    return processes.first(finish)
+
+
+def _save(path: Path, model: Transformer | None, about: dict[str, Any]) -> None:
+    if model is not None:
+        save_model(path, model, **about)
+
+
+def _evaluated(
+    job: Job, model: Transformer, corpus: Corpus, tokenizer: Tokenizer, held_back: list[Batch]
+) -> dict[str, Any]:
+    """What a trained model knows, and what is left of it after the job's interventions."""
     held_out = heldout_loss(model, held_back, corpus.domains)
     known: dict[str, float] = {}
     if isinstance(corpus, World):
         known = recall(model, tokenizer, corpus.all_questions())
-    facts: dict[str, Any] = {"corpus": about["corpus"], "vocab_size": tokenizer.get_vocab_size()}
-    facts["first_document"] = job.first_document
+    facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
     facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
     if held_out.experts:
         facts["heldout_experts"] = [to_dict(layer) for layer in held_out.experts]
@@ -188,20 +217,19 @@ def run_job(job: Job, folder: Path | None = None, *, snapshots: Collection[int] 
         facts["masked"] = {str(share): losses_of(mask_top(model, share)) for share in job.masked}
     if job.active:
         facts["active"] = {str(k): losses_of(with_active(model, k)) for k in job.active}
-    record = run_record(run, model, job.train, **facts)
-    if folder is not None:
-        save_model(folder / "model.safetensors", model, **about)
-        write_json(folder / "record.json", record)
-    return record
+    return facts
 
 
-def _begin(job: Job) -> tuple[Corpus, Tokenizer, Transformer, Batches]:
+def _begin(job: Job, processes: Alone) -> tuple[Corpus, Tokenizer, Transformer, Batches]:
     """What a run starts with: its text, and the model as it is before the first step."""
     device = usable_device(job.device)
+    processes.join(device)
+    processes.same(to_dict(job))
     corpus = make_corpus(job.corpus)
     tokenizer = load_tokenizer(corpus, job.vocab_size)
     torch.manual_seed(job.train.seed)
     model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
+    processes.spread(model, job.expert_parallel)
     batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
     try:
         batches.load_state_dict({"epoch": 0, "document": job.first_document, "offset": 0})

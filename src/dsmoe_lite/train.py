@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmoe_lite.checkpoint import load_training, save_training
 from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.errors import DivergedError, require, require_choice, require_number, require_whole
@@ -21,9 +20,9 @@ from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Output, Transformer
+from dsmoe_lite.parallel.processes import Alone
 from dsmoe_lite.progress import progress
 from dsmoe_lite.provenance import provenance
-from dsmoe_lite.routing.metrics import drop_rate, load
 from dsmoe_lite.run_folder import keep_settings, own
 
 PLAIN_LOSSES = {
@@ -37,7 +36,7 @@ PLAIN_LOSSES = {
 }
 DEVICE_LOSSES = ("device", "communication")  # of the config's groups, one a device
 BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
-CHECKPOINT = "checkpoint.safetensors"
+ALONE = Alone()
 SCHEMA_VERSION = 2  # 1 had one balance loss, and no loads
 
 
@@ -110,11 +109,13 @@ def train(
     folder: Path | None = None,
     until: int | None = None,
     after: Callable[[int], None] | None = None,
+    processes: Alone = ALONE,
 ) -> Run:
     """Train `model` in place and return its Run; with `folder`, keep checkpoints there and go on from the last one.
 
     `until`: stop after so many of config.steps, the learning rate that of the whole; None: do them all. `after` is
-    called with the number of steps taken, after each. An interrupt ends training after the current step: the
+    called with the number of steps taken, after each. Many `processes`, over which `model` is spread, all call with the
+    same arguments and get the same Run, but for its seconds. An interrupt ends training after the current step: the
     model keeps what it has learnt and a line says so. Raises DivergedError when the loss is not finite, RunError when
     another process works in `folder`, InputError when `folder` holds a run with other settings or when a balance loss
     does not fit the model.
@@ -124,13 +125,15 @@ def train(
     require_whole("until", last, 1, config.steps)
     optimizer = make_optimizer(model, config)
     torch.manual_seed(config.seed)
-    with own(folder), stop_requested() as stop:
-        run = _resume(folder, model, optimizer, batches, config)
-        bar = progress(total=last, initial=run.steps_done, desc="training", unit="step")
+    with ExitStack() as held, stop_requested(processes.stopped_by) as stop:
+        processes.first(lambda: held.enter_context(own(folder)))
+        run = _resume(folder, model, optimizer, batches, config, processes)
+        quiet = not processes.leads
+        bar = progress(total=last, initial=run.steps_done, desc="training", unit="step", disable=quiet)
         model.train()
         watch = _Stopwatch()
         for step in range(run.steps_done, last):
-            loss = _step(model, optimizer, batches, config, step, run)
+            loss = _step(model, optimizer, batches, config, step, run, processes)
             if not math.isfinite(loss):
                 raise DivergedError(f"loss = {loss} at step {step}: lower lr = {config.lr:g} or raise warmup_steps")
             run.losses.append(loss)
@@ -143,13 +146,14 @@ def train(
                 after(run.steps_done)
             bar.set_postfix_str(f"loss {loss:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
             due = config.checkpoint_every and run.steps_done % config.checkpoint_every == 0
-            if folder and (due or stop.is_set() or run.steps_done == last):
+            stopped = processes.any(stop.is_set())
+            if folder and (due or stopped or run.steps_done == last):
                 state = vars(run) | {"batches": batches.state_dict()}
-                save_training(folder / CHECKPOINT, model, optimizer, state)
-            if stop.is_set():
+                processes.save(folder, run.steps_done, model, optimizer, state)
+            if stopped:
                 break
         bar.close()
-    if run.steps_done < last:
+    if run.steps_done < last and processes.leads:
         kept = f"run it again to go on from {folder}" if folder else "the model keeps what it has learnt so far"
         print(f"Stopped after step {run.steps_done} of {config.steps}: {kept}.")
     return run
@@ -191,16 +195,21 @@ def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
-def balance_terms(output: Output, moe: MoEConfig | None, config: TrainConfig) -> Tensor:
-    """Return the weighted balance losses of every MoE layer, summed; 0 for a dense model."""
-    total = output.logits.new_zeros((), dtype=torch.float32)
+def balance_terms(
+    output: Output, moe: MoEConfig | None, config: TrainConfig, total: balance.Total = balance.alone
+) -> Tensor:
+    """Return the weighted balance losses of every MoE layer, summed; 0 for a dense model.
+
+    total: as in `layers.balance`, where the batch lies on several processes.
+    """
+    terms = output.logits.new_zeros((), dtype=torch.float32)
     if moe is None:
-        return total
+        return terms
     for routing in output.routings:
         for name, weight in config.balance.items():
             if weight:
-                total = total + weight * _balance_loss(name, routing, moe)
-    return total
+                terms = terms + weight * _balance_loss(name, routing, moe, total)
+    return terms
 
 
 def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) -> dict[str, Any]:
@@ -221,13 +230,13 @@ def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) 
     }
 
 
-def _balance_loss(name: str, routing: Routing, moe: MoEConfig) -> Tensor:
+def _balance_loss(name: str, routing: Routing, moe: MoEConfig, total: balance.Total) -> Tensor:
     if name in PLAIN_LOSSES:
-        return PLAIN_LOSSES[name](routing)
+        return PLAIN_LOSSES[name](routing, total=total)
     device_of = group_of(moe.n_routed_experts, moe.n_group, routing.topk_ids.device)
     if name == "device":
-        return balance.device_loss(routing, device_of=device_of)
-    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group)
+        return balance.device_loss(routing, device_of=device_of, total=total)
+    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group, total=total)
 
 
 class _Stopwatch:
@@ -244,53 +253,73 @@ class _Stopwatch:
 
 
 def _step(
-    model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig, step: int, run: Run
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    config: TrainConfig,
+    step: int,
+    run: Run,
+    processes: Alone,
 ) -> float:
-    device = model.embed.weight.device
+    device, moe = model.embed.weight.device, model.config.moe
     half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     mean_loss = 0.0
     counts: list[Tensor] = []  # (E,) a layer, of all micro-batches
+    mine = processes.rows(config.batch_size, moe)
+    share = (mine.stop - mine.start) / config.batch_size
     for _ in range(config.grad_accum):
-        tokens = next(batches).tokens.to(device, non_blocking=True)  # (B, S + 1)
+        tokens = next(batches).tokens[mine].to(device, non_blocking=True)  # (B, S + 1)
         with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
             output = model(tokens[:, :-1])
             loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-        ((loss + balance_terms(output, model.config.moe, config)) / config.grad_accum).backward()
+        loss = processes.total(loss * share)
+        whole = (loss + balance_terms(output, moe, config, processes.total)) / config.grad_accum
+        (whole * processes.size).backward()  # FSDP takes means of gradients over processes
         mean_loss += loss.item() / config.grad_accum
         here = [routing.counts for routing in output.routings]
         counts = [a + b for a, b in zip(counts, here, strict=True)] if counts else here
-    torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    weights = list(model.parameters())
+    torch.nn.utils.clip_grads_with_norm_(weights, config.grad_clip, processes.norm(weights))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if config.bias_speed:
         for layer, count in zip(model.moe_layers, counts, strict=True):
-            balance.update_bias(layer.router.expert_bias, count, config.bias_speed)
+            balance.update_bias(layer.router.expert_bias, processes.total(count), config.bias_speed)
     if output.routings and step % config.routing_every == 0:
-        run.routing.append(_routing_figures(step, output.routings))
+        run.routing.append(_routing_figures(step, output.routings, processes))
     return mean_loss
 
 
-def _routing_figures(step: int, routings: tuple[Routing, ...]) -> dict[str, Any]:
-    loads = [load(routing).tolist() for routing in routings]
-    vio = sum(max(layer) - 1 for layer in loads) / len(loads)
-    dropped = sum(map(drop_rate, routings)) / len(loads)
+def _routing_figures(step: int, routings: tuple[Routing, ...], processes: Alone) -> dict[str, Any]:
+    counts = processes.total(torch.stack([routing.counts for routing in routings]))  # (MoE layers, E)
+    kept = processes.total(torch.stack([routing.kept.sum() for routing in routings])).tolist()
+    assigned, n_layers = counts.sum(dim=1), len(routings)
+    loads = (counts.float() * counts.shape[1] / assigned.unsqueeze(1)).tolist()
+    vio = sum(max(layer) - 1 for layer in loads) / n_layers
+    dropped = sum(1 - k / n for k, n in zip(kept, assigned.tolist(), strict=True)) / n_layers
     rounded = [[round(value, 3) for value in layer] for layer in loads]
     return {"step": step, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4), "loads": rounded}
 
 
 def _resume(
-    folder: Path | None, model: Transformer, optimizer: torch.optim.Optimizer, batches: Batches, config: TrainConfig
+    folder: Path | None,
+    model: Transformer,
+    optimizer: torch.optim.AdamW,
+    batches: Batches,
+    config: TrainConfig,
+    processes: Alone,
 ) -> Run:
     if folder is None:
         return Run()
-    keep_settings(folder, {"model": to_dict(model.config), "train": to_dict(config), "data": batches.describe()})
-    checkpoint = folder / CHECKPOINT
-    if not checkpoint.is_file():
+    settings = {"model": to_dict(model.config), "train": to_dict(config), "data": batches.describe()}
+    processes.same(settings)
+    processes.first(lambda: keep_settings(folder, settings))
+    state = processes.load(folder, model, optimizer)
+    if state is None:
         return Run()
-    state = load_training(checkpoint, model, optimizer)
     known = state.keys() == {"batches", *vars(Run())}
-    require(known, "checkpoint", str(checkpoint), "another version of dsmoe wrote it")
+    require(known, "checkpoint", str(folder), "another version of dsmoe wrote it")
     batches.load_state_dict(state.pop("batches"))
     return Run(**state)

@@ -10,17 +10,25 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 FIGURES = ("max_vio", "drop_rate")  # of held-out text
 
 
-@click.command(help="Train the model that a YAML file describes; run it again to go on after a stop.")
+@click.command(
+    help="Train the model that a YAML file describes; run it again to go on after a stop. "
+    "Started by torchrun, its experts are spread over all processes: torchrun ... -m dsmoe_lite train CONFIG."
+)
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder; default runs/<name of the config file>.")
+@click.option("--patience", default=600.0, show_default=True, help="Seconds to wait for a process of torchrun's.")
 @json_option
-def command(config: Path, out: Path | None, as_json: bool) -> None:
+def command(config: Path, out: Path | None, patience: float, as_json: bool) -> None:
     """Train, evaluate, and leave checkpoint, model and record in the run folder."""
     from dsmoe_lite.job import read_job, run_job
+    from dsmoe_lite.parallel.launch import launched
     from dsmoe_lite.paths import RUNS
 
     folder = out or RUNS / config.stem
-    record = run_job(read_job(config), folder)
+    with launched(patience) as processes:
+        record = run_job(read_job(config), folder, processes=processes)
+    if not processes.leads:
+        return
     layers = record.get("heldout_experts", [])
     experts = {f"{name}, mean over layers": fmean(layer[name] for layer in layers) for name in FIGURES if layers}
     rows = [

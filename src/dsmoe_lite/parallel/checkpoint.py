@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from dsmoe_lite.config import to_dict
 from dsmoe_lite.errors import InputError, RunError, require_same
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.first import first
 
 FACTS = "training.json"
 KEPT = 2  # checkpoints; the older ones are removed
@@ -38,28 +37,24 @@ def save_spread(
     """
     path = folder / f"step-{step:08d}"
     aside = folder / f".{path.name}.part"
-    with _refused(path):
-        if _leads():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            write_json(aside / FACTS, {"config": to_dict(model.config), "state": state})
     try:
+        first(lambda: _prepare(aside, {"config": to_dict(model.config), "state": state}))
         writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(_tensors(model, optimizer), storage_writer=writer)
-    except CheckpointException as error:
+        dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+        first(lambda: _commit(aside, path))
+    except (RunError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"{path}: not written ({_reason(error)}); earlier checkpoints are intact") from None
-    with _refused(path):
-        if _leads():
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(aside, path)
-            for old in _complete(folder)[:-KEPT]:
-                shutil.rmtree(old)
 
 
 def newest(folder: Path) -> Path | None:
     """The complete checkpoint of the latest step in `folder`."""
     return next(reversed(_complete(folder)), None)
+
+
+def step_of(path: Path) -> int:
+    """The number of steps that a checkpoint has behind it."""
+    return int(path.name.removeprefix("step-"))
 
 
 def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any]:
@@ -98,25 +93,30 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
 
 
-def _leads() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def _prepare(aside: Path, facts: dict[str, Any]) -> None:
+    """Make the folder that is written into, and remove what a killed run may have left."""
+    for left in aside.parent.glob(".step-*"):
+        shutil.rmtree(left)
+    aside.mkdir(parents=True)
+    write_json(aside / FACTS, facts)
 
 
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """What the first process does with files, waited for by all; where it fails, all of them raise RunError."""
-    said: list[str | None] = [None]
-    try:
-        yield
-    except (OSError, RunError) as error:
-        said = [str(error)]
-    if dist.is_initialized():
-        dist.broadcast_object_list(said)
-    if said[0] is not None:
-        raise RunError(f"{path}: not written ({said[0]}); earlier checkpoints are intact")
+def _commit(aside: Path, path: Path) -> None:
+    """Give a checkpoint its name, and remove what is too old; what is half removed has no such name either."""
+    if path.exists():
+        _remove(path)
+    os.replace(aside, path)
+    for old in _complete(path.parent)[:-KEPT]:
+        _remove(old)
 
 
-def _reason(error: CheckpointException) -> str:
+def _remove(path: Path) -> None:
+    hidden = path.with_name(f".{path.name}.old")
+    os.replace(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def _reason(error: RunError | CheckpointException) -> str:
     """The first failure of any process, in one line."""
-    failure = next(iter(error.failures.values()))[0]
+    failure = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
     return " ".join(str(failure).split()) or type(failure).__name__

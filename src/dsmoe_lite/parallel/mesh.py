@@ -3,26 +3,34 @@
 Every process has tokens of its own. With 8 processes and 4 that share, ranks 0-3 are one set and 4-7 its copy.
 """
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh
 
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import require, require_whole
 from dsmoe_lite.layers.selection import group_of
 
 
-def make_mesh(device_type: str, moe: MoEConfig | None, expert: int = 0) -> DeviceMesh:
+def make_mesh(
+    device_type: str, moe: MoEConfig | None, expert: int = 0, patience: timedelta = default_pg_timeout
+) -> DeviceMesh:
     """The mesh (data, expert) of all processes of the default group; `expert` 0 has all of them share the experts.
 
-    InputError where the sizes do not fit each other, the experts or their groups.
+    patience: what an exchange along an axis may take. InputError where the sizes do not fit each other, the experts or
+    their groups.
     """
     world = dist.get_world_size()
     require_whole("expert_parallel", expert, 0)
     expert = expert or (world if moe is not None else 1)
     require(world % expert == 0, "expert_parallel", expert, f"must divide the number of processes, {world}")
     check_placement(moe, expert)
-    return init_device_mesh(device_type, (world // expert, expert), mesh_dim_names=("data", "expert"))
+    ranks = torch.arange(world).view(-1, expert)
+    axes = [_groups(lines, patience) for lines in (ranks.T, ranks)]
+    return DeviceMesh.from_group(axes, device_type, ranks, mesh_dim_names=("data", "expert"))
 
 
 def check_placement(moe: MoEConfig | None, expert: int) -> None:
@@ -43,3 +51,9 @@ def check_placement(moe: MoEConfig | None, expert: int) -> None:
 def device_of(n_experts: int, mesh: DeviceMesh) -> torch.Tensor:
     """The place on the expert axis of each expert, (E,): neighbours stand together, as a Shard(0) puts them."""
     return group_of(n_experts, mesh["expert"].size())
+
+
+def _groups(lines: torch.Tensor, patience: timedelta) -> dist.ProcessGroup:
+    """This process's group of those in `lines`; a mesh that makes its own waits half an hour for a lost process."""
+    mine, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=patience)
+    return mine
