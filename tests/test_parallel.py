@@ -3,23 +3,25 @@
 import json
 import shutil
 import subprocess
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel_checks import CHECKPOINTED, loss_of
+from torchrun import torchrun
 
 from dsmoe_lite.config import ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_spread, newest
+from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
 from dsmoe_lite.parallel.dispatch import leaving
 from dsmoe_lite.parallel.mesh import check_placement
 from dsmoe_lite.parallel.split import groups_each, rows_of
@@ -28,8 +30,8 @@ CHECKS = Path(__file__).with_name("parallel_checks.py")
 
 
 def launch(mode: str, folder: Path, processes: int) -> dict[str, Any]:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    done = subprocess.run([*torchrun, str(CHECKS), mode, str(folder)], capture_output=True, text=True, timeout=300)
+    command = [*torchrun(processes), str(CHECKS), mode, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "found.json").read_text())
 
@@ -144,6 +146,15 @@ def alone(config: ModelConfig = CHECKPOINTED) -> tuple[Transformer, torch.optim.
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
 
 
+@pytest.fixture
+def by_itself() -> Iterator[None]:
+    """A default process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("by_itself")
 def test_one_process_goes_on_where_four_stopped(found: dict[str, Any], folder: Path) -> None:
     model, optimizer = alone()
     path = newest(folder)
@@ -169,6 +180,7 @@ def test_a_full_disk_ends_every_process_and_keeps_what_was(found: dict[str, Any]
     assert sorted(path.name for path in folder.iterdir()) == ["found.json", "step-00000002", "step-00000003"]
 
 
+@pytest.mark.usefixtures("by_itself")
 def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     path = newest(folder)
     assert path is not None
@@ -182,6 +194,18 @@ def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], fol
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match="step-00000003: a damaged checkpoint"):
         load_spread(broken, *alone())
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_a_step_saved_again_replaces_itself_and_what_was_left(tmp_path: Path) -> None:
+    model, optimizer = alone()
+    loss_of(model, torch.zeros(2, 13, dtype=torch.int64), 2, balance.alone).backward()
+    optimizer.step()
+    (tmp_path / ".step-00000001.old").mkdir()
+    for said in ("first", "second"):
+        save_spread(tmp_path, 2, model, optimizer, {"said": said})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+    assert load_spread(tmp_path / "step-00000002", model, optimizer) == {"said": "second"}
 
 
 def test_a_part_of_a_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -40,7 +39,7 @@ def save_spread(
     try:
         first(lambda: _prepare(aside, {"config": to_dict(model.config), "state": state}))
         writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
-        dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=not dist.is_initialized())
+        dcp.save(_tensors(model, optimizer), storage_writer=writer)
         first(lambda: _commit(aside, path))
     except (RunError, CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -58,7 +57,7 @@ def step_of(path: Path) -> int:
 
 
 def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any]:
-    """Read a checkpoint into `model`, spread over any number of processes or over none, and return its `state`.
+    """Read a checkpoint into `model`, spread over any number of processes, and return its `state`.
 
     InputError where it is missing, damaged or of another model.
     """
@@ -72,10 +71,8 @@ def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) ->
     require_same(to_dict(model.config), config, "model.")
     for weight in model.parameters():
         optimizer.state[weight] = {"step": torch.zeros(()), **{slot: torch.zeros_like(weight) for slot in SLOTS}}
-    alone = not dist.is_initialized()
     try:
-        reader = dcp.HuggingFaceStorageReader(str(path))
-        dcp.load(_tensors(model, optimizer), storage_reader=reader, no_dist=alone)
+        dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as error:
         reason = _reason(error)
         raise InputError(f"{path}: a damaged checkpoint ({reason}); remove it to go on from another") from None

@@ -1,4 +1,4 @@
-"""Work for one process, whose outcome all of them learn."""
+"""Work for the first process of the default group, whose outcome all of them learn."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,26 +10,20 @@ from dsmoe_lite.errors import InputError, RunError
 T = TypeVar("T")
 
 
-def leads() -> bool:
-    """Whether this is the first process of the default group, or the only one."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 def first(work: Callable[[], T]) -> T:
-    """Do `work` in the process that leads and return what it returned, plain data, in all; each of them must call.
+    """Do `work` in the first process and return what it returned, plain data, in all; each of them must call.
 
     InputError, RunError and what a disk refuses, as RunError, are raised in all.
     """
     outcome: list[Any] = [None, None]
-    if leads():
+    if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except (InputError, RunError) as error:
             outcome[1] = error
         except OSError as error:
             outcome[1] = RunError(str(error))
-    if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

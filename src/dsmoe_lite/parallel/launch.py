@@ -14,7 +14,7 @@ def launched(patience: float = 600.0) -> Iterator[Alone]:
     """Yield all of torchrun's processes, or this one alone where torchrun did not start it.
 
     patience: seconds that one may keep the others waiting. Where one is lost, or silent for longer, the others raise
-    RunError. An error in all of them is raised in the first, and ends the others in silence.
+    RunError, one a host. An error in all of them is raised in the first, and ends the others in silence.
     """
     require_number("patience", patience, 0.0, open_low=True)
     if not dist.is_torchelastic_launched():
@@ -29,8 +29,7 @@ def launched(patience: float = 600.0) -> Iterator[Alone]:
     except RuntimeError as error:
         if not _is_loss(error):
             raise
-        said = f"one of {size} processes is lost, or silent for {patience:g} s; run it again to go on"
-        processes.leave(RunError(f"{said} from the last checkpoint ({_one_line(error)})"))
+        processes.lose(" ".join(str(error).split()))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -38,7 +37,3 @@ def launched(patience: float = 600.0) -> Iterator[Alone]:
 def _is_loss(error: RuntimeError) -> bool:
     """Whether an exchange failed: NCCL has a class for it, gloo only words."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-def _one_line(error: RuntimeError) -> str:
-    return " ".join(str(error).split())

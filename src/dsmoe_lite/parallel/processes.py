@@ -1,6 +1,7 @@
 """Who trains: this process alone, or all that torchrun has started. Training asks the same things of either."""
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dsmoe_lite.checkpoint import CHECKPOINT, load_training, save_training
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import require, require_same
+from dsmoe_lite.errors import RunError, require, require_same
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread, step_of
 from dsmoe_lite.parallel.first import first
@@ -94,11 +95,16 @@ class Together(Alone):
 
     def __init__(self, store: dist.Store, rank: int, size: int, patience: float) -> None:
         self.rank, self.size, self._store = rank, size, store
+        self._place = int(os.environ.get("LOCAL_RANK", "0"))  # among the processes of this host
         self._patience = timedelta(seconds=patience)  # for the others in one exchange
 
     def join(self, device: str) -> None:
-        """Start torch's default process group: NCCL between GPUs, else gloo."""
+        """Start torch's default process group: NCCL between GPUs, one a process, else gloo."""
         self._device = device
+        if device == "cuda":
+            n = torch.cuda.device_count()
+            require(self._place < n, "device", device, f"process {self._place} of this host has none: it has {n} GPUs")
+            torch.cuda.set_device(self._place)
         backend, store = "nccl" if device == "cuda" else "gloo", dist.PrefixStore("training", self._store)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=self._patience)
 
@@ -179,6 +185,13 @@ class Together(Alone):
             self._store.wait(["said"], timedelta(seconds=2))
             raise SystemExit(1)
         raise error
+
+    def lose(self, reason: str) -> NoReturn:
+        """Raise RunError after a failed exchange, in the first process of each host; the network may be gone."""
+        if self._place > 0:
+            raise SystemExit(1)
+        said = f"one of {self.size} processes is lost, or silent for {self._patience.total_seconds():g} s"
+        raise RunError(f"{said}; run it again to go on from the last checkpoint ({reason})")
 
     def _all(self, value: Any) -> list[Any]:
         """What each process has."""

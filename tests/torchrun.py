@@ -1,0 +1,9 @@
+"""Commands that start a test's processes."""
+
+import sys
+
+
+def torchrun(processes: int, *options: str) -> list[str]:
+    """Start so many on this machine; what they run follows."""
+    here = ["--standalone", f"--nproc-per-node={processes}"]
+    return [sys.executable, "-m", "torch.distributed.run", *here, *options]
