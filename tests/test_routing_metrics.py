@@ -10,7 +10,16 @@ import torch
 from routing_samples import EMPTY, NOBODY, in_turn, line_of, random_choices, rows, seeded
 from torch import Tensor
 
-from dsmoe_lite.routing.metrics import dead_share, drop_rate, load, load_cv, load_entropy, max_vio, overflow
+from dsmoe_lite.routing.metrics import (
+    dead_share,
+    drop_rate,
+    groups_reached,
+    load,
+    load_cv,
+    load_entropy,
+    max_vio,
+    overflow,
+)
 from dsmoe_lite.routing.positions import drop_rate_by_position, repetition, repetition_null
 from dsmoe_lite.routing.saturation import saturation, saturation_null
 from dsmoe_lite.routing.specialization import (
@@ -54,6 +63,14 @@ def test_loads_by_hand() -> None:
     assert dead_share(trace, 0.7) == 0.75
     assert drop_rate(trace) == 0
     assert overflow(trace, 1.0) == pytest.approx(2 / 6)  # two slots an expert
+
+
+def test_groups_reached_by_hand() -> None:
+    devices = torch.tensor([0, 0, 1, 1, 2, 2])
+    trace = trace_of(torch.tensor([[0, 1, 2], [4, 0, 2], [5, -1, -1], [-1, -1, -1]]), 6)
+    assert groups_reached(trace, devices) == (2 + 3 + 1 + 0) / 4
+    trace.kept = trace.kept & (trace.topk_ids != 2)
+    assert groups_reached(trace, devices) == (1 + 2 + 1 + 0) / 4
 
 
 @pytest.mark.parametrize("ids", [EMPTY, NOBODY])

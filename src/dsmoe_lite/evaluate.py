@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batch
 from dsmoe_lite.data.world import Question
 from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.progress import progress
-from dsmoe_lite.routing.metrics import drop_rate, overflow
+from dsmoe_lite.routing.metrics import drop_rate, groups_reached, overflow
 
 OVERFLOW_FACTOR = 1.25  # ST-MoE's capacity in training
 
@@ -24,13 +26,14 @@ class ExpertUse:
 
     `load` is assignments over their mean; `max_vio` the largest load minus 1 (MaxVio_global of arXiv:2408.15664);
     `drop_rate` the share of assignments that were not kept; `overflow` the share that a capacity factor of 1.25 would
-    have dropped, batch by batch.
+    have dropped, batch by batch; `reached` is how many groups of experts, devices, a token is sent to in the mean.
     """
 
     load: list[float]  # (E,)
     max_vio: float
     drop_rate: float
     overflow: float
+    reached: float
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
     model.eval()
     total = torch.zeros(len(domains), dtype=torch.float64)
     count = torch.zeros(len(domains), dtype=torch.float64)
-    tallies = [_Tally(layer.router.config.n_routed_experts) for layer in model.moe_layers]
+    tallies = [_Tally(layer.router.config) for layer in model.moe_layers]
     for batch in progress(batches, desc="held-out"):
         tokens = batch.tokens.to(device)
         output = model(tokens[:, :-1])
@@ -68,19 +71,25 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
 class _Tally:
     """Adds up one MoE layer's use of its experts, batch by batch."""
 
-    def __init__(self, n_experts: int) -> None:
-        self.counts = torch.zeros(n_experts, dtype=torch.float64)
+    def __init__(self, moe: MoEConfig) -> None:
+        self.counts = torch.zeros(moe.n_routed_experts, dtype=torch.float64)
         self.dropped = self.over = 0.0  # assignments
+        self.sent, self.tokens = 0.0, 0
+        self.group_of = group_of(moe.n_routed_experts, moe.n_group)
 
     def add(self, routing: Routing) -> None:
         counts = routing.counts.cpu().double()
         self.counts += counts
         self.dropped += drop_rate(routing) * float(counts.sum())
         self.over += overflow(routing, OVERFLOW_FACTOR) * float(counts.sum())
+        n_tokens = len(routing.topk_ids)
+        self.sent += groups_reached(routing, self.group_of.to(routing.topk_ids.device)) * n_tokens
+        self.tokens += n_tokens
 
     def use(self) -> ExpertUse:
         load, everything = self.counts / self.counts.mean(), float(self.counts.sum())
-        return ExpertUse(load.tolist(), float(load.max()) - 1, self.dropped / everything, self.over / everything)
+        dropped, over = self.dropped / everything, self.over / everything
+        return ExpertUse(load.tolist(), float(load.max()) - 1, dropped, over, self.sent / self.tokens)
 
 
 @torch.no_grad()

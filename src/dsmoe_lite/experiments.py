@@ -118,6 +118,13 @@ GRIDS = {
     ),
     # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
     "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
+    # Chapter 11: the same shape with the weights of DeepSeek-V2's losses; a token may reach M of the eight devices.
+    "reach": Grid(
+        {
+            f"M{m}": _course("course-devices", _V2 | {"communication": 0.02}, steps=600, topk_group=m)
+            for m in (1, 2, 3, 4, 8)
+        }
+    ),
     # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2,
     # which would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32,
     # GQA 64, MHA 128.
