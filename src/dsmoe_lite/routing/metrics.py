@@ -82,7 +82,7 @@ def dead_share(routing: Choices, below: float = 0.0) -> float:
 def groups_reached(routing: Choices, group_of: Tensor) -> float:
     """Return how many groups of experts (devices, nodes) a token's kept experts sit in, the mean over tokens.
 
-    group_of (E,): the group of each expert, from 0. At most K or the number of groups; at least 1 if nothing is dropped.
+    group_of (E,): the group of each expert, from 0. At most K or the number of groups; 1 or more if nothing is dropped.
     """
     groups = group_of[routing.topk_ids.clamp(min=0)]  # (T, K)
     reached = groups.new_zeros(len(groups), int(group_of.max()) + 1).scatter_reduce(
