@@ -2,15 +2,31 @@
 
 import math
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmoe_lite.accounting import parameters
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.errors import InputError
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.experts import Experts
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.dispatch import leaving
+from dsmoe_lite.parallel.mesh import make_mesh
 from dsmoe_lite.parallel.placement import in_order
-from dsmoe_lite.parallel.simulate import LayerTime, Machine, layer_time
+from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
+from dsmoe_lite.parallel.simulate import LayerTime, Machine, layer_time, step_time, weight_bytes
 from dsmoe_lite.parallel.traffic import Crossings, crossings, rows_between
 
 
@@ -26,6 +42,7 @@ def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: i
     ids, kept, home = draw(T, 12, K, D, seed)
     found = crossings(ids, kept, home, in_order(12, D), node)
     wanted = {name: [0] * D for name in vars(found)}
+    edges: set[tuple[int, int]] = set()
     for t in range(T):
         of_choices = [int(ids[t, k]) // 2 for k in range(K) if kept[t, k]]
         for device in of_choices:
@@ -34,11 +51,15 @@ def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: i
         at = {start // node: start}
         for there in sorted({device // node for device in of_choices} - {start // node}):
             at[there] = there * node + start % node
+            edges.add((start, at[there]))
             wanted["sent_across"][start] += 1
             wanted["received_across"][at[there]] += 1
         for device in set(of_choices) - set(at.values()):
             wanted["sent_inside"][at[device // node]] += 1
             wanted["received_inside"][device] += 1
+            edges.add((at[device // node], device))
+    for start, _ in edges:
+        wanted["messages"][start] += 1
     assert {name: value.tolist() for name, value in vars(found).items()} == wanted
 
 
@@ -55,11 +76,11 @@ def test_one_node_or_nodes_of_one_send_directly(seed: int) -> None:
 
 
 def test_the_slowest_device_and_the_slower_link_are_waited_for() -> None:
-    rows = Crossings(*(torch.tensor(row) for row in ([3, 1], [1, 3], [0, 8], [4, 4], [10, 6])))
+    rows = Crossings(*(torch.tensor(row) for row in ([3, 1], [1, 3], [0, 8], [4, 4], [10, 6], [1, 3])))
     machine = Machine(flops=6e6, inside=1e3, across=1e2, latency=0.5)
     found = layer_time(rows, machine, d_model=100, expert_width=50, bytes_sent=1, bytes_returned=2)
-    assert found.dispatch == pytest.approx(0.5 + 100 * (3 / 1e2 + 8 / 1e3))
-    assert found.combine == pytest.approx(0.5 + 2 * 100 * (3 / 1e2 + 8 / 1e3))
+    assert found.dispatch == pytest.approx(3 * 0.5 + 100 * (3 / 1e2 + 8 / 1e3))
+    assert found.combine == pytest.approx(3 * 0.5 + 2 * 100 * (3 / 1e2 + 8 / 1e3))
     assert found.compute == pytest.approx(10 * 6 * 100 * 50 / 6e6)
     assert found.apart == pytest.approx(found.dispatch + found.compute + found.combine)
 
@@ -89,6 +110,106 @@ def test_four_thousand_devices_and_a_million_tokens(slowness: float) -> None:
     rows = crossings(ids, torch.ones(T, 8, dtype=torch.bool), torch.arange(T) * D // T, in_order(D, D), 8)
     layer_time(rows, Machine(4e14, 1.6e11, 5e10), 7168, 2048)
     assert time.process_time() - began < 2 * 10 * slowness
+
+
+def test_a_step_is_its_parts() -> None:
+    moe = MoEConfig(64, 4, 64, 1)
+    config = ModelConfig(128, 64, 3, AttentionConfig(4, 16), 128, moe, n_dense_layers=1, max_seq_len=32)
+    machine, layer = Machine(flops=1e6, inside=1e4, across=1e3), LayerTime(1.0, 2.0, 3.0)
+    found = step_time(config, layer, machine, tokens=64, seq_len=32, devices=64, expert=16, bytes_a_weight=2)
+    assert found.experts == 2 * 3 * 2.0  # two layers; backward costs twice forward
+    assert found.exchange == 2 * 2 * 4.0
+    weights = parameters(config)
+    active = weights.active_all - weights.embed_in.active - weights.norms.active - weights.routed_experts.active
+    scores = 6 * 3 * 32 * 4 * 2 * 16  # of a token, layers by heads by both products
+    assert found.rest == pytest.approx(64 * (6 * active + scores) / 1e6)
+    assert found.weights == weight_bytes(config, 64, 16, 2) / 1e3
+    assert found.apart == pytest.approx(12 + 16 + found.rest + found.weights)
+    assert found.overlapped == max(12 + found.rest, 16 + found.weights)
+
+
+# Against what 64 processes would send: torch's fake group has their sizes and none of their wires.
+
+
+class Wire(TorchDispatchMode):
+    """Takes every exchange of one of 64 processes, and counts what it would send; zeros arrive, or `arriving`."""
+
+    def __init__(self, rank: int, arriving: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.rank, self.arriving = rank, arriving
+        self.rows: Counter[tuple[tuple[int, ...], torch.dtype]] = Counter()  # to others, by the shape of a row
+        self.bytes = 0.0  # of weights and gradients, received
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name == "all_to_all_single":
+            tensor, incoming, outgoing, _ = args
+            self.rows[tuple(tensor.shape[1:]), tensor.dtype] += sum(outgoing) - outgoing[self.rank]
+            numbers = tensor.shape[1:] == (2,)  # of rows, and of the one local expert's choices
+            if numbers and self.arriving is not None:
+                return self.arriving
+            return tensor.new_zeros(sum(incoming), *tensor.shape[1:])
+        if name in ("_allgather_base_", "_reduce_scatter_base_"):
+            whole, part = sorted((args[0].nbytes, args[1].nbytes), reverse=True)
+            self.bytes += whole - part
+        if name == "allreduce_":
+            size = dist.ProcessGroup.unbox(args[1]).size()
+            self.bytes += 2 * args[0][0].nbytes * (size - 1) / size
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def one_of(world: int, rank: int = 0) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
+    world, T, K, D = 64, 20, 4, 8
+    source = torch.Generator().manual_seed(0)
+    ids = torch.rand(world, T, world, generator=source).argsort(dim=2)[..., :K]
+    routings = [
+        Routing(torch.zeros(T, world), torch.zeros(T, world), own, torch.ones(T, K), torch.ones(T, K).bool(), (1, T))
+        for own in ids
+    ]
+    sent = [dispatch(torch.randn(T, D, generator=source), routing) for routing in routings]
+    ways = [leaving(rows, world) for rows in sent]
+    numbers = torch.stack([torch.cat([way.rows.unsqueeze(1), way.counts], dim=1) for way in ways])  # (from, to, 2)
+    home = torch.arange(world).repeat_interleave(T)
+    between = rows_between(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world))
+    between = between.fill_diagonal_(0)
+    direct = crossings(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world), 1)
+    for rank in (0, 17, 63):
+        with one_of(world, rank):
+            experts = Experts(world, D, 12, "padded")
+            spread = ParallelExperts(experts, make_mesh("cpu", MoEConfig(world, K, 12))["expert"])
+            with Wire(rank, numbers[:, rank].contiguous()) as wire:
+                spread(sent[rank])
+        there, back = int(between[rank].sum()), int(between[:, rank].sum())
+        choices = int((ids[rank] != rank).sum())
+        assert wire.rows == {
+            ((D,), torch.float32): there + back,  # the payload
+            ((2,), torch.int64): world - 1,  # counts
+            ((), torch.int64): choices,  # which row each choice reads
+            ((), torch.float32): choices,  # gates
+        }
+        assert int(direct.sent_across[rank]) == there
+        assert int(direct.messages[rank]) == int((between[rank] > 0).sum())
+
+
+@pytest.mark.parametrize("expert", [64, 16])
+def test_sixty_four_processes_gather_the_weights_that_are_counted(expert: int) -> None:
+    moe = MoEConfig(64, 4, 64, 1, backend="padded")
+    config = ModelConfig(128, 64, 3, AttentionConfig(4, 16), 128, moe, n_dense_layers=1, max_seq_len=32)
+    with one_of(64):
+        model = Transformer(config)
+        parallelize(model, make_mesh("cpu", moe, expert))
+        with Wire(0) as wire:
+            model(torch.zeros(2, 32, dtype=torch.int64)).logits.square().mean().backward()
+    assert wire.bytes == pytest.approx(weight_bytes(config, 64, expert, 4))
 
 
 @pytest.mark.parametrize(

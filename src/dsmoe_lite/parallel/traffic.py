@@ -11,7 +11,7 @@ from dsmoe_lite.parallel.placement import Placement
 
 @dataclass(frozen=True)
 class Crossings:
-    """Rows that each of D devices sends and receives when tokens go to their experts, (D,) each.
+    """Rows, and messages of them, that each of D devices sends and receives when tokens go to their experts, (D,) each.
 
     To another node a token goes once, to the device there that stands where its own does in its node; that device hands
     it on, as in DeepSeek-V3 (arXiv:2412.19437, Section 3.2.2). Results take the same ways back.
@@ -22,6 +22,7 @@ class Crossings:
     sent_inside: Tensor  # to other devices of the node, rows from elsewhere handed on among them
     received_inside: Tensor
     choices: Tensor  # what the experts of each device compute
+    messages: Tensor  # other devices that it sends to, those that only hand on among them
 
 
 def rows_between(topk_ids: Tensor, kept: Tensor, home: Tensor, placement: Placement) -> Tensor:
@@ -45,16 +46,18 @@ def crossings(topk_ids: Tensor, kept: Tensor, home: Tensor, placement: Placement
     away = to_node != home[token] // node
     token, to_node = token[away], to_node[away]
     arrival = to_node * node + home[token] % node
-    sent_across, received_across = home[token].bincount(minlength=D), arrival.bincount(minlength=D)
+    leaves = home[token]
     token, device = _once(devices, D)
     start = torch.where(device // node == home[token] // node, home[token], device // node * node + home[token] % node)
     moves = start != device
+    start, device = start[moves], device[moves]
     return Crossings(
-        sent_across,
-        received_across,
-        start[moves].bincount(minlength=D),
-        device[moves].bincount(minlength=D),
+        leaves.bincount(minlength=D),
+        arrival.bincount(minlength=D),
+        start.bincount(minlength=D),
+        device.bincount(minlength=D),
         devices[devices < D].bincount(minlength=D),
+        _partners(leaves, arrival, D) + _partners(start, device, D),
     )
 
 
@@ -77,3 +80,8 @@ def _once(places: Tensor, n_places: int) -> tuple[Tensor, Tensor]:
     first = places.diff(dim=1, prepend=places.new_full((len(places), 1), -1)) != 0
     token, k = (first & (places < n_places)).nonzero(as_tuple=True)
     return token, places[token, k]
+
+
+def _partners(start: Tensor, device: Tensor, n_devices: int) -> Tensor:
+    """How many different devices each one's rows go to, (D,)."""
+    return (start * n_devices + device).unique().div(n_devices, rounding_mode="floor").bincount(minlength=n_devices)
