@@ -273,6 +273,22 @@ def every_chart() -> dict[str, Any]:
         "launch_counts": charts.launch_counts(
             [{"way": way, "forward": n, "backward": 2 * n} for way, n in (("loop", 395), ("ours", 4))]
         ),
+        "exchange_matrix": charts.exchange_matrix([[90, 30, 40, 12], [20, 80, 9, 8], [1, 2, 99, 3], [0, 7, 6, 50]]),
+        "exchange_matrix, large": charts.exchange_matrix([[1000 + p * q for q in range(16)] for p in range(16)]),
+        "link_timeline": charts.link_timeline(
+            [
+                {"lane": f"lane {n}", "of": f"half {n % 2}", "what": w, "start": 40 * n + at, "end": 40 * n + at + 25}
+                for n in range(6)
+                for w, at in (("dispatch", 0), ("up", 28))
+            ]
+        ),
+        "scaling_curve": charts.scaling_curve(
+            [
+                {"model": model, "devices": 2**n, "value": 1 / (1 + n * share)}
+                for model, share in (("16B", 0.02), ("145B", 0.05), ("DeepSeek-V2", 0.06), ("DeepSeek-V3", 0.1))
+                for n in range(3, 13)
+            ]
+        ),
         "bank_groups": charts.bank_groups(
             {"as it lies": [list(range(8))] * 8, "swizzled": [[p ^ r for p in range(8)] for r in range(8)]}, 3
         ),

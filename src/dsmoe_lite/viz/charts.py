@@ -14,6 +14,7 @@ from dsmoe_lite.viz.kinds import effects_by_kind
 from dsmoe_lite.viz.lift import specialization_against_null
 from dsmoe_lite.viz.matrix import effect_matrix
 from dsmoe_lite.viz.pairs import coactivation
+from dsmoe_lite.viz.parallel import exchange_matrix, link_timeline, scaling_curve
 from dsmoe_lite.viz.segments import finer_experts
 from dsmoe_lite.viz.spread import expert_spread
 from dsmoe_lite.viz.tokens import token_routing
@@ -32,10 +33,12 @@ __all__ = [
     "domain_heatmap",
     "effect_matrix",
     "effects_by_kind",
+    "exchange_matrix",
     "expert_load",
     "expert_spread",
     "finer_experts",
     "launch_counts",
+    "link_timeline",
     "loss_against_active",
     "loss_against_disabled",
     "loss_table",
@@ -48,6 +51,7 @@ __all__ = [
     "roofline",
     "rotary_frequencies",
     "router_probabilities",
+    "scaling_curve",
     "specialization_against_null",
     "token_routing",
     "training_curves",
