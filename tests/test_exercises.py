@@ -306,6 +306,27 @@ WRONG = {
             lambda row, piece: row // 2 % 4,
         ],
     },
+    "11": {
+        "mended": [
+            lambda sums, sharing: sums.mean(dim=0),  # the bug
+            lambda sums, sharing: sums.sum(dim=0),
+            lambda sums, sharing: sums.sum(dim=0) / sharing,
+            lambda sums, sharing: sums.mean(dim=0) / len(sums),
+        ],
+        "rows_across": [
+            lambda ids, home, per_device, node: F.one_hot(ids // per_device // node).amax(dim=1).sum(dim=1),  # own too
+            lambda ids, home, per_device, node: (  # a row a choice
+                (ids // per_device // node != (home // node)[:, None]).sum(dim=1)
+            ),
+            lambda ids, home, per_device, node: (  # devices for nodes
+                F.one_hot(ids // per_device).amax(dim=1).sum(dim=1)
+                - (ids // per_device == home[:, None]).any(dim=1).long()
+            ),
+            lambda ids, home, per_device, node: (  # one's own node is always among them
+                F.one_hot(ids // per_device // node).amax(dim=1).sum(dim=1) - 1
+            ),
+        ],
+    },
 }
 EXERCISES = [
     pytest.param(number, name, marks=needs_gxx if number == "10" else ())

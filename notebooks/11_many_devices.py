@@ -1,0 +1,810 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Many devices: experts that live elsewhere
+#
+# ![Four processes, each with tokens of its own and two of eight experts. Dispatch sends each token once to every process that holds one of its experts; combine brings one sum back from each.](images/many_devices.svg)
+#
+# All chapters so far kept all experts in one place. DeepSeek-V3 has 14,848 of them, and they do not fit into any one device. This chapter spreads experts
+# over processes and lets tokens travel: first with lists, then with four real processes on your laptop, which must
+# learn the same model as one, then on paper with thousands.
+#
+# **You will** send each token once to a process, however many of its experts live there; write an all-to-all; train on four processes
+# and get one process's losses; kill a process and watch the run come back; see what a limit on devices costs and saves; and
+# find out which assumptions decide whether a thousand devices are worth it.
+#
+# **You need** chapters 04 and 05. Nothing about `torch.distributed`. **Reading time** 50 minutes. **Hardware** any laptop CPU; the
+# processes are real, the network is your memory.
+
+# %% tags=["parameters"]
+profile: str = "cpu"  # size of the run: smoke | cpu | gpu
+seed: int = 0  # seed of weights: 0..2147483647
+processes: int = 4  # processes that share the experts: 2 | 4
+top_k: int = 2  # experts a token visits in the model that is trained here: 1..4
+tokens: int = 4096  # tokens on each device of the simulated machines: 256..65536
+flops: float = 400.0  # TFLOP/s that a device sustains in its products: 1.0..5000.0
+inside: float = 160.0  # GB/s to the other devices of a node: 1.0..2000.0
+across: float = 50.0  # GB/s to other nodes: 1.0..1000.0
+latency: float = 2.0  # microseconds that a message takes beside its bytes: 0.0..1000.0
+bytes_sent: float = 1.0  # bytes of a number on its way to an expert: 0.5..4.0
+bytes_back: float = 2.0  # bytes of a number on its way back: 0.5..4.0
+
+# %% tags=["hide-input"]
+try:
+    from dsmoe_lite.labs import check_exercise, check_parameters, predict, report
+    from dsmoe_lite.labs.guard import need
+except ModuleNotFoundError:
+    raise SystemExit(
+        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
+    ) from None
+
+check_parameters(globals())
+need("torch", "altair", "vl_convert", "tokenizers")
+
+# %% tags=["hide-input"]
+import os
+import signal
+import tempfile
+import time
+from dataclasses import replace
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from ipywidgets import Checkbox, SelectionSlider
+from tokenizers import Tokenizer
+from torch.testing import assert_close
+
+from dsmoe_lite.accounting import parameters, training_flops
+from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, to_dict
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.world import World
+from dsmoe_lite.experiments import records
+from dsmoe_lite.labs.together import together
+from dsmoe_lite.layers.balance import expert_loss
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import limit_groups, ordered_topk
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.parallel.placement import balanced, in_order
+from dsmoe_lite.parallel.simulate import Machine, layer_time, step_time
+from dsmoe_lite.parallel.traffic import Crossings, crossings, rows_between
+from dsmoe_lite.paths import DATA
+from dsmoe_lite.presets import preset
+from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.live import live
+
+renderer.enable()
+torch.set_num_threads(1)
+torch.manual_seed(seed)
+steps = {"smoke": 10, "cpu": 20, "gpu": 20}[profile]
+
+# %% [markdown]
+# ## Too large for one
+#
+# Mixed-precision training with Adam keeps some 16 bytes a weight: the weight and its gradient in 16 bits, and in 32 bits a copy of the weight
+# and Adam's two moments. A device has 80 GB.
+#
+# **Ask.** How many devices does it take to hold DeepSeek-V3, before a single token is read? And which share of the
+# weights are routed experts?
+
+# %%
+predict("11-devices", None)  # a number; 0 to 1
+
+wider = MoEConfig(128, 12, 1408, n_shared_experts=4)
+MODELS = {
+    "16B": preset("deepseekmoe-16B"),
+    "145B": replace(
+        preset("deepseekmoe-16B"),
+        d_model=4096,
+        n_layers=62,
+        attention=AttentionConfig(32, 128),
+        ffn_width=22528,
+        moe=wider,
+    ),
+    "DeepSeek-V2": preset("deepseek-v2"),
+    "DeepSeek-V3": preset("deepseek-v3"),
+}
+print(f"{'':12} {'weights':>8} {'routed':>7} {'experts':>8} {'devices':>8}")
+for name, config in MODELS.items():
+    count, moe = parameters(config), config.moe
+    routed = count.routed_experts.total / count.total
+    layers = sum(map(config.is_moe_layer, range(config.n_layers)))
+    print(
+        f"{name:12} {count.total / 1e9:7.1f}B {routed:7.1%}"
+        f" {layers * moe.n_routed_experts:8,} {16 * count.total / 80e9:8.1f}"
+    )
+
+# %% [markdown]
+# **What to notice.** Nearly all weights are routed experts, and a token meets few of them. So these are spread: $P$ processes share one set
+# of experts, process $p$ holds the $E/P$ experts $\mathcal E_p$ of each layer, and every process has tokens of its own. What is left is
+# small, and every token needs it: there FSDP, torch's way to share out weights, gathers a block's weights just before they are used. (The widths of the 145B
+# model are not printed; these give its 144.6B.)
+#
+# ## Each token once
+#
+# A token needs its $K$ experts. If two of them live on one process, it goes there once. Of the tokens $\mathcal T_q$ of process $q$,
+# process $p$ gets
+#
+# $$
+# n_{q \to p} = \sum_{t \in \mathcal T_q} \mathbb 1[\,\text{some expert of token } t \text{ is in } \mathcal E_p\,] .
+# $$ (eq:rows-sent)
+#
+# The routing of a trained model: GShard with 16 experts, two for each token, on text that it has not seen. Each
+# process has an equal part of the tokens.
+#
+# **Ask.** A fair die would leave a share of $1/P$ of these rows at home. Does a trained router leave more?
+
+# %%
+predict("11-home", None)  # "more", "fewer" or "as many"
+
+P = processes
+file = DATA / "models" / "world-gshard.safetensors"
+trained = load_model(file)
+tokenizer = Tokenizer.from_str(read_facts(file)["tokenizer"])
+text = heldout_batches(World(), tokenizer, 16, 64, 1)[0].tokens
+x_seen = []
+layer = trained.moe_layers[0]
+layer.register_forward_hook(lambda module, inputs, output: x_seen.append(inputs[0]))
+with torch.no_grad():
+    routing = trained(text[:, :-1]).routings[0]
+E, K = routing.n_experts, routing.topk_ids.shape[1]
+each = E // P  # experts of a process
+homes = torch.arange(len(routing.topk_ids)).chunk(P)
+
+
+def tokens_for(p, ids):  # ids (T, K): the tokens with an expert on process p
+    return (ids // each == p).any(dim=1).nonzero()[:, 0]
+
+
+sent = [[len(tokens_for(p, routing.topk_ids[own])) for p in range(P)] for own in homes]
+
+home = torch.arange(P).repeat_interleave(len(homes[0]))
+theirs = rows_between(routing.topk_ids, routing.kept, home, in_order(E, P))
+assert theirs.tolist() == sent
+charts.exchange_matrix(sent)
+
+# %%
+rows, stay = sum(map(sum, sent)), sum(sent[p][p] for p in range(P))
+print("rows sent: mine equal the package's")
+print(f"choices {routing.topk_ids.numel():,}, rows {rows:,}, at home {stay / rows:.1%}")
+
+# %% [markdown]
+# **What to notice.** About one row in $P$ stays: the router does not know where its experts live. Some tokens have both experts
+# on one process, so there are fewer rows than choices; with eight experts a token this saves much more (chapter 05).
+# Columns are not even: what a process *receives* is what its experts are worth, and the busiest is waited for.
+#
+# ## All to all
+#
+# Every process sends something else to every other one, and all receive at once: an **all-to-all**. With lists it is a transposition. **Build** the layer
+# out of two of them, *dispatch* and *combine*. What comes back is one row for each that went: the sum over the experts there, gates
+# included.
+
+
+# %%
+def all_to_all(outbox):  # outbox[q][p]: what q has for p
+    return [[outbox[q][p] for q in range(P)] for p in range(P)]
+
+
+def expert(e, x):
+    weights = layer.experts
+    return (F.silu(x @ weights.gate[e].T) * (x @ weights.up[e].T)) @ weights.down[e].T
+
+
+def work(p, x, ids, gates):  # what process p does with the rows of one other
+    y = torch.zeros_like(x)
+    for e in range(p * each, (p + 1) * each):
+        row, k = (ids == e).nonzero(as_tuple=True)
+        y.index_add_(0, row, gates[row, k, None] * expert(e, x[row]))
+    return y
+
+
+def spread_out(x, ids, gates):
+    out = torch.zeros_like(x)
+    for_whom = [[own[tokens_for(p, ids[own])] for p in range(P)] for own in homes]
+    outbox = [[(x[t], ids[t], gates[t]) for t in parts] for parts in for_whom]
+    inbox = all_to_all(outbox)  # dispatch
+    done = [[work(p, *box) for box in inbox[p]] for p in range(P)]
+    back = all_to_all(done)  # combine
+    for q in range(P):
+        for p in range(P):
+            out.index_add_(0, for_whom[q][p], back[q][p])
+    return out
+
+
+with torch.no_grad():
+    x = layer_input = x_seen[0].flatten(0, 1)
+    mine = spread_out(x, routing.topk_ids, routing.gates)
+    assert_close(mine, layer.experts(dispatch(x, routing)))
+print("experts spread over processes: mine equals one place")
+
+# %% [markdown]
+# Backward the same rows travel again, their gradients, in the opposite order: four exchanges for each layer and step. Nobody knows beforehand
+# how many rows will come, so their numbers are exchanged first, and small ones beside the rows: which row each choice
+# reads, and the gates.
+#
+# ## Four processes
+#
+# Now real ones. `torchrun` starts $P$ processes that find each other; here they exchange over gloo, torch's library for CPUs, on a cluster over NCCL. Each runs
+# this function. It is sent to them as text, so it imports what it needs itself. Three lines are new: `make_mesh` arranges
+# the processes, `parallelize` spreads the model, `total` adds up over processes.
+
+
+# %%
+def train_part(config, text, seed, steps, folder):
+    from pathlib import Path
+
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+
+    from dsmoe_lite.config import ModelConfig, from_dict
+    from dsmoe_lite.layers.balance import expert_loss
+    from dsmoe_lite.model import Transformer
+    from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
+    from dsmoe_lite.parallel.mesh import make_mesh
+    from dsmoe_lite.parallel.say import say
+    from dsmoe_lite.parallel.shard import parallelize
+    from dsmoe_lite.parallel.split import rows_of
+    from dsmoe_lite.parallel.total import total
+
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    config, text = from_dict(ModelConfig, config), torch.tensor(text)
+
+    torch.manual_seed(seed)  # every process makes the same model, and keeps its part
+    model = Transformer(config)
+    parallelize(model, make_mesh("cpu", config.moe))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    own = text[rows_of(rank, world, len(text), config.moe)]
+
+    done = newest(Path(folder))  # a checkpoint, if this run was here before
+    begin = load_spread(done, model, optimizer)["step"] if done else 0
+    for step in range(begin, steps):
+        out = model(own[:, :-1])
+        loss = F.cross_entropy(out.logits.flatten(0, 1), own[:, 1:].flatten())
+        loss = total(loss * len(own) / len(text))
+        for routing in out.routings:
+            loss = loss + 0.01 * expert_loss(routing, total=total)
+        (world * loss).backward()  # FSDP takes the mean of gradients over processes
+        optimizer.step()
+        optimizer.zero_grad()
+        say(step=step + 1, of=steps, loss=loss.item())
+        if (step + 1) % 5 == 0:
+            save_spread(Path(folder), step + 1, model, optimizer, {"step": step + 1})
+
+
+# %% [markdown]
+# Beside it, the same steps in one process. The batch is the text above; the model is small, with one shared expert and 16 routed ones.
+#
+# **Ask.** How far apart will the losses be after the last step: not at all, in the seventh digit, or visibly?
+
+# %%
+predict("11-apart", None)  # "equal", "seventh" or "visibly"
+
+small = ModelConfig(
+    vocab_size=tokenizer.get_vocab_size(),
+    d_model=64,
+    n_layers=2,
+    attention=AttentionConfig(4, 16),
+    ffn_width=128,
+    moe=MoEConfig(16, top_k, 32, n_shared_experts=1),
+    max_seq_len=64,
+)
+torch.manual_seed(seed)
+model = Transformer(small)
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+alone = []
+for _ in range(steps):
+    out = model(text[:, :-1])
+    loss = F.cross_entropy(out.logits.flatten(0, 1), text[:, 1:].flatten())
+    for one in out.routings:
+        loss = loss + 0.01 * expert_loss(one)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    alone.append(loss.item())
+
+arguments = (to_dict(small), text.tolist(), seed, steps)
+losses = {p: [] for p in range(P)}
+with tempfile.TemporaryDirectory() as folder:
+    for event in together(train_part, P, *arguments, folder):
+        losses[event["rank"]].append(event["loss"])
+
+# %%
+assert all(losses[p] == losses[0] for p in range(P))
+apart = max(abs(a - b) for a, b in zip(alone, losses[0], strict=True))
+assert apart < 1e-5, apart
+print(f"{steps} losses, the same in {P} processes; from one process's less than 1e-5")
+routed = sum(p.numel() for m in model.moe_layers for p in m.experts.parameters())
+print(f"weights of routed experts: {routed:,}, in each process {routed // P:,}")
+
+# %% tags=["trained"]
+report(last_loss=losses[0][-1])
+print(f"first loss {losses[0][0]:.3f}, last {losses[0][-1]:.3f}")
+
+# %% [markdown]
+# **What to notice.** All processes report the same numbers to the last bit, because a sum over processes has one result. From one process's they
+# differ by rounding alone: sums are added up in another order. (Over hundreds of steps rounding will flip some token's choice of an
+# expert, and then the two part ways; in float64 they stay together.)
+#
+# ### Sums, and what is divided by what
+#
+# Two things are easy to get wrong, and neither stops a run. The first are **gradients of experts**. With $W$ processes the loss of the batch is the mean of theirs. Of
+# a weight that all have, each process computes a gradient from its own tokens, and the mean over $W$ is right. An expert has no such
+# copies: its process has already *summed* what came from all $P$ that share it. If $W/P$ copies of the experts exist, with gradients $G^{(c)}$ of
+# their processes' sums, then
+#
+# $$
+# \nabla_{W_e} \mathcal L = \frac1W \sum_{c=1}^{W/P} G^{(c)} ,
+# $$ (eq:expert-mean)
+#
+# and a mean over the $W/P$ copies would be $P$ times too large. The first exercise is this bug, as it was found in the wild.
+#
+# The second are **balance losses**. They are products of sums, $\sum_i f_i P_i$ (chapter 05), and a mean of products is not the product of means:
+#
+# $$
+# \sum_i \Bigl(\frac1W \sum_w f_i^{(w)}\Bigr) \Bigl(\frac1W \sum_w P_i^{(w)}\Bigr)
+# \;\ne\; \frac1W \sum_w \sum_i f_i^{(w)} P_i^{(w)} .
+# $$ (eq:sum-first)
+#
+# **Ask.** 16 experts, one for each token. Of four processes each has text of one subject, and sends it to four experts of its own, evenly. What
+# is the loss of each process? What is the loss of the batch?
+
+# %%
+predict("11-product", None)  # two numbers; 1 is balance, 16 collapse
+
+subjects = []
+for w in range(4):
+    ids = (4 * w + torch.arange(100) % 4)[:, None]  # (T, 1)
+    scores = F.one_hot(4 * w + torch.arange(100) % 4, 16).float()
+    kept = torch.ones(100, 1, dtype=torch.bool)
+    subjects.append(Routing(scores, scores, ids, torch.ones(100, 1), kept, (1, 100)))
+
+fields = ("logits", "scores", "topk_ids", "gates", "kept")
+joined = [torch.cat([getattr(s, name) for s in subjects]) for name in fields]
+together_loss = expert_loss(Routing(*joined, (4, 100)))
+each_loss = mean(expert_loss(one).item() for one in subjects)
+print(f"mean of the processes' losses: {each_loss:g}")
+print(f"loss of the batch:             {together_loss.item():g}")
+
+# %% [markdown]
+# **What to notice.** Locally this looks a quarter of the way to collapse; over the batch it is perfectly balanced. Trained on the local losses, no
+# expert could keep a subject: each small batch must be even by itself. For language models that is measurably worse {cite:p}`GlobalBatch2025`. So `total` adds up $f$ and $P$ over processes
+# before they are multiplied. A sequence-wise loss, as in V3, needs no sum: a sequence lives on one process.
+#
+# ## A process dies
+#
+# The more devices, the more often one of them fails. Every five steps the processes above write a checkpoint together, each its own part, into a folder
+# that gets its name only when all have written. When one dies, the others notice that it no longer answers; `torchrun` starts all of them
+# again, and they go on from the newest folder.
+#
+# **Watch**: the same run again, and this time process 1 is killed after step 7 by the strongest signal there is.
+
+# %% tags=["measured"]
+again, seen, before = {}, [], {}
+began, killed = time.perf_counter(), False
+with tempfile.TemporaryDirectory() as folder:
+    for event in together(train_part, P, *arguments, folder, restarts=1):
+        now, rank, step = time.perf_counter() - began, event["rank"], event["step"]
+        if rank == 1 and step == 7 and not killed:
+            os.kill(event["pid"], signal.SIGKILL)
+            killed = True
+        start = before.get((rank, event["restart"]), now - 0.02)
+        before[rank, event["restart"]] = now
+        of = "started again" if event["restart"] else "first start"
+        row = {"lane": f"process {rank}", "of": of, "start": start, "end": now}
+        seen.append(row | {"what": str(step)})
+        again[rank, step] = event["loss"]
+charts.link_timeline(
+    sorted(seen, key=lambda row: row["lane"]),
+    unit="seconds",
+    title="What does each process do?",
+    subtitle="A bar is a step. Between the two colours lies the start of new processes.",
+)
+
+# %%
+assert killed
+for rank in range(P):
+    assert [again[rank, step + 1] for step in range(steps)] == losses[0]
+print(f"killed once, and still the same {steps} losses to the last bit")
+
+# %% [markdown]
+# **What to notice.** The gap is the price: new processes, torch loaded again, a model read. What was learnt since the last
+# checkpoint is computed once more, and comes out the same.
+#
+# The command line does all this for a config file, with one process and with many:
+#
+#     dsmoe train config.yml
+#     torchrun --standalone --nproc-per-node=4 --max-restarts=3 -m dsmoe_lite train config.yml
+#
+# `src/dsmoe_lite/parallel/clusters` has files that start the second line on Slurm and on Kubernetes.
+#
+# ## Three losses for devices
+#
+# A process is as fast as its experts are busy, so it is *devices* that should be even. The recorded runs of chapter 05 have 64 experts on
+# eight devices, two shared and six chosen ones, five seeds each. *device* is V2's device-level loss (0.05) with a weak expert-level one (0.003); *device, sends* adds the communication
+# loss (0.02) and lets a token reach three devices.
+#
+# **Ask.** Which is evener over devices: a strong loss on experts, or one on devices? And which over experts?
+
+# %%
+predict("11-even", None)  # "experts" or "devices", twice
+
+SHOWN = {
+    "none": "no loss",
+    "expert-0.01": "experts",
+    "device": "devices",
+    "communication": "devices, sends",
+}
+
+
+def busiest_device(record):  # mean over layers of the largest device's load
+    loads = [torch.tensor(one["load"]) for one in record["heldout_experts"]]
+    return mean(l.view(8, 8).mean(dim=1).max().item() for l in loads)
+
+
+def busiest_expert(record):
+    return mean(one["max_vio"] + 1 for one in record["heldout_experts"])
+
+
+METRICS = {
+    "busiest device": busiest_device,
+    "busiest expert": busiest_expert,
+    "held-out loss": lambda record: record["heldout_loss"],
+}
+rows = [
+    {"model": shown, "seed": r["seed"], "metric": metric, "value": value_of(r)}
+    for metric, value_of in METRICS.items()
+    for name, shown in SHOWN.items()
+    for r in records("balance")
+    if r["model_name"] == name
+]
+charts.model_comparison(
+    rows,
+    title="Who is even where?",
+    subtitle="Loads over their mean. Ring: one seed. Dot and bar: mean and its 95% interval.",
+)
+
+# %% [markdown]
+# **What to notice.** NOTICE-DEVICES
+#
+# ## A limit on devices
+#
+# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 05 a router that knew
+# nothing of a limit kept most of its affinity under one. These runs are trained with their limit from the first step on: the same shape and V2's
+# three losses, five seeds for each $M$.
+#
+# **Ask.** Which $M$ is the smallest that costs no loss you could see? How many rows does it save?
+
+# %%
+predict("11-limit", None)  # 1, 2, 3 or 4; 0 to 1
+
+limited = records("reach")
+free = {r["seed"]: r["heldout_loss"] for r in limited if r["model_name"] == "M8"}
+COSTS = {
+    "devices reached": lambda r: mean(one["reached"] for one in r["heldout_experts"]),
+    "loss minus that of M = 8": lambda r: r["heldout_loss"] - free[r["seed"]],
+}
+rows = [
+    {
+        "model": f"M = {r['model_name'][1:]}",
+        "seed": r["seed"],
+        "metric": m,
+        "value": v(r),
+    }
+    for m, v in COSTS.items()
+    for r in limited
+]
+charts.model_comparison(
+    rows,
+    title="What does a limit save, and what does it cost?",
+    subtitle="Held-out text. Ring: one seed. Dot and bar: mean and its 95% interval.",
+)
+
+# %% [markdown]
+# **What to notice.** NOTICE-LIMIT
+#
+# ## Seconds, on paper
+#
+# Nobody here has a thousand GPUs. But rows can be counted from a routing, and time follows from rows with a few assumptions. They are all in the
+# parameters cell: how many FLOP/s a device sustains, the bandwidth to devices of its **node** (a computer with 8 of them) and to other nodes, and what a message
+# costs beside its bytes. The two bandwidths are those of V3's cluster, NVLink and InfiniBand
+# {cite:p}`DeepSeekV3`.
+#
+# As in V3, a token crosses to another node once, to the device that stands where its own does, and is handed on inside. Let $a_i$ be the rows that device $i$ sends or
+# receives across nodes, whichever is more, $b_i$ those inside, $m_i$ its messages. With rows of $d$ numbers of $\beta$ bytes, one exchange takes
+#
+# $$
+# t = \lambda \max_i m_i + \beta d \Bigl( \frac{\max_i a_i}{w_{across}} + \frac{\max_i b_i}{w_{inside}} \Bigr) ,
+# $$ (eq:exchange-time)
+#
+# and the experts $6 d F$ FLOPs for each of the choices of the busiest device. **Use** the package's, for one layer of V3 on 64 devices in 8 nodes, with a random router that
+# keeps V3's limits.
+#
+# **Ask.** What takes longer, the experts or the way to them and back?
+
+# %%
+predict("11-longer", None)  # "experts" or "way"
+
+machine = Machine(flops * 1e12, inside * 1e9, across * 1e9, latency * 1e-6)
+SHARE = {"16B": 8, "145B": 4, "DeepSeek-V2": 8, "DeepSeek-V3": 64}  # of one set
+draw = torch.Generator().manual_seed(0)
+SAMPLE = {"smoke": 64, "cpu": 256, "gpu": 1024}[profile]  # tokens of a device
+
+
+def rows_of_layer(name):  # counted for SAMPLE tokens a device
+    moe, n = MODELS[name].moe, SHARE[name]
+    affinity = torch.rand(SAMPLE * n, moe.n_routed_experts, generator=draw)
+    allowed = limit_groups(affinity, moe.n_group, moe.topk_group, moe.group_score)
+    ids = ordered_topk(allowed, moe.top_k)
+    own = torch.arange(n).repeat_interleave(SAMPLE)
+    placed = in_order(moe.n_routed_experts, n)
+    return crossings(ids, torch.ones_like(ids).bool(), own, placed, min(n, 8))
+
+
+counted = {name: rows_of_layer(name) for name in MODELS}
+
+
+def layer_of(name, n_tokens, machine):
+    of = {
+        key: value * (n_tokens / SAMPLE) for key, value in vars(counted[name]).items()
+    }
+    of["messages"] = counted[name].messages  # as many, but longer
+    config = MODELS[name]
+    widths = config.d_model, config.moe.expert_width
+    return layer_time(Crossings(**of), machine, *widths, bytes_sent, bytes_back)
+
+
+v3 = layer_of("DeepSeek-V3", tokens, machine)
+for part in ("dispatch", "compute", "combine"):
+    print(f"{part:9} {getattr(v3, part) * 1e3:6.2f} ms")
+
+# %% [markdown]
+# ### Hiding it
+#
+# Links and arithmetic units are different parts of a device. Cut a batch in two halves, and while one half is computed the other can
+# travel. V3's schedule, DualPipe, does so between forward and backward passes as well. Below: two layers, *A* and *B* the halves; *attention* also stands for
+# the shared expert.
+#
+# **Ask.** Which bandwidth across nodes is enough to hide all sending?
+
+
+# %%
+def schedule(length, overlap, n_layers=2):
+    """Bars of two halves; what follows on a part's lane waits for it."""
+    order = ("attention", "dispatch", "experts", "combine")
+    lane_of = {"dispatch": "links", "combine": "links"}
+    free, ready, bars = {}, {}, []
+    parts = [(half, what) for what in order for half in "AB"]
+    if not overlap:
+        parts = [(half, what) for half in "AB" for what in order]
+    for half, what in parts * n_layers:
+        lane = lane_of.get(what, "products")
+        start = max(free.get(lane if overlap else "", 0.0), ready.get(half, 0.0))
+        end = start + length[what]
+        free[lane if overlap else ""] = ready[half] = end
+        name = f"{'overlapped' if overlap else 'in turn'}: {lane}"
+        bars.append(
+            {"lane": name, "of": half, "what": what, "start": start, "end": end}
+        )
+    return bars
+
+
+def timeline(across):
+    faster = replace(machine, across=across * 1e9)
+    half = layer_of("DeepSeek-V3", tokens / 2, faster)
+    config = MODELS["DeepSeek-V3"]
+    work = training_flops(config, 4096)
+    own = work.attention + work.attention_scores + work.shared_experts
+    forward = own / 3 / config.n_layers / 4096  # FLOPs of a token in a layer
+    length = {"attention": forward * tokens / 2 / machine.flops}
+    length |= {"dispatch": half.dispatch, "experts": half.compute}
+    length |= {"combine": half.combine}
+    length = {what: seconds * 1e3 for what, seconds in length.items()}
+    bars = schedule(length, overlap=False) + schedule(length, overlap=True)
+    return charts.link_timeline(bars, unit="ms", subtitle=f"{across:g} GB/s across.")
+
+
+live(
+    timeline,
+    across=SelectionSlider(
+        options=[12.5, 25.0, 50.0, 100.0, 200.0, 400.0],
+        value=50.0,
+        description="GB/s across nodes",
+    ),
+)
+
+# %% [markdown]
+# **What to notice.** NOTICE-OVERLAP
+#
+# ### Scale
+#
+# A whole training step: every layer's experts and exchanges, forward and backward; everything else's arithmetic; and FSDP's gathering of weights and adding up of
+# gradients, which all take the links across nodes. Experts are shared by 4 devices in 145B, 8 in V2 and 64 in V3, as the papers say, and by 8 in 16B, which its paper
+# keeps on one; more devices than that hold copies. The papers' pipelines, which keep weights in place, are left out. What is drawn is the
+# speed of a device over what it would have if links were free and experts even.
+#
+# **Ask.** Which matters more at 4,096 devices: twice the bandwidth, or four times the tokens on each device?
+
+# %%
+predict("11-scale", None)  # "bandwidth" or "tokens"
+
+
+def scale(tokens, across, overlap):
+    there = replace(machine, across=across * 1e9)
+    rows = []
+    for name, config in MODELS.items():
+        n = SHARE[name]
+        layer = layer_of(name, tokens, there)
+        choices = counted[name].choices.double()
+        even = float(choices.mean() / choices.max())
+        for devices in (2**i for i in range(3, 13) if 2**i >= n):
+            step = step_time(
+                config,
+                layer,
+                there,
+                tokens=tokens,
+                seq_len=4096,
+                devices=devices,
+                expert=n,
+                bytes_a_weight=2.0,
+            )
+            best = step.experts * even + step.rest
+            took = step.overlapped if overlap else step.apart
+            rows.append({"model": name, "devices": devices, "value": best / took})
+    return charts.scaling_curve(rows, subtitle=f"{tokens:,} tokens a device.")
+
+
+live(
+    scale,
+    tokens=SelectionSlider(
+        options=[1024, 4096, 16384, 65536], value=4096, description="tokens a device"
+    ),
+    across=SelectionSlider(
+        options=[25.0, 50.0, 100.0, 200.0], value=50.0, description="GB/s across nodes"
+    ),
+    overlap=Checkbox(value=False, description="overlapped"),
+)
+
+# %% [markdown]
+# **What to notice.** NOTICE-SCALE
+#
+# ## Move the experts
+#
+# If some experts are busier, need they stand in their order? Before V3 answers requests, its experts are placed by measured load, with
+# copies of the busiest (Section 3.4). **Use** `balanced`: spare slots go to the experts whose copies are busiest, then the busiest copies to the
+# least busy devices. The loads are those of the recorded run without any balance loss, its first layer, 64 experts on eight devices.
+#
+# **Ask.** How much does packing alone even out? And eight copies more?
+
+# %%
+predict("11-placed", None)  # busiest device over the mean, twice
+
+runs = [r for r in records("balance") if r["model_name"] == "none"]
+PLACED = {
+    "in order": lambda load: in_order(64, 8),
+    "packed": lambda load: balanced(load, 8, 64),
+    "packed, 8 copies": lambda load: balanced(load, 8, 72),
+}
+rows = []
+for run in runs:
+    load = torch.tensor(run["heldout_experts"][0]["load"])
+    for name, place in PLACED.items():
+        value = place(load).imbalance(load)
+        row = {"model": name, "seed": run["seed"], "metric": "busiest device"}
+        rows.append(row | {"value": value})
+charts.model_comparison(
+    rows,
+    title="What does it help to move experts?",
+    subtitle="Load over the mean. Ring: one seed. Dot and bar: mean and its 95% interval.",
+)
+
+# %% [markdown]
+# **What to notice.** NOTICE-PLACED
+#
+# ## Exercises
+#
+# **1. A bug from the wild** (15 minutes). Every process of a set has summed the gradient of its experts over the tokens of all who share them. This function makes of the
+# copies' sums, one for each set, the gradient of the batch's loss, which is the mean over processes. Two
+# frameworks had it like this. Return the right one.
+
+
+# %%
+def expert_gradient(sums, sharing):  # sums (copies, ...): one a set; processes of a set
+    return sums.mean(dim=0)
+
+
+def mended(sums, sharing):
+    return None
+
+
+def is_the_batch_mean(mended):
+    draw = torch.Generator().manual_seed(1)
+    for copies, sharing in ((1, 4), (2, 2), (4, 1), (3, 8)):
+        of_each = torch.randn(copies, sharing, 5, generator=draw)  # a process's tokens
+        wanted = of_each.flatten(0, 1).mean(dim=0)
+        found = mended(of_each.sum(dim=1), sharing)
+        assert torch.allclose(found, wanted, atol=1e-6), (
+            f"{copies} copies, each shared by {sharing}: wrong by a factor"
+            f" of {(found.norm() / wanted.norm()).item():.3g}"
+        )
+
+
+verdict = check_exercise(mended, is_the_batch_mean)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def mended(sums, sharing):
+#     return sums.mean(dim=0) / sharing
+# ```
+#
+# DeepSpeed had expert gradients 4 times too large with 4 processes (issue 5618), torchtitan on FSDP2 twice with 2 (pytorch issue 160285). Losses looked well: Adam divides a gradient by its
+# own size. What it does change is the norm that clips all gradients.
+# </details>
+#
+# **2. Code** (15 minutes). Experts stand in order, `per_device` on each device, and a node is `node` devices. How many rows leave the node of each token,
+# if a token crosses to another node once?
+
+
+# %%
+def rows_across(ids, home, per_device, node):  # ids (T, K), home (T,) devices
+    return None  # (T,) rows
+
+
+def counts_nodes(rows_across):
+    draw = torch.Generator().manual_seed(2)
+    for per_device, node, K in ((1, 4, 3), (2, 2, 4), (4, 8, 6)):
+        ids = torch.rand(200, 16 * per_device, generator=draw).argsort(dim=1)[:, :K]
+        home = torch.randint(0, 16, (200,), generator=draw)
+        found = rows_across(ids, home, per_device, node)
+        assert len(found) == 200, "one number a token"
+        for t in range(200):
+            nodes = {e // per_device // node for e in ids[t].tolist()}
+            wanted = len(nodes - {int(home[t]) // node})
+            assert int(found[t]) == wanted, (
+                f"a token of device {int(home[t])} with experts {ids[t].tolist()},"
+                f" {per_device} a device, {node} devices a node: {wanted}"
+            )
+
+
+verdict = check_exercise(rows_across, counts_nodes)
+
+# %% [markdown]
+# <details><summary>Solution</summary>
+#
+# ```python
+# def rows_across(ids, home, per_device, node):
+#     there = ids // per_device // node  # (T, K) nodes
+#     reached = F.one_hot(there).amax(dim=1).sum(dim=1)
+#     stays = (there == (home // node)[:, None]).any(dim=1)
+#     return reached - stays.long()
+# ```
+# </details>
+#
+# **3. Run it** with `dsmoe run 11 -p bytes_sent=2`, then with `dsmoe run 11 -p inside=50`. Which of the two costs V3's layer more, and why?
+#
+# <details><summary>Solution</summary>
+#
+# SOLUTION-RUN
+# </details>
+#
+# ## Recap
+#
+# - Experts are nearly all weights, so they are spread; a token goes once to each process that holds one of its experts, and one sum comes back.
+# - Dispatch and combine are two all-to-alls, and two more backward; numbers of rows go first.
+# - Spread over processes, training gives the losses of one process; so it does after one of them was killed.
+# - Sum before you multiply (balance losses), and divide by all processes, not by the copies (expert gradients).
+# - Rows follow from routing, time from rows and assumptions: state them, then move them.
+#
+# **Claims settled here:** parallel training equals one process's, in losses below 1e-5 in float32, and to the last bit after a kill; each process holds $1/P$ of the experts.
+# Not settled: every time in seconds, which was computed and not measured.
