@@ -9,11 +9,12 @@ import altair as alt
 from dsmoe_lite.errors import InputError
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.curves import line_panel, width_beside
-from dsmoe_lite.viz.parts import data, in_order, listed, need_rows, plain
+from dsmoe_lite.viz.parts import CHARACTER, data, in_order, listed, need_rows, plain
 
 Rows = Sequence[dict[str, Any]]
 MOST_PROCESSES, MOST_LANES = 16, 8
 CELL, WIDEST, LANE, SCALE_HEIGHT = 54, 480, 34, 300  # px
+WORD = 10.5  # font size
 
 
 def exchange_matrix(
@@ -76,13 +77,14 @@ def link_timeline(
         )
     ends = {lane: max(float(plain(row["end"])) for row in rows if row["lane"] == lane) for lane in lanes}
     last = max(ends.values())
+    width = int(theme.MAX_WIDTH - 60 - max(map(len, lanes)) * 12 * CHARACTER)
     if not description:
         description = (
             f"Timeline of {len(lanes)} lanes: {listed([f'{lane} to {end:.0f} {unit}' for lane, end in ends.items()])}."
         )
     bars = [
         {**row, "middle": (plain(row["start"]) + plain(row["end"])) / 2,
-         "text": row["what"] if _fits(row["what"], plain(row["end"]) - plain(row["start"]), last) else ""}
+         "text": row["what"] if _fits(row["what"], width * (plain(row["end"]) - plain(row["start"])) / last) else ""}
         for row in rows
     ]  # fmt: skip
     color = alt.Color("of:N", title=None, sort=owners, legend=alt.Legend(orient="top", offset=4),
@@ -96,13 +98,13 @@ def link_timeline(
         x=x, x2="end:Q", color=color,
         tooltip=["lane:N", "of:N", "what:N", *(alt.Tooltip(f"{at}:Q", format=",.0f") for at in ("start", "end"))],
     )  # fmt: skip
-    words = base.mark_text(fontSize=11, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
-    chart = alt.layer(drawn, words).properties(width=WIDEST, height=LANE * len(lanes))
+    words = base.mark_text(fontSize=WORD, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
+    chart = alt.layer(drawn, words).properties(width=width, height=LANE * len(lanes))
     return theme.finish(chart, title, subtitle, description)
 
 
-def _fits(word: str, length: float, whole: float) -> bool:
-    return len(word) * 6.4 + 4 <= length / whole * WIDEST
+def _fits(word: str, width: float) -> bool:
+    return len(word) * WORD * CHARACTER + 3 <= width
 
 
 def scaling_curve(
@@ -128,7 +130,7 @@ def scaling_curve(
         own = sorted((plain(row["devices"]), float(plain(row["value"]))) for row in rows if row["model"] == model)
         lines[model] = [{"x": math.log2(n), "mean": share, "low": share, "high": share} for n, share in own]
     exponents = sorted({point["x"] for points in lines.values() for point in points})
-    ticks = {"values": exponents, "labelExpr": "format(pow(2, datum.value), ',d')"}
+    ticks = {"values": exponents[:: 2 if len(exponents) > 6 else 1], "labelExpr": "format(pow(2, datum.value), ',d')"}
     panel = line_panel(
         lines, "log2 of devices", "devices (log scale)", value_title, width_beside(models), SCALE_HEIGHT,
         y_range=(0.0, 1.0), percent=True, dots=True, ticks=ticks,
