@@ -85,7 +85,7 @@ from dsmoe_lite.viz.live import live
 renderer.enable()
 torch.set_num_threads(1)
 torch.manual_seed(seed)
-steps = {"smoke": 10, "cpu": 20, "gpu": 20}[profile]
+steps = 20
 
 # %% [markdown]
 # ## Too large for one
@@ -249,11 +249,12 @@ def train_part(config, text, seed, steps, folder):
     from dsmoe_lite.config import ModelConfig, from_dict
     from dsmoe_lite.layers.balance import expert_loss
     from dsmoe_lite.model import Transformer
-    from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
+    from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
     from dsmoe_lite.parallel.mesh import make_mesh
     from dsmoe_lite.parallel.say import say
     from dsmoe_lite.parallel.shard import parallelize
     from dsmoe_lite.parallel.split import rows_of
+    from dsmoe_lite.parallel.steps import newest
     from dsmoe_lite.parallel.total import total
 
     dist.init_process_group("gloo")
@@ -328,9 +329,8 @@ routed = sum(p.numel() for m in model.moe_layers for p in m.experts.parameters()
 print(f"weights of routed experts: {routed:,}, in each process {routed // P:,}")
 
 # %% tags=["trained"]
-interval = {"smoke": (1.5, 2.4), "cpu": (3.2, 4.1), "gpu": (3.2, 4.1)}[profile]
 fall = losses[0][0] - losses[0][-1]
-claim(f"fall of the loss in {steps} steps", fall, interval, asserted=own)
+claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=own)
 
 # %% [markdown]
 # **What to notice.** All processes report the same numbers to the last bit, because a sum over processes has one result. From one process's they
@@ -403,7 +403,7 @@ with tempfile.TemporaryDirectory() as folder:
         before[rank, event["restart"]] = now
         of = "started again" if event["restart"] else "first start"
         row = {"lane": f"process {rank}", "of": of, "start": start, "end": now}
-        seen.append(row | {"what": str(step)})
+        seen.append(row | {"what": f"step {step}"})
         again[rank, step] = event["loss"]
 charts.link_timeline(
     sorted(seen, key=lambda row: row["lane"]),
@@ -427,6 +427,8 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 #     dsmoe train config.yml
 #     torchrun --standalone --nproc-per-node=4 --max-restarts=3 -m dsmoe_lite train config.yml
 #
+# (for restarts torch 2.13 needs `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before the second; without it the new processes
+# cannot meet).
 # `src/dsmoe_lite/parallel/clusters` has files that start the second line on Slurm and on Kubernetes.
 #
 # ## Three losses for devices

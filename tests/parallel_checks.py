@@ -28,11 +28,14 @@ from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
+from dsmoe_lite.parallel.alone import Alone
+from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
+from dsmoe_lite.parallel.launch import launched
 from dsmoe_lite.parallel.mesh import device_of, make_mesh
 from dsmoe_lite.parallel.placement import in_order
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
 from dsmoe_lite.parallel.split import rows_of
+from dsmoe_lite.parallel.steps import newest
 from dsmoe_lite.parallel.total import total
 from dsmoe_lite.parallel.traffic import rows_between
 
@@ -248,7 +251,21 @@ def resume(folder: Path) -> None:
     FOUND["next"] = train_on(model, optimizer, tokens, 2)
 
 
-def check(folder: Path) -> None:
+def norms(processes: Alone) -> None:
+    """The norm of all gradients, where weights lie whole, in parts along one axis and along both."""
+    for name, config, expert in (("dense", replace(MODEL, moe=None, n_dense_layers=0), 1), *(
+        (str(expert), replace(MODEL, tie_embeddings=True), expert) for expert in (1, 2, 4))):  # fmt: skip
+        torch.manual_seed(0)
+        model = Transformer(config)
+        parallelize(model, make_mesh("cpu", config.moe, expert))
+        own = torch.full((2, S), processes.rank)
+        model(own).logits.square().mean().backward()
+        whole_norm = torch.nn.utils.get_total_norm([whole(gradient_of(p)) for p in model.parameters()])
+        found = processes.norm(list(model.parameters()))
+        FOUND[f"norm {name}"] = abs(float(found / whole_norm) - 1)
+
+
+def check(folder: Path, processes: Alone) -> None:
     """Everything that four processes do."""
     moe = MODEL.moe
     assert moe is not None
@@ -266,6 +283,7 @@ def check(folder: Path) -> None:
         train_both("float64 dropping", replace(MODEL, moe=devices), 4, n_sequences=16)
         experts = replace(moe, chooser="expert", routing_groups=4)
         train_both("float64 expert choice", replace(MODEL, moe=experts), 4)
+        norms(processes)
         losses()
         empty(4)
         payload(4)
@@ -277,15 +295,15 @@ def check(folder: Path) -> None:
 def main(mode: str, folder: Path) -> None:
     """Everything, in the same order on every process."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    if mode == "resume":
-        with _dtype(torch.float64):
-            resume(folder)
-    else:
-        check(folder)
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
-    dist.destroy_process_group()
+    with launched() as processes:
+        processes.join("cpu")
+        if mode == "resume":
+            with _dtype(torch.float64):
+                resume(folder)
+        else:
+            check(folder, processes)
+        if processes.leads:
+            (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
 
 
 if __name__ == "__main__":

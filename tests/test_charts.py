@@ -390,6 +390,10 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
     ("call", "message"),
     [
         (lambda: charts.training_curves([]), "at least one row"),
+        (lambda: charts.exchange_matrix([[1, 2], [3]]), "as many rows as columns"),
+        (lambda: charts.exchange_matrix([[1, -2], [3, 4]]), "0 or above"),
+        (lambda: charts.link_timeline([{"lane": "a", "of": "b", "what": "c", "start": 0}]), "no 'end'"),
+        (lambda: charts.scaling_curve([{"model": "a", "devices": 8, "value": 1.2}]), "a share, 0 to 1"),
         (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
         (lambda: charts.expert_load([]), "at least one expert"),
         (lambda: charts.finer_experts([{"layer": "a", "n_experts": 4, "top_k": 5}]), "top_k = 5"),

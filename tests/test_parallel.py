@@ -21,10 +21,11 @@ from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread
+from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
 from dsmoe_lite.parallel.dispatch import leaving
 from dsmoe_lite.parallel.mesh import check_placement
 from dsmoe_lite.parallel.split import groups_each, rows_of
+from dsmoe_lite.parallel.steps import newest
 
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 
@@ -63,6 +64,11 @@ def test_twenty_steps_in_float32(found: dict[str, Any]) -> None:
 )
 def test_a_loss_is_that_of_the_whole_batch(found: dict[str, Any], name: str) -> None:
     assert found[f"loss {name}"] < 1e-12
+
+
+@pytest.mark.parametrize("name", ["dense", "1", "2", "4"])
+def test_the_norm_of_gradients_counts_every_part_once(found: dict[str, Any], name: str) -> None:
+    assert found[f"norm {name}"] < 1e-12
 
 
 @pytest.mark.parametrize("backend", ["loop", "padded"])

@@ -15,6 +15,7 @@ import pytest
 from torchrun import torchrun
 
 from dsmoe_lite.checkpoint import read_tensors
+from dsmoe_lite.parallel.steps import newest, step_of
 
 CONFIG = """
 model:
@@ -73,7 +74,7 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def wait_for_step(folder: Path, step: int, run: subprocess.Popen[str]) -> None:
-    while not (folder / "checkpoints" / f"step-{step:08d}").is_dir():
+    while (found := newest(folder / "checkpoints")) is None or step_of(found) < step:
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
 
@@ -101,17 +102,17 @@ def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def assert_same_run(folder: Path, wanted: Path) -> None:
-    """Sooner or later rounding flips a choice of experts, and from there two runs differ; not in the first 20 steps."""
+def assert_same_run(folder: Path, wanted: Path, close: float) -> None:
+    """`close` in the first 20 steps: sooner or later rounding flips a choice of experts, and from there two runs part."""
     found, other = record_of(folder), record_of(wanted)
-    assert found["losses"][:20] == pytest.approx(other["losses"][:20], abs=2e-5)  # records round at 1e-5
+    assert found["losses"][:20] == pytest.approx(other["losses"][:20], abs=close)
     assert found["losses"] == pytest.approx(other["losses"], abs=0.05)
     assert found["heldout_loss"] == pytest.approx(other["heldout_loss"], abs=0.05)
     assert found["routing"][0] == other["routing"][0]
 
 
 def test_two_processes_train_the_model_that_one_does(one: Path, two: Path) -> None:
-    assert_same_run(two, one)
+    assert_same_run(two, one, 1.01e-5)  # records round at 1e-5
     assert (record_of(one)["processes"], record_of(two)["processes"]) == (1, 2)
     mine, theirs = (read_tensors(folder / "model.safetensors")[0] for folder in (two, one))
     assert mine.keys() == theirs.keys()
@@ -130,7 +131,7 @@ def test_what_is_stopped_goes_on_in_another_number_of_processes(config: Path, on
     assert not (folder / "record.json").exists()
     status, said = finish(training(config, folder, 1))
     assert status == 0, said
-    assert_same_run(folder, one)
+    assert_same_run(folder, one, 1e-4)  # the wrong batch, or a moment lost, is more than ten times that
 
 
 def test_a_killed_process_comes_back_and_nothing_is_different(config: Path, two: Path, tmp_path: Path) -> None:
@@ -141,8 +142,7 @@ def test_a_killed_process_comes_back_and_nothing_is_different(config: Path, two:
         victim.kill()
         _, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
-    assert len(last_words(err)) == 1
-    assert "one of 2 processes is lost" in err
+    assert all("one of 2 processes is lost" in line for line in last_words(err))
     for name in ("losses", "routing", "heldout_loss", "recall"):
         assert record_of(folder)[name] == record_of(two)[name]
 

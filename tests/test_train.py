@@ -184,7 +184,7 @@ def test_resume_from_every_step_equals_the_unbroken_run(tmp_path: Path) -> None:
         folder = tmp_path / str(stop)
         model, batches = make()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dsmoe_lite.parallel.processes.save_training", _save_then_die_at(stop))
+            patch.setattr("dsmoe_lite.parallel.alone.save_training", _save_then_die_at(stop))
             with pytest.raises(KeyboardInterrupt):
                 train(model, batches, CONFIG, folder=folder)
         _, before = read_tensors(folder / "checkpoint.safetensors")
@@ -492,7 +492,7 @@ def test_a_run_with_bias_and_noise_resumes_exactly(tmp_path: Path) -> None:
     model, batches = make_with(moe)
     unbroken = train(model, batches, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsmoe_lite.parallel.processes.save_training", _save_then_die_at(5))
+        patch.setattr("dsmoe_lite.parallel.alone.save_training", _save_then_die_at(5))
         with pytest.raises(KeyboardInterrupt):
             train(*make_with(moe), config, folder=tmp_path)
     again, batches = make_with(moe)

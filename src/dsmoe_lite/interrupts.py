@@ -9,9 +9,10 @@ from types import FrameType
 
 @contextmanager
 def stop_requested(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iterator[threading.Event]:
-    """Yield an Event that the first of `signals` sets; a second one does what it usually does.
+    """Yield an Event that the first of `signals` sets; a second SIGINT raises KeyboardInterrupt as usual.
 
-    Outside the main thread signals cannot be caught, and the Event is never set.
+    Other signals stay caught: a cluster sends them to a process, and its launcher passes them on once more. Outside the
+    main thread signals cannot be caught, and the Event is never set.
     """
     requested = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -20,7 +21,8 @@ def stop_requested(signals: Sequence[signal.Signals] = (signal.SIGINT,)) -> Iter
 
     def note(signum: int, frame: FrameType | None) -> None:
         requested.set()
-        signal.signal(signum, before[signal.Signals(signum)])
+        if signum == signal.SIGINT:
+            signal.signal(signum, before[signal.SIGINT])
 
     before = {signum: signal.signal(signum, note) for signum in signals}
     try:

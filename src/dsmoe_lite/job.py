@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -22,7 +22,7 @@ from dsmoe_lite.errors import InputError, require, require_choice, require_numbe
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.processes import Alone
+from dsmoe_lite.parallel.alone import Alone
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
 from dsmoe_lite.train import ALONE, Run, TrainConfig, check_balance, run_record, train
@@ -156,7 +156,8 @@ def run_job(
     """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
 
     `snapshots`, for which a folder is needed: also the model after so many steps, as step<n>.safetensors. Of many
-    `processes`, each of which must call with the same job, one gathers the trained model and evaluates it.
+    `processes`, each of which must call with the same job, one gathers the trained model, evaluates it and returns the
+    record; the others do not wait for it, and return nothing.
     Interrupted, it ends with KeyboardInterrupt after the current step; `folder` then holds a checkpoint to go on from.
     """
     for step in snapshots:
@@ -167,30 +168,25 @@ def run_job(
     about = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
 
     def keep(step: int) -> None:
-        if folder is not None and step in snapshots:
-            _save(folder / f"step{step}.safetensors", processes.whole(model), about)
+        if folder is None or step not in snapshots:
+            return
+        path, whole = folder / f"step{step}.safetensors", processes.whole(model)
+        processes.first(lambda: save_model(path, cast(Transformer, whole), **about))  # it is where `first` does it
 
     run = train(model, batches, job.train, folder=folder, after=keep, processes=processes)
     if run.steps_done < job.train.steps:
         raise KeyboardInterrupt
     whole = processes.whole(model)
-
-    def finish() -> dict[str, Any]:
-        assert whole is not None  # it is in the process that leads
-        facts = {"first_document": job.first_document, "processes": processes.size}
-        facts |= _evaluated(job, whole, corpus, tokenizer, held_back)
-        record = run_record(run, whole, job.train, **facts)
-        if folder is not None:
-            _save(folder / "model.safetensors", whole, about)
-            write_json(folder / "record.json", record)
-        return record
-
-    return processes.first(finish)
-
-
-def _save(path: Path, model: Transformer | None, about: dict[str, Any]) -> None:
-    if model is not None:
-        save_model(path, model, **about)
+    if whole is None:
+        return {}
+    if folder is not None:
+        save_model(folder / "model.safetensors", whole, **about)
+    facts = {"first_document": job.first_document, "processes": processes.size}
+    facts |= _evaluated(job, whole, corpus, tokenizer, held_back)
+    record = run_record(run, whole, job.train, **facts)
+    if folder is not None:
+        write_json(folder / "record.json", record)
+    return record
 
 
 def _evaluated(
@@ -226,7 +222,8 @@ def _begin(job: Job, processes: Alone) -> tuple[Corpus, Tokenizer, Transformer, 
     processes.join(device)
     processes.same(to_dict(job))
     corpus = make_corpus(job.corpus)
-    tokenizer = load_tokenizer(corpus, job.vocab_size)
+    made = processes.first(lambda: load_tokenizer(corpus, job.vocab_size).to_str())
+    tokenizer = Tokenizer.from_str(made)
     torch.manual_seed(job.train.seed)
     model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
     processes.spread(model, job.expert_parallel)

@@ -20,7 +20,7 @@ from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Output, Transformer
-from dsmoe_lite.parallel.processes import Alone
+from dsmoe_lite.parallel.alone import Alone
 from dsmoe_lite.progress import progress
 from dsmoe_lite.provenance import provenance
 from dsmoe_lite.run_folder import keep_settings, own
@@ -117,10 +117,11 @@ def train(
     called with the number of steps taken, after each. Many `processes`, over which `model` is spread, all call with the
     same arguments and get the same Run, but for its seconds. An interrupt ends training after the current step: the
     model keeps what it has learnt and a line says so. Raises DivergedError when the loss is not finite, RunError when
-    another process works in `folder`, InputError when `folder` holds a run with other settings or when a balance loss
-    does not fit the model.
+    another process works in `folder`, InputError when `folder` holds a run with other settings, when a balance loss
+    does not fit the model, or a batch cannot be shared out.
     """
     check_balance(model.config.moe, config)
+    processes.rows(config.batch_size, model.config.moe)
     last = config.steps if until is None else until
     require_whole("until", last, 1, config.steps)
     optimizer = make_optimizer(model, config)
@@ -128,6 +129,7 @@ def train(
     with ExitStack() as held, stop_requested(processes.stopped_by) as stop:
         processes.first(lambda: held.enter_context(own(folder)))
         run = _resume(folder, model, optimizer, batches, config, processes)
+        processes.own_noise(run.steps_done)
         quiet = not processes.leads
         bar = progress(total=last, initial=run.steps_done, desc="training", unit="step", disable=quiet)
         model.train()
@@ -295,7 +297,7 @@ def _step(
 def _routing_figures(step: int, routings: tuple[Routing, ...], processes: Alone) -> dict[str, Any]:
     counts = processes.total(torch.stack([routing.counts for routing in routings]))  # (MoE layers, E)
     kept = processes.total(torch.stack([routing.kept.sum() for routing in routings])).tolist()
-    assigned, n_layers = counts.sum(dim=1), len(routings)
+    assigned, n_layers = counts.sum(dim=1).clamp(min=1), len(routings)
     loads = (counts.float() * counts.shape[1] / assigned.unsqueeze(1)).tolist()
     vio = sum(max(layer) - 1 for layer in loads) / n_layers
     dropped = sum(1 - k / n for k, n in zip(kept, assigned.tolist(), strict=True)) / n_layers

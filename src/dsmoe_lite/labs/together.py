@@ -19,12 +19,14 @@ MAIN = "\n\nif __name__ == '__main__':\n    import json, sys\n\n    {name}(*json
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torch 2.13 cannot start its processes again without
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # seconds until it kills what does not end
 }
 PATIENCE = 30.0  # seconds for them to end when nobody listens any more
 
 
 def together(work: Callable[..., None], processes: int, *arguments: Any, restarts: int = 0) -> Iterator[dict[str, Any]]:
-    """Run `work(*arguments)` in each of `processes` processes; yield what they `say`, in the order in which it arrives.
+    """Run `work(*arguments)` in each of `processes` processes; yield what they `say`, in the order in which it arrives,
+    and print what else they print.
 
     `work` is sent as text: it imports what it needs itself. Arguments are JSON-able. Events with `step` and `of` move a
     bar, one a process. restarts: how often all are started again when one dies. Whoever stops listening ends them all.
@@ -50,9 +52,12 @@ def together(work: Callable[..., None], processes: int, *arguments: Any, restart
         try:
             assert run.stdout is not None
             for line in run.stdout:
-                event = json.loads(line)
-                _show(event, bars)
-                yield event
+                if line.startswith("{"):
+                    event = json.loads(line)
+                    _show(event, bars, processes)
+                    yield event
+                else:
+                    print(line, end="")
             if run.wait() != 0:
                 raise RunError(f"{work.__name__}: its processes failed: {_last_line(complaints)}")
         finally:
@@ -61,13 +66,13 @@ def together(work: Callable[..., None], processes: int, *arguments: Any, restart
             _end(run)
 
 
-def _show(event: dict[str, Any], bars: dict[int, Any]) -> None:
+def _show(event: dict[str, Any], bars: dict[int, Any], processes: int) -> None:
     if "step" in event and "of" in event:
-        rank = event["rank"]
-        if rank not in bars:
+        for rank in range(len(bars), processes):  # in order, whoever speaks first
             bars[rank] = progress(total=event["of"], desc=f"process {rank}", unit="step")
-        bars[rank].n = event["step"]  # back, where a process was started again
-        bars[rank].refresh()
+        bar = bars[event["rank"]]
+        bar.n = event["step"]  # back, where a process was started again
+        bar.refresh()
 
 
 def _last_line(complaints: IO[str]) -> str:

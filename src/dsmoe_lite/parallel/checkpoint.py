@@ -5,12 +5,12 @@ A checkpoint is a folder `step-00000100`, written aside and renamed when every p
 
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,6 +20,7 @@ from dsmoe_lite.errors import InputError, RunError, require_same
 from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.first import first
+from dsmoe_lite.parallel.steps import complete
 
 FACTS = "training.json"
 KEPT = 2  # checkpoints; the older ones are removed
@@ -42,18 +43,9 @@ def save_spread(
         dcp.save(_tensors(model, optimizer), storage_writer=writer)
         first(lambda: _commit(aside, path))
     except (RunError, CheckpointException) as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if dist.get_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"{path}: not written ({_reason(error)}); earlier checkpoints are intact") from None
-
-
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the latest step in `folder`."""
-    return next(reversed(_complete(folder)), None)
-
-
-def step_of(path: Path) -> int:
-    """The number of steps that a checkpoint has behind it."""
-    return int(path.name.removeprefix("step-"))
 
 
 def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any]:
@@ -61,16 +53,13 @@ def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) ->
 
     InputError where it is missing, damaged or of another model.
     """
-    try:
-        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        config, state = facts["config"], facts["state"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: no checkpoint, or a damaged one ({error}); remove it to go on from another"
-        ) from None
+    config, state = first(lambda: _facts(path))
     require_same(to_dict(model.config), config, "model.")
     for weight in model.parameters():
-        optimizer.state[weight] = {"step": torch.zeros(()), **{slot: torch.zeros_like(weight) for slot in SLOTS}}
+        optimizer.state[weight] = {
+            "step": torch.zeros((), device=weight.device),
+            **{slot: torch.zeros_like(weight) for slot in SLOTS},
+        }
     try:
         dcp.load(_tensors(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except CheckpointException as error:
@@ -86,8 +75,14 @@ def _tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tens
     return tensors
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name))
+def _facts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    try:
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
+        return facts["config"], facts["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: no checkpoint, or a damaged one ({error}); remove it to go on from another"
+        ) from None
 
 
 def _prepare(aside: Path, facts: dict[str, Any]) -> None:
@@ -101,16 +96,16 @@ def _prepare(aside: Path, facts: dict[str, Any]) -> None:
 def _commit(aside: Path, path: Path) -> None:
     """Give a checkpoint its name, and remove what is too old; what is half removed has no such name either."""
     if path.exists():
-        _remove(path)
+        os.replace(path, _hidden(path))
     os.replace(aside, path)
-    for old in _complete(path.parent)[:-KEPT]:
-        _remove(old)
+    for old in complete(path.parent)[:-KEPT]:
+        os.replace(old, _hidden(old))
+    for left in path.parent.glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    hidden = path.with_name(f".{path.name}.old")
-    os.replace(path, hidden)
-    shutil.rmtree(hidden)
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _reason(error: RunError | CheckpointException) -> str:

@@ -23,6 +23,9 @@ def first(work: Callable[[], T]) -> T:
             outcome[1] = error
         except OSError as error:
             outcome[1] = RunError(str(error))
+        except Exception as error:  # the others must not wait for it
+            dist.broadcast_object_list([None, RunError(f"the first process failed: {type(error).__name__}: {error}")])
+            raise
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

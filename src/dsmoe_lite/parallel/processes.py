@@ -1,8 +1,10 @@
-"""Who trains: this process alone, or all that torchrun has started. Training asks the same things of either."""
+"""All processes that torchrun has started, training one model: the same things as one process, done together."""
 
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -14,78 +16,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from dsmoe_lite.checkpoint import CHECKPOINT, load_training, save_training
+from dsmoe_lite.checkpoint import CHECKPOINT
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.errors import RunError, require, require_same
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_spread, newest, save_spread, step_of
+from dsmoe_lite.parallel.alone import Alone
+from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
 from dsmoe_lite.parallel.first import first
 from dsmoe_lite.parallel.mesh import make_mesh
 from dsmoe_lite.parallel.shard import parallelize
 from dsmoe_lite.parallel.split import rows_of
+from dsmoe_lite.parallel.steps import SPREAD, newest
 from dsmoe_lite.parallel.total import total
 
-SPREAD = "checkpoints"  # folder of many processes' checkpoints in that of the run
 T = TypeVar("T")
-
-
-class Alone:
-    """One process: it has every row, and its sums are the whole."""
-
-    rank, size = 0, 1
-    stopped_by: tuple[signal.Signals, ...] = (signal.SIGINT,)  # signals that end training after the current step
-
-    @property
-    def leads(self) -> bool:
-        """Whether this is the process that speaks, evaluates and writes what needs one writer."""
-        return self.rank == 0
-
-    def join(self, device: str) -> None:
-        """Be one of them, with tensors on `device`, cpu or cuda."""
-
-    def same(self, settings: dict[str, Any]) -> None:
-        """Raise InputError unless JSON-able `settings` are those of every process."""
-
-    def spread(self, model: Transformer, expert: int) -> None:
-        """Spread the model in place; `expert` processes share one set of experts, 0: all do."""
-
-    def whole(self, model: Transformer) -> Transformer | None:
-        """The model as one process has it, where this one leads; all must call."""
-        return model
-
-    def rows(self, n_sequences: int, moe: MoEConfig | None) -> slice:
-        """The sequences of a batch that are this process's."""
-        return slice(0, n_sequences)
-
-    def total(self, part: Tensor) -> Tensor:
-        """The sum over processes; its gradient is that of this process's part."""
-        return part
-
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        return flag
-
-    def norm(self, weights: list[nn.Parameter]) -> Tensor:
-        """The norm of all gradients together, before it is clipped."""
-        return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
-
-    def first(self, work: Callable[[], T]) -> T:
-        """What `work` returns where it is done, in the process that leads; JSON-able. Its errors are raised in all."""
-        return work()
-
-    def save(
-        self, folder: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW, state: dict[str, Any]
-    ) -> None:
-        """Write a checkpoint of the run in `folder`. RunError where the disk refuses."""
-        save_training(folder / CHECKPOINT, model, optimizer, state)
-
-    def load(self, folder: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any] | None:
-        """Restore the last checkpoint and return its `state`, or None. InputError where it does not fit."""
-        begun = newest(folder / SPREAD)
-        remedy = "processes of torchrun wrote it; go on with torchrun, of one process if need be"
-        require(begun is None, "checkpoint", str(begun), remedy)
-        checkpoint = folder / CHECKPOINT
-        return load_training(checkpoint, model, optimizer) if checkpoint.is_file() else None
 
 
 class Together(Alone):
@@ -120,7 +64,8 @@ class Together(Alone):
 
     def whole(self, model: Transformer) -> Transformer | None:
         """Gather the weights, one after the other, where this process leads."""
-        made = Transformer(model.config).to(self._device) if self.leads else None
+        with torch.random.fork_rng(devices=[]):  # noise goes on as if nothing had been made
+            made = Transformer(model.config).to(self._device) if self.leads else None
         wanted = {} if made is None else made.state_dict()
         for name, value in model.state_dict().items():
             gathered = value.full_tensor() if isinstance(value, DTensor) else value
@@ -138,7 +83,7 @@ class Together(Alone):
 
     def any(self, flag: bool) -> bool:
         """Ask all."""
-        said = torch.tensor(flag, device=self._device)
+        said = torch.tensor(int(flag), device=self._device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
         return bool(said)
 
@@ -150,7 +95,9 @@ class Together(Alone):
                 part = cast(DTensor, weight.grad)
                 holders = [n for n, where in zip(part.device_mesh.shape, part.placements, strict=True)
                            if isinstance(where, Replicate)]  # fmt: skip
-                squares += part.to_local().square().sum() / torch.tensor(holders).prod()
+                local = part.to_local()
+                local = local.float() if local.element_size() < 4 else local
+                squares = squares + local.square().sum() / math.prod(holders)
         return total(squares).sqrt()
 
     def first(self, work: Callable[[], T]) -> T:
@@ -163,26 +110,31 @@ class Together(Alone):
         """As `checkpoint.save_spread`."""
         save_spread(folder / SPREAD, step, model, optimizer, state)
 
+    def own_noise(self, step: int) -> None:
+        """Seed by process and step: another number of processes could not take random states up."""
+        torch.manual_seed(hash((torch.initial_seed(), step, self.rank)))
+
     def load(self, folder: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any] | None:
-        """As `checkpoint.load_spread`. Noise is drawn anew, another in every process."""
+        """As `checkpoint.load_spread`, of the folder that the first process finds newest."""
         unseen = [rank for rank, seen in enumerate(self._all(folder.is_dir())) if not seen]
         remedy = f"process {unseen[:1]} does not see it; it must be a folder that all hosts share"
         require(not unseen, "folder", str(folder), remedy)
-        alone = folder / CHECKPOINT
-        remedy = "one process without torchrun wrote it; go on without, or choose another folder"
-        require(not alone.is_file(), "checkpoint", str(alone), remedy)
-        path = newest(folder / SPREAD)
-        torch.manual_seed(hash((torch.initial_seed(), 0 if path is None else step_of(path), self.rank)))
-        return None if path is None else load_spread(path, model, optimizer)
+        path = first(lambda: _newest_of_many(folder))
+        return None if path is None else load_spread(Path(path), model, optimizer)
 
     def leave(self, error: Exception) -> NoReturn:
-        """Raise `error`; end without a word where the process that leads has said why."""
+        """Raise `error`; end without a word where the process that leads says why."""
+        patience = timedelta(seconds=2)  # to hear each other: the store may end with the first process
         if self.leads:
             with suppress(RuntimeError):
                 self._store.set("said", str(error))
+                until = time.monotonic() + patience.total_seconds()
+                while self._store.add("heard", 0) < self.size - 1 and time.monotonic() < until:
+                    time.sleep(0.02)
             raise error
         with suppress(RuntimeError):  # it has not said, or can no longer be asked
-            self._store.wait(["said"], timedelta(seconds=2))
+            self._store.wait(["said"], patience)
+            self._store.add("heard", 1)
             raise SystemExit(1)
         raise error
 
@@ -198,3 +150,12 @@ class Together(Alone):
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
+
+
+def _newest_of_many(folder: Path) -> str | None:
+    """InputError where one process without torchrun has begun the run."""
+    alone = folder / CHECKPOINT
+    remedy = "one process without torchrun wrote it; go on without, or choose another folder"
+    require(not alone.is_file(), "checkpoint", str(alone), remedy)
+    found = newest(folder / SPREAD)
+    return None if found is None else str(found)

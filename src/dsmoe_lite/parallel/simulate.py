@@ -52,7 +52,10 @@ def layer_time(
     bytes_sent: float = 2.0,
     bytes_returned: float = 2.0,
 ) -> LayerTime:
-    """The time of a layer whose rows cross as counted; a row is d_model numbers of so many bytes there and back."""
+    """The time of a layer whose rows cross as counted; a row is d_model numbers of so many bytes there and back.
+
+    The way back is taken to have as many messages as the way there.
+    """
     for name, value in (("d_model", d_model), ("expert_width", expert_width)):
         require_whole(name, value, 1)
     for name, size in (("bytes_sent", bytes_sent), ("bytes_returned", bytes_returned)):
