@@ -103,7 +103,7 @@ def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(folder: Path, wanted: Path, close: float) -> None:
-    """`close` in the first 20 steps: sooner or later rounding flips a choice of experts, and from there two runs part."""
+    """`close` in the first 20 steps: sooner or later rounding flips a choice of experts, and then two runs part."""
     found, other = record_of(folder), record_of(wanted)
     assert found["losses"][:20] == pytest.approx(other["losses"][:20], abs=close)
     assert found["losses"] == pytest.approx(other["losses"], abs=0.05)
