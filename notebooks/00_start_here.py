@@ -54,7 +54,7 @@ need("torch", "altair", "vl_convert", "tokenizers")
 # | 07 The paper's experiments | Tables 1 and 2, Figures 3 to 6, with ten seeds | and what is in the experts? |
 # | 08 What experts learn | who uses which, and what is lost without them | how does a GPU run this? |
 # | 10 Kernels | the layer in CUDA C++, run on your CPU | how do many devices share it? |
-# | 11 Many devices (planned) | expert parallelism | |
+# | 11 Many devices | experts on several processes, equal to one | what did V3 add? |
 #
 # ## How a chapter works
 #

@@ -17,7 +17,8 @@
 #
 # **You will** send each token once to a process, however many of its experts live there; write an all-to-all; train on four processes
 # and get one process's losses; kill a process and watch the run come back; see what a limit on devices costs and saves; and
-# find out which assumptions decide whether a thousand devices are worth it.
+# find out which assumptions decide how much of
+# a thousand devices' speed is left.
 #
 # **You need** chapters 04 and 05. Nothing about `torch.distributed`. **Reading time** 50 minutes. **Hardware** any laptop CPU; the
 # processes are real, the network is your memory.
@@ -126,20 +127,21 @@ for name, config in MODELS.items():
 # %% [markdown]
 # **What to notice.** Nearly all weights are routed experts, and a token meets few of them. So these are spread: $P$ processes share one set
 # of experts, process $p$ holds the $E/P$ experts $\mathcal E_p$ of each layer, and every process has tokens of its own. What is left is
-# small, and every token needs it: there FSDP, torch's way to share out weights, gathers a block's weights just before they are used. (The widths of the 145B
+# small, and every token needs it. There FSDP (fully sharded data parallel) saves memory: each process stores a part of every weight, gathers a block's just before use,
+# and afterwards averages the gradients and keeps its part. (V2 and V3 instead cut the layers into a *pipeline*, so that weights stay in place, and share out only Adam's state. The widths of the 145B
 # model are not printed; these give its 144.6B.)
 #
 # ## Each token once
 #
 # A token needs its $K$ experts. If two of them live on one process, it goes there once. Of the tokens $\mathcal T_q$ of process $q$,
-# process $p$ gets
+# process $p$ gets so many **rows**, a row being one token's vector:
 #
 # $$
 # n_{q \to p} = \sum_{t \in \mathcal T_q} \mathbb 1[\,\text{some expert of token } t \text{ is in } \mathcal E_p\,] .
 # $$ (eq:rows-sent)
 #
-# The routing of a trained model: GShard with 16 experts, two for each token, on text that it has not seen. Each
-# process has an equal part of the tokens.
+# Take the routing of a trained model, GShard with 16 experts, two for each token, on text that it has not seen, and give each
+# process an equal part of the tokens.
 #
 # **Ask.** A fair die would leave a share of $1/P$ of these rows at home. Does a trained router leave more?
 
@@ -179,8 +181,9 @@ print(f"choices {routing.topk_ids.numel():,}, rows {rows:,}, at home {stay / row
 
 # %% [markdown]
 # **What to notice.** About one row in $P$ stays: the router does not know where its experts live. Some tokens have both experts
-# on one process, so there are fewer rows than choices; with eight experts a token this saves much more (chapter 05).
-# Columns are not even: what a process *receives* is what its experts are worth, and the busiest is waited for.
+# on one process, so there are a few rows fewer than choices. With six experts a token on eight devices it saves more: chance alone gives 4.5 rows (chapter 05).
+# Columns are not even: what a process *receives* depends on how busy its experts are, and the busiest is waited for. It also needs memory for them: one reason for V2's
+# budget of a device and its dropping.
 #
 # ## All to all
 #
@@ -227,15 +230,27 @@ with torch.no_grad():
 print("experts spread over processes: mine equals one place")
 
 # %% [markdown]
-# Backward the same rows travel again, their gradients, in the opposite order: four exchanges for each layer and step. Nobody knows beforehand
-# how many rows will come, so their numbers are exchanged first, and small ones beside the rows: which row each choice
-# reads, and the gates.
+# Backward the rows' gradients take the same ways in the opposite order: four exchanges for each layer and step. Between real processes one exchange is one call, but nobody knows
+# beforehand how many rows will come. So the counts go first:
+#
+# ```python
+# dist.all_to_all_single(rows_in, rows_out)  # how many, P numbers each
+# received = x.new_empty(int(rows_in.sum()), x.shape[1])
+# dist.all_to_all_single(received, outgoing, rows_in.tolist(), rows_out.tolist())
+# ```
+#
+# `tolist` brings the counts to the CPU, and a GPU has to be waited for. Beside the rows go two small things, which row each choice
+# reads and the gates.
 #
 # ## Four processes
 #
-# Now real ones. `torchrun` starts $P$ processes that find each other; here they exchange over gloo, torch's library for CPUs, on a cluster over NCCL. Each runs
-# this function. It is sent to them as text, so it imports what it needs itself. Three lines are new: `make_mesh` arranges
-# the processes, `parallelize` spreads the model, `total` adds up over processes.
+# Now real ones. `torchrun` starts processes that find each other; here they exchange over gloo, torch's library for CPUs, on a cluster over NCCL, NVIDIA's for GPUs. Each runs
+# this function, and knows its number (*rank*) and how many there are (*world*). The function is sent to them as text, so it imports what it needs itself. Besides:
+#
+# - `make_mesh` arranges the processes in a grid: those in a row share one set of experts, those in a column would hold copies of the same ones. Here there is one row.
+# - `parallelize` spreads the model over it; `rows_of` gives each process its part of the batch; `total` adds up over processes.
+# - Each process computes a *part* of the batch's loss and gradient, and FSDP averages; `world * loss` turns its mean into the sum.
+# - `say` reports to this notebook; the checkpoints have a section of their own below.
 
 
 # %%
@@ -275,10 +290,12 @@ def train_part(config, text, seed, steps, folder):
         loss = total(loss * len(mine) / len(text))
         for routing in out.routings:
             loss = loss + 0.01 * expert_loss(routing, total=total)
-        (world * loss).backward()  # FSDP takes the mean of gradients over processes
+        (world * loss).backward()
         optimizer.step()
         optimizer.zero_grad()
-        say(step=step + 1, of=steps, loss=loss.item())
+        experts = model.moe_layers[0].experts
+        held = sum(p.to_local().numel() for p in experts.parameters())
+        say(step=step + 1, of=steps, loss=loss.item(), held=held)
         if (step + 1) % 5 == 0:
             save_spread(Path(folder), step + 1, model, optimizer, {"step": step + 1})
 
@@ -319,42 +336,43 @@ losses = {p: [] for p in range(P)}
 with tempfile.TemporaryDirectory() as folder:
     for event in together(train_part, P, *arguments, folder):
         losses[event["rank"]].append(event["loss"])
+        held = event["held"]
 
 # %%
 assert all(losses[p] == losses[0] for p in range(P))
 apart = max(abs(a - b) for a, b in zip(alone, losses[0], strict=True))
 assert apart < 1e-5, apart
 print(f"{steps} losses, the same in {P} processes; from one process's less than 1e-5")
-routed = sum(p.numel() for m in model.moe_layers for p in m.experts.parameters())
-print(f"weights of routed experts: {routed:,}, in each process {routed // P:,}")
+whole = sum(p.numel() for p in model.moe_layers[0].experts.parameters())
+assert held * P == whole
+print(f"weights of a layer's experts: {whole:,}, in each process {held:,}")
 
 # %% tags=["trained"]
 fall = losses[0][0] - losses[0][-1]
 claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=own)
 
 # %% [markdown]
-# **What to notice.** All processes report the same numbers to the last bit, because a sum over processes has one result. From one process's they
-# differ by rounding alone: sums are added up in another order. (Over hundreds of steps rounding will flip some token's choice of an
-# expert, and then the two part ways; in float64 they stay together.)
+# **What to notice.** All processes report the same numbers to the last bit, because a sum over processes is computed once and handed to all. From one process's they
+# differ by rounding alone, in the seventh digit: sums are added up in another order. (Sooner or later rounding flips some token's choice of an
+# expert, and from there two runs part ways.)
 #
 # ### Sums, and what is divided by what
 #
-# Two things are easy to get wrong, and neither stops a run. The first are **gradients of experts**. With $W$ processes the loss of the batch is the mean of theirs. Of
+# Two things are easy to get wrong, and neither stops a run. The first are **gradients of experts**. Let there be $W$ processes in several sets of $P$ that each hold all experts; the loss of the batch is the mean of theirs. Of
 # a weight that all have, each process computes a gradient from its own tokens, and the mean over $W$ is right. An expert has no such
-# copies: its process has already *summed* what came from all $P$ that share it. If $W/P$ copies of the experts exist, with gradients $G^{(c)}$ of
-# their processes' sums, then
+# copies: its process has already *summed* what came from all $P$ of its set. If $G^{(c)}$ is that sum in set $c$ of $W/P$, then
 #
 # $$
-# \nabla_{W_e} \mathcal L = \frac1W \sum_{c=1}^{W/P} G^{(c)} ,
+# \nabla_{\theta_e} \mathcal L = \frac1W \sum_{c=1}^{W/P} G^{(c)} ,
 # $$ (eq:expert-mean)
 #
-# and a mean over the $W/P$ copies would be $P$ times too large. The first exercise is this bug, as it was found in the wild.
+# and a mean over the $W/P$ sets would be $P$ times too large. The first exercise is this bug, as it was found in the wild.
 #
-# The second are **balance losses**. They are products of sums, $\sum_i f_i P_i$ (chapter 05), and a mean of products is not the product of means:
+# The second are **balance losses**. They are products of sums, $\sum_i f_i \bar s_i$ with the share of choices $f_i$ and the mean affinity $\bar s_i$ of expert $i$ (chapter 05, there $P_i$), and a mean of products is not the product of means:
 #
 # $$
-# \sum_i \Bigl(\frac1W \sum_w f_i^{(w)}\Bigr) \Bigl(\frac1W \sum_w P_i^{(w)}\Bigr)
-# \;\ne\; \frac1W \sum_w \sum_i f_i^{(w)} P_i^{(w)} .
+# \sum_i \Bigl(\frac1W \sum_w f_i^{(w)}\Bigr) \Bigl(\frac1W \sum_w \bar s_i^{(w)}\Bigr)
+# \;\ne\; \frac1W \sum_w \sum_i f_i^{(w)} \bar s_i^{(w)} .
 # $$ (eq:sum-first)
 #
 # **Ask.** 16 experts, one for each token. Of four processes each has text of one subject, and sends it to four experts of its own, evenly. What
@@ -378,14 +396,14 @@ print(f"mean of the processes' losses: {each_loss:g}")
 print(f"loss of the batch:             {together_loss.item():g}")
 
 # %% [markdown]
-# **What to notice.** Locally this looks a quarter of the way to collapse; over the batch it is perfectly balanced. Trained on the local losses, no
-# expert could keep a subject: each small batch must be even by itself. For language models that is measurably worse {cite:p}`GlobalBatch2025`. So `total` adds up $f$ and $P$ over processes
-# before they are multiplied. A sequence-wise loss, as in V3, needs no sum: a sequence lives on one process.
+# **What to notice.** Locally this looks four times worse than balance; over the batch it is perfectly balanced. Trained on the local losses, every
+# expert would be pushed off its subject: each small batch must be even by itself. For language models that is measurably worse {cite:p}`GlobalBatch2025`. So `total` adds up both factors over processes
+# before they are multiplied. A sequence-wise loss, as in V3, needs no such sum: a sequence lives on one process. V3's bias does need the counts of all, and clipping the norm of all gradients.
 #
 # ## A process dies
 #
 # The more devices, the more often one of them fails. Every five steps the processes above write a checkpoint together, each its own part, into a folder
-# that gets its name only when all have written. When one dies, the others notice that it no longer answers; `torchrun` starts all of them
+# that gets its name only when all have written. `torchrun` watches them: when one dies it stops the others and starts all
 # again, and they go on from the newest folder.
 #
 # **Watch**: the same run again, and this time process 1 is killed after step 7 by the strongest signal there is.
@@ -399,17 +417,21 @@ with tempfile.TemporaryDirectory() as folder:
         if rank == 1 and step == 7 and not killed:
             os.kill(event["pid"], signal.SIGKILL)
             killed = True
-        start = before.get((rank, event["restart"]), now - 0.02)
+        start = before.get((rank, event["restart"]), now)
         before[rank, event["restart"]] = now
         of = "started again" if event["restart"] else "first start"
         row = {"lane": f"process {rank}", "of": of, "start": start, "end": now}
-        seen.append(row | {"what": f"step {step}"})
+        if start < now:
+            seen.append(row | {"what": f"step {step}"})
         again[rank, step] = event["loss"]
 charts.link_timeline(
     sorted(seen, key=lambda row: row["lane"]),
     unit="seconds",
     title="What does each process do?",
-    subtitle="A bar is a step. Between the two colours lies the start of new processes.",
+    subtitle=[
+        "A bar is a step; the first after a start is not drawn.",
+        "Process 1 is killed where the first colour ends; then new processes start.",
+    ],
 )
 
 # %%
@@ -419,7 +441,7 @@ for rank in range(P):
 print(f"killed once, and still the same {steps} losses to the last bit")
 
 # %% [markdown]
-# **What to notice.** The gap is the price: new processes, torch loaded again, a model read. What was learnt since the last
+# **What to notice.** The gap is the price, about as long as the first start: new processes, torch loaded again, a model read. What was learnt since the last
 # checkpoint is computed once more, and comes out the same.
 #
 # The command line does all this for a config file, with one process and with many:
@@ -427,17 +449,17 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 #     dsmoe train config.yml
 #     torchrun --standalone --nproc-per-node=4 --max-restarts=3 -m dsmoe_lite train config.yml
 #
-# (for restarts torch 2.13 needs `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before the second; without it the new processes
+# (for restarts torch 2.13 needs `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before the second command; without it the new processes
 # cannot meet).
 # `src/dsmoe_lite/parallel/clusters` has files that start the second line on Slurm and on Kubernetes.
 #
 # ## Three losses for devices
 #
-# A process is as fast as its experts are busy, so it is *devices* that should be even. The recorded runs of chapter 05 have 64 experts on
-# eight devices, two shared and six chosen ones, five seeds each. *device* is V2's device-level loss (0.05) with a weak expert-level one (0.003); *device, sends* adds the communication
+# All wait for the slowest, so it is *devices* that should be even. The recorded runs of chapter 05 have 64 routed experts on
+# eight devices, six for each token, beside two shared ones; five seeds each. *experts* is the expert-level loss (0.01), *devices* V2's device-level loss (0.05) with a weak expert-level one (0.003); *devices, sends* adds the communication
 # loss (0.02) and lets a token reach three devices.
 #
-# **Ask.** Which is evener over devices: a strong loss on experts, or one on devices? And which over experts?
+# **Ask.** Which is evener over devices: the loss on experts, or the one on devices? And which over experts?
 
 # %%
 predict("11-even", None)  # "experts" or "devices", twice
@@ -459,10 +481,15 @@ def busiest_expert(record):
     return mean(one["max_vio"] + 1 for one in record["heldout_experts"])
 
 
+of_none = {
+    r["seed"]: r["heldout_loss"]
+    for r in records("balance")
+    if r["model_name"] == "none"
+}
 METRICS = {
     "busiest device": busiest_device,
     "busiest expert": busiest_expert,
-    "held-out loss": lambda record: record["heldout_loss"],
+    "loss minus no loss's": lambda r: r["heldout_loss"] - of_none[r["seed"]],
 }
 rows = [
     {"model": shown, "seed": r["seed"], "metric": metric, "value": value_of(r)}
@@ -474,12 +501,12 @@ rows = [
 charts.model_comparison(
     rows,
     title="Who is even where?",
-    subtitle="Loads over their mean. Ring: one seed. Dot and bar: mean and its 95% interval.",
+    subtitle="Busiest: load over the mean. Ring: one seed. Dot and bar: mean, 95% interval.",
 )
 
 # %% [markdown]
 # **What to notice.** A loss on devices makes devices the evenest, with 3% more than its share for the busiest, and lets experts differ more than the loss on
-# experts does. That is what it is for. Held-out losses do not tell the four apart at this size: what is won here is time, on devices that wait for each other.
+# experts does. That is what it is for. Held-out losses do not tell the four apart: every interval holds 0. What is won here is time, of devices that wait for each other.
 #
 # ## A limit on devices
 #
@@ -516,24 +543,24 @@ charts.model_comparison(
 
 # %% [markdown]
 # **What to notice.** Without a limit a token reaches 4.6 devices, about what chance gives. With one it reaches as many as it may, so $M = 3$ saves a
-# third of the rows. What that costs *does not show*: every interval holds 0, even with all six experts on one device. V2 reports that from $M = 3$ on the loss is about that
-# of free choice {cite:p}`DeepSeekV2`; our runs agree, and cannot say where it begins to hurt. With gaps that scatter by 0.01 from seed to seed, that would take longer runs of larger models, or far more seeds.
+# third of the rows. What that costs *does not show*: every interval holds 0, even at $M = 1$, with all six experts on one device. V2 reports that from $M = 3$ on the model is about as good as with
+# free choice {cite:p}`DeepSeekV2`. Our runs do not contradict it, and cannot say where it begins to hurt: intervals are more than 0.01 wide to each side. That would take longer runs of larger models, or far more seeds.
 #
 # ## Seconds, on paper
 #
 # Nobody here has a thousand GPUs. But rows can be counted from a routing, and time follows from rows with a few assumptions. They are all in the
 # parameters cell: how many FLOP/s a device sustains, the bandwidth to devices of its **node** (a computer with 8 of them) and to other nodes, and what a message
-# costs beside its bytes. The two bandwidths are those of V3's cluster, NVLink and InfiniBand
-# {cite:p}`DeepSeekV3`.
+# costs beside its bytes. The two bandwidths are those of V3's cluster, NVLink and InfiniBand, and so are one byte there (FP8) and two back (BF16)
+# {cite:p}`DeepSeekV3`. The 400 TFLOP/s are two fifths of an H100's peak in BF16; the 2 µs are a guess.
 #
 # As in V3, a token crosses to another node once, to the device that stands where its own does, and is handed on inside. Let $a_i$ be the rows that device $i$ sends or
-# receives across nodes, whichever is more, $b_i$ those inside, $m_i$ its messages. With rows of $d$ numbers of $\beta$ bytes, one exchange takes
+# receives across nodes, whichever is more, $b_i$ those inside, and $m_i$ the number of devices that it sends to. With rows of $d$ numbers of $\beta$ bytes, $\lambda$ for the latency and $w$ for the bandwidths, one exchange takes
 #
 # $$
 # t = \lambda \max_i m_i + \beta d \Bigl( \frac{\max_i a_i}{w_{across}} + \frac{\max_i b_i}{w_{inside}} \Bigr) ,
 # $$ (eq:exchange-time)
 #
-# and the experts $6 d F$ FLOPs for each of the choices of the busiest device. **Use** the package's, for one layer of V3 on 64 devices in 8 nodes, with a random router that
+# and the experts of width $F$ take $6 d F$ FLOPs for each of the choices of the busiest device. The two ways are added, as if a device first sent across and then handed on. **Use** the package's, for one layer of V3 on 64 devices in 8 nodes, with a random router that
 # keeps V3's limits.
 #
 # **Ask.** What takes longer, the experts or the way to them and back?
@@ -573,17 +600,28 @@ def layer_of(name, n_tokens, machine):
 v3 = layer_of("DeepSeek-V3", tokens, machine)
 for part in ("dispatch", "compute", "combine"):
     print(f"{part:9} {getattr(v3, part) * 1e3:6.2f} ms")
+hidden = layer_of("DeepSeek-V3", tokens, replace(machine, inside=1e18))
+print(
+    f"with free links inside {hidden.dispatch * 1e3:.2f} and {hidden.combine * 1e3:.2f} ms"
+)
 
 # %% [markdown]
+# **What to notice.** The way takes longer, and its second half longest: rows come back in twice as many bytes. V3 hands rows on while others are still crossing (Section 3.2.2);
+# then only the longer way counts, which is the one across, and the experts take longer than both ways together.
+#
 # ### Hiding it
 #
-# Links and arithmetic units are different parts of a device. Cut a batch in two halves, and while one half is computed the other can
-# travel. V3's schedule, DualPipe, does so between forward and backward passes as well. Below: two layers, forward.
+# Links and arithmetic units are different parts of a device, so while one half of a batch is computed the other can
+# travel. V3 does this with two micro-batches when it reads prompts; in training its schedule, DualPipe, pairs one micro-batch's forward pass with another's backward. (Sending is not quite free: V3 gives
+# it 20 of a GPU's multiprocessors, Section 3.2.2.) Below: two layers, forward, of two halves *A* and *B*.
 #
 # **Ask.** Which bandwidth across nodes is enough to hide all sending?
 
 
 # %%
+predict("11-hidden", None)  # GB/s
+
+
 def schedule(length, overlap, n_layers=2):
     """Bars of two halves; what follows on a part's lane waits for it."""
     order = ("attn", "go", "exp", "back")
@@ -635,17 +673,17 @@ live(
 )
 
 # %% [markdown]
-# **What to notice.** At 50 GB/s the links are busy nearly as long as the units, and yet only the end of the last *combine* sticks out: the overlapped schedule ends after two thirds of
-# the time. At 25 GB/s the units begin to wait. From 50 on more bandwidth buys little: the units have no gap left to fill.
+# **What to notice.** At 50 GB/s the links are busy two thirds as long as the units, and only the last *back* sticks out: the overlapped schedule ends after two thirds of
+# the time. Move the slider to 25: now the links need longer than the units, which wait. Beyond 50 more bandwidth only shortens the tail.
 #
 # ### Scale
 #
 # A whole training step: every layer's experts and exchanges, forward and backward; everything else's arithmetic; and FSDP's gathering of weights and adding up of
-# gradients, which all take the links across nodes. Experts are shared by 4 devices in 145B, 8 in V2 and 64 in V3, as the papers say, and by 8 in 16B, which its paper
-# keeps on one; more devices than that hold copies. The papers' pipelines, which keep weights in place, are left out. What is drawn is the
+# gradients, which is taken to use the links across nodes. Experts are shared by 4 devices in 145B, 8 in V2 and 64 in V3, as the papers say, and by 8 in 16B, which its paper
+# keeps on one; more devices than that hold copies. A curve begins where the model fits. The papers' pipelines, which keep weights in place, are left out. What is drawn is the
 # speed of a device over what it would have if links were free and experts even.
 #
-# **Ask.** Which matters more at 4,096 devices: twice the bandwidth, or four times the tokens on each device?
+# **Ask.** Which helps more at 4,096 devices: four times the bandwidth, or four times the tokens on each device?
 
 # %%
 predict("11-scale", None)  # "bandwidth" or "tokens"
@@ -659,7 +697,8 @@ def scale(tokens, across, overlap):
         layer = layer_of(name, tokens, there)
         choices = counted[name].choices.double()
         even = float(choices.mean() / choices.max())
-        for devices in (2**i for i in range(3, 13) if 2**i >= n):
+        least = max(n, 16, 16 * parameters(config).total / 80e9)
+        for devices in (2**i for i in range(4, 13) if 2**i >= least):
             step = step_time(
                 config,
                 layer,
@@ -673,11 +712,16 @@ def scale(tokens, across, overlap):
             best = step.experts * even + step.rest
             took = step.overlapped if overlap else step.apart
             rows.append({"model": name, "devices": devices, "value": best / took})
+    return rows
+
+
+def scaling(tokens, across, overlap):
+    rows = scale(tokens, across, overlap)
     return charts.scaling_curve(rows, subtitle=f"{tokens:,} tokens a device.")
 
 
 live(
-    scale,
+    scaling,
     tokens=SelectionSlider(
         options=[1024, 4096, 16384, 65536], value=4096, description="tokens a device"
     ),
@@ -687,21 +731,36 @@ live(
     overlap=Checkbox(value=False, description="overlapped"),
 )
 
+# %%
+CASES = {
+    "as above": (4096, 50.0),
+    "4 x bandwidth": (4096, 200.0),
+    "4 x tokens": (16384, 50.0),
+    "16 x tokens": (65536, 50.0),
+}
+print(f"{'':26}" + "".join(f"{name:>13}" for name in MODELS))
+for overlap in (False, True):
+    for case, setting in CASES.items():
+        last = [r["value"] for r in scale(*setting, overlap) if r["devices"] == 4096]
+        label = f"{case}{', overlapped' * overlap}"
+        print(f"{label:26}" + "".join(f"{share:13.0%}" for share in last))
+
 # %% [markdown]
-# **What to notice.** Curves fall at first and are flat from a few copies of the experts on: each device gathers and adds up as much, however many there are. What hurts is FSDP's traffic, which is the same for
-# one token as for many; so four times the tokens help more than twice the bandwidth, and with overlap they hide it all. V3 is least hurt, for its experts are spread over 64. Real runs do better at few tokens by keeping weights in place (pipelines), and
+# **What to notice.** Curves are nearly flat: each device gathers and adds up as much, however many there are. At few tokens that traffic of weights is what hurts, and it is the same for
+# one token as for many: so four times the tokens help as much as four times the bandwidth. V3 gathers less, for its experts are spread over 64; but its exchanges cross nodes and grow with the
+# tokens, so bandwidth helps it more, and with many tokens it is the slowest. Overlapped, four times of either hide nearly everything. Real runs do better at few tokens by keeping weights in place, and
 # worse by all that is missing here: optimizer, recomputation, stragglers, a network that others use, uneven routers.
 #
 # ## Move the experts
 #
-# If some experts are busier, need they stand in their order? Before V3 answers requests, its experts are placed by measured load, with
-# copies of the busiest (Section 3.4). **Use** `balanced`: spare slots go to the experts whose copies are busiest, then the busiest copies to the
-# least busy devices. The loads are those of the recorded runs without any balance loss, first layer, 64 experts, on 8 devices and on 32.
+# If some experts are busier, need they stand in their order? Where V3 answers requests, loads are measured while it runs; now and then the busiest experts get copies and all are packed
+# anew (Section 3.4). **Use** `balanced`: spare slots go to the experts whose copies are busiest, then the busiest copies to the
+# least busy devices. The loads are those of the recorded runs without any balance loss, first layer, 64 experts, on 8 devices and on 32. (They are packed by the very loads that come: the best case.)
 #
-# **Ask.** How even does packing alone make 8 devices? And 32? What does one more slot on each device add?
+# **Ask.** How even does packing alone make 8 devices? And 32? And with one more slot on each?
 
 # %%
-predict("11-placed", None)  # busiest device over the mean, three times
+predict("11-placed", None)  # busiest device over the mean, four times
 
 runs = [r for r in records("balance") if r["model_name"] == "none"]
 PLACED = {
@@ -730,9 +789,8 @@ charts.model_comparison(
 #
 # ## Exercises
 #
-# **1. A bug from the wild** (15 minutes). Every process of a set has summed the gradient of its experts over the tokens of all who share them. This function makes of the
-# copies' sums, one for each set, the gradient of the batch's loss, which is the mean over processes. Two
-# frameworks had it like this. Return the right one.
+# **1. A bug from the wild** (15 minutes). Each copy of an expert has summed its gradient over the tokens of the `sharing` processes of its set; `sums` has one row a copy. Return the gradient of the batch's
+# loss, which is the mean over *all* processes' losses. Two frameworks returned what `expert_gradient` does.
 
 
 # %%
@@ -766,12 +824,12 @@ verdict = check_exercise(mended, is_the_batch_mean)
 #     return sums.mean(dim=0) / sharing
 # ```
 #
-# DeepSpeed had expert gradients 4 times too large with 4 processes (issue 5618), torchtitan on FSDP2 twice with 2 (pytorch issue 160285). Losses looked well: Adam divides a gradient by its
+# DeepSpeed had expert gradients 4 times too large with 4 processes (issue 5618), torchtitan on FSDP2 2 times with 2 (pytorch issue 160285). Losses looked well: Adam divides a gradient by its
 # own size. What it does change is the norm that clips all gradients.
 # </details>
 #
-# **2. Code** (15 minutes). Experts stand in order, `per_device` on each device, and a node is `node` devices. How many rows leave the node of each token,
-# if a token crosses to another node once?
+# **2. Code** (15 minutes). Experts stand in order, `per_device` on each device, and a node is `node` devices. For each token: how many rows leave its node,
+# if it crosses to each other node once?
 
 
 # %%
@@ -809,12 +867,12 @@ verdict = check_exercise(rows_across, counts_nodes)
 # ```
 # </details>
 #
-# **3. Run it** with `dsmoe run 11 -p bytes_sent=2`, then with `dsmoe run 11 -p inside=50`. Which of the two costs V3's layer more, and why?
+# **3. Run it** with `dsmoe run 11 -p bytes_sent=2`, then with `dsmoe run 11 -p inside=50`. Compare the lines of *dispatch*, *compute* and *combine* (half a minute each): which of the two costs V3's layer more, and why?
 #
 # <details><summary>Solution</summary>
 #
 # `inside=50` costs more: dispatch grows from 3.5 to 6.3 ms and combine from 6.9 to 12.5, while `bytes_sent=2` only doubles dispatch. A device sends nearly twice as many rows inside its
-# node as across, its own and those it hands on for others, and they travel both ways.
+# node as across, its own and those it hands on for others; `inside=50` makes them 3.2 times slower in both directions, `bytes_sent=2` doubles one direction.
 # </details>
 #
 # ## Recap
@@ -825,5 +883,5 @@ verdict = check_exercise(rows_across, counts_nodes)
 # - Sum before you multiply (balance losses), and divide by all processes, not by the copies (expert gradients).
 # - Rows follow from routing, time from rows and assumptions: state them, then move them.
 #
-# **Claims settled here:** parallel training equals one process's, in losses below 1e-5 in float32, and to the last bit after a kill; each process holds $1/P$ of the experts.
-# Not settled: every time in seconds, which was computed and not measured.
+# **Claims settled here:** parallel training equals one process's, in losses below 1e-5 in float32, and to the last bit after a kill; each process holds $1/P$ of the experts' weights.
+# Not settled: every time of a layer or a step, which was computed and not measured.
