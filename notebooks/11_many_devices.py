@@ -224,7 +224,7 @@ def spread_out(x, ids, gates):
 
 
 with torch.no_grad():
-    x = layer_input = x_seen[0].flatten(0, 1)
+    x = x_seen[0].flatten(0, 1)
     mine = spread_out(x, routing.topk_ids, routing.gates)
     assert_close(mine, layer.experts(dispatch(x, routing)))
 print("experts spread over processes: mine equals one place")
@@ -587,14 +587,16 @@ def rows_of_layer(name):  # counted for SAMPLE tokens a device
 counted = {name: rows_of_layer(name) for name in MODELS}
 
 
+def longer(rows, factor):  # as many messages, with more rows each
+    of = {key: value * factor for key, value in vars(rows).items()}
+    return Crossings(**of | {"messages": rows.messages})
+
+
 def layer_of(name, n_tokens, machine):
-    of = {
-        key: value * (n_tokens / SAMPLE) for key, value in vars(counted[name]).items()
-    }
-    of["messages"] = counted[name].messages  # as many, but longer
     config = MODELS[name]
     widths = config.d_model, config.moe.expert_width
-    return layer_time(Crossings(**of), machine, *widths, bytes_sent, bytes_back)
+    rows = longer(counted[name], n_tokens / SAMPLE)
+    return layer_time(rows, machine, *widths, bytes_sent, bytes_back)
 
 
 v3 = layer_of("DeepSeek-V3", tokens, machine)
@@ -608,6 +610,31 @@ print(
 # %% [markdown]
 # **What to notice.** The way takes longer, and its second half longest: rows come back in twice as many bytes. V3 hands rows on while others are still crossing (Section 3.2.2);
 # then only the longer way counts, which is the one across, and the experts take longer than both ways together.
+#
+# A random router is even. The trained one from above is not: here are its own choices, one expert on each of 16 devices, with widths of 16B, beside random choices for as many tokens.
+#
+# **Ask.** How much longer does a layer take with the real choices?
+
+# %%
+predict("11-real", None)  # times as long
+
+
+def of_choices(ids):  # seconds of a layer, load of the busiest device
+    own = torch.arange(E).repeat_interleave(len(ids) // E)
+    rows = crossings(ids, torch.ones_like(ids).bool(), own, in_order(E, E), 8)
+    rows = longer(rows, tokens / (len(ids) // E))
+    taken = layer_time(rows, machine, 2048, 1408, bytes_sent, bytes_back)
+    return taken.apart, float(rows.choices.max() / rows.choices.mean())
+
+
+by_chance = torch.rand(len(routing.topk_ids), E, generator=draw).topk(K).indices
+for name, ids in {"random": by_chance, "trained": routing.topk_ids}.items():
+    seconds, load = of_choices(ids)
+    print(f"{name:8} {seconds * 1e3:5.2f} ms, the busiest device has {load:.2f} shares")
+
+# %% [markdown]
+# **What to notice.** A third longer: everyone waits for the device with the busiest expert, which computes more and hears more. (Chance alone gives a busiest device of 1.18 shares, for so few tokens
+# were drawn.) What evenness is worth in seconds can be read off here, before any device is bought.
 #
 # ### Hiding it
 #
