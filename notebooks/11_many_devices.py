@@ -353,7 +353,7 @@ claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=own)
 
 # %% [markdown]
 # **What to notice.** All processes report the same numbers to the last bit, because a sum over processes is computed once and handed to all. From one process's they
-# differ by rounding alone, in the seventh digit: sums are added up in another order. (Sooner or later rounding flips some token's choice of an
+# differ by rounding alone, by less than 1e-5: sums are added up in another order. (Sooner or later rounding flips some token's choice of an
 # expert, and from there two runs part ways.)
 #
 # ### Sums, and what is divided by what

@@ -142,6 +142,7 @@ def test_a_killed_process_comes_back_and_nothing_is_different(config: Path, two:
         victim.kill()
         _, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
+    assert "exitcode: -9" in err
     assert all("one of 2 processes is lost" in line for line in last_words(err))
     for name in ("losses", "routing", "heldout_loss", "recall"):
         assert record_of(folder)[name] == record_of(two)[name]
@@ -234,17 +235,20 @@ def two_hosts() -> Iterator[None]:
         steps += [f"ip -n {host} addr add {address}/24 dev wire", f"ip -n {host} link set lo up"]
         steps += [f"ip -n {host} link set wire up"]
         steps += [f"ip netns exec {host} sysctl -qw net.ipv4.tcp_retries2=5"]
+    _remove_hosts()  # of a run that was killed
     try:
         for step in steps:
-            done = subprocess.run(step.split(), capture_output=True, text=True)
+            done = subprocess.run(["sh", "-c", step], capture_output=True, text=True)
             if done.returncode != 0:
-                pytest.skip(f"needs root to set up two hosts: `{step}` said {done.stderr.strip()}")
+                pytest.skip(f"needs root and iproute2 to set up two hosts: `{step}` said {done.stderr.strip()}")
         yield
-    except FileNotFoundError:
-        pytest.skip("needs ip to set up two hosts: apt install iproute2")
     finally:
-        for host in HOSTS:
-            subprocess.run(["sh", "-c", f"ip netns del {host}"], capture_output=True)
+        _remove_hosts()
+
+
+def _remove_hosts() -> None:
+    for host in HOSTS:
+        subprocess.run(["sh", "-c", f"ip netns del {host}"], capture_output=True)
 
 
 def on_host(host: str, config: Path, folder: Path) -> list[str]:
