@@ -81,7 +81,7 @@ lint: setup
 	@$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))'
 
 before-tests: setup lint
-	@$(PY) -c 'from dsmoe_lite.machine import find_chromium as f; f() or print("no chromium: its tests are skipped (apt install chromium)")'
+	@$(PY) -c 'from dsmoe_lite.common.machine import find_chromium as f; f() or print("no chromium: its tests are skipped (apt install chromium)")'
 	@$(PY) -m dsmoe_lite book
 
 # pytest comes last, so that its summary closes the output; it fails when it finds no test.

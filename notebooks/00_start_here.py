@@ -67,7 +67,7 @@ need("torch", "altair", "vl_convert", "tokenizers")
 # ## Your machine
 
 # %% tags=["measured"]
-from dsmoe_lite import machine
+from dsmoe_lite.common import machine
 
 for part in machine.parts():
     print(f"{part.name:16} {part.found or 'not here: ' + part.remedy}")
@@ -88,11 +88,11 @@ from tokenizers import Tokenizer
 
 from dsmoe_lite import accounting
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import recall
 from dsmoe_lite.generate import generate
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.routing.metrics import load
 from dsmoe_lite.routing.trace import RoutingTrace
 from dsmoe_lite.viz import charts, renderer
@@ -231,7 +231,7 @@ def ways():
 
 
 def ways_are_right(ways):
-    from dsmoe_lite import published
+    from dsmoe_lite.study import published
 
     right = {
         (row["n"], row["k"]): row["value"] for row in published.load()["combinations"]

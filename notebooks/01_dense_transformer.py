@@ -49,20 +49,20 @@ import torch.nn.functional as F
 from ipywidgets import FloatSlider
 from torch.testing import assert_close
 
-from dsmoe_lite import accounting, published
+from dsmoe_lite import TrainConfig, accounting, train
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import GROUPS, World
 from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.experiments import records
 from dsmoe_lite.generate import generate
-from dsmoe_lite.labs.recorded import gaps, metric_rows
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.rope import apply_rope, rope_tables
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study import published
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import gaps, metric_rows
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
 

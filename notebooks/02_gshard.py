@@ -53,16 +53,15 @@ from ipywidgets import FloatSlider, IntSlider
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
-from dsmoe_lite import accounting
+from dsmoe_lite import TrainConfig, accounting, train
 from dsmoe_lite.bench.train import bench_train
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import END_ID
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, overtaken_at
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss
 from dsmoe_lite.layers.capacity import capacity, place_in_expert
 from dsmoe_lite.layers.dispatch import dispatch
@@ -70,7 +69,6 @@ from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.layers.selection import ordered_topk
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.metrics import load
@@ -83,7 +81,8 @@ from dsmoe_lite.routing.specialization import (
 )
 from dsmoe_lite.routing.token_types import TYPES
 from dsmoe_lite.routing.trace import RoutingTrace
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import curve_gaps, gaps, metric_rows, overtaken_at
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.explorer import explore
 from dsmoe_lite.viz.live import live
@@ -758,7 +757,7 @@ claim("the null of that", rows[1]["null"], (0.12, 0.24))
 
 # %% [markdown]
 # **What to notice.** The null is nowhere near 1/16. A token seen once has all of its occurrences at one expert, whatever
-# the router does, and most of a vocabulary is rare. Leaving rare tokens out brings the null down; the router stays far
+# the router does, and most of a vocabulary is rare. SendPlan rare tokens out brings the null down; the router stays far
 # above it. So the word decides much, and a number without its null would have said so for dice as well. (Chapter 00 counted
 # every occurrence; here every word counts once, so rare words weigh more, and so does chance.)
 #

@@ -56,24 +56,24 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmoe_lite import accounting, published
+from dsmoe_lite import TrainConfig, accounting, train
 from dsmoe_lite.bench.ratios import compare
 from dsmoe_lite.checkpoint import read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.recorded import curve_gaps, gaps, metric_rows, seed_line
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.upcycle import split_expert
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
 from dsmoe_lite.routing.specialization import specialization
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study import published
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import curve_gaps, gaps, metric_rows, seed_line
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
 
@@ -320,7 +320,7 @@ for entry in published.load()["balance"]:
 # %% [markdown]
 # The case is recorded, with its sources, as `routed-scaling` in `data/published.json`; `norm-and-scale` there tells how
 # the code of V2 and that of V3 combine it with division by the sum. V3 divides and scales; this chapter only scales.
-# Leaving it out is no mistake: weights that are trained from scratch can grow to make up for it. But then $m$ changes two
+# SendPlan it out is no mistake: weights that are trained from scratch can grow to make up for it. But then $m$ changes two
 # things, the choices and the size of the layer's output, and a comparison over $m$ cannot tell them apart. The algebra
 # proves no more than that. What the factor is worth in training, only training can say: the recorded runs below.
 #

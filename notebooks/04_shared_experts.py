@@ -53,21 +53,19 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
-from dsmoe_lite import accounting, published
+from dsmoe_lite import TrainConfig, accounting, train
 from dsmoe_lite.bench.ratios import compare
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.errors import require
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.world import WORD, World
-from dsmoe_lite.errors import require
 from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.recorded import gaps, metric_rows, seed_line
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.upcycle import split_expert
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.contributions import contributions
 from dsmoe_lite.routing.interventions import (
@@ -79,7 +77,9 @@ from dsmoe_lite.routing.interventions import (
 from dsmoe_lite.routing.metrics import load
 from dsmoe_lite.routing.specialization import specialization
 from dsmoe_lite.routing.trace import RoutingTrace
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study import published
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import gaps, metric_rows, seed_line
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.explorer import explore
 

@@ -56,14 +56,13 @@ import torch.nn.functional as F
 from ipywidgets import FloatLogSlider, IntSlider
 from torch.testing import assert_close
 
-from dsmoe_lite import published
+from dsmoe_lite import TrainConfig, train
+from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.recorded import balance_rows
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.capacity import (
     exempt_tokens,
@@ -75,10 +74,11 @@ from dsmoe_lite.layers.selection import group_of, limit_groups, ordered_topk
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.metrics import load, max_vio, overflow
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study import published
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import balance_rows
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
-from dsmoe_lite.viz.parts import mean_and_half_width
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -115,7 +115,9 @@ def my_overflow(chosen, n_experts, factor):
     return sum(over) / chosen.numel()
 
 
-layer = Router(32, MoEConfig(n_experts, top_k, expert_width=8), vocab_size=1).eval()
+layer = Router(
+    32, MoEConfig(n_routed_experts=n_experts, top_k=top_k, expert_width=8), vocab_size=1
+).eval()
 routing = layer(torch.randn(400, 32), (1, 400))
 chosen = routing.topk_ids
 assert math.isclose(my_max_vio(chosen, n_experts), max_vio(routing), abs_tol=1e-6)
@@ -153,7 +155,7 @@ def train_with(moe, losses, n_steps, **settings):
     torch.manual_seed(seed)
     model = Transformer(replace(preset("course-dense"), vocab_size=V, moe=moe))
     batches = Batches(world, tokenizer, batch_size=16, seq_len=64)
-    config = TrainConfig(n_steps, balance=losses, seed=seed, **settings)
+    config = TrainConfig(steps=n_steps, balance=losses, seed=seed, **settings)
     return model, train(model.to(device), batches, config)
 
 
@@ -255,7 +257,9 @@ def noisy_load(routing):
 
 
 x = torch.randn(6 * 20, 32)  # 6 sequences of 20 tokens
-noisy = MoEConfig(16, 2, expert_width=8, noisy_gating=True, norm_topk_prob=True)
+noisy = MoEConfig(
+    n_routed_experts=16, top_k=2, expert_width=8, noisy_gating=True, norm_topk_prob=True
+)
 shazeer = Router(32, noisy, vocab_size=1)(x, (6, 20))
 assert_close(importance(shazeer), balance.importance_loss(shazeer))
 assert_close(noisy_load(shazeer), balance.load_loss(shazeer))
@@ -369,7 +373,12 @@ def sequence(routing):
 
 
 v3 = MoEConfig(
-    16, 2, expert_width=8, scoring_func="sigmoid", norm_topk_prob=True, expert_bias=True
+    n_routed_experts=16,
+    top_k=2,
+    expert_width=8,
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    expert_bias=True,
 )
 router = Router(32, v3, vocab_size=1)
 router.expert_bias.normal_(std=0.1)  # without it the two counts would be the same
@@ -977,7 +986,11 @@ def taken(scores, K):  # (T, E) -> which expert has which token, (T, E)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(0, best, True)
 
 
-router = Router(32, MoEConfig(16, 2, 8, chooser="expert"), vocab_size=1)
+router = Router(
+    32,
+    MoEConfig(n_routed_experts=16, top_k=2, expert_width=8, chooser="expert"),
+    vocab_size=1,
+)
 theirs = router(x, (6, 20))
 mine = taken(theirs.scores, 2)
 pairs = theirs.topk_ids  # (T, most experts of a token), -1 where it has fewer

@@ -52,24 +52,17 @@ from ipywidgets import FloatLogSlider, IntSlider
 from tokenizers import Tokenizer
 from torch.testing import assert_close
 
-from dsmoe_lite import accounting, published
+from dsmoe_lite import TrainConfig, accounting, train
 from dsmoe_lite.bench import mla as mla_bench
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import AttentionConfig, MLAConfig, YarnConfig
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.needle import NeedleConfig, needle_batch
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.experiments import grid, records
 from dsmoe_lite.generate import generate
-from dsmoe_lite.labs.recorded import (
-    gaps,
-    metric_rows,
-    needle_gaps,
-    needle_rows,
-    seed_line,
-)
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import GrowingCache
 from dsmoe_lite.layers.mla import MLA
@@ -83,12 +76,19 @@ from dsmoe_lite.layers.rope import (
     yarn_range,
 )
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.study import published
+from dsmoe_lite.study.grids import grid, records
+from dsmoe_lite.study.rows import (
+    gaps,
+    metric_rows,
+    needle_gaps,
+    needle_rows,
+    seed_line,
+)
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
-from dsmoe_lite.viz.speech import speak
+from dsmoe_lite.viz.text_stream import speak
 
 renderer.enable()
 torch.set_num_threads(1)
@@ -152,7 +152,7 @@ def step(layer, x, past=None):  # x (B, S, D); past: k and v, (B, H, t, d_h)
     return layer.output(joined(look(q, k, v, 1 / math.sqrt(d_h)))), (k, v)
 
 
-mha = Attention(D, AttentionConfig(H, d_h)).double()
+mha = Attention(D, AttentionConfig(n_heads=H, head_dim=d_h)).double()
 at_once, _ = step(mha, x)
 past, one_by_one = None, []
 for t in range(T):
@@ -199,7 +199,7 @@ _ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, see
 predict("06-gigabytes", None)  # a number
 
 v2 = preset("deepseek-v2")
-plain = replace(v2, attention=AttentionConfig(128, 128))
+plain = replace(v2, attention=AttentionConfig(n_heads=128, head_dim=128))
 assert accounting.kv_cache_elements(plain) == 2 * 128 * 128 * 60
 for name, config in {"with plain attention": plain, "as it is": v2}.items():
     size = accounting.kv_cache_bytes(config, n_tokens=128 * 1024, bits=16)
@@ -230,7 +230,9 @@ def grouped(layer, x, G, window=math.inf):
 
 
 for groups in (1, n_kv_heads, H):
-    theirs = Attention(D, AttentionConfig(H, d_h, n_kv_heads=groups)).double()
+    theirs = Attention(
+        D, AttentionConfig(n_heads=H, head_dim=d_h, n_kv_heads=groups)
+    ).double()
     assert_close(grouped(theirs, x, groups), theirs(x, cos, sin))
 print(f"MQA, GQA with {n_kv_heads} groups and MHA: mine equal the package's")
 
@@ -246,7 +248,7 @@ print(f"MQA, GQA with {n_kv_heads} groups and MHA: mine equal the package's")
 # %%
 predict("06-reach", None)  # a number of tokens
 
-windowed = AttentionConfig(H, d_h, window=window)
+windowed = AttentionConfig(n_heads=H, head_dim=d_h, window=window)
 theirs = Attention(D, windowed).double()
 assert_close(grouped(theirs, x, H, window), theirs(x, cos, sin))
 
@@ -326,7 +328,16 @@ print(f"two layers reach {reach} tokens back: 2 (W - 1)")
 
 # %%
 d_R, d_c = 4, latent
-mla = MLA(D, MLAConfig(H, d_h, d_R, d_h, d_c)).double()
+mla = MLA(
+    D,
+    MLAConfig(
+        n_heads=H,
+        qk_nope_head_dim=d_h,
+        qk_rope_head_dim=d_R,
+        v_head_dim=d_h,
+        kv_lora_rank=d_c,
+    ),
+).double()
 cos, sin = rope_tables(d_R, T)
 W_UK, W_UV = mla.kv_up.weight.unflatten(0, (H, -1)).split(d_h, dim=1)  # (H, d_h, d_c)
 
@@ -643,7 +654,9 @@ yarn = v2.attention.yarn
 mine = torch.tensor(my_yarn(64, 40, 4096), dtype=torch.float64)
 assert_close(mine, rope_frequencies(64, 10_000.0, yarn))
 small = torch.tensor(my_yarn(16, 4, 64), dtype=torch.float64)  # used below
-assert_close(small, rope_frequencies(16, 10_000.0, YarnConfig(4.0, 64)))
+assert_close(
+    small, rope_frequencies(16, 10_000.0, YarnConfig(factor=4.0, original_max_len=64))
+)
 low, high = yarn_range(64, 10_000.0, yarn)
 print(f"{low + 1} pairs, 0 to {low}, keep their frequency;")
 print(f"{32 - high} pairs, {high} to 31, are 40 times slower")
@@ -659,7 +672,10 @@ for name in ("deepseek-v2", "deepseek-v3"):
 # %%
 def frequencies(s, L):
     rows = []
-    for kind, yarn in {"RoPE": None, "YaRN": YarnConfig(s, L)}.items():
+    for kind, yarn in {
+        "RoPE": None,
+        "YaRN": YarnConfig(factor=s, original_max_len=L),
+    }.items():
         for j, theta in enumerate(rope_frequencies(64, 10_000.0, yarn).tolist()):
             rows.append({"pair": j, "wavelength": 2 * math.pi / theta, "kind": kind})
     return charts.rotary_frequencies(rows, original=L, extended=round(s * L))
@@ -813,13 +829,21 @@ def train_with(attention):
     )
     model = Transformer(config).to(device)
     batches = Batches(world, tokenizer, batch_size=16, seq_len=64)
-    run = train(model, batches, TrainConfig(steps, seed=seed))
+    run = train(model, batches, TrainConfig(steps=steps, seed=seed))
     return run, heldout_loss(model, held_out, world.domains).loss
 
 
 runs = {
-    "GQA": train_with(AttentionConfig(4, 16, n_kv_heads=n_kv_heads)),
-    "MLA": train_with(MLAConfig(4, 16, 8, 16, kv_lora_rank=latent)),
+    "GQA": train_with(AttentionConfig(n_heads=4, head_dim=16, n_kv_heads=n_kv_heads)),
+    "MLA": train_with(
+        MLAConfig(
+            n_heads=4,
+            qk_nope_head_dim=16,
+            qk_rope_head_dim=8,
+            v_head_dim=16,
+            kv_lora_rank=latent,
+        )
+    ),
 }
 # recorded over seeds 0 to 4, widened; not yet for a GPU
 interval = {"smoke": (4.3, 5.0), "cpu": (1.5, 1.9), "gpu": (0.0, 7.0)}[profile]

@@ -50,13 +50,15 @@ from ipywidgets import IntSlider
 from scipy.stats import t as student
 from torch.testing import assert_close
 
-from dsmoe_lite import ledger, published
 from dsmoe_lite.accounting import parameters
 from dsmoe_lite.bench.ratios import time_ratio
 from dsmoe_lite.bench.train import training_step
-from dsmoe_lite.experiments import grid, records
-from dsmoe_lite.job import first_steps
-from dsmoe_lite.labs.recorded import (
+from dsmoe_lite.common.stats import holm, p_value, paired, trend_verdict
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.study import ledger, published
+from dsmoe_lite.study.grids import grid, records
+from dsmoe_lite.study.protocol import CPU, MODELS, UNITS
+from dsmoe_lite.study.rows import (
     active_rows,
     gaps,
     masked_rows,
@@ -64,9 +66,7 @@ from dsmoe_lite.labs.recorded import (
     seed_line,
     trend_rows,
 )
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.protocol import CPU, MODELS, UNITS
-from dsmoe_lite.stats import holm, p_value, paired, trend_verdict
+from dsmoe_lite.training.job import first_steps
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live as redrawn
 

@@ -57,14 +57,12 @@ from tokenizers import Tokenizer
 from torch.testing import assert_close
 
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.errors import require, require_choice
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.folder import Folder
-from dsmoe_lite.errors import require, require_choice
-from dsmoe_lite.job import corpus_of
-from dsmoe_lite.labs.recorded import seed_line
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.paths import DATA
-from dsmoe_lite.progress import progress
 from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.metrics import load
@@ -76,6 +74,8 @@ from dsmoe_lite.routing.specialization import (
     uncertainty_coefficient,
 )
 from dsmoe_lite.routing.token_types import TYPES, token_types
+from dsmoe_lite.study.rows import seed_line
+from dsmoe_lite.training.job import corpus_of
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.explorer import explore
 

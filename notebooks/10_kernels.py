@@ -56,23 +56,23 @@ from IPython.display import display
 from ipywidgets import IntSlider, SelectionSlider
 from torch.testing import assert_close
 
-from dsmoe_lite import published
 from dsmoe_lite.bench.backends import Layer
+from dsmoe_lite.bench.grouped_products import DENSE, Case
 from dsmoe_lite.bench.kernels import goals, newest_record
 from dsmoe_lite.bench.launches import operations
-from dsmoe_lite.bench.products import DENSE, Case
+from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.paths import NOTEBOOKS
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import RunError
 from dsmoe_lite.kernels import cuda
 from dsmoe_lite.kernels.build import SOURCES, cpu_library_of
 from dsmoe_lite.kernels.cuda_router import Rule, route
 from dsmoe_lite.kernels.launch import launch_on_cpu
 from dsmoe_lite.kernels.work import grouped_product, row_copies, tile_intensity
-from dsmoe_lite.labs.kernels import or_recorded, product_by, show_source
+from dsmoe_lite.labs.cuda_source import or_recorded, product_by, show_source
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router
-from dsmoe_lite.paths import NOTEBOOKS
+from dsmoe_lite.study import published
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
 
@@ -105,7 +105,9 @@ compiled = MagicMock(**{"moe_slots.return_value": 1})  # to count takes no compi
 
 
 def step(backend, E):  # operations started forward and backward, our kernels' names
-    router = Router(D, MoEConfig(E, K, F), vocab_size=1)
+    router = Router(
+        D, MoEConfig(n_routed_experts=E, top_k=K, expert_width=F), vocab_size=1
+    )
     experts = Experts(E, D, F, backend)
     with torch.no_grad():
         sent = dispatch(x, router(x, (1, T)))
@@ -140,7 +142,7 @@ for backend in ("loop", "cuda"):
     forward, backward, ours = step(backend, 16)
     print(f"with 16 experts, {backend:4} {forward:3} + {backward}")
 assert len(ours) == 12
-router = Router(D, MoEConfig(E, K, F), vocab_size=1)
+router = Router(D, MoEConfig(n_routed_experts=E, top_k=K, expert_width=F), vocab_size=1)
 around = operations(lambda: dispatch(x, router(x, (1, T))))
 print(f"to route and to sort, forward, for every way: {len(around)} more")
 
@@ -384,9 +386,17 @@ show_source("router.cuh", "int warp_argmax")
 # %%
 def same_choices():
     config = MoEConfig(
-        64, 6, F, scoring_func="sigmoid", expert_bias=True, n_group=8, topk_group=3,
-        group_score="top2", norm_topk_prob=True, routed_scaling_factor=2.5,
-    )  # fmt: skip
+        n_routed_experts=64,
+        top_k=6,
+        expert_width=F,
+        scoring_func="sigmoid",
+        expert_bias=True,
+        n_group=8,
+        topk_group=3,
+        group_score="top2",
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
     theirs = Router(D, config, vocab_size=1)
     theirs.expert_bias.normal_(std=0.05)
     wanted = theirs(x.detach(), (1, T))
@@ -773,7 +783,11 @@ def trains_alike():
         experts.gate, experts.up, experts.down = map(
             torch.nn.Parameter, (gate.detach(), up.detach(), down.detach())
         )
-        routing = Router(width, MoEConfig(5, 2, hidden), vocab_size=1)
+        routing = Router(
+            width,
+            MoEConfig(n_routed_experts=5, top_k=2, expert_width=hidden),
+            vocab_size=1,
+        )
         routing.weight = torch.nn.Parameter(vectors.detach())
         out = experts(dispatch(x, routing(x, (1, tokens))))
         wanted = (x, *experts.parameters(), *routing.parameters())
@@ -807,7 +821,11 @@ predict("10-memory", None)  # of the loop's peak, the kernels' share
 
 
 def peak_memory():
-    layer = Layer(MoEConfig(64, 6, 88), d_model=128, n_tokens=256)
+    layer = Layer(
+        MoEConfig(n_routed_experts=64, top_k=6, expert_width=88),
+        d_model=128,
+        n_tokens=256,
+    )
     peaks = {
         name: layer.contender(name, "cpu", torch.float32).peak_bytes()
         for name in ("loop", "grouped", "cuda")

@@ -65,21 +65,21 @@ from torch.testing import assert_close
 
 from dsmoe_lite.accounting import parameters, training_flops
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, to_dict
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.world import World
-from dsmoe_lite.experiments import records
-from dsmoe_lite.labs.together import together
+from dsmoe_lite.labs.workers import run_workers
 from dsmoe_lite.layers.balance import expert_loss
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import limit_groups, ordered_topk
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.placement import balanced, in_order
-from dsmoe_lite.parallel.simulate import Machine, layer_time, step_time
-from dsmoe_lite.parallel.traffic import Crossings, crossings, rows_between
-from dsmoe_lite.paths import DATA
 from dsmoe_lite.presets import preset
+from dsmoe_lite.simulate.placement import balanced, in_order
+from dsmoe_lite.simulate.time import Machine, layer_time, step_time
+from dsmoe_lite.simulate.traffic import Traffic, count_traffic, rows_between
+from dsmoe_lite.study.grids import records
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.live import live
 
@@ -100,14 +100,14 @@ steps = 20
 # %%
 predict("11-devices", None)  # a number; 0 to 1
 
-wider = MoEConfig(128, 12, 1408, n_shared_experts=4)
+wider = MoEConfig(n_routed_experts=128, top_k=12, expert_width=1408, n_shared_experts=4)
 MODELS = {
     "16B": preset("deepseekmoe-16B"),
     "145B": replace(
         preset("deepseekmoe-16B"),
         d_model=4096,
         n_layers=62,
-        attention=AttentionConfig(32, 128),
+        attention=AttentionConfig(n_heads=32, head_dim=128),
         ffn_width=22528,
         moe=wider,
     ),
@@ -248,7 +248,7 @@ print("experts spread over processes: mine equals one place")
 # this function, and knows its number (*rank*) and how many there are (*world*). The function is sent to them as text, so it imports what it needs itself. Besides:
 #
 # - `make_mesh` arranges the processes in a grid: those in a row share one set of experts, those in a column would hold copies of the same ones. Here there is one row.
-# - `parallelize` spreads the model over it; `rows_of` gives each process its part of the batch; `total` adds up over processes.
+# - `parallelize` spreads the model over it; `rows_of_rank` gives each process its part of the batch; `all_reduce_sum` adds up over processes.
 # - Each process computes a *part* of the batch's loss and gradient, and FSDP averages; `world * loss` turns its mean into the sum.
 # - `say` reports to this notebook; the checkpoints have a section of their own below.
 
@@ -262,15 +262,14 @@ def train_part(config, text, seed, steps, folder):
     import torch.nn.functional as F
 
     from dsmoe_lite.config import ModelConfig, from_dict
+    from dsmoe_lite.labs.workers import emit
     from dsmoe_lite.layers.balance import expert_loss
     from dsmoe_lite.model import Transformer
-    from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
-    from dsmoe_lite.parallel.mesh import make_mesh
-    from dsmoe_lite.parallel.say import say
+    from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
+    from dsmoe_lite.parallel.checkpoint_folders import newest
+    from dsmoe_lite.parallel.collectives import all_reduce_sum
+    from dsmoe_lite.parallel.mesh import make_mesh, rows_of_rank
     from dsmoe_lite.parallel.shard import parallelize
-    from dsmoe_lite.parallel.split import rows_of
-    from dsmoe_lite.parallel.steps import newest
-    from dsmoe_lite.parallel.total import total
 
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -280,24 +279,24 @@ def train_part(config, text, seed, steps, folder):
     model = Transformer(config)
     parallelize(model, make_mesh("cpu", config.moe))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    mine = text[rows_of(rank, world, len(text), config.moe)]
+    mine = text[rows_of_rank(rank, world, len(text), config.moe)]
 
     done = newest(Path(folder))  # a checkpoint, if this run was here before
-    begin = load_spread(done, model, optimizer)["step"] if done else 0
+    begin = load_sharded(done, model, optimizer)["step"] if done else 0
     for step in range(begin, steps):
         out = model(mine[:, :-1])
         loss = F.cross_entropy(out.logits.flatten(0, 1), mine[:, 1:].flatten())
-        loss = total(loss * len(mine) / len(text))
+        loss = all_reduce_sum(loss * len(mine) / len(text))
         for routing in out.routings:
-            loss = loss + 0.01 * expert_loss(routing, total=total)
+            loss = loss + 0.01 * expert_loss(routing, all_reduce=all_reduce_sum)
         (world * loss).backward()
         optimizer.step()
         optimizer.zero_grad()
         experts = model.moe_layers[0].experts
         held = sum(p.to_local().numel() for p in experts.parameters())
-        say(step=step + 1, of=steps, loss=loss.item(), held=held)
+        emit(step=step + 1, of=steps, loss=loss.item(), held=held)
         if (step + 1) % 5 == 0:
-            save_spread(Path(folder), step + 1, model, optimizer, {"step": step + 1})
+            save_sharded(Path(folder), step + 1, model, optimizer, {"step": step + 1})
 
 
 # %% [markdown]
@@ -312,9 +311,11 @@ small = ModelConfig(
     vocab_size=tokenizer.get_vocab_size(),
     d_model=64,
     n_layers=2,
-    attention=AttentionConfig(4, 16),
+    attention=AttentionConfig(n_heads=4, head_dim=16),
     ffn_width=128,
-    moe=MoEConfig(16, top_k, 32, n_shared_experts=1),
+    moe=MoEConfig(
+        n_routed_experts=16, top_k=top_k, expert_width=32, n_shared_experts=1
+    ),
     max_seq_len=64,
 )
 torch.manual_seed(seed)
@@ -334,7 +335,7 @@ for _ in range(steps):
 arguments = (to_dict(small), text.tolist(), seed, steps)
 losses = {p: [] for p in range(P)}
 with tempfile.TemporaryDirectory() as folder:
-    for event in together(train_part, P, *arguments, folder):
+    for event in run_workers(train_part, P, *arguments, folder):
         losses[event["rank"]].append(event["loss"])
         held = event["held"]
 
@@ -412,7 +413,7 @@ print(f"loss of the batch:             {together_loss.item():g}")
 again, seen, before = {}, [], {}
 began, killed = time.perf_counter(), False
 with tempfile.TemporaryDirectory() as folder:
-    for event in together(train_part, P, *arguments, folder, restarts=1):
+    for event in run_workers(train_part, P, *arguments, folder, restarts=1):
         now, rank, step = time.perf_counter() - began, event["rank"], event["step"]
         if rank == 1 and step == 7 and not killed:
             os.kill(event["pid"], signal.SIGKILL)
@@ -581,7 +582,7 @@ def rows_of_layer(name):  # counted for SAMPLE tokens a device
     ids = ordered_topk(allowed, moe.top_k)
     own = torch.arange(n).repeat_interleave(SAMPLE)
     placed = in_order(moe.n_routed_experts, n)
-    return crossings(ids, torch.ones_like(ids).bool(), own, placed, min(n, 8))
+    return count_traffic(ids, torch.ones_like(ids).bool(), own, placed, min(n, 8))
 
 
 counted = {name: rows_of_layer(name) for name in MODELS}
@@ -589,7 +590,7 @@ counted = {name: rows_of_layer(name) for name in MODELS}
 
 def longer(rows, factor):  # as many messages, with more rows each
     of = {key: value * factor for key, value in vars(rows).items()}
-    return Crossings(**of | {"messages": rows.messages})
+    return Traffic(**of | {"messages": rows.messages})
 
 
 def layer_of(name, n_tokens, machine):
@@ -621,7 +622,7 @@ predict("11-real", None)  # times as long
 
 def of_choices(ids):  # seconds of a layer, load of the busiest device
     own = torch.arange(E).repeat_interleave(len(ids) // E)
-    rows = crossings(ids, torch.ones_like(ids).bool(), own, in_order(E, E), 8)
+    rows = count_traffic(ids, torch.ones_like(ids).bool(), own, in_order(E, E), 8)
     rows = longer(rows, tokens / (len(ids) // E))
     taken = layer_time(rows, machine, 2048, 1408, bytes_sent, bytes_back)
     return taken.apart, float(rows.choices.max() / rows.choices.mean())

@@ -13,16 +13,18 @@ from dsmoe_lite.layers.rope import rope_frequencies
 from dsmoe_lite.model import Transformer
 
 VOCAB, D = 61, 24
-YARN = YarnConfig(4, 64, mscale=0.707)
+YARN = YarnConfig(factor=4, original_max_len=64, mscale=0.707)
 KINDS: dict[str, AnyAttention] = {
-    "mha": AttentionConfig(4, 6),
-    "gqa": AttentionConfig(4, 6, n_kv_heads=2),
-    "mqa": AttentionConfig(4, 6, n_kv_heads=1),
-    "window": AttentionConfig(4, 6, n_kv_heads=2, window=5),
-    "mla": MLAConfig(4, 6, 4, 5, kv_lora_rank=8),
-    "mla, compressed queries, yarn": MLAConfig(4, 6, 4, 8, kv_lora_rank=12, q_lora_rank=10, yarn=YARN),
+    "mha": AttentionConfig(n_heads=4, head_dim=6),
+    "gqa": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2),
+    "mqa": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=1),
+    "window": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2, window=5),
+    "mla": MLAConfig(n_heads=4, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=8),
+    "mla, compressed queries, yarn": MLAConfig(
+        n_heads=4, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=12, q_lora_rank=10, yarn=YARN
+    ),
 }
-EXPERTS = MoEConfig(8, 2, 12, n_shared_experts=1)
+EXPERTS = MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, n_shared_experts=1)
 
 
 def make_model(
@@ -30,7 +32,17 @@ def make_model(
 ) -> Transformer:
     """A model in float64 whose logits spread widely, so that what is left out of its attention shows."""
     torch.manual_seed(seed)
-    model = Transformer(ModelConfig(VOCAB, D, n_layers, attention, 32, moe, max_seq_len=max_seq_len))
+    model = Transformer(
+        ModelConfig(
+            vocab_size=VOCAB,
+            d_model=D,
+            n_layers=n_layers,
+            attention=attention,
+            ffn_width=32,
+            moe=moe,
+            max_seq_len=max_seq_len,
+        )
+    )
     return spread(model).double().eval()
 
 

@@ -9,7 +9,7 @@ import nbformat
 import yaml
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
 from dsmoe_lite.viz import renderer
 
 BOOK = {

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from dsmoe_lite import paths
-from dsmoe_lite.machine import find_chromium
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.machine import find_chromium
 
 HEADER = """\
 # ---
@@ -59,7 +59,7 @@ import ipywidgets
 ipywidgets.IntSlider(value=top_k)
 
 # %%
-from dsmoe_lite.progress import progress
+from dsmoe_lite.common.progress import progress
 
 for step in progress(range(3)):
     print(step)

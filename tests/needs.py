@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from dsmoe_lite.machine import find_nvcc
+from dsmoe_lite.common.machine import find_nvcc
 
 
 def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:

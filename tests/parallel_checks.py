@@ -21,34 +21,49 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.errors import RunError
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.alone import Alone
-from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
-from dsmoe_lite.parallel.launch import launched
-from dsmoe_lite.parallel.mesh import device_of, make_mesh
-from dsmoe_lite.parallel.placement import in_order
+from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
+from dsmoe_lite.parallel.checkpoint_folders import newest
+from dsmoe_lite.parallel.collectives import all_reduce_sum
+from dsmoe_lite.parallel.mesh import device_of, make_mesh, rows_of_rank
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
-from dsmoe_lite.parallel.split import rows_of
-from dsmoe_lite.parallel.steps import newest
-from dsmoe_lite.parallel.total import total
-from dsmoe_lite.parallel.traffic import rows_between
+from dsmoe_lite.simulate.placement import in_order
+from dsmoe_lite.simulate.traffic import rows_between
+from dsmoe_lite.training.launch import launched_processes
+from dsmoe_lite.training.processes import Processes
 
 FOUND: dict[str, Any] = {}
 V, D, S = 40, 16, 12
-MODEL = ModelConfig(V, D, 2, AttentionConfig(2, 8), 32, MoEConfig(8, 2, 12, 1), n_dense_layers=1, max_seq_len=S)
-CHECKPOINTED = replace(MODEL, moe=MoEConfig(8, 2, 12, 1, scoring_func="sigmoid", expert_bias=True))
+MODEL = ModelConfig(
+    vocab_size=V,
+    d_model=D,
+    n_layers=2,
+    attention=AttentionConfig(n_heads=2, head_dim=8),
+    ffn_width=32,
+    moe=MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, n_shared_experts=1),
+    n_dense_layers=1,
+    max_seq_len=S,
+)
+CHECKPOINTED = replace(
+    MODEL,
+    moe=MoEConfig(
+        n_routed_experts=8, top_k=2, expert_width=12, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True
+    ),
+)
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "importance": balance.importance_loss, "gshard": balance.gshard_loss, "switch": balance.switch_loss,
     "z": balance.z_loss, "expert": balance.expert_loss, "sequence": balance.sequence_loss,
-    "device": lambda routing, total: balance.device_loss(routing, device_of=torch.arange(8) // 2, total=total),
-    "communication": lambda routing, total: balance.communication_loss(
-        routing, device_of=torch.arange(8) // 2, topk_group=2, total=total
+    "device": lambda routing, all_reduce: balance.device_loss(
+        routing, device_of=torch.arange(8) // 2, all_reduce=all_reduce
+    ),
+    "communication": lambda routing, all_reduce: balance.communication_loss(
+        routing, device_of=torch.arange(8) // 2, topk_group=2, all_reduce=all_reduce
     ),
 }  # fmt: skip
 
@@ -69,15 +84,15 @@ def gradient_of(weight: Tensor) -> Tensor:
     return weight.grad
 
 
-def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, total: balance.Total) -> Tensor:
+def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, all_reduce: balance.AllReduce) -> Tensor:
     """Cross-entropy of a batch of n_sequences, of which `tokens` are a part, with two balance losses."""
     out = model(tokens[:, :-1])
     loss = F.cross_entropy(out.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / (n_sequences * S)
-    loss = total(loss)
+    loss = all_reduce(loss)
     for routing in out.routings:
-        loss = loss + 0.1 * balance.expert_loss(routing, total=total)
+        loss = loss + 0.1 * balance.expert_loss(routing, all_reduce=all_reduce)
         if model.config.moe and model.config.moe.chooser == "token":
-            loss = loss + 0.1 * balance.sequence_loss(routing, total=total)
+            loss = loss + 0.1 * balance.sequence_loss(routing, all_reduce=all_reduce)
     return loss
 
 
@@ -91,12 +106,12 @@ def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8
     # Of alike tokens that have seen no others (first in two sequences, first and second in one) the states are equal:
     # where experts choose they would tie, and rounding would decide.
     tokens[:, 0] = torch.arange(n_sequences)
-    mine = rows_of(dist.get_rank(), dist.get_world_size(), n_sequences, config.moe)
+    mine = rows_of_rank(dist.get_rank(), dist.get_world_size(), n_sequences, config.moe)
     both = [torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True) for model in (alone, together)]
     losses, gradients = [], 0.0
     for _ in range(steps):
-        one = loss_of(alone, tokens, len(tokens), balance.alone)
-        all_ = loss_of(together, tokens[mine], len(tokens), total)
+        one = loss_of(alone, tokens, len(tokens), balance.single_process)
+        all_ = loss_of(together, tokens[mine], len(tokens), all_reduce_sum)
         one.backward()
         (all_ * dist.get_world_size()).backward()
         losses.append(abs(float(one.detach() - all_.detach())))
@@ -111,7 +126,7 @@ def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8
     FOUND[name] = {"losses": max(losses), "gradients": gradients, "parameters": parameters}
 
 
-class Traffic(TorchDispatchMode):
+class SentRows(TorchDispatchMode):
     """Rows of every all-to-all that leave this process, by the shape of a row and by dtype."""
 
     def __init__(self, rank: int) -> None:
@@ -131,8 +146,8 @@ def payload(expert: int) -> None:
     """Rows that leave, there and back and in the backward pass, beside the fewest that can."""
     torch.manual_seed(0)
     E, K, T = 8, 3, 50
-    experts, router = Experts(E, D, 12, "padded"), Router(D, MoEConfig(E, K, 12), V)
-    mesh = make_mesh("cpu", MoEConfig(E, K, 12), expert)
+    experts, router = Experts(E, D, 12, "padded"), Router(D, MoEConfig(n_routed_experts=E, top_k=K, expert_width=12), V)
+    mesh = make_mesh("cpu", MoEConfig(n_routed_experts=E, top_k=K, expert_width=12), expert)
     spread = ParallelExperts(experts, mesh["expert"])
     x = torch.randn(T, D, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
     routing = router(x, (1, T))
@@ -140,9 +155,9 @@ def payload(expert: int) -> None:
     devices = device_of(E, mesh)[routing.topk_ids]
     fewest = sum(len(set(row) - {here}) for row in devices.tolist())
 
-    with Traffic(here) as forward:
+    with SentRows(here) as forward:
         y = spread(dispatch(x, routing))
-    with Traffic(here) as backward:
+    with SentRows(here) as backward:
         torch.autograd.grad(y.sum() + (y * x.detach()).sum(), x)
     home = torch.full((T,), here)
     crossing = rows_between(routing.topk_ids, routing.kept, home, in_order(E, expert)).fill_diagonal_(0)
@@ -159,7 +174,7 @@ def payload(expert: int) -> None:
 def empty(expert: int) -> None:
     """All tokens choose the experts of one process; the others' compute nothing. Gradients of x and of the weights."""
     torch.manual_seed(0)
-    config = MoEConfig(8, 2, 12)
+    config = MoEConfig(n_routed_experts=8, top_k=2, expert_width=12)
     mesh = make_mesh("cpu", config, expert)
     for backend in ("loop", "padded"):
         experts = Experts(8, D, 12, backend)
@@ -178,14 +193,14 @@ def empty(expert: int) -> None:
 def losses() -> None:
     """Every balance loss and its gradient on a batch that is spread over the processes."""
     torch.manual_seed(0)
-    B, config = 5, MoEConfig(8, 2, 12, n_group=4, topk_group=2)
+    B, config = 5, MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, n_group=4, topk_group=2)
     router, x = Router(D, config, V), torch.randn(B, S, D)
     world = dist.get_world_size()
-    mine = x[rows_of(dist.get_rank(), world, B, config)]
+    mine = x[rows_of_rank(dist.get_rank(), world, B, config)]
     for name, loss in LOSSES.items():
-        one = loss(router(x.flatten(0, 1), (B, S)), total=balance.alone)
+        one = loss(router(x.flatten(0, 1), (B, S)), all_reduce=balance.single_process)
         (wanted,) = torch.autograd.grad(one, router.weight)
-        all_ = loss(router(mine.flatten(0, 1), (len(mine), S)), total=total)
+        all_ = loss(router(mine.flatten(0, 1), (len(mine), S)), all_reduce=all_reduce_sum)
         (part,) = torch.autograd.grad(all_ * world, router.weight)
         dist.all_reduce(part)
         FOUND[f"loss {name}"] = worst(iter([(all_.detach(), one.detach()), (part / world, wanted)]))
@@ -205,7 +220,7 @@ def checkpointed() -> tuple[Transformer, torch.optim.AdamW, Tensor]:
     model = Transformer(CHECKPOINTED)
     parallelize(model, make_mesh("cpu", CHECKPOINTED.moe))
     tokens = torch.randint(0, V, (8, S + 1), generator=torch.Generator().manual_seed(5))
-    mine = rows_of(dist.get_rank(), dist.get_world_size(), len(tokens), CHECKPOINTED.moe)
+    mine = rows_of_rank(dist.get_rank(), dist.get_world_size(), len(tokens), CHECKPOINTED.moe)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), tokens[mine]
 
 
@@ -213,7 +228,7 @@ def train_on(model: Transformer, optimizer: torch.optim.AdamW, tokens: Tensor, s
     """The losses of `steps` steps, and that after them."""
     losses = []
     for step in range(steps + 1):
-        loss = loss_of(model, tokens, 8, total)
+        loss = loss_of(model, tokens, 8, all_reduce_sum)
         losses.append(float(loss.detach()))
         if step < steps:
             (loss * dist.get_world_size()).backward()
@@ -228,12 +243,12 @@ def save(folder: Path) -> None:
     for step in range(1, 4):
         train_on(model, optimizer, tokens, 1)
         model.moe_layers[0].router.expert_bias.fill_(step / 8)
-        save_spread(folder, step, model, optimizer, {"step": step})
+        save_sharded(folder, step, model, optimizer, {"step": step})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        save_spread(folder, 4, model, optimizer, {"step": 4})
+        save_sharded(folder, 4, model, optimizer, {"step": 4})
     except RunError as error:
         said: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(said, str(error))
@@ -247,11 +262,11 @@ def resume(folder: Path) -> None:
     model, optimizer, tokens = checkpointed()
     path = newest(folder)
     assert path is not None
-    FOUND["state"] = load_spread(path, model, optimizer)
+    FOUND["state"] = load_sharded(path, model, optimizer)
     FOUND["next"] = train_on(model, optimizer, tokens, 2)
 
 
-def norms(processes: Alone) -> None:
+def norms(processes: Processes) -> None:
     """The norm of all gradients, where weights lie whole, in parts along one axis and along both."""
     for name, config, expert in (("dense", replace(MODEL, moe=None, n_dense_layers=0), 1), *(
         (str(expert), replace(MODEL, tie_embeddings=True), expert) for expert in (1, 2, 4))):  # fmt: skip
@@ -261,11 +276,11 @@ def norms(processes: Alone) -> None:
         own = torch.full((2, S), processes.rank)
         model(own).logits.square().mean().backward()
         whole_norm = torch.nn.utils.get_total_norm([whole(gradient_of(p)) for p in model.parameters()])
-        found = processes.norm(list(model.parameters()))
+        found = processes.grad_norm(list(model.parameters()))
         FOUND[f"norm {name}"] = abs(float(found / whole_norm) - 1)
 
 
-def check(folder: Path, processes: Alone) -> None:
+def check(folder: Path, processes: Processes) -> None:
     """Everything that four processes do."""
     moe = MODEL.moe
     assert moe is not None
@@ -295,14 +310,14 @@ def check(folder: Path, processes: Alone) -> None:
 def main(mode: str, folder: Path) -> None:
     """Everything, in the same order on every process."""
     torch.set_num_threads(1)
-    with launched() as processes:
+    with launched_processes() as processes:
         processes.join("cpu")
         if mode == "resume":
             with _dtype(torch.float64):
                 resume(folder)
         else:
             check(folder, processes)
-        if processes.leads:
+        if processes.is_rank0:
             (folder / "found.json").write_text(json.dumps(FOUND, indent=1))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 EMPTY = torch.zeros(0, 2, dtype=torch.long)
 NOBODY = torch.full((3, 2), -1)

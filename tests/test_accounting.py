@@ -10,7 +10,6 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmoe_lite import published
 from dsmoe_lite.accounting import (
     attention_kind,
     cache_rows,
@@ -22,9 +21,10 @@ from dsmoe_lite.accounting import (
 )
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.count import command
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.presets import PRESETS, preset
+from dsmoe_lite.study import published
 
 PUBLISHED = published.load()
 PRINTED = [(name, entry) for name, model in PUBLISHED["models"].items() for entry in model["printed"]]
@@ -153,9 +153,16 @@ def attentions(draw: st.DrawFn) -> AnyAttention:
         groups, each = draw(st.integers(1, 3)), draw(st.integers(1, 3))
         n_kv_heads = draw(st.sampled_from([None, groups]))
         window = draw(st.none() | st.integers(1, 9))
-        return AttentionConfig(groups * each, 2 * draw(small), n_kv_heads=n_kv_heads, window=window)
+        return AttentionConfig(n_heads=groups * each, head_dim=2 * draw(small), n_kv_heads=n_kv_heads, window=window)
     q_lora_rank = draw(st.none() | small)
-    return MLAConfig(draw(small), draw(small), 2 * draw(small), draw(small), draw(small), q_lora_rank)
+    return MLAConfig(
+        n_heads=draw(small),
+        qk_nope_head_dim=draw(small),
+        qk_rope_head_dim=2 * draw(small),
+        v_head_dim=draw(small),
+        kv_lora_rank=draw(small),
+        q_lora_rank=q_lora_rank,
+    )
 
 
 @st.composite
@@ -260,13 +267,19 @@ def test_kv_cache_is_a_key_and_a_value_for_each_head_and_layer() -> None:
 @pytest.mark.parametrize(
     ("attention", "kind", "elements"),
     [
-        (AttentionConfig(8, 16), "MHA", 2 * 8 * 16),
-        (AttentionConfig(8, 16, n_kv_heads=8), "MHA", 2 * 8 * 16),
-        (AttentionConfig(8, 16, n_kv_heads=2), "GQA", 2 * 2 * 16),
-        (AttentionConfig(8, 16, n_kv_heads=1), "MQA", 2 * 16),
-        (AttentionConfig(1, 16), "MHA", 2 * 16),
-        (MLAConfig(8, 16, 6, 10, 40), "MLA", 46),
-        (MLAConfig(80, 16, 6, 10, 40, q_lora_rank=12), "MLA", 46),  # as many for ten times the heads
+        (AttentionConfig(n_heads=8, head_dim=16), "MHA", 2 * 8 * 16),
+        (AttentionConfig(n_heads=8, head_dim=16, n_kv_heads=8), "MHA", 2 * 8 * 16),
+        (AttentionConfig(n_heads=8, head_dim=16, n_kv_heads=2), "GQA", 2 * 2 * 16),
+        (AttentionConfig(n_heads=8, head_dim=16, n_kv_heads=1), "MQA", 2 * 16),
+        (AttentionConfig(n_heads=1, head_dim=16), "MHA", 2 * 16),
+        (MLAConfig(n_heads=8, qk_nope_head_dim=16, qk_rope_head_dim=6, v_head_dim=10, kv_lora_rank=40), "MLA", 46),
+        (
+            MLAConfig(
+                n_heads=80, qk_nope_head_dim=16, qk_rope_head_dim=6, v_head_dim=10, kv_lora_rank=40, q_lora_rank=12
+            ),
+            "MLA",
+            46,
+        ),  # as many for ten times the heads
     ],
 )
 def test_the_cache_of_each_attention(attention: AnyAttention, kind: str, elements: int) -> None:
@@ -289,9 +302,13 @@ def test_cache_bytes_are_exact_and_roll_over_a_window() -> None:
     assert kv_cache_bytes(config, 131_072, 16) == 131_072 * 61 * 576 * 2 == 9_210_691_584
     assert type(kv_cache_bytes(config, 131_072, 6, 3)) is int
     assert kv_cache_bytes(config, 10**15 + 1, 8) == (10**15 + 1) * 35_136  # a float would lose the last token
-    tiny = replace(preset("course-dense"), n_layers=1, attention=MLAConfig(1, 1, 2, 1, 1))  # 3 numbers a token
+    tiny = replace(
+        preset("course-dense"),
+        n_layers=1,
+        attention=MLAConfig(n_heads=1, qk_nope_head_dim=1, qk_rope_head_dim=2, v_head_dim=1, kv_lora_rank=1),
+    )  # 3 numbers a token
     assert [kv_cache_bytes(tiny, 1, bits) for bits in (32, 16, 8, 6, 4, 1)] == [12, 6, 3, 3, 2, 1]
-    rolling = replace(preset("course-dense"), attention=AttentionConfig(4, 16, window=100))
+    rolling = replace(preset("course-dense"), attention=AttentionConfig(n_heads=4, head_dim=16, window=100))
     assert [kv_cache_bytes(rolling, n, 8) for n in (0, 99, 100, 101, 5000)] == [0, 99 * 256, *[100 * 256] * 3]
 
 

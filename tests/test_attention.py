@@ -13,19 +13,24 @@ from routing_samples import line_of
 from torch import Tensor
 
 from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, YarnConfig, from_dict, to_dict
-from dsmoe_lite.layers.attend import attend, mask_of, visible
 from dsmoe_lite.layers.attention import Attention
+from dsmoe_lite.layers.sdpa import attend, mask_of, visible
 
 D = 5
 CASES = {
-    "mha": AttentionConfig(4, 6),
-    "gqa": AttentionConfig(4, 6, n_kv_heads=2),
-    "mqa": AttentionConfig(4, 6, n_kv_heads=1),
-    "one head": AttentionConfig(1, 2),
-    "window 1": AttentionConfig(4, 6, window=1),
-    "window 3": AttentionConfig(4, 6, n_kv_heads=2, window=3),
-    "window beyond the sequence": AttentionConfig(4, 6, n_kv_heads=1, window=50),
-    "theta and yarn": AttentionConfig(2, 8, rope_theta=100.0, yarn=YarnConfig(4, 16, beta_fast=2.0, mscale=0.5)),
+    "mha": AttentionConfig(n_heads=4, head_dim=6),
+    "gqa": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2),
+    "mqa": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=1),
+    "one head": AttentionConfig(n_heads=1, head_dim=2),
+    "window 1": AttentionConfig(n_heads=4, head_dim=6, window=1),
+    "window 3": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2, window=3),
+    "window beyond the sequence": AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=1, window=50),
+    "theta and yarn": AttentionConfig(
+        n_heads=2,
+        head_dim=8,
+        rope_theta=100.0,
+        yarn=YarnConfig(factor=4, original_max_len=16, beta_fast=2.0, mscale=0.5),
+    ),
 }
 
 
@@ -62,7 +67,7 @@ def layers(draw: st.DrawFn) -> tuple[AttentionConfig, int, int]:
     G, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     window = draw(st.none() | st.integers(1, 9))
     d = 2 * draw(st.integers(1, 3))
-    config = AttentionConfig(G * per_group, d, n_kv_heads=G, window=window)
+    config = AttentionConfig(n_heads=G * per_group, head_dim=d, n_kv_heads=G, window=window)
     return config, draw(st.integers(1, 2)), draw(st.integers(1, 8))
 
 
@@ -103,7 +108,7 @@ def test_a_window_of_one_passes_each_tokens_own_value() -> None:
 @pytest.mark.parametrize("window", [1, 2, 5, 6, 7])
 def test_exactly_the_tokens_of_the_window_reach_a_token(window: int) -> None:
     """By gradients: two layers would see further, one does not."""
-    layer = make(AttentionConfig(2, 4, window=window))
+    layer = make(AttentionConfig(n_heads=2, head_dim=4, window=window))
     x = torch.randn(1, 7, D, dtype=torch.float64, requires_grad=True)
     y = run(layer, x)
     for t in range(7):
@@ -267,7 +272,7 @@ def test_ids_of_32_bits_are_ids() -> None:
 
 # Configs
 
-MLA = MLAConfig(4, 8, 4, 8, kv_lora_rank=16)
+MLA = MLAConfig(n_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=16)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +322,7 @@ def test_attention_that_cannot_work_is_refused_when_made(kind, change: dict[str,
     ],
 )
 def test_plain_data_of_another_shape_is_one_line(change: dict[str, Any], message: str) -> None:
-    values = to_dict(ModelConfig(VOCAB, 24, 2, MLA, 32))
+    values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32))
     values["attention"] = {name: value for name, value in (values["attention"] | change).items() if value is not ...}
     line = line_of(lambda: from_dict(ModelConfig, values))
     assert message in line
@@ -325,13 +330,19 @@ def test_plain_data_of_another_shape_is_one_line(change: dict[str, Any], message
 
 @pytest.mark.parametrize("attention", [5, None, [], "mla", {}])
 def test_attention_that_is_none_is_one_line(attention: Any) -> None:
-    values = to_dict(ModelConfig(VOCAB, 24, 2, MLA, 32)) | {"attention": attention}
+    values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32)) | {
+        "attention": attention
+    }
     assert "attention" in line_of(lambda: from_dict(ModelConfig, values)).lower()
 
 
 def test_a_model_without_attention_is_refused() -> None:
     for attention in (None, 4, to_dict(MLA)):
-        line = line_of(lambda attention=attention: ModelConfig(VOCAB, 24, 2, attention, 32))
+        line = line_of(
+            lambda attention=attention: ModelConfig(
+                vocab_size=VOCAB, d_model=24, n_layers=2, attention=attention, ffn_width=32
+            )
+        )
         assert line.startswith("attention = ")
         assert line.endswith(": must be an AttentionConfig or an MLAConfig")
 
@@ -339,7 +350,7 @@ def test_a_model_without_attention_is_refused() -> None:
 @pytest.mark.parametrize("name", [*CASES, "mla", "mla, compressed queries, yarn"])
 def test_configs_come_back_from_plain_data(name: str) -> None:
     attention = CASES.get(name) or KINDS[name]
-    config = ModelConfig(VOCAB, 24, 2, attention, 32)
+    config = ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=attention, ffn_width=32)
     again = from_dict(ModelConfig, to_dict(config))
     assert again == config
     assert type(again.attention) is type(attention)
@@ -347,5 +358,7 @@ def test_configs_come_back_from_plain_data(name: str) -> None:
 
 def test_plain_data_from_before_there_were_kinds_is_mha() -> None:
     old = {"n_heads": 4, "head_dim": 16, "rope_theta": 10000.0}
-    values = to_dict(ModelConfig(VOCAB, 24, 2, MLA, 32)) | {"attention": old}
-    assert from_dict(ModelConfig, values).attention == AttentionConfig(4, 16)
+    values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32)) | {
+        "attention": old
+    }
+    assert from_dict(ModelConfig, values).attention == AttentionConfig(n_heads=4, head_dim=16)

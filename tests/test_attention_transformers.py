@@ -32,26 +32,48 @@ from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.rope import rope_frequencies
 
 VOCAB, D, LENGTH = 61, 24, 64
-YARN = YarnConfig(4, 16, beta_fast=2.0, mscale=0.707)
-GQA = AttentionConfig(4, 6, n_kv_heads=2)
-LATENT = MLAConfig(4, 6, 4, 5, kv_lora_rank=8)
+YARN = YarnConfig(factor=4, original_max_len=16, beta_fast=2.0, mscale=0.707)
+GQA = AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2)
+LATENT = MLAConfig(n_heads=4, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=8)
 COMPRESSED = replace(LATENT, q_lora_rank=10)
 V3 = MoEConfig(
-    8, 3, 12, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=2,
-    topk_group=1, group_score="top2", routed_scaling_factor=2.5,
-)  # fmt: skip
+    n_routed_experts=8,
+    top_k=3,
+    expert_width=12,
+    n_shared_experts=1,
+    scoring_func="sigmoid",
+    expert_bias=True,
+    norm_topk_prob=True,
+    n_group=2,
+    topk_group=1,
+    group_score="top2",
+    routed_scaling_factor=2.5,
+)
 
 
 def of(attention: AttentionConfig | MLAConfig, moe: MoEConfig | None = None) -> ModelConfig:
-    return ModelConfig(VOCAB, D, 2, attention, 32, moe, n_dense_layers=int(moe is V3), max_seq_len=LENGTH)
+    return ModelConfig(
+        vocab_size=VOCAB,
+        d_model=D,
+        n_layers=2,
+        attention=attention,
+        ffn_width=32,
+        moe=moe,
+        n_dense_layers=int(moe is V3),
+        max_seq_len=LENGTH,
+    )
 
 
 MODELS = {
     "llama, gqa": of(GQA),
     "llama, mqa, yarn": of(replace(GQA, n_kv_heads=1, rope_theta=100.0, yarn=YARN)),
-    "mixtral, window": of(replace(GQA, window=5), MoEConfig(6, 2, 12, norm_topk_prob=True)),
+    "mixtral, window": of(
+        replace(GQA, window=5), MoEConfig(n_routed_experts=6, top_k=2, expert_width=12, norm_topk_prob=True)
+    ),
     "deepseek-v2, dense": of(LATENT),
-    "deepseek-v2, compressed queries, yarn": of(replace(COMPRESSED, yarn=YARN), MoEConfig(8, 3, 12, 2)),
+    "deepseek-v2, compressed queries, yarn": of(
+        replace(COMPRESSED, yarn=YARN), MoEConfig(n_routed_experts=8, top_k=3, expert_width=12, n_shared_experts=2)
+    ),
     "deepseek-v3, compressed queries": of(COMPRESSED, V3),
     "deepseek-v3, yarn": of(replace(LATENT, yarn=replace(YARN, mscale=1.0)), V3),
 }
@@ -142,7 +164,14 @@ def test_yarn_of_the_published_size_is_theirs(version: int, mscale: float) -> No
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
-    c = MLAConfig(2, 128, 64, 128, kv_lora_rank=512, yarn=YarnConfig(40, 4096, mscale=mscale))
+    c = MLAConfig(
+        n_heads=2,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        kv_lora_rank=512,
+        yarn=YarnConfig(factor=40, original_max_len=4096, mscale=mscale),
+    )
     theirs = layer_of(version, c, max_position_embeddings=163_840)
     assert MLA(D, c).scale == pytest.approx(theirs.scaling, rel=1e-15)
     rotary = (DeepseekV2RotaryEmbedding if version == 2 else DeepseekV3RotaryEmbedding)(theirs.config)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from dsmoe_lite import paths
 from dsmoe_lite.cli import main
+from dsmoe_lite.common import paths
 
 INPUT, FAILURE, STOPPED = 2, 1, 130
 MODEL = "model: course-gshard\n"
@@ -132,7 +132,7 @@ def test_a_wrong_name_or_value_is_one_line(command: str, said: str, place: Path,
 def test_a_bad_config_is_one_line(
     content: bytes | str, said: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmoe_lite.job.train", None)  # what is wrong is found before any training
+    monkeypatch.setattr("dsmoe_lite.training.job.train", None)  # what is wrong is found before any training
     data = content if isinstance(content, bytes) else content.encode()
     (place / "my job.yaml").write_bytes(data)
     assert said in refused(capsys, "train", "my job.yaml", "--out", "a run")
@@ -371,7 +371,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(
     assert err.splitlines()[-1] == b"dsmoe: stopped"
     line = out.decode()
     assert line.startswith("Stopped after step ")
-    assert line.endswith("of 1500: run it again to go on from a run.\n")
+    assert line.endswith("of 1500: run it again to continue from a run.\n")
     assert set(files(place / "a run")) == {"settings.json", "checkpoint.safetensors"}  # no table, no record
     done = int(line.split()[3])
     assert 0 < done < 1500
@@ -380,6 +380,6 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(
         os.kill(os.getpid(), signal.SIGINT)
         return 1.0
 
-    monkeypatch.setattr("dsmoe_lite.train._step", interrupted)
+    monkeypatch.setattr("dsmoe_lite.training.train._step", interrupted)
     assert dsmoe("train", "job.yaml", "--out", "a run") == STOPPED
     assert capsys.readouterr().out.startswith(f"Stopped after step {done + 1} of 1500")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.balance import (
     communication_loss,
     device_loss,
@@ -374,7 +374,9 @@ def test_a_bias_that_would_round_its_steps_away_is_refused() -> None:
 
 def test_bias_alone_evens_out_a_skewed_router() -> None:
     torch.manual_seed(0)
-    config = MoEConfig(8, 2, 4, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True)
+    config = MoEConfig(
+        n_routed_experts=8, top_k=2, expert_width=4, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True
+    )
     router, x = Router(6, config, 16), torch.randn(4000, 6) + 1.0
     torch.nn.init.normal_(router.weight, std=0.5)
     skewed = max_vio(router(x, (1, 4000)))

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data import batches as batches_module
 from dsmoe_lite.data import tokenizer as tokenizer_module
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.corpus import Document
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
-from dsmoe_lite.errors import InputError
 
 
 class Shelf:

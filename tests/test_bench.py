@@ -13,9 +13,9 @@ from dsmoe_lite.accounting import training_flops
 from dsmoe_lite.bench import layer, ratios
 from dsmoe_lite.bench import train as train_bench
 from dsmoe_lite.bench.contenders import dense_ffn, moe_layer, routed_experts, transformers_experts
+from dsmoe_lite.bench.fixed_routing import max_violation, skewed_ids, uniform_ids, zipf_ids
 from dsmoe_lite.bench.layer import SIZES
 from dsmoe_lite.bench.memory import peak_bytes
-from dsmoe_lite.bench.recorded import max_violation, skewed_ids, uniform_ids, zipf_ids
 from dsmoe_lite.bench.train import LLAMA, PLACES, Place, _llama, bench_train
 from dsmoe_lite.cli import main
 from dsmoe_lite.config import MoEConfig
@@ -121,7 +121,7 @@ def test_memory_is_the_same_every_time_and_leaves_gradients_out() -> None:
 
 
 def test_contenders_compute_the_same() -> None:
-    moe, ids = MoEConfig(8, 3, 16), uniform_ids(50, 8, 3)
+    moe, ids = MoEConfig(n_routed_experts=8, top_k=3, expert_width=16), uniform_ids(50, 8, 3)
     ours = routed_experts(moe, ids, "auto", 32)
     assert isinstance(ours.module, Experts)
     ours.step()

@@ -9,12 +9,12 @@ import pytest
 import torch
 from needs import needs_gxx
 
-from dsmoe_lite.bench import kernels, products
+from dsmoe_lite.bench import grouped_products, kernels
 from dsmoe_lite.bench.attempt import attempt
+from dsmoe_lite.bench.grouped_products import DENSE, Case, check_products, time_products, tried
 from dsmoe_lite.bench.kernels import PLACES, bench_kernels, goals, newest_record
-from dsmoe_lite.bench.products import DENSE, Case, check_products, time_products, tried
 from dsmoe_lite.cli import main
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
 
 FLOAT = ("cpu", torch.float32)
@@ -81,7 +81,7 @@ def test_a_kernels_peak_memory_is_far_below_the_grouped_path() -> None:
     from dsmoe_lite.bench.backends import Layer
     from dsmoe_lite.config import MoEConfig
 
-    layer = Layer(MoEConfig(16, 6, 44), 64, 300)
+    layer = Layer(MoEConfig(n_routed_experts=16, top_k=6, expert_width=44), 64, 300)
     mine, grouped = (layer.contender(name, *FLOAT).peak_bytes() for name in ("cuda", "grouped"))
     assert mine / grouped <= 0.7
 
@@ -89,7 +89,7 @@ def test_a_kernels_peak_memory_is_far_below_the_grouped_path() -> None:
 @needs_gxx
 def test_a_wrong_kernel_ends_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cuda.multiply
-    monkeypatch.setattr(products.cuda, "multiply", lambda *given: right(*given) * 1.001)
+    monkeypatch.setattr(grouped_products.cuda, "multiply", lambda *given: right(*given) * 1.001)
     with pytest.raises(RunError, match=r"naive: differs from float64 by 1\.0e-03 of the norm, nothing was timed"):
         bench_kernels(3, "cpu")
     monkeypatch.undo()
@@ -119,7 +119,7 @@ def test_what_does_not_run_is_noted_and_left_out() -> None:
 
 def test_a_case_without_its_dense_product_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    monkeypatch.setattr(products, "products", lambda *_: {DENSE: failing(RuntimeError("out of memory"))})
+    monkeypatch.setattr(grouped_products, "products", lambda *_: {DENSE: failing(RuntimeError("out of memory"))})
     assert time_products(Case(2, 8, 8, 3), (), *FLOAT, 3, 1, notes) == []
     assert "the dense product does not run" in notes[-1]
 

@@ -21,11 +21,16 @@ from dsmoe_lite.bench.mla import (
     slopes,
 )
 from dsmoe_lite.cli import main
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, MLAConfig
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.layers.attend import attend_by_products
+from dsmoe_lite.layers.sdpa import attend_by_products
 
-TINY = Shape(12, AttentionConfig(4, 8), AttentionConfig(4, 8, n_kv_heads=2), MLAConfig(4, 8, 4, 8, kv_lora_rank=16))
+TINY = Shape(
+    12,
+    AttentionConfig(n_heads=4, head_dim=8),
+    AttentionConfig(n_heads=4, head_dim=8, n_kv_heads=2),
+    MLAConfig(n_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=16),
+)
 TINY_PLACE = replace(PLACES["cpu"], copied_bytes=1000, matmul_width=16)
 
 
@@ -107,7 +112,7 @@ def test_slopes_are_by_hand() -> None:
 
 
 def test_peaks_count_what_is_read_and_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsmoe_lite.bench.turns.seconds_of", lambda step: 1e-6)
+    monkeypatch.setattr("dsmoe_lite.bench.timing.seconds_of", lambda step: 1e-6)
     assert mla.peaks(3, TINY_PLACE) == {"copy GB/s": 2.0, "matmul GFLOP/s": round(2 * 16**3 / 1000, 3)}
 
 

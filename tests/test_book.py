@@ -10,10 +10,10 @@ import yaml
 from click.testing import CliRunner
 from nbformat.v4 import new_markdown_cell
 
-from dsmoe_lite import paths
 from dsmoe_lite.book import build as builder
 from dsmoe_lite.book import conf, mime
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.viz import theme
 
 LOADS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "object": "data"}

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import book_fixture
 import pytest
 
-from dsmoe_lite import paths
 from dsmoe_lite.book.build import build
+from dsmoe_lite.common import paths
 
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
 ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"

@@ -84,7 +84,7 @@ def made(name: str, moe: Any = None) -> Transformer:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 8, 23, 24, 25, 1000])
 def test_single_steps_of_any_window_equal_the_full_mask(window: int) -> None:
-    model = make_model(AttentionConfig(4, 6, n_kv_heads=2, window=window), max_seq_len=LENGTH)
+    model = make_model(AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2, window=window), max_seq_len=LENGTH)
     tokens, cache = random_tokens(2, LENGTH), Cache(model.config, 2)
     found = torch.cat([run(model, part, cache) for part in tokens.split(1, dim=1)], dim=1)
     torch.testing.assert_close(found, run(model, tokens), rtol=1e-9, atol=1e-9)
@@ -358,7 +358,7 @@ def test_a_model_that_attends_alike_may_use_a_cache() -> None:
     ],
 )
 def test_caches_that_cannot_be_are_refused(batch_size: int, reserve: int, message: str) -> None:
-    config = ModelConfig(VOCAB, D, 2, KINDS["mla"], 32, max_seq_len=64)
+    config = ModelConfig(vocab_size=VOCAB, d_model=D, n_layers=2, attention=KINDS["mla"], ffn_width=32, max_seq_len=64)
     assert message in line_of(lambda: Cache(config, batch_size, reserve=reserve))
 
 

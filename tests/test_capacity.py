@@ -9,14 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_by_hand import decide, within_experts
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.capacity import capacity, exempt_tokens, group_budget, place_in_expert, within_budget
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.presets import preset
 
-SWITCH = MoEConfig(8, 1, 4, capacity_factor=1.25, eval_capacity_factor=2.0)
-V2 = MoEConfig(12, 3, 4, n_group=4, topk_group=2, group_capacity_factor=1.0, never_drop_share=0.25)
+SWITCH = MoEConfig(n_routed_experts=8, top_k=1, expert_width=4, capacity_factor=1.25, eval_capacity_factor=2.0)
+V2 = MoEConfig(
+    n_routed_experts=12,
+    top_k=3,
+    expert_width=4,
+    n_group=4,
+    topk_group=2,
+    group_capacity_factor=1.0,
+    never_drop_share=0.25,
+)
 
 
 def routed(config: MoEConfig, batch_shape: tuple[int, int], seed: int, *, training: bool) -> tuple[Routing, Router]:
@@ -151,10 +159,18 @@ def test_exempt_sequences_are_whole_and_the_same_in_every_layer() -> None:
 
 
 GROUPED = {
-    "capacity": MoEConfig(8, 2, 16, capacity_factor=1.0),
-    "devices": MoEConfig(8, 2, 16, n_group=4, topk_group=2, group_capacity_factor=1.0, never_drop_share=0.5),
-    "expert choice": MoEConfig(8, 2, 16, chooser="expert"),
-    "hash": MoEConfig(8, 1, 16, scoring_func="hash", capacity_factor=1.0),
+    "capacity": MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, capacity_factor=1.0),
+    "devices": MoEConfig(
+        n_routed_experts=8,
+        top_k=2,
+        expert_width=16,
+        n_group=4,
+        topk_group=2,
+        group_capacity_factor=1.0,
+        never_drop_share=0.5,
+    ),
+    "expert choice": MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, chooser="expert"),
+    "hash": MoEConfig(n_routed_experts=8, top_k=1, expert_width=16, scoring_func="hash", capacity_factor=1.0),
 }
 
 
@@ -184,4 +200,4 @@ def test_a_routing_group_is_a_batch_of_its_own(name: str, B: int) -> None:
 
 def test_routing_groups_need_something_to_compete_for() -> None:
     with pytest.raises(InputError, match="routing_groups = 2: must be 1 where tokens do not compete for slots"):
-        MoEConfig(8, 2, 16, routing_groups=2)
+        MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, routing_groups=2)

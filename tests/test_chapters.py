@@ -13,12 +13,12 @@ import jupytext
 import nbformat
 import pytest
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
+from dsmoe_lite.labs.chapters import chapters
+from dsmoe_lite.labs.execute import chapter_schema, run_chapter
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
-from dsmoe_lite.labs.order import chapters
 from dsmoe_lite.labs.parameters import check, find
 from dsmoe_lite.labs.refresh import LIMIT, WIDGET_STATE
-from dsmoe_lite.labs.run import chapter_schema, run_chapter
 from dsmoe_lite.viz import explorer, theme
 from dsmoe_lite.viz.renderer import MIME as CHART
 

@@ -17,8 +17,9 @@ import pytest
 import vl_convert
 from PIL import Image
 
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.viz import charts, curves, kinds, parts, renderer, segments, theme, tokens
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.stats import mean_and_half_width
+from dsmoe_lite.viz import charts, curves, effects_by_kind, finer_experts, parts, renderer, theme, tokens
 
 NAMES = list(chart_samples.every_chart())
 
@@ -191,10 +192,10 @@ def test_band_spans_the_seeds():
 
 
 def test_interval_is_students():
-    mean, half = parts.mean_and_half_width([1.0, 2.0, 3.0])
+    mean, half = mean_and_half_width([1.0, 2.0, 3.0])
     assert mean == 2.0
-    assert half == pytest.approx(4.303 / 3**0.5)  # s = 1, t(0.975, 2) = 4.303
-    assert parts.mean_and_half_width([5.0]) == (5.0, None)
+    assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # s = 1, t(0.975, 2) = 4.302653
+    assert mean_and_half_width([5.0]) == (5.0, None)
 
 
 def test_labels_move_apart_and_stay_inside():
@@ -270,7 +271,7 @@ def test_a_finer_layer_is_as_long_and_shows_as_many_experts_as_a_token_uses():
         own = [cell for cell in cells if cell["layer"] == row["layer"]]
         assert len(own) == row["n_experts"]
         assert sum(cell["state"] == "used by one token" for cell in own) == row["top_k"]
-        assert max(cell["to"] for cell in own) == pytest.approx(segments.LAYER, abs=2)
+        assert max(cell["to"] for cell in own) == pytest.approx(finer_experts.LAYER, abs=2)
     bars = next(v for v in all_values(spec) if "power" in v[0])
     assert [bar["text"] for bar in bars] == ["C(16, 2) = 120", "C(64, 8) = 4,426,165,368"]
     assert bars[1]["power"] == pytest.approx(9.646, abs=1e-3)
@@ -350,17 +351,17 @@ def test_effects_are_means_over_parts_and_the_largest_stands_out():
         ("b", "+5.0", True),
         ("c", "-9.0", False),
     ]
-    assert marks[0]["high"] - 2.0 == pytest.approx(4.303 / 3**0.5)  # t(0.975, 2) = 4.303, s = 1
+    assert marks[0]["high"] - 2.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t(0.975, 2) = 4.302653, s = 1
     assert "all tokens +0.5, most for b +5.0" in spec["description"]
 
 
 def test_zero_has_no_sign():
-    assert [kinds._said(value, "+.2f") for value in (-0.001, 0.001, -0.01)] == ["0.00", "0.00", "-0.01"]
+    assert [effects_by_kind._said(value, "+.2f") for value in (-0.001, 0.001, -0.01)] == ["0.00", "0.00", "-0.01"]
 
 
 def test_ticks_are_round():
     for value, tick in ((0.5, 0.5), (0.49, 0.2), (1.0, 1.0), (9.99, 5.0), (0.0031, 0.002), (250.0, 200.0)):
-        assert kinds._round_below(value) == pytest.approx(tick)
+        assert effects_by_kind._round_below(value) == pytest.approx(tick)
 
 
 def test_tokens_wrap_inside_the_line_without_overlap():

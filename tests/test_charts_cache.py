@@ -10,10 +10,10 @@ import pytest
 from test_charts_routing import marks, svg, values
 
 from dsmoe_lite.accounting import cache_rows, kv_cache_bytes
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, MLAConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.family import FAMILY
-from dsmoe_lite.viz import cache, charts, renderer, theme
+from dsmoe_lite.viz import charts, kv_cache, renderer, theme
 
 BYTES = "cache of all sequences"
 
@@ -46,7 +46,7 @@ def test_the_calculator_counts_what_accounting_counts_at_every_setting_of_its_co
      (99.96e6, "100 MB"), (9.996e6, "10 MB"), (524e9, "524 GB"), (1e12, "1 TB"), (33.54e12, "33.5 TB"), (2e15, "2 PB")],
 )  # fmt: skip
 def test_sizes_have_three_digits_and_a_unit(amount, text):
-    assert cache._size(amount) == text
+    assert kv_cache._size(amount) == text
 
 
 def test_python_and_the_chart_write_sizes_alike():
@@ -54,7 +54,7 @@ def test_python_and_the_chart_write_sizes_alike():
     chart = charts.cache_calculator(rows, context=2048, bits=32, sequences=5)
     picture = svg(chart)
     written = {mark["name"]: mark["text"] for mark in marks(picture, BYTES) if "text" in mark}
-    assert written == {name: cache._size(amount) for name, amount in bars(picture).items()}
+    assert written == {name: kv_cache._size(amount) for name, amount in bars(picture).items()}
     assert all(f"{name} {text}" in chart.to_dict()["description"] for name, text in written.items())
     assert len({text.split()[1] for text in written.values()}) >= 3
 
@@ -82,7 +82,7 @@ def colours(picture, first):
 
 
 def test_each_kind_has_its_colour_in_both_charts_whatever_is_shown_beside_it():
-    kinds = dict(zip(cache.KINDS, theme.LINES, strict=True))
+    kinds = dict(zip(kv_cache.KINDS, theme.LINES, strict=True))
     one = [{"model": "m", "kind": "MLA", "elements_per_token": 7}]
     assert colours(svg(charts.cache_calculator(one)), BYTES) == {"m · MLA": kinds["MLA"]}
     assert colours(svg(charts.cache_by_design()), "numbers a token and layer") == kinds
@@ -94,10 +94,10 @@ def test_designs_are_those_of_the_configs(heads, groups, d):
     picture = svg(charts.cache_by_design(head_dim=d), heads=heads, groups=groups)
     drawn = {mark["kind"]: mark["text"] for mark in marks(picture, "numbers a token and layer") if "kind" in mark}
     attention = {
-        "MHA": AttentionConfig(heads, d),
-        "GQA": AttentionConfig(heads, d, n_kv_heads=groups),
-        "MQA": AttentionConfig(heads, d, n_kv_heads=1),
-        "MLA": MLAConfig(heads, d, d // 2, d, 4 * d),
+        "MHA": AttentionConfig(n_heads=heads, head_dim=d),
+        "GQA": AttentionConfig(n_heads=heads, head_dim=d, n_kv_heads=groups),
+        "MQA": AttentionConfig(n_heads=heads, head_dim=d, n_kv_heads=1),
+        "MLA": MLAConfig(n_heads=heads, qk_nope_head_dim=d, qk_rope_head_dim=d // 2, v_head_dim=d, kv_lora_rank=4 * d),
     }
     for kind, config in attention.items():
         assert int(re.search(r"= ([\d,]+)", drawn[kind])[1].replace(",", "")) == config.cache_width
@@ -114,7 +114,7 @@ def test_only_full_attention_depends_on_heads_and_the_axis_stays():
         heads: {mark["kind"]: mark["numbers a token and layer"] for mark in marks(picture, "numbers a token and layer")}
         for heads, picture in pictures.items()
     }
-    changed = {kind for kind in cache.KINDS if lengths[8][kind] != lengths[128][kind]}
+    changed = {kind for kind in kv_cache.KINDS if lengths[8][kind] != lengths[128][kind]}
     assert changed == {"MHA"}
     axes = {re.search(r"linear scale with values from ([^\"]*)\"", picture)[1] for picture in pictures.values()}
     assert axes == {"0 to 32,768"}
@@ -140,7 +140,7 @@ def test_equal_costs_are_named_apart_at_the_end_of_each_line():
     picture = svg(charts.decode_cost(rows))
     heights = [float(y) for y in re.findall(r'translate\([-\d.]+,([-\d.]+)\)"[^>]*>way \d 1 ms<', picture)]
     assert len(heights) == 4
-    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= cache.LINE - 0.5
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= kv_cache.LINE - 0.5
     assert "1K" in words(picture)
     dashes = {" ".join(map(str, dash)) for dash in theme.DASHES}
     assert len(dashes) == 4

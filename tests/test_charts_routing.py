@@ -8,7 +8,7 @@ import chart_samples
 import pytest
 import vl_convert
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import benchmarks, charts, renderer
 from dsmoe_lite.viz.parts import short, spread
 

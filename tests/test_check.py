@@ -11,10 +11,10 @@ import pytest
 from click.testing import CliRunner
 from nbformat.sign import NotebookNotary
 
-from dsmoe_lite import machine
 from dsmoe_lite.cli.check import command
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.labs import guard, jupyter_settings, server, work
+from dsmoe_lite.common import machine
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.labs import guard, jupyter_server, jupyter_settings, reader_copies
 
 
 def rows() -> dict[str, dict[str, str | None]]:
@@ -127,33 +127,33 @@ def test_copies_are_made_once_and_renewed_on_request(course) -> None:
     (course.notebooks / "images" / "one.svg").write_text("<svg/>", encoding="utf-8")
     before = chapter.read_bytes()
     folder = course.root / "work"
-    assert work.copy_chapters(course.notebooks, folder) == []
+    assert reader_copies.copy_chapters(course.notebooks, folder) == []
     copy = folder / chapter.name
     assert (folder / "images" / "one.svg").read_text(encoding="utf-8") == "<svg/>"
     assert "jupytext" not in json.loads(copy.read_text(encoding="utf-8"))["metadata"]
 
     copy.write_text(copy.read_text(encoding="utf-8").replace("A small chapter", "My notes"), encoding="utf-8")
-    assert work.copy_chapters(course.notebooks, folder) == []
+    assert reader_copies.copy_chapters(course.notebooks, folder) == []
     assert "My notes" in copy.read_text(encoding="utf-8")
 
     chapter.write_text(chapter.read_text(encoding="utf-8").replace("A small chapter", "A better one"), encoding="utf-8")
-    (line,) = work.copy_chapters(course.notebooks, folder)
+    (line,) = reader_copies.copy_chapters(course.notebooks, folder)
     assert chapter.name in line
     assert "dsmoe lab --fresh 03" in line
     assert "My notes" in copy.read_text(encoding="utf-8")
 
-    kept = [work.renew(chapter, folder) for _ in range(2)]
+    kept = [reader_copies.renew(chapter, folder) for _ in range(2)]
     assert [path.name for path in kept if path] == ["03_small.ipynb.bak", "03_small.ipynb.bak2"]
     assert kept[0] is not None
     assert "My notes" in kept[0].read_text(encoding="utf-8")
     assert "A better one" in copy.read_text(encoding="utf-8")
     assert before != chapter.read_bytes()
-    assert work.copy_chapters(course.notebooks, folder) == []
+    assert reader_copies.copy_chapters(course.notebooks, folder) == []
 
 
 def test_a_copy_is_trusted_until_somebody_else_changes_it(course) -> None:
     chapter = course.write()
-    work.copy_chapters(course.notebooks, course.root / "work")
+    reader_copies.copy_chapters(course.notebooks, course.root / "work")
     copy = nbformat.read(course.root / "work" / chapter.name, as_version=4)
     assert NotebookNotary().check_signature(copy)
     copy.cells[-1].source += "  # changed"
@@ -165,7 +165,7 @@ def test_a_broken_copy_is_left_alone(course) -> None:
     copy = course.root / "work" / chapter.name
     copy.parent.mkdir()
     copy.write_text("not a notebook", encoding="utf-8")
-    assert work.copy_chapters(course.notebooks, copy.parent) == []
+    assert reader_copies.copy_chapters(course.notebooks, copy.parent) == []
     assert copy.read_text(encoding="utf-8") == "not a notebook"
 
 
@@ -187,13 +187,13 @@ def test_lab_refuses_bad_input_in_one_line(course, capfd, arguments: list[str], 
 def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CI", "container", "DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server, "CONTAINER_MARK", Path("/nonexistent"))
+    monkeypatch.setattr(jupyter_server, "CONTAINER_MARK", Path("/nonexistent"))
     monkeypatch.setattr(sys, "platform", "linux")
-    assert not server.has_display()
+    assert not jupyter_server.has_display()
     monkeypatch.setenv("DISPLAY", ":0")
-    assert server.has_display()
+    assert jupyter_server.has_display()
     monkeypatch.setenv("CI", "true")
-    assert not server.has_display()
+    assert not jupyter_server.has_display()
 
 
 def test_settings_keep_what_is_there(tmp_path: Path) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib, split_source
 from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.errors import InputError
 
 # The standard library
 

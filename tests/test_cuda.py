@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from needs import needs_gxx
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
 from dsmoe_lite.kernels.build import cpu_library
 from dsmoe_lite.kernels.cuda_router import Rule, route
@@ -23,9 +23,9 @@ from dsmoe_lite.layers.selection import limit_groups
 
 pytestmark = needs_gxx
 
-WAYS = [("naive", torch.float32), ("tiled", torch.float32), ("tiled", torch.bfloat16)]
-WAYS += [(rung, torch.bfloat16) for rung in ("naive", "wmma", "mma", "hopper")]
-FULL = [way for way in WAYS if way[0] in cuda.EVERYWHERE]
+IMPLEMENTATIONS = [("naive", torch.float32), ("tiled", torch.float32), ("tiled", torch.bfloat16)]
+IMPLEMENTATIONS += [(rung, torch.bfloat16) for rung in ("naive", "wmma", "mma", "hopper")]
+FULL = [way for way in IMPLEMENTATIONS if way[0] in cuda.EVERYWHERE]
 COUNTS = {
     "even": [128, 128],
     "empty experts and tails": [0, 5, 0, 131, 64, 1, 0],
@@ -85,7 +85,7 @@ def assert_sums(mine: Tensor, exact: Tensor, size: Tensor) -> None:
     assert mine.numel() == 0 or float(excess.max()) <= 0
 
 
-@pytest.mark.parametrize(("rung", "dtype"), WAYS)
+@pytest.mark.parametrize(("rung", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("widths", WIDTHS.values(), ids=WIDTHS)
 def test_every_rung_multiplies(
@@ -220,9 +220,17 @@ def test_the_router_is_the_layers_router(T: int, E: int, seed: int, data: st.Dat
     two = data.draw(st.sampled_from(["max", "top2"] if E // groups >= 2 else ["max"]))
     normalise = K > 1 and data.draw(st.booleans())
     config = MoEConfig(
-        E, K, 8, scoring_func=data.draw(st.sampled_from(["softmax", "sigmoid"])), n_group=groups, topk_group=reached,
-        group_score=two, norm_topk_prob=normalise, routed_scaling_factor=2.5, expert_bias=True,
-    )  # fmt: skip
+        n_routed_experts=E,
+        top_k=K,
+        expert_width=8,
+        scoring_func=data.draw(st.sampled_from(["softmax", "sigmoid"])),
+        n_group=groups,
+        topk_group=reached,
+        group_score=two,
+        norm_topk_prob=normalise,
+        routed_scaling_factor=2.5,
+        expert_bias=True,
+    )
     torch.manual_seed(seed)
     router = Router(12, config, vocab_size=1)
     torch.nn.init.normal_(router.weight)
@@ -262,7 +270,14 @@ def test_equal_scores_go_to_the_lower_id() -> None:
 @pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_routers_gradient(scoring_func: str, normalise: bool) -> None:
-    config = MoEConfig(40, 4, 8, scoring_func=scoring_func, norm_topk_prob=normalise, routed_scaling_factor=1.5)
+    config = MoEConfig(
+        n_routed_experts=40,
+        top_k=4,
+        expert_width=8,
+        scoring_func=scoring_func,
+        norm_topk_prob=normalise,
+        routed_scaling_factor=1.5,
+    )
     logits = draw(33, 40, dtype=torch.float32, seed=0).requires_grad_()
     wide = logits.detach().double().requires_grad_()
     scores, ids, gates, _ = route(logits, a_rule(config))

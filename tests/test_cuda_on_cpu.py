@@ -11,7 +11,7 @@ import torch
 from needs import needs_gxx
 from torch import Tensor
 
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.kernels import build, cuda, launch
 from dsmoe_lite.kernels.cuda_router import Rule, route
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dsmoe_lite import equations, paths
-from dsmoe_lite.equations import Equation
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.study import equations
+from dsmoe_lite.study.equations import Equation
 
 EQUATIONS = equations.load()
 TESTS = Path(__file__).parent

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from needs import needs_gxx
 from scipy.stats import ttest_1samp
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
 from dsmoe_lite.labs import check_exercise
 from dsmoe_lite.layers.balance import switch_loss
 from dsmoe_lite.layers.rope import halves_to_pairs, pairs_to_halves

@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from needs import needs_gxx
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers import batched
 from dsmoe_lite.layers.dispatch import Dispatched, dispatch
 from dsmoe_lite.layers.experts import Experts, choose_backend
 from dsmoe_lite.layers.router import Routing
 
 D, F_WIDTH = 12, 8
-WAYS = [("loop", torch.float64), ("padded", torch.float64), ("auto", torch.float64)]
-WAYS += [("grouped", torch.float32), ("auto", torch.float32), ("padded", torch.float32)]
-WAYS += [pytest.param("cuda", torch.float32, marks=needs_gxx)]
+IMPLEMENTATIONS = [("loop", torch.float64), ("padded", torch.float64), ("auto", torch.float64)]
+IMPLEMENTATIONS += [("grouped", torch.float32), ("auto", torch.float32), ("padded", torch.float32)]
+IMPLEMENTATIONS += [pytest.param("cuda", torch.float32, marks=needs_gxx)]
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
 
@@ -86,7 +86,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("backend", "dtype"), WAYS)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_every_way_equals_the_loop_over_rows(case: str, backend: str, dtype: torch.dtype) -> None:
     ids, n_experts = CASES[case]
@@ -94,7 +94,7 @@ def test_every_way_equals_the_loop_over_rows(case: str, backend: str, dtype: tor
         agree(backend, dtype, a_routing(ids, n_experts, seed=seed), seed)
 
 
-@pytest.mark.parametrize(("backend", "dtype"), WAYS)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 def test_choices_that_are_not_kept_leave_no_trace(backend: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([[0, 1], [2, -1], [-1, -1], [1, 3], [3, 2]])
     kept = ids >= 0
@@ -103,7 +103,7 @@ def test_choices_that_are_not_kept_leave_no_trace(backend: str, dtype: torch.dty
     agree(backend, dtype, a_routing(ids, 4, torch.zeros_like(kept)))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), WAYS)
+@pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**31), st.data())
 def test_any_routing(backend: str, dtype: torch.dtype, T: int, E: int, seed: int, data: st.DataObject) -> None:

@@ -12,7 +12,7 @@ from explorer_samples import made_up
 from PIL import Image
 from test_trace import CONFIG, TEXT, TOKENIZER, made
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.trace import RoutingTrace

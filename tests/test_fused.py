@@ -9,9 +9,9 @@ import pytest
 import torch
 from needs import needs_gxx
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
-from dsmoe_lite.layers import ready as readiness
+from dsmoe_lite.layers import selftest as readiness
 from dsmoe_lite.layers.dispatch import Dispatched, dispatch
 from dsmoe_lite.layers.experts import Experts, by_kernels, choose_backend
 from dsmoe_lite.layers.fused import run_cuda

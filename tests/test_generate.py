@@ -19,8 +19,8 @@ from dsmoe_lite.model import Transformer
 
 ROWS = [[3, 1, 4, 1, 5, 9, 2, 6], [2, 7, 1], [58], [10, 20, 30, 40, 50, 60]]
 BY_BATCH = {
-    "capacity": MoEConfig(4, 2, 12, eval_capacity_factor=0.75),
-    "expert choice": MoEConfig(4, 2, 12, chooser="expert"),
+    "capacity": MoEConfig(n_routed_experts=4, top_k=2, expert_width=12, eval_capacity_factor=0.75),
+    "expert choice": MoEConfig(n_routed_experts=4, top_k=2, expert_width=12, chooser="expert"),
 }
 
 
@@ -105,7 +105,7 @@ def test_experts_that_choose_by_the_batch_get_no_cache(name: str, monkeypatch: p
 
 
 def test_capacities_of_training_alone_are_no_hindrance() -> None:
-    trained = MoEConfig(4, 2, 12, capacity_factor=0.5)
+    trained = MoEConfig(n_routed_experts=4, top_k=2, expert_width=12, capacity_factor=0.5)
     model = make_model(KINDS["gqa"], trained).train()
     alone = [generate(model, [row], 8, use_cache=False)[0] for row in ROWS]
     assert generate(model, ROWS, 8, use_cache=True) == alone
@@ -365,5 +365,7 @@ def test_options_that_cannot_be_are_one_line(model: Transformer, options: dict[s
 
 
 def test_a_window_beyond_the_context_is_no_window() -> None:
-    far, none = (make_model(AttentionConfig(4, 6, window=window), max_seq_len=24) for window in (999, None))
+    far, none = (
+        make_model(AttentionConfig(n_heads=4, head_dim=6, window=window), max_seq_len=24) for window in (999, None)
+    )
     assert generate(far, ROWS, 16) == generate(none, ROWS, 16)

@@ -7,15 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.contributions import contributions
 from dsmoe_lite.routing.interventions import mask_top, silence, swap_shared, switch_off, with_active
 
 E, K, D, WIDTH, V = 6, 3, 8, 4, 50
-MOE = MoEConfig(E, K, WIDTH, n_shared_experts=2, routed_scaling_factor=3.0)
-CONFIG = ModelConfig(V, D, 2, AttentionConfig(n_heads=2, head_dim=4), ffn_width=16, moe=MOE, init_std=0.5)
+MOE = MoEConfig(n_routed_experts=E, top_k=K, expert_width=WIDTH, n_shared_experts=2, routed_scaling_factor=3.0)
+CONFIG = ModelConfig(
+    vocab_size=V,
+    d_model=D,
+    n_layers=2,
+    attention=AttentionConfig(n_heads=2, head_dim=4),
+    ffn_width=16,
+    moe=MOE,
+    init_std=0.5,
+)
 SEEDS = pytest.mark.parametrize("seed", range(3))
 
 
@@ -117,8 +125,12 @@ def test_masks_act_before_groups_and_on_biased_choice():
 @pytest.mark.parametrize("change", [partial(switch_off, experts={0: (1,)}), partial(mask_top, share=0.1),
                                     partial(with_active, top_k=2)])  # fmt: skip
 def test_only_experts_chosen_by_score_have_a_next_best(change):
-    hashed = Transformer(replace(CONFIG, moe=MoEConfig(E, 1, WIDTH, scoring_func="hash")))
-    choosing = Transformer(replace(CONFIG, moe=MoEConfig(E, 2, WIDTH, chooser="expert")))
+    hashed = Transformer(
+        replace(CONFIG, moe=MoEConfig(n_routed_experts=E, top_k=1, expert_width=WIDTH, scoring_func="hash"))
+    )
+    choosing = Transformer(
+        replace(CONFIG, moe=MoEConfig(n_routed_experts=E, top_k=2, expert_width=WIDTH, chooser="expert"))
+    )
     for model, message in ((hashed, "scoring_func = 'hash'"), (choosing, "chooser = 'expert'"),
                            (Transformer(replace(CONFIG, moe=None)), "moe = None")):  # fmt: skip
         with pytest.raises(InputError, match=message):

@@ -14,24 +14,25 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dsmoe_lite import experiments, paths
 from dsmoe_lite.checkpoint import load_model, read_facts
 from dsmoe_lite.cli import main
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import DivergedError, InputError, RunError
 from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.errors import DivergedError, InputError, RunError
-from dsmoe_lite.experiments import Grid, missing, record_path, records, run_missing
-from dsmoe_lite.job import CorpusConfig, Job, corpus_of, first_steps, make_corpus, read_job, run_job
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import TrainConfig
+from dsmoe_lite.study import grids
+from dsmoe_lite.study.grids import Grid, missing, record_path, records, run_missing
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.job import CorpusConfig, Job, corpus_of, first_steps, make_corpus, read_job, run_job
 
 WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
 JOB = Job(
-    preset("course-gshard"),
-    TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
-    CorpusConfig(world=WORLD),
+    model=preset("course-gshard"),
+    train=TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
+    corpus=CorpusConfig(world=WORLD),
     vocab_size=300,
     n_heldout_batches=2,
     device="cpu",
@@ -71,8 +72,8 @@ def test_the_corpus_is_the_one_that_is_named(tmp_path: Path) -> None:
     world = make_corpus(JOB.corpus)
     assert isinstance(world, World)
     assert world.fingerprint() == World(WORLD).fingerprint()
-    assert isinstance(make_corpus(CorpusConfig("stdlib")), Stdlib)
-    folder = make_corpus(CorpusConfig("folder", path=str(tmp_path)))
+    assert isinstance(make_corpus(CorpusConfig(kind="stdlib")), Stdlib)
+    folder = make_corpus(CorpusConfig(kind="folder", path=str(tmp_path)))
     assert isinstance(folder, Folder)
     assert folder.fingerprint()["bytes"] == 30_000
 
@@ -119,10 +120,10 @@ def test_seed_start_and_nothing_else_decide_a_run() -> None:
 
 
 def test_an_interrupted_job_evaluates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsmoe_lite.train import Run
+    from dsmoe_lite.training.train import Run
 
-    monkeypatch.setattr("dsmoe_lite.job.train", lambda *args, **kwargs: Run(losses=[1.0, 1.0]))
-    monkeypatch.setattr("dsmoe_lite.job.heldout_loss", None)
+    monkeypatch.setattr("dsmoe_lite.training.job.train", lambda *args, **kwargs: Run(losses=[1.0, 1.0]))
+    monkeypatch.setattr("dsmoe_lite.training.job.heldout_loss", None)
     with pytest.raises(KeyboardInterrupt):
         run_job(JOB, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -152,8 +153,8 @@ def test_train_prints_its_row_and_goes_on_in_a_finished_run(
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The grid "small" of two models and two seeds, recorded in a folder of its own."""
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
-    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    monkeypatch.setattr(grids, "DATA", tmp_path)
+    monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
     monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # made up by the tests, not run
     monkeypatch.setenv("DSMOE_TEST_RECORDS", str(tmp_path / "runs" / "small"))
     return tmp_path
@@ -194,13 +195,13 @@ def test_what_is_missing_is_named_seed_by_seed(small: Path, capsys: pytest.Captu
 
 
 def test_a_profile_asks_for_the_tier_of_that_name() -> None:
-    assert [experiments.in_profile("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
+    assert [grids.in_profile("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
     with pytest.raises(InputError, match="profile = 'gpu': neighbours has no tier for it; paper has"):
-        experiments.in_profile("neighbours", "gpu")
+        grids.in_profile("neighbours", "gpu")
 
 
 def test_only_the_named_models_are_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
     done = run_missing("small", 1, lambda job: {"x": 1}, models=["course-gshard"])
     assert sorted(done) == [("course-gshard", 0), ("course-gshard", 1)]
     assert missing("small") == [("course-dense", 0), ("course-dense", 1)]
@@ -237,7 +238,7 @@ def test_a_dead_process_is_one_line_and_what_is_recorded_stays(small: Path) -> N
 ENDLESS = """
 import os, sys, time
 from pathlib import Path
-from dsmoe_lite import experiments
+from dsmoe_lite.study import grids
 
 HERE = Path(sys.argv[1])
 
@@ -249,9 +250,9 @@ class Endless:
         time.sleep(120)
 
 if __name__ == "__main__":
-    experiments.DATA = HERE
-    experiments.GRIDS = {"endless": experiments.Grid({"one": Endless()}, (0, 1), 2)}
-    list(experiments.run_missing("endless", 2))
+    grids.DATA = HERE
+    grids.GRIDS = {"endless": grids.Grid({"one": Endless()}, (0, 1), 2)}
+    list(grids.run_missing("endless", 2))
 """
 
 
@@ -308,7 +309,7 @@ class InThisProcess:
 def test_a_run_that_stops_early_is_not_recorded(
     small: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
 
     def stop(job: Job) -> dict[str, int]:
         raise error
@@ -319,7 +320,9 @@ def test_a_run_that_stops_early_is_not_recorded(
 
 
 def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
-    every = MoEConfig(4, 4, 8, n_shared_experts=1)  # all routed experts are in use already
+    every = MoEConfig(
+        n_routed_experts=4, top_k=4, expert_width=8, n_shared_experts=1
+    )  # all routed experts are in use already
     record = run_job(replace(JOB, model=replace(JOB.model, moe=every)))
     assert record["finished"]
     assert "shared_swapped" not in record
@@ -330,8 +333,8 @@ def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
 def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
-    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    monkeypatch.setattr(grids, "DATA", tmp_path)
+    monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
     written = json.loads(json.dumps(GRID.job("course-gshard", 1).run()))
     record("course-gshard", 1, **written)
     assert records("small") == [{"model_name": "course-gshard", "seed": 1, **written}]
@@ -350,8 +353,8 @@ def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
 
 
 def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(experiments, "GRIDS", {"small": replace(GRID, protocol=2)})
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(grids, "GRIDS", {"small": replace(GRID, protocol=2)})
     list(run_missing("small", 1, lambda job: {"x": 1}))
     assert {record["protocol"] for record in records("small")} == {2}
     record("course-dense", 0, protocol=1)
@@ -360,7 +363,7 @@ def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytes
 
 
 def test_a_run_that_diverges_is_recorded_as_that(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiments, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
 
     def diverge(self: Job) -> dict[str, object]:
         if self.train.seed == 1:

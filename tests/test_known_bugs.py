@@ -15,8 +15,9 @@ from dsmoe_lite.layers.balance import expert_loss, switch_loss
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.layers.selection import limit_groups, ordered_topk
 from dsmoe_lite.model import Output
-from dsmoe_lite.published import load
-from dsmoe_lite.train import TrainConfig, balance_terms
+from dsmoe_lite.study.published import load
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.objective import balance_terms
 
 NAMES = {"hf-aux-layer-concat", "group-mask-fill", "bias-leak", "double-softmax"}
 
@@ -40,8 +41,8 @@ def collapsed_layers(E: int = 8, K: int = 2, T: int = 16) -> tuple[Routing, ...]
 
 
 def per_layer(routings: tuple[Routing, ...]) -> float:
-    moe, config = MoEConfig(8, 2, 4), TrainConfig(steps=1, balance={"expert": 1.0})
-    return float(balance_terms(Output(torch.zeros(1), routings), moe, config)) / len(routings)
+    moe, config = MoEConfig(n_routed_experts=8, top_k=2, expert_width=4), TrainConfig(steps=1, balance={"expert": 1.0})
+    return float(balance_terms(Output(torch.zeros(1), routings), moe, config.balance)) / len(routings)
 
 
 def joined(routings: tuple[Routing, ...]) -> float:
@@ -99,9 +100,16 @@ def test_no_expert_out_of_reach_is_chosen() -> None:
 def test_the_router_stays_in_reach() -> None:
     torch.manual_seed(0)
     config = MoEConfig(
-        16, 4, 4, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4, topk_group=2,
+        n_routed_experts=16,
+        top_k=4,
+        expert_width=4,
+        scoring_func="sigmoid",
+        expert_bias=True,
+        norm_topk_prob=True,
+        n_group=4,
+        topk_group=2,
         group_score="top2",
-    )  # fmt: skip
+    )
     router, x = Router(8, config, 16), torch.randn(200, 8)
     router.expert_bias.fill_(-1.0)
     ids = router(x, (1, 200)).topk_ids
@@ -113,7 +121,9 @@ def test_the_router_stays_in_reach() -> None:
 
 
 def our_gates(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    config = MoEConfig(8, 2, 4, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True)
+    config = MoEConfig(
+        n_routed_experts=8, top_k=2, expert_width=4, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True
+    )
     router = Router(6, config, 16)
     router.load_state_dict({"weight": weight, "expert_bias": bias})
     return router(x, (1, len(x))).gates

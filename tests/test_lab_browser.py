@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
 
 CHAPTERS = sorted(path.name for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
 WHOLE_NOTEBOOK_IN_PAGE = '{"windowingMode": "none"}'  # so that cells out of sight can be counted too
@@ -283,7 +283,10 @@ def test_address_needs_its_token_and_listens_on_this_machine_only(lab: Lab) -> N
 
 def test_port_in_use_is_refused_in_one_line(lab: Lab) -> None:
     port = urlsplit(lab.address).port
-    program = f"from dsmoe_lite.labs.server import serve; serve('.', None, ip='127.0.0.1', port={port}, browser=False)"
+    program = (
+        "from dsmoe_lite.labs.jupyter_server import serve; "
+        f"serve('.', None, ip='127.0.0.1', port={port}, browser=False)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert f"port = {port}: Address already in use" in done.stderr.splitlines()[-1]
 

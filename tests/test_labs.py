@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dsmoe_lite.cli import main
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.labs import check_exercise, claim, claims, predict
-from dsmoe_lite.labs.order import chapters, find_chapter
+from dsmoe_lite.labs.chapters import chapters, find_chapter
+from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.parameters import check, check_parameters, find, parse_assignments, parse_value, read_schema
-from dsmoe_lite.labs.run import run_chapter
 
 CELL = """\
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -329,7 +329,7 @@ def test_a_damaged_chapter_is_bad_input(course, capsys):
 
 def test_bad_input_found_by_the_chapter_exits_as_bad_input(course, capsys):
     course.write(
-        '\n# %%\nfrom dsmoe_lite.errors import require\n\nrequire(top_k < 2, "top_k", top_k, "must be 1 here")\n'
+        '\n# %%\nfrom dsmoe_lite.common.errors import require\n\nrequire(top_k < 2, "top_k", top_k, "must be 1 here")\n'
     )
     assert exit_status("run", "03") == EXIT_INPUT
     assert "top_k = 2: must be 1 here" in capsys.readouterr().err

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels.build import SOURCES
-from dsmoe_lite.labs.kernels import or_recorded, product_by, show_source
+from dsmoe_lite.labs.cuda_source import or_recorded, product_by, show_source
 
 
 def test_an_excerpt_is_the_source_with_its_comment() -> None:

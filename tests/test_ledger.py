@@ -10,15 +10,16 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from dsmoe_lite import equations, experiments, ledger, paths, published
 from dsmoe_lite.book import claims as book_page
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.claims import command
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.experiments import Grid
-from dsmoe_lite.job import Job
-from dsmoe_lite.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, differences, load, settle, write
-from dsmoe_lite.published import as_printed
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.study import equations, grids, ledger, published
+from dsmoe_lite.study.grids import Grid
+from dsmoe_lite.study.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, differences, load, settle, write
+from dsmoe_lite.study.published import as_printed
+from dsmoe_lite.training.job import Job
 
 CLAIMS = load()
 FIELDS = {"grid": "small", "figure": "one", "model": "fine", "other": "coarse", "metric": "loss", "expected": "below"}
@@ -83,15 +84,15 @@ def test_what_is_no_figure_is_refused(text: str) -> None:
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A grid of two models and five seeds, without a record; what a Trend of FIELDS compares."""
-    job = experiments.grid("neighbours").jobs["course-dense"]
-    monkeypatch.setitem(experiments.GRIDS, "small", Grid({"fine": job, "coarse": job}))
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    job = grids.grid("neighbours").jobs["course-dense"]
+    monkeypatch.setitem(grids.GRIDS, "small", Grid({"fine": job, "coarse": job}))
+    monkeypatch.setattr(grids, "DATA", tmp_path)
     monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # they hold a loss and nothing else
     return tmp_path
 
 
 def record(model: str, seed: int, loss: float, **values: str) -> None:
-    path = experiments.record_path("small", model, seed)
+    path = grids.record_path("small", model, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"heldout_loss": loss, **values}), encoding="utf-8")
 
@@ -105,7 +106,7 @@ def fill(gaps: dict[int, float]) -> None:
 def test_a_trend_pairs_seeds(small: Path) -> None:
     fill({0: -0.5, 1: 0.25})
     record("fine", 2, 9.0)  # its pair is missing
-    assert differences(Trend(**FIELDS), experiments.records("small")) == {0: -0.5, 1: 0.25}
+    assert differences(Trend(**FIELDS), grids.records("small")) == {0: -0.5, 1: 0.25}
     claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     (settled,) = settle([claim])
     assert (settled.verdict, settled.ours) == ("not tested", "n = 2, seeds missing or diverged: [2, 3, 4]")
@@ -245,7 +246,7 @@ def test_a_claim_links_to_its_heading() -> None:
 
 
 def test_every_metric_reads_some_record() -> None:
-    found = [record for name in ("balance", "needle") for record in experiments.records(name)[:1]]
+    found = [record for name in ("balance", "needle") for record in grids.records(name)[:1]]
     changed = {"heldout_loss": 2.0}
     found += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": {"4": changed}, "shared_swapped": changed}]
     for name, metric in METRICS.items():

@@ -8,7 +8,7 @@ import ipywidgets
 import pytest
 from IPython.display import Markdown
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.viz import live as module
 
 

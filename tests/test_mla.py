@@ -23,15 +23,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.cache import Cache, GrowingCache
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.model import Transformer
 
 D = 7
-BASE = MLAConfig(3, 6, 4, 5, kv_lora_rank=8)
-YARN = YarnConfig(4, 16, beta_fast=2.0, mscale=0.7)
+BASE = MLAConfig(n_heads=3, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=5, kv_lora_rank=8)
+YARN = YarnConfig(factor=4, original_max_len=16, beta_fast=2.0, mscale=0.7)
 CASES = {
     "v2-lite": BASE,
     "compressed queries": replace(BASE, q_lora_rank=5),
@@ -82,7 +82,17 @@ def test_both_paths_equal_the_loop_forward_and_backward(name: str) -> None:
 )  # fmt: skip
 @settings(max_examples=50, deadline=None)
 def test_the_paths_are_one_in_all_shapes(heads, nope, half, d_v, rank, q_rank, B, S, seed) -> None:
-    layer = make(MLAConfig(heads, nope, 2 * half, d_v, rank, q_rank), seed)
+    layer = make(
+        MLAConfig(
+            n_heads=heads,
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=2 * half,
+            v_head_dim=d_v,
+            kv_lora_rank=rank,
+            q_lora_rank=q_rank,
+        ),
+        seed,
+    )
     x = torch.randn(B, S, D, dtype=torch.float64)
     torch.testing.assert_close(run(layer, x, "absorbed"), run(layer, x, "naive"), rtol=1e-10, atol=1e-11)
 
@@ -123,7 +133,9 @@ def test_weights_have_the_shapes_and_names_of_their_parts() -> None:
 
 
 def test_norms_of_latents_have_the_models_epsilon() -> None:
-    config = ModelConfig(11, D, 2, CASES["compressed queries"], 8, norm_eps=0.125)
+    config = ModelConfig(
+        vocab_size=11, d_model=D, n_layers=2, attention=CASES["compressed queries"], ffn_width=8, norm_eps=0.125
+    )
     norms = {name: module.eps for name, module in Transformer(config).named_modules() if isinstance(module, nn.RMSNorm)}
     assert len(norms) == 2 * 4 + 1
     assert set(norms.values()) == {0.125}
@@ -187,7 +199,7 @@ def test_auto_takes_the_path_with_fewer_multiplications(name: str, expected: set
 
 def test_where_the_break_even_of_deepseek_v3_lies() -> None:
     """128 heads or one: S = 1 always absorbs after the first token; a prompt on its own never does."""
-    c = MLAConfig(1, 128, 64, 128, kv_lora_rank=512)
+    c = MLAConfig(n_heads=1, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
     layer = MLA(8, c)
     for N in (2, 100, 100_000):
         assert layer._absorbs(1, N)
@@ -225,7 +237,7 @@ def test_the_cache_holds_the_latent_and_one_rotated_key_whatever_the_heads(n_hea
 
 def test_a_models_cache_has_the_published_size() -> None:
     """9/2 d_h l numbers a token where d_c = 4 d_h and d_h^R = d_h / 2, as 2.25 groups of GQA (V2, Section 2.1.4)."""
-    config = MLAConfig(4, 8, 4, 8, kv_lora_rank=32)
+    config = MLAConfig(n_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=32)
     model = make_model(config, max_seq_len=16, n_layers=3)
     cache = Cache(model.config, 2, reserve=16)
     with torch.no_grad():

@@ -6,16 +6,30 @@ import pytest
 import torch
 from attention_by_hand import EXPERTS, KINDS, make_model
 
-from dsmoe_lite import paths
 from dsmoe_lite.checkpoint import load_model, save_model
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict, to_dict
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
 
-CONFIG = ModelConfig(97, 32, 3, AttentionConfig(4, 8), 48, max_seq_len=40)
+CONFIG = ModelConfig(
+    vocab_size=97,
+    d_model=32,
+    n_layers=3,
+    attention=AttentionConfig(n_heads=4, head_dim=8),
+    ffn_width=48,
+    max_seq_len=40,
+)
 MOE = ModelConfig(
-    97, 32, 3, AttentionConfig(4, 8), 48, MoEConfig(8, 2, 16, n_shared_experts=1), n_dense_layers=1, max_seq_len=40
+    vocab_size=97,
+    d_model=32,
+    n_layers=3,
+    attention=AttentionConfig(n_heads=4, head_dim=8),
+    ffn_width=48,
+    moe=MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, n_shared_experts=1),
+    n_dense_layers=1,
+    max_seq_len=40,
 )
 
 
@@ -156,4 +170,4 @@ def test_a_config_that_cannot_work_is_refused_when_made(change: dict, message: s
 
 def test_odd_head_dim_is_refused() -> None:
     with pytest.raises(InputError, match="head_dim = 7: must be even"):
-        AttentionConfig(4, 7)
+        AttentionConfig(n_heads=4, head_dim=7)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from dsmoe_lite.accounting import parameters
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.job import Job
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.train import TrainConfig, train
+from dsmoe_lite.training.job import Job
+from dsmoe_lite.training.train import TrainConfig, train
 
 BASE: dict[str, Any] = {"n_routed_experts": 8, "top_k": 2, "expert_width": 4}
 HASH = {"scoring_func": "hash", "top_k": 1}
@@ -111,7 +111,14 @@ def test_every_field_is_refused_somewhere() -> None:
 
 
 def model(n_layers: int, **values: Any) -> ModelConfig:
-    return ModelConfig(40, 12, n_layers, AttentionConfig(2, 6), 10, **values)
+    return ModelConfig(
+        vocab_size=40,
+        d_model=12,
+        n_layers=n_layers,
+        attention=AttentionConfig(n_heads=2, head_dim=6),
+        ffn_width=10,
+        **values,
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,17 +214,17 @@ NEEDS: list[tuple[MoEConfig | None, dict[str, Any], str, str]] = [
 def test_what_a_model_lacks_is_refused_by_job_and_training(
     moe: MoEConfig | None, asked: dict[str, Any], field: str, remedy: str
 ) -> None:
-    config = TrainConfig(1, seq_len=8, **asked)
+    config = TrainConfig(steps=1, seq_len=8, **asked)
     with pytest.raises(InputError) as error:
         train(Transformer(model(1, moe=moe)), None, config)  # type: ignore[arg-type]
     one_line(error, field, remedy)
     with pytest.raises(InputError) as error:
-        Job(model(1, moe=moe), config)
+        Job(model=model(1, moe=moe), train=config)
     one_line(error, field, remedy)
 
 
 def test_other_losses_and_weights_of_zero_are_nothing_to_a_dense_model() -> None:
-    Job(model(1), TrainConfig(1, balance={"switch": 0.1, "sequence": 0.1, "device": 0.0}))
+    Job(model=model(1), train=TrainConfig(steps=1, balance={"switch": 0.1, "sequence": 0.1, "device": 0.0}))
 
 
 @pytest.mark.parametrize(

@@ -5,23 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dsmoe_lite import needle
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import ModelConfig, YarnConfig, from_dict
 from dsmoe_lite.data.needle import ASK, MARK, NeedleConfig, copy_batch, depth_bins, needle_batch
-from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.experiments import grid, run_one
-from dsmoe_lite.labs.recorded import needle_gaps, needle_rows
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.needle import KINDS, NeedleJob, Stage, learn, needle_recall, stretched
+from dsmoe_lite.study import needle
+from dsmoe_lite.study.grids import grid, run_one
+from dsmoe_lite.study.needle import KINDS, NeedleJob, Stage, learn, needle_recall, stretched
+from dsmoe_lite.study.rows import needle_gaps, needle_rows
 
 CONFIG = NeedleConfig(n_keys=6, n_values=5, n_filler=4, n_distractors=2)
 JOB = NeedleJob(
     model=replace(NeedleJob().model, vocab_size=CONFIG.vocab_size, d_model=16, max_seq_len=64),
     needle=CONFIG,
-    stages=(Stage("copy", 8, 4, 3), Stage("needle", 16, 4, 9)),
-    yarn=YarnConfig(4.0, 16),
-    extension=Stage("needle", 64, 2, 2),
+    stages=(
+        Stage(rows="copy", seq_len=8, batch_size=4, steps=3),
+        Stage(rows="needle", seq_len=16, batch_size=4, steps=9),
+    ),
+    yarn=YarnConfig(factor=4.0, original_max_len=16),
+    extension=Stage(rows="needle", seq_len=64, batch_size=2, steps=2),
     probes=(1, 2),
     lengths=(16, 64),
     bins=2,
@@ -144,8 +147,8 @@ def test_the_loss_is_taken_at_answers_and_where_a_string_has_begun_again() -> No
         (lambda: copy_batch(CONFIG, 1, 7), "seq_len = 7"),
         (lambda: depth_bins(CONFIG, 13, 10, 1), "bins = 10: must be a whole number of at least 1 and at most 9"),
         (lambda: depth_bins(CONFIG, 13, 2, 0), "per_bin = 0"),
-        (lambda: Stage("prose", 64, 8, 1), "rows = 'prose': must be one of copy, needle"),
-        (lambda: Stage("copy", 64, 8, 0), "steps = 0"),
+        (lambda: Stage(rows="prose", seq_len=64, batch_size=8, steps=1), "rows = 'prose': must be one of copy, needle"),
+        (lambda: Stage(rows="copy", seq_len=64, batch_size=8, steps=0), "steps = 0"),
         (lambda: replace(JOB, needle=NeedleConfig()), "vocab_size = 17: must be 50, the needle's"),
         (lambda: replace(JOB, lengths=(16, 65)), "max_seq_len = 64: must be at least 65, the longest row"),
         (lambda: replace(JOB, probes=(3,)), "probes = 3"),
@@ -185,10 +188,10 @@ def test_a_step_takes_the_loss_of_the_answer_alone() -> None:
     model = Transformer(JOB.model)
     batch = needle_batch(CONFIG, 4, 16, "learn", 0, 0)
     loss = torch.nn.functional.cross_entropy(model(batch.tokens[:, :-1]).logits[:, -1], batch.tokens[:, -1])
-    job = replace(JOB, stages=(Stage("needle", 16, 4, 1),))
+    job = replace(JOB, stages=(Stage(rows="needle", seq_len=16, batch_size=4, steps=1),))
     torch.manual_seed(0)
     twin = Transformer(JOB.model)
-    config = needle.TrainConfig(1, lr=1e-3)
+    config = needle.TrainConfig(steps=1, lr=1e-3)
     curve = needle._fit(twin, job.stages, CONFIG, config, ("learn", 0))
     assert curve[0]["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert not torch.equal(twin.embed.weight, model.embed.weight)
@@ -197,7 +200,10 @@ def test_a_step_takes_the_loss_of_the_answer_alone() -> None:
 def test_a_needle_is_learnt_in_a_hundred_steps_where_it_is_easy() -> None:
     config = NeedleConfig(n_keys=2, n_values=3, n_filler=2, n_distractors=0)
     model = replace(NeedleJob().model, vocab_size=config.vocab_size, d_model=32)
-    stages = (Stage("copy", 8, 16, 60), Stage("needle", 12, 16, 40))
+    stages = (
+        Stage(rows="copy", seq_len=8, batch_size=16, steps=60),
+        Stage(rows="needle", seq_len=12, batch_size=16, steps=40),
+    )
     curve = learn(NeedleJob(model=model, needle=config, stages=stages))[1]
     assert curve[-1]["right"] > 0.9
 

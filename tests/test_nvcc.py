@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from needs import needs_nvcc, needs_triton
 
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.kernels import build
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a")

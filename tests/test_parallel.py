@@ -16,16 +16,15 @@ from hypothesis import strategies as st
 from parallel_checks import CHECKPOINTED, loss_of
 from torchrun import torchrun
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import ModelConfig, MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_spread, save_spread
-from dsmoe_lite.parallel.dispatch import leaving
-from dsmoe_lite.parallel.mesh import check_placement
-from dsmoe_lite.parallel.split import groups_each, rows_of
-from dsmoe_lite.parallel.steps import newest
+from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
+from dsmoe_lite.parallel.checkpoint_folders import newest
+from dsmoe_lite.parallel.dispatch import plan_send
+from dsmoe_lite.parallel.mesh import check_placement, groups_per_rank, rows_of_rank
 
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 
@@ -96,7 +95,7 @@ def test_what_leaves_is_each_token_once_a_process(T: int, K: int, local: int, P:
     counts = torch.tensor([sum(e == of for of, _ in choices) for e in range(E)])
     choice = torch.tensor([c for _, c in choices], dtype=torch.int64)
     sent = Dispatched(torch.zeros(T, 1), K, choice, torch.zeros(len(choice)), counts.cumsum(0).to(torch.int32))
-    out = leaving(sent, P)
+    out = plan_send(sent, P)
     wanted = [sorted({c // K for e, c in choices if e // local == p}) for p in range(P)]
     assert [part.tolist() for part in out.token.split(out.rows.tolist())] == wanted
     assert out.counts.flatten().tolist() == counts.tolist()
@@ -107,8 +106,16 @@ def test_what_leaves_is_each_token_once_a_process(T: int, K: int, local: int, P:
 @pytest.mark.parametrize(
     ("moe", "expert", "said"),
     [
-        (MoEConfig(8, 2, 4), 3, "expert_parallel = 3: must divide n_routed_experts = 8"),
-        (MoEConfig(12, 2, 4, n_group=4), 6, "expert_parallel = 6: must divide n_group = 4 or be a multiple of it"),
+        (
+            MoEConfig(n_routed_experts=8, top_k=2, expert_width=4),
+            3,
+            "expert_parallel = 3: must divide n_routed_experts = 8",
+        ),
+        (
+            MoEConfig(n_routed_experts=12, top_k=2, expert_width=4, n_group=4),
+            6,
+            "expert_parallel = 6: must divide n_group = 4 or be a multiple of it",
+        ),
         (None, 2, "expert_parallel = 2: must be 1: the model has no experts"),
     ],
 )
@@ -119,23 +126,29 @@ def test_sizes_that_do_not_fit_are_named(moe: MoEConfig | None, expert: int, sai
 
 @pytest.mark.parametrize(("groups", "expert"), [(1, 4), (4, 4), (8, 4), (2, 4)])
 def test_groups_are_processes_or_parts_or_several_of_them(groups: int, expert: int) -> None:
-    check_placement(MoEConfig(8, 1, 4, n_group=groups), expert)
+    check_placement(MoEConfig(n_routed_experts=8, top_k=1, expert_width=4, n_group=groups), expert)
 
 
 @pytest.mark.parametrize("groups", [None, 4, 8])
 @pytest.mark.parametrize("n_sequences", [8, 9, 16, 19])
 def test_processes_share_out_a_batch(groups: int | None, n_sequences: int) -> None:
-    moe = None if groups is None else MoEConfig(8, 2, 4, capacity_factor=1.0, routing_groups=groups)
-    rows = [rows_of(rank, 4, n_sequences, moe) for rank in range(4)]
+    moe = (
+        None
+        if groups is None
+        else MoEConfig(n_routed_experts=8, top_k=2, expert_width=4, capacity_factor=1.0, routing_groups=groups)
+    )
+    rows = [rows_of_rank(rank, 4, n_sequences, moe) for rank in range(4)]
     assert [row for part in rows for row in range(n_sequences)[part]] == list(range(n_sequences))
     assert all(part.stop > part.start for part in rows)
 
 
 def test_what_cannot_be_shared_out_is_named() -> None:
     with pytest.raises(InputError, match="batch_size = 3: must be at least 4"):
-        rows_of(0, 4, 3, None)
+        rows_of_rank(0, 4, 3, None)
     with pytest.raises(InputError, match="routing_groups = 2: must be a multiple of the 4 processes"):
-        groups_each(MoEConfig(8, 2, 4, capacity_factor=1.0, routing_groups=2), 4)
+        groups_per_rank(
+            MoEConfig(n_routed_experts=8, top_k=2, expert_width=4, capacity_factor=1.0, routing_groups=2), 4
+        )
 
 
 # Checkpoints
@@ -165,12 +178,12 @@ def test_one_process_goes_on_where_four_stopped(found: dict[str, Any], folder: P
     model, optimizer = alone()
     path = newest(folder)
     assert path is not None
-    assert load_spread(path, model, optimizer) == {"step": 3}
+    assert load_sharded(path, model, optimizer) == {"step": 3}
     assert model.moe_layers[0].router.expert_bias.tolist() == [3 / 8] * 8
     tokens = torch.randint(0, 40, (8, 13), generator=torch.Generator().manual_seed(5))
     losses = []
     for _ in range(3):
-        loss = loss_of(model, tokens, 8, balance.alone)
+        loss = loss_of(model, tokens, 8, balance.single_process)
         losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
@@ -191,27 +204,27 @@ def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], fol
     path = newest(folder)
     assert path is not None
     with pytest.raises(InputError, match=r"model\.d_model = 32: this run has 16"):
-        load_spread(path, *alone(replace(CHECKPOINTED, d_model=32)))
+        load_sharded(path, *alone(replace(CHECKPOINTED, d_model=32)))
     with pytest.raises(InputError, match="step-00000009: no checkpoint, or a damaged one"):
-        load_spread(tmp_path / "step-00000009", *alone())
+        load_sharded(tmp_path / "step-00000009", *alone())
     broken = tmp_path / path.name
     shutil.copytree(path, broken)
     file = next(broken.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match="step-00000003: a damaged checkpoint"):
-        load_spread(broken, *alone())
+        load_sharded(broken, *alone())
 
 
 @pytest.mark.usefixtures("by_itself")
 def test_a_step_saved_again_replaces_itself_and_what_was_left(tmp_path: Path) -> None:
     model, optimizer = alone()
-    loss_of(model, torch.zeros(2, 13, dtype=torch.int64), 2, balance.alone).backward()
+    loss_of(model, torch.zeros(2, 13, dtype=torch.int64), 2, balance.single_process).backward()
     optimizer.step()
     (tmp_path / ".step-00000001.old").mkdir()
     for said in ("first", "second"):
-        save_spread(tmp_path, 2, model, optimizer, {"said": said})
+        save_sharded(tmp_path, 2, model, optimizer, {"said": said})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
-    assert load_spread(tmp_path / "step-00000002", model, optimizer) == {"said": "second"}
+    assert load_sharded(tmp_path / "step-00000002", model, optimizer) == {"said": "second"}
 
 
 def test_a_part_of_a_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:

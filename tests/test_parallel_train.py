@@ -15,7 +15,7 @@ import pytest
 from torchrun import torchrun
 
 from dsmoe_lite.checkpoint import read_tensors
-from dsmoe_lite.parallel.steps import newest, step_of
+from dsmoe_lite.parallel.checkpoint_folders import newest, step_of
 
 CONFIG = """
 model:
@@ -185,7 +185,7 @@ def test_sizes_and_models_that_do_not_fit_are_named_once(config: Path, two: Path
 def test_one_process_without_torchrun_leaves_many_processes_checkpoints(config: Path, two: Path) -> None:
     status, said = finish([sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(two)])
     assert status == 2
-    assert "processes of torchrun wrote it" in said
+    assert "torchrun's processes wrote it" in said
 
 
 def test_many_processes_leave_one_processs_checkpoint(config: Path, one: Path) -> None:
@@ -271,5 +271,5 @@ def test_a_host_that_is_cut_off_ends_both_with_an_error(config: Path, tmp_path: 
         _, err = run.communicate(timeout=90)
         assert run.returncode != 0
         (line,) = last_words(err)
-        assert line.startswith("dsmoe: one of 2 processes is lost, or silent for 5 s; run it again to go on from")
+        assert line.startswith("dsmoe: one of 2 processes is lost, or silent for 5 s; run it again to continue from")
     assert time.monotonic() - began < 60

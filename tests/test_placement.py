@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.parallel.placement import Placement, balanced, in_order
-from dsmoe_lite.parallel.traffic import rows_between
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.simulate.placement import Placement, balanced, in_order
+from dsmoe_lite.simulate.traffic import rows_between
 
 LOADS = st.lists(st.integers(0, 50), min_size=1, max_size=7)
 

@@ -1,6 +1,6 @@
 """Readers' copies in words that JupyterLab shows."""
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
 from dsmoe_lite.labs.plain_markdown import citation_names, equation_numbers, make_plain, plain
 
 CELL = "See\n\n$$\na = b\n$$ (eq:one)\n\nand $$c$$, then\n\n$$\nd\n$$ (eq:two)\n\n{eq}`eq:one` by {cite:t}`GShard2020`."

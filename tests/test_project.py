@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from dsmoe_lite.paths import REPOSITORY
+import dsmoe_lite
+from dsmoe_lite.common.paths import REPOSITORY
 
 INSTALLED_EXTRAS = ("course", "book", "test")  # what `make setup` installs
 HEAVY = {"torch", "numpy", "altair", "IPython", "ipywidgets", "anywidget", "papermill", "nbformat", "jupytext", "PIL"}
@@ -104,7 +106,7 @@ def test_workflow_is_valid(name: str) -> None:
 def test_citation_is_valid_and_of_this_version() -> None:
     validate("vendor.citation-file-format", "CITATION.cff")
     citation = yaml.safe_load(text("CITATION.cff"))
-    assert citation["version"] == pyproject()["project"]["version"]
+    assert citation["version"] == dsmoe_lite.__version__ == version("dsmoe-lite")
     assert [author["name"] for author in citation["authors"]] == [a["name"] for a in pyproject()["project"]["authors"]]
 
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from dsmoe_lite import accounting, pilot
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.job import Job
-from dsmoe_lite.pilot import FACTS
-from dsmoe_lite.protocol import CPU, FAMILIES, GPU, MODELS
+from dsmoe_lite import accounting
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.study import pilot
+from dsmoe_lite.study.pilot import FACTS
+from dsmoe_lite.study.protocol import CPU, FAMILIES, GPU, MODELS
+from dsmoe_lite.training.job import Job
 
 TIER = pilot._tier(16)
 LADDER = ("gshard", "0+2-of-16", "1+1-of-15", "1+3-of-31", "deepseekmoe", "0+8-of-64", "2+6-of-62", "4+4-of-60")

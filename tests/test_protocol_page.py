@@ -5,14 +5,15 @@ from dataclasses import replace
 from statistics import stdev
 from typing import Any
 
-from dsmoe_lite import ledger, paths
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.stats import seeds_needed
 from dsmoe_lite.config import from_dict
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.experiments import GRIDS, grid, records
-from dsmoe_lite.job import Job
-from dsmoe_lite.protocol import CPU, FAMILIES, MODELS, VERSION
-from dsmoe_lite.stats import seeds_needed
-from dsmoe_lite.train import TrainConfig
+from dsmoe_lite.study import ledger
+from dsmoe_lite.study.grids import GRIDS, grid, records
+from dsmoe_lite.study.protocol import CPU, FAMILIES, MODELS, VERSION
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.job import Job
 
 PAGE = (paths.NOTEBOOKS / "07_protocol.md").read_text(encoding="utf-8")
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from dsmoe_lite import published
 from dsmoe_lite.accounting import kv_cache_bytes, kv_cache_elements, parameters
 from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, from_dict, to_dict
 from dsmoe_lite.family import FAMILY
 from dsmoe_lite.presets import PRESETS, preset
+from dsmoe_lite.study import published
 
 PUBLISHED = published.load()
 CACHE, SIZES, YARN = PUBLISHED["kv_cache"], PUBLISHED["family"]["rows"], PUBLISHED["yarn"]
@@ -23,7 +23,9 @@ def with_mha(name: str) -> ModelConfig:
     """The model with full attention of as many heads of d_h in the place of its own."""
     config = preset(name)
     assert isinstance(config.attention, MLAConfig)
-    return replace(config, attention=AttentionConfig(config.attention.n_heads, config.attention.qk_nope_head_dim))
+    return replace(
+        config, attention=AttentionConfig(n_heads=config.attention.n_heads, head_dim=config.attention.qk_nope_head_dim)
+    )
 
 
 COMPUTED: dict[str, Callable[[], ModelConfig]] = {
@@ -120,10 +122,12 @@ def test_the_formulas_are_those_of_the_attentions() -> None:
     base = preset("deepseek-7B")
     assert (base.n_layers, base.attention.n_heads) == (L, n_h)
     made = {
-        "MHA": AttentionConfig(n_h, d_h),
-        "GQA": AttentionConfig(n_h, d_h, n_kv_heads=n_g),
-        "MQA": AttentionConfig(n_h, d_h, n_kv_heads=1),
-        "MLA": MLAConfig(n_h, d_h, d_h // 2, d_h, 4 * d_h),
+        "MHA": AttentionConfig(n_heads=n_h, head_dim=d_h),
+        "GQA": AttentionConfig(n_heads=n_h, head_dim=d_h, n_kv_heads=n_g),
+        "MQA": AttentionConfig(n_heads=n_h, head_dim=d_h, n_kv_heads=1),
+        "MLA": MLAConfig(
+            n_heads=n_h, qk_nope_head_dim=d_h, qk_rope_head_dim=d_h // 2, v_head_dim=d_h, kv_lora_rank=4 * d_h
+        ),
     }
     values = {
         "2 n_h d_h L": 2 * n_h * d_h * L,

@@ -4,10 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from dsmoe_lite import accounting, ledger
+from dsmoe_lite import accounting
 from dsmoe_lite.config import from_dict
-from dsmoe_lite.experiments import GRIDS, grid, records
-from dsmoe_lite.labs.recorded import (
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.presets import preset
+from dsmoe_lite.study import ledger
+from dsmoe_lite.study.grids import GRIDS, grid, records
+from dsmoe_lite.study.needle import KINDS, NeedleJob
+from dsmoe_lite.study.rows import (
     active_rows,
     balance_rows,
     curve_gaps,
@@ -18,9 +22,6 @@ from dsmoe_lite.labs.recorded import (
     seed_line,
     trend_rows,
 )
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.needle import KINDS, NeedleJob
-from dsmoe_lite.presets import preset
 
 MADE_UP = [
     {"model_name": name, "seed": seed, "heldout_loss": loss, "recall": {"head": 0.5, "tail": tail}, "losses": curve}

@@ -9,8 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from dsmoe_lite import paths
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.labs.refresh import refresh_chapter
 from dsmoe_lite.labs.results import MIME, read_result
 

@@ -7,23 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe_lite import experiments
-from dsmoe_lite import replay as module
 from dsmoe_lite.checkpoint import load_model, read_facts
 from dsmoe_lite.cli import main
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.files import write_json
 from dsmoe_lite.data.world import WorldConfig
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.experiments import Grid, record_path
-from dsmoe_lite.files import write_json
-from dsmoe_lite.job import CorpusConfig, Job, run_job
 from dsmoe_lite.presets import preset
-from dsmoe_lite.replay import replay
-from dsmoe_lite.train import TrainConfig
+from dsmoe_lite.study import grids
+from dsmoe_lite.study import replay as module
+from dsmoe_lite.study.grids import Grid, record_path
+from dsmoe_lite.study.replay import replay
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.job import CorpusConfig, Job, run_job
 
 JOB = Job(
-    preset("course-gshard"),
-    TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
-    CorpusConfig(
+    model=preset("course-gshard"),
+    train=TrainConfig(steps=3, batch_size=2, seq_len=16, warmup_steps=1),
+    corpus=CorpusConfig(
         world=WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100),
     ),
     vocab_size=300,
@@ -38,9 +38,9 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The grid "small" with one of its two runs recorded."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(grids, "DATA", tmp_path)
     monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(experiments, "GRIDS", {"small": GRID})
+    monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
     torch.set_num_threads(1)
     record = GRID.job("gshard", 1).run()
     write_json(record_path("small", "gshard", 1), record)

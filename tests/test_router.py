@@ -7,13 +7,21 @@ import pytest
 import torch
 from routing_by_hand import decide
 
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.layers.balance import load_loss
 from dsmoe_lite.layers.router import Router
 from dsmoe_lite.model import Transformer
 
-GSHARD = MoEConfig(8, 2, 16, norm_topk_prob=True, second_choice="random", capacity_factor=1.0, eval_capacity_factor=1.5)
+GSHARD = MoEConfig(
+    n_routed_experts=8,
+    top_k=2,
+    expert_width=16,
+    norm_topk_prob=True,
+    second_choice="random",
+    capacity_factor=1.0,
+    eval_capacity_factor=1.5,
+)
 
 
 def make_router(config: MoEConfig, d_model: int = 12, spread: float = 1.0) -> Router:
@@ -25,24 +33,36 @@ def make_router(config: MoEConfig, d_model: int = 12, spread: float = 1.0) -> Ro
 
 # Every design against the loop: experts, gates, and the gradient of the gates
 
-V2 = MoEConfig(16, 4, 16, n_group=4, topk_group=2, routed_scaling_factor=16.0)
+V2 = MoEConfig(n_routed_experts=16, top_k=4, expert_width=16, n_group=4, topk_group=2, routed_scaling_factor=16.0)
 V3 = MoEConfig(
-    16, 4, 16, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4, topk_group=2,
-    group_score="top2", routed_scaling_factor=2.5,
-)  # fmt: skip
+    n_routed_experts=16,
+    top_k=4,
+    expert_width=16,
+    scoring_func="sigmoid",
+    expert_bias=True,
+    norm_topk_prob=True,
+    n_group=4,
+    topk_group=2,
+    group_score="top2",
+    routed_scaling_factor=2.5,
+)
 DESIGNS = {
-    "switch": MoEConfig(8, 1, 16),
-    "mixtral": MoEConfig(8, 2, 16, norm_topk_prob=True),
-    "deepseekmoe": MoEConfig(16, 4, 16),
+    "switch": MoEConfig(n_routed_experts=8, top_k=1, expert_width=16),
+    "mixtral": MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, norm_topk_prob=True),
+    "deepseekmoe": MoEConfig(n_routed_experts=16, top_k=4, expert_width=16),
     "deepseek-v2": V2,
     "deepseek-v2, normalised as its code": replace(V2, norm_topk_prob=True, scale_normalised=False),
     "deepseek-v2, scale_normalised without normalising": replace(V2, scale_normalised=False),
     "deepseek-v3": V3,
-    "sigmoid": MoEConfig(16, 4, 16, scoring_func="sigmoid"),
-    "softmax with a bias": MoEConfig(16, 4, 16, expert_bias=True),
-    "every expert": MoEConfig(4, 4, 16, norm_topk_prob=True),
-    "expert choice": MoEConfig(8, 2, 16, chooser="expert", routed_scaling_factor=2.0),
-    "expert choice, sigmoid": MoEConfig(8, 3, 16, chooser="expert", scoring_func="sigmoid"),
+    "sigmoid": MoEConfig(n_routed_experts=16, top_k=4, expert_width=16, scoring_func="sigmoid"),
+    "softmax with a bias": MoEConfig(n_routed_experts=16, top_k=4, expert_width=16, expert_bias=True),
+    "every expert": MoEConfig(n_routed_experts=4, top_k=4, expert_width=16, norm_topk_prob=True),
+    "expert choice": MoEConfig(
+        n_routed_experts=8, top_k=2, expert_width=16, chooser="expert", routed_scaling_factor=2.0
+    ),
+    "expert choice, sigmoid": MoEConfig(
+        n_routed_experts=8, top_k=3, expert_width=16, chooser="expert", scoring_func="sigmoid"
+    ),
 }
 
 
@@ -120,7 +140,7 @@ def test_a_group_with_negative_biased_scores_is_left_for_none_that_is_masked() -
 # Noise
 
 
-NOISY = MoEConfig(8, 3, 16, noisy_gating=True, norm_topk_prob=True)
+NOISY = MoEConfig(n_routed_experts=8, top_k=3, expert_width=16, noisy_gating=True, norm_topk_prob=True)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -165,7 +185,16 @@ def test_noise_is_for_training() -> None:
 
 
 def test_noise_starts_at_the_same_size_for_all() -> None:
-    model = Transformer(ModelConfig(50, 12, 2, AttentionConfig(2, 6), 16, NOISY)).train()
+    model = Transformer(
+        ModelConfig(
+            vocab_size=50,
+            d_model=12,
+            n_layers=2,
+            attention=AttentionConfig(n_heads=2, head_dim=6),
+            ffn_width=16,
+            moe=NOISY,
+        )
+    ).train()
     for routing in model(torch.randint(0, 50, (2, 9))).routings:
         torch.testing.assert_close(routing.noise_scale, torch.full((18, 8), math.log(2)))
 
@@ -177,7 +206,15 @@ def test_noise_starts_at_the_same_size_for_all() -> None:
 @pytest.mark.parametrize("where", ["weight", "noise"])
 def test_logits_that_are_not_finite_name_the_layer(where: str, value: float) -> None:
     torch.manual_seed(0)
-    config = ModelConfig(50, 12, 4, AttentionConfig(2, 6), 16, NOISY, n_dense_layers=1)
+    config = ModelConfig(
+        vocab_size=50,
+        d_model=12,
+        n_layers=4,
+        attention=AttentionConfig(n_heads=2, head_dim=6),
+        ffn_width=16,
+        moe=NOISY,
+        n_dense_layers=1,
+    )
     model = Transformer(config).train()
     with torch.no_grad():
         getattr(model.moe_layers[1].router, where)[3, 2] = value
@@ -188,7 +225,7 @@ def test_logits_that_are_not_finite_name_the_layer(where: str, value: float) -> 
 
 def test_expert_choice_looks_at_later_tokens() -> None:
     torch.manual_seed(0)
-    router = make_router(MoEConfig(4, 1, 16, chooser="expert"))
+    router = make_router(MoEConfig(n_routed_experts=4, top_k=1, expert_width=16, chooser="expert"))
     x = torch.randn(12, 12, dtype=torch.float64)
     before = router(x, (1, 12))
     x[6:] *= 8
@@ -251,7 +288,7 @@ def test_evaluation_uses_its_own_capacity_and_every_second_choice() -> None:
 
 
 def test_random_second_choice_is_kept_with_probability_twice_its_gate() -> None:
-    config = MoEConfig(2, 2, 16, norm_topk_prob=True, second_choice="random")
+    config = MoEConfig(n_routed_experts=2, top_k=2, expert_width=16, norm_topk_prob=True, second_choice="random")
     router = make_router(config)
     gate = 0.2  # of the second expert
     with torch.no_grad():
@@ -268,7 +305,10 @@ def test_random_second_choice_is_kept_with_probability_twice_its_gate() -> None:
 
 def test_switch_gate_is_the_probability_itself() -> None:
     torch.manual_seed(0)
-    router, x = make_router(MoEConfig(8, 1, 16)), torch.randn(30, 12, dtype=torch.float64)
+    router, x = (
+        make_router(MoEConfig(n_routed_experts=8, top_k=1, expert_width=16)),
+        torch.randn(30, 12, dtype=torch.float64),
+    )
     routing = router(x, (1, 30))
     p = (x @ router.weight.T).softmax(dim=-1)
     torch.testing.assert_close(routing.gates[:, 0], p.max(dim=-1).values)
@@ -279,14 +319,17 @@ def test_switch_gate_is_the_probability_itself() -> None:
 
 def test_deepseekmoe_gates_are_not_renormalised() -> None:
     torch.manual_seed(0)
-    router, x = make_router(MoEConfig(16, 4, 16)), torch.randn(30, 12, dtype=torch.float64)
+    router, x = (
+        make_router(MoEConfig(n_routed_experts=16, top_k=4, expert_width=16)),
+        torch.randn(30, 12, dtype=torch.float64),
+    )
     routing = router(x, (1, 30))
     p = (x @ router.weight.T).softmax(dim=-1)
     torch.testing.assert_close(routing.gates, p.sort(dim=-1, descending=True).values[:, :4])
 
 
 def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly() -> None:
-    router = make_router(MoEConfig(8, 1, 16, scoring_func="hash"))
+    router = make_router(MoEConfig(n_routed_experts=8, top_k=1, expert_width=16, scoring_func="hash"))
     ids = torch.arange(64)
     first = router(torch.randn(64, 12), (1, 64), ids)
     second = router(torch.randn(64, 12), (1, 64), ids)
@@ -294,24 +337,28 @@ def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly(
     assert torch.equal(first.topk_ids[:, 0].bincount(), torch.full((8,), 8))
     assert torch.equal(first.gates, torch.ones(64, 1))
     assert list(router.parameters()) == []
-    table = Router(12, MoEConfig(16, 1, 16, scoring_func="hash"), vocab_size=1003).hash_table
+    table = Router(
+        12, MoEConfig(n_routed_experts=16, top_k=1, expert_width=16, scoring_func="hash"), vocab_size=1003
+    ).hash_table
     assert set(table.bincount().tolist()) == {1003 // 16, 1003 // 16 + 1}
     for wrong in (None, ids[:-1], ids[None]):
         with pytest.raises(InputError, match=r"token_ids = .*: hash routing needs the id of each of 64 tokens"):
             router(torch.randn(64, 12), (1, 64), wrong)
     with pytest.raises(InputError, match="vocab_size = 15: must be at least n_routed_experts = 16"):
-        Router(12, MoEConfig(16, 1, 16, scoring_func="hash"), vocab_size=15)
+        Router(12, MoEConfig(n_routed_experts=16, top_k=1, expert_width=16, scoring_func="hash"), vocab_size=15)
 
 
 @pytest.mark.parametrize(("E", "K", "scale", "mass"), [(64, 6, 1.0, 0.094), (160, 6, 16.0, 0.6)])
 def test_gate_mass_of_a_fresh_router_in_16b_and_v2(E: int, K: int, scale: float, mass: float) -> None:
-    router = Router(12, MoEConfig(E, K, 16, routed_scaling_factor=scale), 64).eval()
+    router = Router(12, MoEConfig(n_routed_experts=E, top_k=K, expert_width=16, routed_scaling_factor=scale), 64).eval()
     gates = router(torch.zeros(5, 12), (1, 5)).gates  # all logits are 0
     assert gates.sum(dim=1).tolist() == pytest.approx([mass] * 5, abs=5e-4)
 
 
 def test_a_router_that_has_lost_its_noise_still_has_a_load_gradient() -> None:
-    router = Router(4, MoEConfig(8, 2, 4, noisy_gating=True, norm_topk_prob=True), 16)
+    router = Router(
+        4, MoEConfig(n_routed_experts=8, top_k=2, expert_width=4, noisy_gating=True, norm_topk_prob=True), 16
+    )
     torch.nn.init.constant_(router.noise, -100.0)  # softplus(-400) is 0 in float32
     load_loss(router(torch.ones(6, 4), (1, 6))).backward()
     for weight in router.parameters():
@@ -320,8 +367,8 @@ def test_a_router_that_has_lost_its_noise_still_has_a_load_gradient() -> None:
 
 
 def test_logits_are_float32_even_for_bfloat16_input() -> None:
-    router = Router(12, MoEConfig(8, 2, 16), 64).bfloat16()
+    router = Router(12, MoEConfig(n_routed_experts=8, top_k=2, expert_width=16), 64).bfloat16()
     assert router(torch.randn(4, 12, dtype=torch.bfloat16), (1, 4)).logits.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        routing = Router(12, MoEConfig(8, 2, 16), 64)(torch.randn(4, 12), (1, 4))
+        routing = Router(12, MoEConfig(n_routed_experts=8, top_k=2, expert_width=16), 64)(torch.randn(4, 12), (1, 4))
     assert routing.logits.dtype == routing.scores.dtype == torch.float32

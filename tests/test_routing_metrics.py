@@ -11,23 +11,19 @@ from routing_samples import EMPTY, NOBODY, in_turn, line_of, random_choices, row
 from torch import Tensor
 
 from dsmoe_lite.routing.metrics import (
-    dead_share,
     drop_rate,
     groups_reached,
     load,
-    load_cv,
-    load_entropy,
     max_vio,
     overflow,
 )
-from dsmoe_lite.routing.positions import drop_rate_by_position, repetition, repetition_null
+from dsmoe_lite.routing.positions import drop_rate_by_position
 from dsmoe_lite.routing.saturation import saturation, saturation_null
 from dsmoe_lite.routing.specialization import (
     null_specialization,
     shuffled,
     specialization,
     uncertainty_coefficient,
-    vocabulary_by_expert,
     vocabulary_specialization,
 )
 
@@ -47,20 +43,14 @@ def trace_of(topk_ids: Tensor, n_experts: int) -> SimpleNamespace:
 def test_loads_at_balance_and_at_collapse(E: int, K: int) -> None:
     even = trace_of(in_turn(5 * E, E, K), E)
     odd = trace_of(torch.arange(K).expand(5 * E, K), E)
-    assert (load_cv(even), dead_share(even), max_vio(even)) == (0, 0, 0)
-    assert load_entropy(even) == pytest.approx(1)
-    assert load_cv(odd) == pytest.approx(math.sqrt(E / K - 1))
-    assert load_entropy(odd) == pytest.approx(math.log(K) / math.log(E))
-    assert dead_share(odd) == 1 - K / E
+    assert load(even).tolist() == [1] * E
+    assert max_vio(even) == 0
+    assert max_vio(odd) == pytest.approx(E / K - 1)
 
 
 def test_loads_by_hand() -> None:
     trace = trace_of(torch.tensor([[0, 1], [0, 2], [0, -1], [0, -1]]), 4)  # 4, 1, 1, 0
     assert load(trace).tolist() == pytest.approx([8 / 3, 2 / 3, 2 / 3, 0])
-    assert load_cv(trace) == pytest.approx(math.sqrt((2.5**2 + 2 * 0.5**2 + 1.5**2) / 4) / 1.5)
-    assert load_entropy(trace) == pytest.approx((4 / 6 * math.log(6 / 4) + 2 / 6 * math.log(6)) / math.log(4))
-    assert dead_share(trace) == 0.25
-    assert dead_share(trace, 0.7) == 0.75
     assert drop_rate(trace) == 0
     assert overflow(trace, 1.0) == pytest.approx(2 / 6)  # two slots an expert
 
@@ -76,13 +66,8 @@ def test_groups_reached_by_hand() -> None:
 @pytest.mark.parametrize("ids", [EMPTY, NOBODY])
 def test_loads_of_nobody_are_zero(ids: Tensor) -> None:
     trace = trace_of(ids, 4)
-    assert (load_cv(trace), load_entropy(trace), dead_share(trace), drop_rate(trace)) == (0, 0, 0, 0)
+    assert (max_vio(trace), drop_rate(trace)) == (0, 0)
     assert load(trace).tolist() == [0.0] * 4
-
-
-def test_one_expert_is_balanced() -> None:
-    assert load_entropy(trace_of(torch.zeros(3, 1, dtype=torch.long), 1)) == 1
-    assert load_cv(trace_of(torch.zeros(3, 1, dtype=torch.long), 1)) == 0
 
 
 # Labels: domains and token types
@@ -160,9 +145,6 @@ def test_vocabulary_specialization_against_a_loop(seed: int, least: int) -> None
     assert vocabulary_specialization(ids, tokens, 6, least) == pytest.approx(
         sum(p for p, _ in expected) / len(expected)
     )
-    mine = [[p for p, owner in expected if owner == e] for e in range(6)]
-    by_expert = [sum(ps) / len(ps) if ps else 0 for ps in mine]
-    assert vocabulary_by_expert(ids, tokens, 6, least).tolist() == pytest.approx(by_expert)
 
 
 def test_vocabulary_specialization_of_a_table_is_one() -> None:
@@ -258,38 +240,6 @@ def test_drops_at_the_end_of_the_batch_and_of_the_sequence() -> None:
     assert drop_rate_by_position(kept, ids, (1, 8), 2).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("K", [1, 2, 3])
-def test_repetition_against_a_loop(seed: int, K: int) -> None:
-    top = [row[:2] for row in rows(random_choices(seed, K=K))]
-    pairs = [(top[t], top[t + 1]) for t in range(39) if t % 8 != 7 and top[t] and top[t + 1]]
-    first, either = repetition(random_choices(seed, K=K), (5, 8))
-    assert first == pytest.approx(sum(a[0] == b[0] for a, b in pairs) / len(pairs))
-    assert either == pytest.approx(sum(bool({*a} & {*b}) for a, b in pairs) / len(pairs))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("K", [1, 2, 3])
-def test_repetition_null_is_the_mean_over_all_orders(seed: int, K: int) -> None:
-    ids = random_choices(seed, 5, 4, K)
-    ids[0, 0] = max(0, int(ids[0, 0]))  # somebody chose
-    there = ids[ids[:, 0] >= 0]
-    every = [repetition(there[list(order)], (1, len(there))) for order in permutations(range(len(there)))]
-    mean = [sum(column) / len(every) for column in zip(*every, strict=True)]
-    assert repetition_null(ids, 4) == pytest.approx(mean)
-
-
-def test_repetition_of_a_random_balanced_router() -> None:
-    ids = random_choices(0, 40_000, 8, 2, padded=False, skew=0)
-    published = (1 / 8, 1 - math.comb(6, 2) / math.comb(8, 2))
-    assert published[1] == pytest.approx(0.464, abs=5e-4)
-    assert repetition(ids, (40, 1000)) == pytest.approx(published, abs=0.01)
-    assert repetition_null(ids, 8) == pytest.approx(published, abs=0.003)
-    skewed = random_choices(0, 4000, 8, 2, padded=False)
-    assert repetition_null(skewed, 8) == pytest.approx(repetition(skewed, (4, 1000)), abs=0.03)
-    assert repetition_null(skewed, 8)[0] > 1.5 / 8
-
-
 # No tokens, nobody chosen, bad input
 
 
@@ -299,12 +249,9 @@ def test_nobody_chosen_gives_zeros(ids: Tensor) -> None:
     assert specialization(ids, tokens, 3, 4).tolist() == [[0.0] * 4] * 3
     assert null_specialization(ids, 4).tolist() == [0.0] * 4
     assert vocabulary_specialization(ids, tokens, 4) == 0
-    assert vocabulary_by_expert(ids, tokens, 4).tolist() == [0.0] * 4
     assert uncertainty_coefficient(ids, tokens, 4) == 0
     assert saturation(ids, ids) == 0
     assert saturation_null(ids, ids, 4) == 0
-    assert repetition(ids, (1, len(ids))) == (0, 0)
-    assert repetition_null(ids, 4) == (0, 0)
     assert drop_rate_by_position(ids >= 0, ids, (1, len(ids)), 1).tolist() == [0.0]
     assert shuffled(lambda i: vocabulary_specialization(i, tokens, 4), ids, seeded(0), 2).tolist() == [0.0, 0.0]
 
@@ -319,10 +266,10 @@ def test_bad_input_is_one_line() -> None:
         "topk_ids = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: null_specialization(ids, 3),
         "topk_ids = -2: experts are numbered from 0 to 3, -1 is nobody": lambda: null_specialization(ids - 1, 4),
         "topk_ids = (3,): must be (tokens, choices)": lambda: uncertainty_coefficient(ids[:, 0], tokens, 4),
-        "n_experts = 0: must be a whole number of at least 1": lambda: repetition_null(ids, 0),
+        "n_experts = 0: must be a whole number of at least 1": lambda: null_specialization(ids, 0),
         "token_ids = -1: must be at least 0": lambda: vocabulary_specialization(ids, tokens - 1, 4),
         "labels = (3, 1): must be one for each of 3 tokens": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
-        "least = 0: must be a whole number of at least 1": lambda: vocabulary_by_expert(ids, tokens, 4, 0),
+        "least = 0: must be a whole number of at least 1": lambda: vocabulary_specialization(ids, tokens, 4, 0),
         "draws = 0: must be a whole number of at least 1": lambda: shuffled(len, ids, seeded(0), 0),
         "topk_ids_then = 2: must be of the same 3 tokens": lambda: saturation(ids[:2], ids),
         "topk_ids_final = (3,): must be (tokens, choices)": lambda: saturation(ids, ids[:, 0]),
@@ -334,8 +281,9 @@ def test_bad_input_is_one_line() -> None:
         "bins = 4: must be a whole number of at least 1 and at most 3": lambda: drop_rate_by_position(
             ids >= 0, ids, (1, 3), 4
         ),
-        "batch_shape = (2, 2): must be (sequences, tokens a sequence) of 3 tokens": lambda: repetition(ids, (2, 2)),
-        "below = -1: must be a finite number of at least 0": lambda: dead_share(trace_of(ids, 4), -1),
+        "batch_shape = (2, 2): must be (sequences, tokens a sequence) of 3 tokens": lambda: drop_rate_by_position(
+            ids >= 0, ids, (2, 2), 1
+        ),
     }
     for line, call in lines.items():
         assert line_of(call) == line

@@ -26,7 +26,7 @@ def test_groups_are_neighbours() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_limited_choice_is_the_loop_over_tokens(group_score: str, seed: int) -> None:
     torch.manual_seed(seed)
-    config = MoEConfig(12, 3, 4, n_group=4, topk_group=2, group_score=group_score)
+    config = MoEConfig(n_routed_experts=12, top_k=3, expert_width=4, n_group=4, topk_group=2, group_score=group_score)
     scores = torch.randn(60, 12, dtype=torch.float64)  # negative ones too, as a bias makes them
     scores[:20] = scores[:20].round()  # many ties, of experts and of groups
     limited = limit_groups(scores, 4, 2, group_score)

@@ -7,13 +7,13 @@ import pytest
 from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import from_dict, to_dict
 from dsmoe_lite.data.batches import Batch, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.experiments import grid, records
-from dsmoe_lite.job import corpus_of
-from dsmoe_lite.paths import DATA
+from dsmoe_lite.study.grids import grid, records
+from dsmoe_lite.training.job import corpus_of
 
 SHIPPED = sorted((DATA / "models").glob("paper-*.safetensors"))
 MOST_BYTES = 15_000_000  # of all of them together

@@ -16,18 +16,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsmoe_lite.accounting import parameters
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.dispatch import leaving
+from dsmoe_lite.parallel.dispatch import plan_send
 from dsmoe_lite.parallel.mesh import make_mesh
-from dsmoe_lite.parallel.placement import in_order
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
-from dsmoe_lite.parallel.simulate import LayerTime, Machine, layer_time, step_time, weight_bytes
-from dsmoe_lite.parallel.traffic import Crossings, crossings, rows_between
+from dsmoe_lite.simulate.placement import in_order
+from dsmoe_lite.simulate.time import LayerTime, Machine, layer_time, step_time, weight_bytes
+from dsmoe_lite.simulate.traffic import Traffic, count_traffic, rows_between
 
 
 def draw(T: int, E: int, K: int, D: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,7 +40,7 @@ def draw(T: int, E: int, K: int, D: int, seed: int) -> tuple[torch.Tensor, torch
 def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: int, seed: int) -> None:
     D = 6
     ids, kept, home = draw(T, 12, K, D, seed)
-    found = crossings(ids, kept, home, in_order(12, D), node)
+    found = count_traffic(ids, kept, home, in_order(12, D), node)
     wanted = {name: [0] * D for name in vars(found)}
     edges: set[tuple[int, int]] = set()
     for t in range(T):
@@ -67,7 +67,7 @@ def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: i
 def test_one_node_or_nodes_of_one_send_directly(seed: int) -> None:
     ids, kept, home = draw(30, 12, 3, 4, seed)
     direct = rows_between(ids, kept, home, in_order(12, 4)).fill_diagonal_(0)
-    one, single = (crossings(ids, kept, home, in_order(12, 4), node) for node in (4, 1))
+    one, single = (count_traffic(ids, kept, home, in_order(12, 4), node) for node in (4, 1))
     for sent, received in ((one.sent_inside, one.received_inside), (single.sent_across, single.received_across)):
         assert torch.equal(sent, direct.sum(dim=1))
         assert torch.equal(received, direct.sum(dim=0))
@@ -76,7 +76,7 @@ def test_one_node_or_nodes_of_one_send_directly(seed: int) -> None:
 
 
 def test_the_slowest_device_and_the_slower_link_are_waited_for() -> None:
-    rows = Crossings(*(torch.tensor(row) for row in ([3, 1], [1, 3], [0, 8], [4, 4], [10, 6], [1, 3])))
+    rows = Traffic(*(torch.tensor(row) for row in ([3, 1], [1, 3], [0, 8], [4, 4], [10, 6], [1, 3])))
     machine = Machine(flops=6e6, inside=1e3, across=1e2, latency=0.5)
     found = layer_time(rows, machine, d_model=100, expert_width=50, bytes_sent=1, bytes_returned=2)
     assert found.dispatch == pytest.approx(3 * 0.5 + 100 * (3 / 1e2 + 8 / 1e3))
@@ -98,7 +98,7 @@ def test_fewer_groups_mean_fewer_bytes_between_nodes() -> None:
         nodes = torch.rand(T, 8, generator=source).argsort(dim=1)[:, :reached]
         allowed = torch.zeros(T, 8, dtype=torch.bool).scatter(1, nodes, True).repeat_interleave(E // 8, dim=1)
         ids = torch.rand(T, E, generator=source).masked_fill(~allowed, -1).topk(8).indices
-        sent = int(crossings(ids, kept, home, in_order(E, D), node).sent_across.sum())
+        sent = int(count_traffic(ids, kept, home, in_order(E, D), node).sent_across.sum())
         missed = math.comb(8 * reached - 8, 8) / math.comb(8 * reached, 8)  # a node in reach of which none is chosen
         assert sent / T == pytest.approx(reached * (1 - missed) * 7 / 8, rel=0.02)  # a node in eight is one's own
 
@@ -107,14 +107,23 @@ def test_four_thousand_devices_and_a_million_tokens(slowness: float) -> None:
     T, D = 1_000_000, 4096
     ids = torch.randint(0, D, (T, 8), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
-    rows = crossings(ids, torch.ones(T, 8, dtype=torch.bool), torch.arange(T) * D // T, in_order(D, D), 8)
+    rows = count_traffic(ids, torch.ones(T, 8, dtype=torch.bool), torch.arange(T) * D // T, in_order(D, D), 8)
     layer_time(rows, Machine(4e14, 1.6e11, 5e10), 7168, 2048)
     assert time.process_time() - began < 2 * 10 * slowness
 
 
 def test_a_step_is_its_parts() -> None:
-    moe = MoEConfig(64, 4, 64, 1)
-    config = ModelConfig(128, 64, 3, AttentionConfig(4, 16), 128, moe, n_dense_layers=1, max_seq_len=32)
+    moe = MoEConfig(n_routed_experts=64, top_k=4, expert_width=64, n_shared_experts=1)
+    config = ModelConfig(
+        vocab_size=128,
+        d_model=64,
+        n_layers=3,
+        attention=AttentionConfig(n_heads=4, head_dim=16),
+        ffn_width=128,
+        moe=moe,
+        n_dense_layers=1,
+        max_seq_len=32,
+    )
     machine, layer = Machine(flops=1e6, inside=1e4, across=1e3), LayerTime(1.0, 2.0, 3.0)
     found = step_time(config, layer, machine, tokens=64, seq_len=32, devices=64, expert=16, bytes_a_weight=2)
     assert found.experts == 2 * 3 * 2.0  # two layers; backward costs twice forward
@@ -176,16 +185,18 @@ def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
         for own in ids
     ]
     sent = [dispatch(torch.randn(T, D, generator=source), routing) for routing in routings]
-    ways = [leaving(rows, world) for rows in sent]
+    ways = [plan_send(rows, world) for rows in sent]
     numbers = torch.stack([torch.cat([way.rows.unsqueeze(1), way.counts], dim=1) for way in ways])  # (from, to, 2)
     home = torch.arange(world).repeat_interleave(T)
     between = rows_between(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world))
     between = between.fill_diagonal_(0)
-    direct = crossings(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world), 1)
+    direct = count_traffic(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world), 1)
     for rank in (0, 17, 63):
         with one_of(world, rank):
             experts = Experts(world, D, 12, "padded")
-            spread = ParallelExperts(experts, make_mesh("cpu", MoEConfig(world, K, 12))["expert"])
+            spread = ParallelExperts(
+                experts, make_mesh("cpu", MoEConfig(n_routed_experts=world, top_k=K, expert_width=12))["expert"]
+            )
             with Wire(rank, numbers[:, rank].contiguous()) as wire:
                 spread(sent[rank])
         there, back = int(between[rank].sum()), int(between[:, rank].sum())
@@ -202,8 +213,17 @@ def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
 
 @pytest.mark.parametrize("expert", [64, 16])
 def test_sixty_four_processes_gather_the_weights_that_are_counted(expert: int) -> None:
-    moe = MoEConfig(64, 4, 64, 1, backend="padded")
-    config = ModelConfig(128, 64, 3, AttentionConfig(4, 16), 128, moe, n_dense_layers=1, max_seq_len=32)
+    moe = MoEConfig(n_routed_experts=64, top_k=4, expert_width=64, n_shared_experts=1, backend="padded")
+    config = ModelConfig(
+        vocab_size=128,
+        d_model=64,
+        n_layers=3,
+        attention=AttentionConfig(n_heads=4, head_dim=16),
+        ffn_width=128,
+        moe=moe,
+        n_dense_layers=1,
+        max_seq_len=32,
+    )
     with one_of(64):
         model = Transformer(config)
         parallelize(model, make_mesh("cpu", moe, expert))
@@ -217,7 +237,10 @@ def test_sixty_four_processes_gather_the_weights_that_are_counted(expert: int) -
     [
         (lambda: Machine(0, 1, 1), "flops = 0: must be a finite number above 0"),
         (lambda: Machine(1, 1, float("inf")), "across = inf: must be a finite number"),
-        (lambda: crossings(*draw(3, 4, 1, 4, 0), in_order(4, 4), 3), "node = 3: must divide the number of devices, 4"),
+        (
+            lambda: count_traffic(*draw(3, 4, 1, 4, 0), in_order(4, 4), 3),
+            "node = 3: must divide the number of devices, 4",
+        ),
     ],
 )
 def test_what_cannot_be_is_named(call, said: str) -> None:

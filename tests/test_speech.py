@@ -4,13 +4,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.viz import speech
+from dsmoe_lite.viz import text_stream
 
 
 class Shown:
@@ -30,8 +30,8 @@ class Shown:
 def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
     """The display of `speak`, drawn again at every token."""
     found = Shown()
-    monkeypatch.setattr(speech, "display", found)
-    monkeypatch.setattr(speech, "SECONDS", 0.0)
+    monkeypatch.setattr(text_stream, "display", found)
+    monkeypatch.setattr(text_stream, "SECONDS", 0.0)
     return found
 
 
@@ -41,13 +41,23 @@ def model() -> tuple[Transformer, Tokenizer]:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(World(), 1024)
     V = tokenizer.get_vocab_size()
-    return Transformer(ModelConfig(V, 32, 1, AttentionConfig(2, 16), 32, max_seq_len=64, init_std=0.3)), tokenizer
+    return Transformer(
+        ModelConfig(
+            vocab_size=V,
+            d_model=32,
+            n_layers=1,
+            attention=AttentionConfig(n_heads=2, head_dim=16),
+            ffn_width=32,
+            max_seq_len=64,
+            init_std=0.3,
+        )
+    ), tokenizer
 
 
 def test_words_grow_and_are_those_that_generate_says(shown, model):
     transformer, tokenizer = model
     prompts = ["The home of", "x <b>"]
-    texts = speech.speak(transformer, tokenizer, prompts, 12, temperature=1.0, seed=3)
+    texts = text_stream.speak(transformer, tokenizer, prompts, 12, temperature=1.0, seed=3)
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     said = generate(transformer, ids, 12, temperature=1.0, generator=torch.Generator().manual_seed(3))
     assert texts == [tokenizer.decode(row) for row in said]
@@ -62,19 +72,19 @@ def test_words_grow_and_are_those_that_generate_says(shown, model):
 
 
 def test_another_seed_says_something_else(shown, model):
-    one, two = (speech.speak(*model, ["The home of"], 12, temperature=1.0, seed=seed) for seed in (0, 1))
+    one, two = (text_stream.speak(*model, ["The home of"], 12, temperature=1.0, seed=seed) for seed in (0, 1))
     assert one != two
 
 
 def test_it_ends_at_a_stop_token_and_shows_that(shown, model):
     transformer, tokenizer = model
     (first, *_), *_ = generate(transformer, [tokenizer.encode("The").ids], 1)
-    (text,) = speech.speak(transformer, tokenizer, ["The"], 12, stop=[first])
+    (text,) = text_stream.speak(transformer, tokenizer, ["The"], 12, stop=[first])
     assert text == tokenizer.decode([first])
     assert shown.bundles[-1]["text/plain"] == "The" + text
 
 
 def test_a_prompt_without_text_is_refused_before_anything_is_shown(shown, model):
     with pytest.raises(InputError, match="prompt 1 = '': must hold some text"):
-        speech.speak(*model, ["The", ""], 3)
+        text_stream.speak(*model, ["The", ""], 3)
     assert not shown.bundles

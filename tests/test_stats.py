@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.stats import Paired, holm, p_value, paired, seeds_needed, trend_verdict
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.stats import Paired, holm, p_value, paired, seeds_needed, trend_verdict
 
 T_4 = 2.776445  # Student's t, 97.5%, 4 degrees of freedom
 

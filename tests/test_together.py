@@ -7,17 +7,17 @@ import time
 import psutil
 import pytest
 
-from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.labs.together import together
+from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.labs.workers import run_workers
 
 
 def count(steps: int) -> None:
     import time
 
-    from dsmoe_lite.parallel.say import say
+    from dsmoe_lite.labs.workers import emit
 
     for step in range(1, steps + 1):
-        say(step=step, of=steps)
+        emit(step=step, of=steps)
         time.sleep(0.05)
 
 
@@ -33,17 +33,17 @@ def wait_for_each_other() -> None:
 
     import torch.distributed as dist
 
-    from dsmoe_lite.parallel.say import say
+    from dsmoe_lite.labs.workers import emit
 
     dist.init_process_group("gloo")
     for step in range(20):
         dist.barrier()
-        say(at=step)
+        emit(at=step)
         time.sleep(0.1)
 
 
 def test_every_process_is_heard() -> None:
-    events = list(together(count, 2, 3))
+    events = list(run_workers(count, 2, 3))
     for rank in (0, 1):
         own = [event for event in events if event["rank"] == rank]
         assert [event["step"] for event in own] == [1, 2, 3]
@@ -53,12 +53,12 @@ def test_every_process_is_heard() -> None:
 
 def test_what_failed_is_said() -> None:
     with pytest.raises(RunError, match=r"stumble: its processes failed: .*ValueError: the second process stumbles"):
-        list(together(stumble, 2))
+        list(run_workers(stumble, 2))
 
 
 def test_who_stops_listening_ends_them() -> None:
     pids = set()
-    for event in together(count, 2, 10_000):
+    for event in run_workers(count, 2, 10_000):
         pids.add(event["pid"])
         if len(pids) == 2:
             break
@@ -73,7 +73,7 @@ def test_who_stops_listening_ends_them() -> None:
 def test_a_process_that_dies_is_started_again() -> None:
     killed = False
     seen = []
-    for event in together(wait_for_each_other, 2, restarts=1):
+    for event in run_workers(wait_for_each_other, 2, restarts=1):
         if event["rank"] == 1 and event["at"] == 5 and not killed:
             os.kill(event["pid"], signal.SIGKILL)
             killed = True
@@ -86,4 +86,4 @@ def test_a_process_that_dies_is_started_again() -> None:
 @pytest.mark.parametrize(("processes", "restarts", "said"), [(0, 0, "processes = 0"), (2, -1, "restarts = -1")])
 def test_numbers_that_cannot_be_are_named(processes: int, restarts: int, said: str) -> None:
     with pytest.raises(InputError, match=said):
-        next(together(count, processes, 1, restarts=restarts))
+        next(run_workers(count, processes, 1, restarts=restarts))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.data.corpus import Document
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing import trace as module
 from dsmoe_lite.routing.metrics import drop_rate, load
@@ -21,9 +21,15 @@ from dsmoe_lite.routing.trace import RoutingTrace
 
 TEXT = "def f(x): 12+30=42 日本 🙂 héllo\n"
 CONFIG = ModelConfig(
-    256, 16, 3, AttentionConfig(n_heads=2, head_dim=8), ffn_width=16, moe=MoEConfig(6, 2, 8), max_seq_len=16,
+    vocab_size=256,
+    d_model=16,
+    n_layers=3,
+    attention=AttentionConfig(n_heads=2, head_dim=8),
+    ffn_width=16,
+    moe=MoEConfig(n_routed_experts=6, top_k=2, expert_width=8),
+    max_seq_len=16,
     init_std=0.3,
-)  # fmt: skip
+)
 
 
 def bytes_tokenizer() -> Tokenizer:

@@ -19,26 +19,21 @@ import torch
 from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import load_model, load_training, read_tensors, save_model
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import Question, World, WorldConfig
-from dsmoe_lite.errors import InputError, RunError
 from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.interrupts import stop_requested
 from dsmoe_lite.layers import balance
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.train import (
-    BALANCE_LOSSES,
-    Run,
-    TrainConfig,
-    balance_terms,
-    learning_rate,
-    make_optimizer,
-    run_record,
-    train,
-)
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.interrupts import stop_requested
+from dsmoe_lite.training.objective import BALANCE_LOSSES, balance_terms
+from dsmoe_lite.training.optimizer import learning_rate, make_optimizer
+from dsmoe_lite.training.record import Run, run_record
+from dsmoe_lite.training.train import train
 
 WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
 CONFIG = TrainConfig(steps=12, batch_size=4, seq_len=32, warmup_steps=3, checkpoint_every=1)
@@ -54,7 +49,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from test_train import CONFIG, make
-from dsmoe_lite.train import train
+from dsmoe_lite.training.train import train
 train(*make(), replace(CONFIG, steps=1))  # loads what torch loads late
 model, batches = make()
 for line in sys.stdin:
@@ -184,7 +179,7 @@ def test_resume_from_every_step_equals_the_unbroken_run(tmp_path: Path) -> None:
         folder = tmp_path / str(stop)
         model, batches = make()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dsmoe_lite.parallel.alone.save_training", _save_then_die_at(stop))
+            patch.setattr("dsmoe_lite.training.processes.save_training", _save_then_die_at(stop))
             with pytest.raises(KeyboardInterrupt):
                 train(model, batches, CONFIG, folder=folder)
         _, before = read_tensors(folder / "checkpoint.safetensors")
@@ -302,7 +297,7 @@ def test_an_interrupt_ends_after_the_step_and_keeps_the_model(capsys: pytest.Cap
     assert run.steps_done == 5
     assert not torch.equal(model.head.weight, start)
     said = capsys.readouterr().out
-    assert said == f"Stopped after step 5 of 100000: run it again to go on from {tmp_path}.\n"
+    assert said == f"Stopped after step 5 of 100000: run it again to continue from {tmp_path}.\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     _, facts = read_tensors(tmp_path / "checkpoint.safetensors")
     assert facts["training"]["losses"] == run.losses
@@ -423,9 +418,17 @@ def test_four_steps_written_out(balance_loss: str) -> None:
 
 
 V3 = MoEConfig(
-    8, 2, 16, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4,
-    topk_group=2, group_score="top2",
-)  # fmt: skip
+    n_routed_experts=8,
+    top_k=2,
+    expert_width=16,
+    n_shared_experts=1,
+    scoring_func="sigmoid",
+    expert_bias=True,
+    norm_topk_prob=True,
+    n_group=4,
+    topk_group=2,
+    group_score="top2",
+)
 
 
 def make_with(moe: MoEConfig, batch_size: int = CONFIG.batch_size, seed: int = 0) -> tuple[Transformer, Batches]:
@@ -436,7 +439,7 @@ def make_with(moe: MoEConfig, batch_size: int = CONFIG.batch_size, seed: int = 0
 
 
 def test_every_balance_loss_has_its_weight_in_every_layer() -> None:
-    moe = MoEConfig(8, 2, 16, noisy_gating=True, n_group=4, topk_group=4)
+    moe = MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, noisy_gating=True, n_group=4, topk_group=4)
     model, batches = make_with(moe)
     output = model.train()(next(batches).tokens[:, :-1])
     devices = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
@@ -445,12 +448,12 @@ def test_every_balance_loss_has_its_weight_in_every_layer() -> None:
     losses["communication"] = lambda r: balance.communication_loss(r, device_of=devices, topk_group=4)
     weights = {name: 0.1 * (place + 1) for place, name in enumerate(BALANCE_LOSSES)}
     expected = sum(weight * losses[name](r) for r in output.routings for name, weight in weights.items())
-    got = balance_terms(output, moe, TrainConfig(steps=1, balance=weights))
+    got = balance_terms(output, moe, weights)
     assert len(output.routings) == 2
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     weights["load"] = 0.0  # nothing is asked of a loss without weight
     model.eval()
-    balance_terms(model(next(batches).tokens[:, :-1]), moe, TrainConfig(steps=1, balance=weights))
+    balance_terms(model(next(batches).tokens[:, :-1]), moe, weights)
 
 
 def test_the_bias_moves_once_a_step_by_the_counts_of_all_micro_batches() -> None:
@@ -492,7 +495,7 @@ def test_a_run_with_bias_and_noise_resumes_exactly(tmp_path: Path) -> None:
     model, batches = make_with(moe)
     unbroken = train(model, batches, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dsmoe_lite.parallel.alone.save_training", _save_then_die_at(5))
+        patch.setattr("dsmoe_lite.training.processes.save_training", _save_then_die_at(5))
         with pytest.raises(KeyboardInterrupt):
             train(*make_with(moe), config, folder=tmp_path)
     again, batches = make_with(moe)

@@ -98,19 +98,39 @@ def deepseek_v3(c: MoEConfig) -> nn.Module:
 
 
 V3 = MoEConfig(
-    16, 4, 12, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, n_group=4,
-    topk_group=2, group_score="top2", routed_scaling_factor=2.5,
-)  # fmt: skip
+    n_routed_experts=16,
+    top_k=4,
+    expert_width=12,
+    n_shared_experts=1,
+    scoring_func="sigmoid",
+    expert_bias=True,
+    norm_topk_prob=True,
+    n_group=4,
+    topk_group=2,
+    group_score="top2",
+    routed_scaling_factor=2.5,
+)
 CASES = {
-    "mixtral": (mixtral, MoEConfig(8, 2, 12, norm_topk_prob=True)),
-    "olmoe": (olmoe, MoEConfig(16, 4, 12)),
-    "olmoe, normalised": (olmoe, MoEConfig(16, 4, 12, norm_topk_prob=True)),
-    "qwen3": (qwen3, MoEConfig(12, 3, 8, norm_topk_prob=True)),
-    "deepseek-v2, greedy": (deepseek_v2, MoEConfig(16, 6, 12, n_shared_experts=2)),
-    "deepseek-v2, scaled": (deepseek_v2, MoEConfig(16, 6, 12, n_shared_experts=2, routed_scaling_factor=16.0)),
+    "mixtral": (mixtral, MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, norm_topk_prob=True)),
+    "olmoe": (olmoe, MoEConfig(n_routed_experts=16, top_k=4, expert_width=12)),
+    "olmoe, normalised": (olmoe, MoEConfig(n_routed_experts=16, top_k=4, expert_width=12, norm_topk_prob=True)),
+    "qwen3": (qwen3, MoEConfig(n_routed_experts=12, top_k=3, expert_width=8, norm_topk_prob=True)),
+    "deepseek-v2, greedy": (deepseek_v2, MoEConfig(n_routed_experts=16, top_k=6, expert_width=12, n_shared_experts=2)),
+    "deepseek-v2, scaled": (
+        deepseek_v2,
+        MoEConfig(n_routed_experts=16, top_k=6, expert_width=12, n_shared_experts=2, routed_scaling_factor=16.0),
+    ),
     "deepseek-v2, groups": (
         deepseek_v2,
-        MoEConfig(16, 3, 12, n_shared_experts=2, n_group=8, topk_group=3, routed_scaling_factor=16.0),
+        MoEConfig(
+            n_routed_experts=16,
+            top_k=3,
+            expert_width=12,
+            n_shared_experts=2,
+            n_group=8,
+            topk_group=3,
+            routed_scaling_factor=16.0,
+        ),
     ),
     "deepseek-v3": (deepseek_v3, V3),
     "deepseek-v3, one group": (deepseek_v3, replace(V3, n_group=1, topk_group=1)),
@@ -168,7 +188,7 @@ def test_mixtrals_balance_loss_of_one_layer_is_k_times_the_expert_loss(seed: int
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     torch.manual_seed(seed)
-    router = Router(D, MoEConfig(8, 2, 12, norm_topk_prob=True), 8)
+    router = Router(D, MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, norm_topk_prob=True), 8)
     torch.nn.init.normal_(router.weight)
     routing = router(torch.randn(50, D), (1, 50))
     theirs = load_balancing_loss_func((routing.logits,), num_experts=8, top_k=2)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 
-TWINS = "dsmoe_lite.kernels.triton_twins"
+TWINS = "dsmoe_lite.kernels.triton_kernels"
 Run = Callable[..., Any]
 # rows of each expert, D, F. The interpreter's tiles have 16 rows, 16 or 32 columns and add up 16 products at a time; a
 # band has 8 rows of tiles.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.upcycle import split_expert
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data import world as world_module
 from dsmoe_lite.data.world import DOMAINS, GROUPS, QUESTION, STATEMENTS, World, WorldConfig
-from dsmoe_lite.errors import InputError
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
 PINNED = {

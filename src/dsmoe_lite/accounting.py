@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from dsmoe_lite.common.errors import require_whole
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig
-from dsmoe_lite.errors import require_whole
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.files import atomic_write
 from dsmoe_lite.config import ModelConfig, from_dict, to_dict
-from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.files import written_whole
 from dsmoe_lite.model import Transformer
 
 CHECKPOINT = "checkpoint.safetensors"  # of one process, in the folder of its run
@@ -74,7 +74,7 @@ def load_training(path: Path, model: Transformer, optimizer: torch.optim.Optimiz
 def write_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Write tensors with JSON facts in the header. RunError when the disk refuses; the old file stays."""
     ready = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with written_whole(path) as aside:
+    with atomic_write(path) as aside:
         try:
             save_file(ready, aside, metadata={name: json.dumps(value) for name, value in facts.items()})
         except SafetensorError as error:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import dacite
 
-from dsmoe_lite.errors import InputError, require, require_bool, require_choice, require_number, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_bool, require_choice, require_number, require_whole
 
 SCORING_FUNCS = ("softmax", "sigmoid", "hash")
 CHOOSERS = ("token", "expert")
@@ -22,7 +22,7 @@ BACKENDS = ("loop", "padded", "grouped", "triton", "cuda", "auto")
 C = TypeVar("C")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class YarnConfig:
     """YaRN (Peng et al. 2023, arXiv:2309.00071) as DeepSeek-V2 and V3 use it: a context `factor` times as long.
 
@@ -47,7 +47,7 @@ class YarnConfig:
         require_number("mscale", self.mscale, 0.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Attention with rotary positions: MHA, GQA with `n_kv_heads` below `n_heads`, MQA with one.
 
@@ -99,7 +99,7 @@ class AttentionConfig:
         return 2 * self.kv_heads * self.head_dim
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MLAConfig:
     """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, Section 2.1): keys and values from one latent vector.
 
@@ -154,7 +154,7 @@ class MLAConfig:
 AnyAttention = AttentionConfig | MLAConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """One mixture-of-experts layer, as data. What the papers call their designs:
 
@@ -262,7 +262,7 @@ class MoEConfig:
             require(field.name not in names or value == field.default, field.name, value, remedy)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm before attention and FFN, SwiGLU, RoPE.
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batch
 from dsmoe_lite.data.world import Question
+from dsmoe_lite.layers.load import relative_load
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.progress import progress
+from dsmoe_lite.model import Transformer, eval_mode
 from dsmoe_lite.routing.metrics import drop_rate, groups_reached, overflow
 
 OVERFLOW_FACTOR = 1.25  # ST-MoE's capacity in training
@@ -48,22 +49,21 @@ class HeldOut:
 @torch.no_grad()
 def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence[str]) -> HeldOut:
     """Evaluate on fixed batches; a domain without tokens is left out. The model is left in the mode it was in."""
-    was_training, device = model.training, model.embed.weight.device
-    model.eval()
+    device = model.embed.weight.device
     total = torch.zeros(len(domains), dtype=torch.float64)
     count = torch.zeros(len(domains), dtype=torch.float64)
     tallies = [_Tally(layer.router.config) for layer in model.moe_layers]
-    for batch in progress(batches, desc="held-out"):
-        tokens = batch.tokens.to(device)
-        output = model(tokens[:, :-1])
-        losses = F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        losses = losses.cpu().double()
-        labels = batch.domains[:, 1:].flatten().long()
-        total.index_add_(0, labels, losses)
-        count.index_add_(0, labels, torch.ones_like(losses))
-        for tally, routing in zip(tallies, output.routings, strict=True):
-            tally.add(routing)
-    model.train(was_training)
+    with eval_mode(model):
+        for batch in progress(batches, desc="held-out"):
+            tokens = batch.tokens.to(device)
+            output = model(tokens[:, :-1])
+            losses = F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+            losses = losses.cpu().double()
+            labels = batch.domains[:, 1:].flatten().long()
+            total.index_add_(0, labels, losses)
+            count.index_add_(0, labels, torch.ones_like(losses))
+            for tally, routing in zip(tallies, output.routings, strict=True):
+                tally.add(routing)
     by_domain = {name: float(total[i] / count[i]) for i, name in enumerate(domains) if count[i]}
     return HeldOut(float(total.sum() / count.sum()), by_domain, [tally.use() for tally in tallies])
 
@@ -87,7 +87,7 @@ class _Tally:
         self.tokens += n_tokens
 
     def use(self) -> ExpertUse:
-        load, everything = self.counts / self.counts.mean(), float(self.counts.sum())
+        load, everything = relative_load(self.counts), float(self.counts.sum())
         dropped, over = self.dropped / everything, self.over / everything
         return ExpertUse(load.tolist(), float(load.max()) - 1, dropped, over, self.sent / self.tokens)
 
@@ -99,8 +99,7 @@ def recall(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Questio
     Every token of the answer has to be the likeliest one. Questions of one length go through together, so nothing is
     padded and no padding takes an expert's slot.
     """
-    was_training, device = model.training, model.embed.weight.device
-    model.eval()
+    device = model.embed.weight.device
     by_shape = defaultdict(list)
     for question in questions:
         prompt = tokenizer.encode(question.prompt).ids
@@ -108,14 +107,14 @@ def recall(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Questio
         by_shape[len(prompt), len(answer)].append((prompt + answer, question.group))
     right: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
-    for (_, n_answer), members in sorted(by_shape.items()):
-        for start in range(0, len(members), 256):
-            part = members[start : start + 256]
-            tokens = torch.tensor([ids for ids, _ in part], device=device)
-            said = model(tokens[:, :-1]).logits[:, -n_answer:].argmax(dim=-1)  # (B, n_answer)
-            exact = (said == tokens[:, -n_answer:]).all(dim=1).tolist()
-            for (_, group), hit in zip(part, exact, strict=True):
-                right[group] += hit
-                asked[group] += 1
-    model.train(was_training)
+    with eval_mode(model):
+        for (_, n_answer), members in sorted(by_shape.items()):
+            for start in range(0, len(members), 256):
+                part = members[start : start + 256]
+                tokens = torch.tensor([ids for ids, _ in part], device=device)
+                answered = model(tokens[:, :-1]).logits[:, -n_answer:].argmax(dim=-1)  # (B, n_answer)
+                exact = (answered == tokens[:, -n_answer:]).all(dim=1).tolist()
+                for (_, group), hit in zip(part, exact, strict=True):
+                    right[group] += hit
+                    asked[group] += 1
     return {group: right[group] / asked[group] for group in sorted(asked)}

@@ -25,20 +25,38 @@ _V3_YARN = replace(_V2_YARN, mscale=1.0)
 
 def _mla(n_heads: int, yarn: YarnConfig, q_lora_rank: int | None = 1536) -> MLAConfig:
     """The geometry that V2, V2-Lite and V3 share: d_h 128, d_h^R 64, d_c 512."""
-    return MLAConfig(n_heads, 128, 64, 128, 512, q_lora_rank, yarn=yarn)
+    return MLAConfig(
+        n_heads=n_heads,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        kv_lora_rank=512,
+        q_lora_rank=q_lora_rank,
+        yarn=yarn,
+    )
 
 
 def _deepseek(d_model: int, n_layers: int, attention: AttentionConfig | MLAConfig, ffn_width: int) -> ModelConfig:
     """A dense model with the vocabulary, context and start that DeepSeek's share up to V2."""
-    return ModelConfig(102_400, d_model, n_layers, attention, ffn_width, max_seq_len=4096, init_std=0.006)
+    return ModelConfig(
+        vocab_size=102_400,
+        d_model=d_model,
+        n_layers=n_layers,
+        attention=attention,
+        ffn_width=ffn_width,
+        max_seq_len=4096,
+        init_std=0.006,
+    )
 
 
 def _gqa8(n_heads: int, rope_theta: float = 10_000.0) -> AttentionConfig:
-    return AttentionConfig(n_heads, 128, rope_theta, n_kv_heads=8)
+    return AttentionConfig(n_heads=n_heads, head_dim=128, rope_theta=rope_theta, n_kv_heads=8)
 
 
 _MOE_16B = replace(
-    _deepseek(2048, 28, AttentionConfig(16, 128), 10_944), moe=MoEConfig(64, 6, 1408, 2), n_dense_layers=1
+    _deepseek(2048, 28, AttentionConfig(n_heads=16, head_dim=128), 10_944),
+    moe=MoEConfig(n_routed_experts=64, top_k=6, expert_width=1408, n_shared_experts=2),
+    n_dense_layers=1,
 )
 _V2_LITE = replace(_MOE_16B, n_layers=27, attention=_mla(16, _V2_YARN, None), max_seq_len=163_840)
 _V2 = ModelConfig(
@@ -47,7 +65,16 @@ _V2 = ModelConfig(
     n_layers=60,
     attention=_mla(128, _V2_YARN),
     ffn_width=12_288,
-    moe=MoEConfig(160, 6, 1536, 2, n_group=8, topk_group=3, routed_scaling_factor=16.0, group_capacity_factor=1.0),
+    moe=MoEConfig(
+        n_routed_experts=160,
+        top_k=6,
+        expert_width=1536,
+        n_shared_experts=2,
+        n_group=8,
+        topk_group=3,
+        routed_scaling_factor=16.0,
+        group_capacity_factor=1.0,
+    ),
     n_dense_layers=1,
     max_seq_len=163_840,
     init_std=0.006,
@@ -79,29 +106,74 @@ _V3 = ModelConfig(
 
 def _top_k(n_experts: int, top_k: int, width: int) -> MoEConfig:
     """Whole experts with gates that sum to 1, in every block."""
-    return MoEConfig(n_experts, top_k, width, norm_topk_prob=True)
+    return MoEConfig(n_routed_experts=n_experts, top_k=top_k, expert_width=width, norm_topk_prob=True)
 
 
 FAMILY = {
-    "deepseek-7B": _deepseek(4096, 30, AttentionConfig(32, 128), 11_008),
+    "deepseek-7B": _deepseek(4096, 30, AttentionConfig(n_heads=32, head_dim=128), 11_008),
     "deepseek-67B": _deepseek(8192, 95, _gqa8(64), 22_016),
     "deepseekmoe-16B": _MOE_16B,
     "deepseek-v2-lite": _V2_LITE,
     "deepseek-v2": _V2,
     "deepseek-v3": _V3,
-    "v2-small-mha": replace(_V2_LITE, attention=AttentionConfig(16, 128), max_seq_len=4096),
-    "v2-large-mha": replace(_V2, attention=AttentionConfig(56, 128), max_seq_len=4096),
-    "llama2-7B": ModelConfig(32_000, 4096, 32, AttentionConfig(32, 128), 11_008, max_seq_len=4096, norm_eps=1e-5),
-    "llama-3.1-405B": ModelConfig(128_256, 16_384, 126, _gqa8(128, 5e5), 53_248, max_seq_len=131_072, norm_eps=1e-5),
-    "qwen2.5-72B": ModelConfig(152_064, 8192, 80, _gqa8(64, 1e6), 29_568, max_seq_len=131_072, norm_eps=1e-5),
+    "v2-small-mha": replace(_V2_LITE, attention=AttentionConfig(n_heads=16, head_dim=128), max_seq_len=4096),
+    "v2-large-mha": replace(_V2, attention=AttentionConfig(n_heads=56, head_dim=128), max_seq_len=4096),
+    "llama2-7B": ModelConfig(
+        vocab_size=32_000,
+        d_model=4096,
+        n_layers=32,
+        attention=AttentionConfig(n_heads=32, head_dim=128),
+        ffn_width=11_008,
+        max_seq_len=4096,
+        norm_eps=1e-5,
+    ),
+    "llama-3.1-405B": ModelConfig(
+        vocab_size=128_256,
+        d_model=16_384,
+        n_layers=126,
+        attention=_gqa8(128, 5e5),
+        ffn_width=53_248,
+        max_seq_len=131_072,
+        norm_eps=1e-5,
+    ),
+    "qwen2.5-72B": ModelConfig(
+        vocab_size=152_064,
+        d_model=8192,
+        n_layers=80,
+        attention=_gqa8(64, 1e6),
+        ffn_width=29_568,
+        max_seq_len=131_072,
+        norm_eps=1e-5,
+    ),
     "mixtral-8x7B": ModelConfig(
-        32_000, 4096, 32, _gqa8(32, 1e6), 14_336, _top_k(8, 2, 14_336), max_seq_len=32_768, norm_eps=1e-5
+        vocab_size=32_000,
+        d_model=4096,
+        n_layers=32,
+        attention=_gqa8(32, 1e6),
+        ffn_width=14_336,
+        moe=_top_k(8, 2, 14_336),
+        max_seq_len=32_768,
+        norm_eps=1e-5,
     ),
     "mixtral-8x22B": ModelConfig(
-        32_000, 6144, 56, _gqa8(48, 1e6), 16_384, _top_k(8, 2, 16_384), max_seq_len=65_536, norm_eps=1e-5
+        vocab_size=32_000,
+        d_model=6144,
+        n_layers=56,
+        attention=_gqa8(48, 1e6),
+        ffn_width=16_384,
+        moe=_top_k(8, 2, 16_384),
+        max_seq_len=65_536,
+        norm_eps=1e-5,
     ),
     "dbrx": ModelConfig(
-        100_352, 6144, 40, _gqa8(48, 5e5), 10_752, _top_k(16, 4, 10_752), max_seq_len=32_768, norm_eps=1e-5
+        vocab_size=100_352,
+        d_model=6144,
+        n_layers=40,
+        attention=_gqa8(48, 5e5),
+        ffn_width=10_752,
+        moe=_top_k(16, 4, 10_752),
+        max_seq_len=32_768,
+        norm_eps=1e-5,
     ),
     "grok-1": ModelConfig(
         vocab_size=131_072,
@@ -109,7 +181,7 @@ FAMILY = {
         n_layers=64,
         attention=_gqa8(48),
         ffn_width=32_768,
-        moe=MoEConfig(8, 2, 32_768),
+        moe=MoEConfig(n_routed_experts=8, top_k=2, expert_width=32_768),
         max_seq_len=8192,
         tie_embeddings=True,
         norm_eps=1e-5,

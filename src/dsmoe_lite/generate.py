@@ -5,11 +5,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError, require, require_number, require_whole
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import InputError, require, require_number, require_whole
 from dsmoe_lite.layers.cache import Cache
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.progress import progress
+from dsmoe_lite.model import Transformer, eval_mode
 
 PAD_ID = 0  # any id would do: no other token sees a padding
 
@@ -51,9 +51,7 @@ def generate(
         cache = Cache(model.config, len(rows), reserve=tokens.shape[1] + n_new)
     said: list[list[int]] = [[] for _ in rows]
     ended = [False] * len(rows)
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         for _ in progress(range(n_new), desc="generating", unit="token", delay=2):
             choice = choose(_next_logits(model, tokens, cache, pad, chunk), temperature, top_p, generator)
             tokens = torch.cat((tokens, choice[:, None]), dim=1)
@@ -65,8 +63,6 @@ def generate(
                 on_step(said)
             if all(ended):
                 break
-    finally:
-        model.train(was_training)
     return said
 
 

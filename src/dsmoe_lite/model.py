@@ -1,13 +1,14 @@
 """The decoder-only Transformer of the whole course: its FFNs dense or made of experts, as the config says."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.common.errors import require
 from dsmoe_lite.config import MLAConfig, ModelConfig
-from dsmoe_lite.errors import require
-from dsmoe_lite.layers.attend import mask_of
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import Cache, LayerCache
 from dsmoe_lite.layers.ffn import SwiGLU
@@ -15,6 +16,7 @@ from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.sdpa import mask_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,17 @@ class Place:
     cos: Tensor  # (S, rope_dim / 2), or (B, 1, S, rope_dim / 2) with padding
     sin: Tensor
     mask: Tensor | None  # as `attend.mask_of` gives it
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put `model` into evaluation mode, and back into the mode it was in, also after an error."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Block(nn.Module):

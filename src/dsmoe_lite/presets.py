@@ -16,8 +16,8 @@ gate about m times smaller, and the course compares it with course-gshard, which
 from dataclasses import replace
 from difflib import get_close_matches
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.errors import InputError
 from dsmoe_lite.family import FAMILY
 
 _VALIDATION = ModelConfig(
@@ -55,10 +55,21 @@ PRESETS = {
     "course-gshard": replace(_COURSE, moe=_COURSE_GSHARD),
     "course-switch": replace(_COURSE, moe=replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")),
     "course-hash": replace(_COURSE, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")),
-    "course-deepseekmoe": replace(_COURSE, moe=MoEConfig(63, 7, 32, n_shared_experts=1, routed_scaling_factor=4.0)),
+    "course-deepseekmoe": replace(
+        _COURSE,
+        moe=MoEConfig(n_routed_experts=63, top_k=7, expert_width=32, n_shared_experts=1, routed_scaling_factor=4.0),
+    ),
     "course-devices": replace(
         _COURSE,
-        moe=MoEConfig(64, 6, 32, n_shared_experts=2, n_group=8, topk_group=8, routed_scaling_factor=4.0),
+        moe=MoEConfig(
+            n_routed_experts=64,
+            top_k=6,
+            expert_width=32,
+            n_shared_experts=2,
+            n_group=8,
+            topk_group=8,
+            routed_scaling_factor=4.0,
+        ),
     ),  # 2 + 6 of 64 as in DeepSeekMoE 16B, on 8 devices, all in reach
     "dense-0.2B": _VALIDATION,
     "hash-2.0B": replace(

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import torch
 
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common.errors import RunError
 
 Notes = list[str]
 T = TypeVar("T")

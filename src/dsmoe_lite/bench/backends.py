@@ -11,10 +11,10 @@ from torch import Tensor
 
 from dsmoe_lite.bench.attempt import Notes, attempt
 from dsmoe_lite.bench.contenders import Contender, routed_experts, transformers_experts
-from dsmoe_lite.bench.recorded import uniform_ids
-from dsmoe_lite.bench.turns import turns
+from dsmoe_lite.bench.fixed_routing import uniform_ids
+from dsmoe_lite.bench.timing import turns
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import RunError
 from dsmoe_lite.layers.experts import Experts
 
 BACKENDS = ("grouped", "cuda", "triton")

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.bench.fixed_routing import RecordedRouter
 from dsmoe_lite.bench.memory import peak_bytes, peak_bytes_on_gpu
-from dsmoe_lite.bench.recorded import RecordedRouter
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import RunError
 from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import SwiGLU

@@ -12,15 +12,15 @@ import torch
 
 from dsmoe_lite.bench.attempt import Notes, attempt
 from dsmoe_lite.bench.backends import Layer, check_backends, time_backends
-from dsmoe_lite.bench.moves import time_moves
-from dsmoe_lite.bench.products import TOP, Case, check_products, time_products
+from dsmoe_lite.bench.bandwidth import time_moves
+from dsmoe_lite.bench.grouped_products import TOP, Case, check_products, time_products
+from dsmoe_lite.common.errors import InputError, require_whole
+from dsmoe_lite.common.machine import resolve_device
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import InputError, require_whole
-from dsmoe_lite.job import usable_device
 from dsmoe_lite.kernels.cuda import RUNGS
-from dsmoe_lite.paths import DATA
-from dsmoe_lite.progress import progress
-from dsmoe_lite.provenance import provenance
+from dsmoe_lite.training.provenance import provenance
 
 SCHEMA_VERSION = 1
 ROUNDS = 10
@@ -41,7 +41,9 @@ class Place:
     repeat: int = 1  # steps timed together
 
 
-V2_LITE = MoEConfig(64, 6, 1408)  # the routed experts of DeepSeek-V2-Lite; d_model 2048
+V2_LITE = MoEConfig(
+    n_routed_experts=64, top_k=6, expert_width=1408
+)  # the routed experts of DeepSeek-V2-Lite; d_model 2048
 PLACES = {
     "cuda": Place(
         "cuda", torch.bfloat16, TOP,
@@ -54,7 +56,7 @@ PLACES = {
             for routing in ("uniform", "skewed")
         ),
         ladder=Case(64, 2048, 1408, 1024),
-        checked_layer=Layer(MoEConfig(16, 4, 128), 256, 500),
+        checked_layer=Layer(MoEConfig(n_routed_experts=16, top_k=4, expert_width=128), 256, 500),
         layer=Layer(V2_LITE, 2048, 64 * 1024 // 6),
         repeat=3,
     ),
@@ -64,8 +66,8 @@ PLACES = {
         checked=Case(3, 24, 40, 10, "skewed"),
         cases=(Case(3, 24, 40, 5), Case(3, 24, 40, 20, "skewed")),
         ladder=Case(3, 24, 40, 20),
-        checked_layer=Layer(MoEConfig(4, 2, 24), 16, 20),
-        layer=Layer(MoEConfig(4, 2, 24), 16, 20),
+        checked_layer=Layer(MoEConfig(n_routed_experts=4, top_k=2, expert_width=24), 16, 20),
+        layer=Layer(MoEConfig(n_routed_experts=4, top_k=2, expert_width=24), 16, 20),
     ),
 }  # fmt: skip
 
@@ -79,7 +81,7 @@ def bench_kernels(rounds: int = ROUNDS, device: str = "auto") -> dict[str, Any]:
     require_whole("rounds", rounds, 3)
     if device == "auto" and not torch.cuda.is_available():
         raise InputError("device = 'auto': torch finds no GPU here; --device cpu tries the command on tiny sizes")
-    place, notes = PLACES[usable_device(device)], Notes()
+    place, notes = PLACES[resolve_device(device)], Notes()
     where = (place.device, place.dtype)
     every = tuple(rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled"))
     checks = check_products(place.checked, every, *where, notes)

@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from dsmoe_lite.bench.contenders import Contender, dense_ffn, moe_layer, routed_experts, transformers_experts
+from dsmoe_lite.bench.fixed_routing import max_violation, skewed_ids, uniform_ids, zipf_ids
 from dsmoe_lite.bench.ratios import time_ratio
-from dsmoe_lite.bench.recorded import max_violation, skewed_ids, uniform_ids, zipf_ids
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers.experts import Experts
-from dsmoe_lite.progress import progress
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Size:
 
 
 SIZES = (
-    Size("2/16", MoEConfig(16, 2, 512), 1.25, 1.4),
-    Size("6+2/64", MoEConfig(64, 6, 128, n_shared_experts=2), 1.6, 2.0),
+    Size("2/16", MoEConfig(n_routed_experts=16, top_k=2, expert_width=512), 1.25, 1.4),
+    Size("6+2/64", MoEConfig(n_routed_experts=64, top_k=6, expert_width=128, n_shared_experts=2), 1.6, 2.0),
 )
 N_TOKENS, D_MODEL = 2048, 256
 PRODUCTS = ("aten::mm", "aten::bmm", "aten::_grouped_mm")

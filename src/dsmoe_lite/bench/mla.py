@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from dsmoe_lite.bench.ratios import Step, median_interval
-from dsmoe_lite.bench.turns import captured, turns
+from dsmoe_lite.bench.timing import captured, turns
+from dsmoe_lite.common.errors import RunError, require, require_whole
+from dsmoe_lite.common.machine import resolve_device
+from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, to_dict
-from dsmoe_lite.errors import RunError, require, require_whole
-from dsmoe_lite.job import usable_device
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import GrowingCache
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.rope import rope_tables
-from dsmoe_lite.paths import DATA
-from dsmoe_lite.provenance import provenance
+from dsmoe_lite.training.provenance import provenance
 
 SCHEMA_VERSION = 1
 CONTEXTS = (1024, 2048, 4096, 8192)
@@ -82,7 +82,7 @@ def bench_mla(
     prefills: lengths of prompts, and over how many pairs each. What the machine can do is measured before and after the
     steps that are held against it. Raises InputError for contexts that do not grow and for a GPU that is not there.
     """
-    place = PLACES[usable_device(device)]
+    place = PLACES[resolve_device(device)]
     _check(contexts, rounds)
     try:
         before = peaks(rounds, place)

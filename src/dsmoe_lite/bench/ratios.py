@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from dsmoe_lite.progress import progress
+from dsmoe_lite.common.progress import progress
 
 Step = Callable[[], Any]
 

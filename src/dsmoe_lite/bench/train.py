@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 from dsmoe_lite.accounting import training_flops
 from dsmoe_lite.bench.ratios import compare
+from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.machine import resolve_device
 from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import RunError
-from dsmoe_lite.job import usable_device
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.protocol import GPU
+from dsmoe_lite.study.protocol import GPU
 
 LLAMA = "transformers Llama, dense"
 MATMULS = 10  # timed together
@@ -54,7 +54,7 @@ def bench_train(rounds: int, place: Place = PLACES["cpu"]) -> list[dict[str, Any
     `of matmul`: the FLOPs a second of a step, as `training_flops` counts them, over those of a product of the shape of
     the dense model's FFN, (tokens, D) x (D, F), in the same turns. InputError for a GPU that is not there.
     """
-    usable_device(place.device)
+    resolve_device(place.device)
     tokens = torch.randint(0, 1024, (place.batch_size, place.seq_len + 1), generator=torch.Generator().manual_seed(0))
     tokens, dense = tokens.to(place.device), next(iter(place.models.values()))
     models = {LLAMA: _llama(dense), **{name: Transformer(config) for name, config in place.models.items()}}

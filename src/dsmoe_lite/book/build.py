@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from dsmoe_lite.book import conf
-from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.progress import progress
+from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.progress import progress
 
 STATIC = Path(__file__).parent / "static"
 BUILT = "_static/charts.js"  # a folder that has it is a book of ours

@@ -4,9 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from dsmoe_lite.equations import Equation
-from dsmoe_lite.ledger import VERDICTS, Claim
-from dsmoe_lite.paths import NOTEBOOKS
+from dsmoe_lite.common.paths import NOTEBOOKS
+from dsmoe_lite.study.equations import Equation
+from dsmoe_lite.study.ledger import VERDICTS, Claim
 
 PAGE = NOTEBOOKS / "claims.md"
 PAPERS = {

@@ -6,7 +6,7 @@ import sys
 import click
 
 from dsmoe_lite import __version__
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 
 COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> holds `command`
     "lab": "Open JupyterLab at a working copy of a chapter.",

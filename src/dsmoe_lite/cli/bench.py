@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 
 @click.command(
@@ -44,9 +44,9 @@ def command(what: str, rounds: int | None, as_json: bool, **options: Any) -> Non
 
 def _train(rounds: int | None, as_json: bool, device: str | None) -> None:
     from dsmoe_lite.bench.train import PLACES, bench_train
-    from dsmoe_lite.job import usable_device
+    from dsmoe_lite.common.machine import resolve_device
 
-    rounds, place = rounds or 30, PLACES[usable_device(device or "cpu")]
+    rounds, place = rounds or 30, PLACES[resolve_device(device or "cpu")]
     title = (
         f"dsmoe bench train: medians of {rounds} turns, speed ratio to the first row, FLOPs a second as a share of a "
         f"matmul of the dense FFN's shape; {place.device}, {_threads()}"
@@ -71,7 +71,7 @@ def _layer(rounds: int | None, as_json: bool, profile: bool) -> None:
 
 def _mla(rounds: int | None, as_json: bool, contexts: str | None, device: str | None, record: bool) -> None:
     from dsmoe_lite.bench import mla
-    from dsmoe_lite.files import write_json
+    from dsmoe_lite.common.files import write_json
 
     found = mla.bench_mla(_contexts(contexts) or mla.CONTEXTS, rounds or mla.ROUNDS, device or "cpu")
     place, machine = found["place"], found["peaks"]
@@ -98,7 +98,7 @@ def _mla(rounds: int | None, as_json: bool, contexts: str | None, device: str | 
 
 def _kernels(rounds: int | None, as_json: bool, device: str | None, record: bool) -> None:
     from dsmoe_lite.bench import kernels
-    from dsmoe_lite.files import write_json
+    from dsmoe_lite.common.files import write_json
 
     if record and device == "cpu":
         raise InputError("--record: what kernels take on a CPU says nothing about a GPU; measure on one")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
 
 
 @click.command()

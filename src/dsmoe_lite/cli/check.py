@@ -2,8 +2,8 @@
 
 import click
 
-from dsmoe_lite import machine
 from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.common import machine
 
 
 @click.command()

@@ -5,7 +5,7 @@ from collections import Counter
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common.errors import RunError
 
 
 @click.command(help="Recompute every claim of the ledger and print its verdict.")
@@ -17,9 +17,9 @@ def command(store: bool, as_json: bool) -> None:
     """Exit with status 1 where a stored verdict no longer follows from its data."""
     from dataclasses import asdict
 
-    from dsmoe_lite import equations, ledger
     from dsmoe_lite.book import claims as book_page
-    from dsmoe_lite.files import write_text
+    from dsmoe_lite.common.files import write_text
+    from dsmoe_lite.study import equations, ledger
 
     stored = ledger.load(ledger.PATH)
     settled = ledger.settle(stored)

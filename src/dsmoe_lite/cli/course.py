@@ -3,7 +3,7 @@
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.errors import RunError
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.labs.course import machine, run_course
 
 

@@ -24,7 +24,7 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 @json_option
 def command(name: str, profile: str, models: str | None, processes: int, plan: bool, as_json: bool) -> None:
     """Train every missing (model, seed) of grid NAME; killed at any point, the next call goes on."""
-    from dsmoe_lite.experiments import in_profile, missing, run_missing
+    from dsmoe_lite.study.grids import in_profile, missing, run_missing
 
     name, only = in_profile(name, profile), tuple(models.split(",")) if models else ()
     todo = missing(name, only)

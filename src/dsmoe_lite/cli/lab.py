@@ -2,10 +2,10 @@
 
 import click
 
-from dsmoe_lite import paths
-from dsmoe_lite.labs.order import chapters, find_chapter
-from dsmoe_lite.labs.server import has_display, serve
-from dsmoe_lite.labs.work import copy_chapters, renew
+from dsmoe_lite.common import paths
+from dsmoe_lite.labs.chapters import chapters, find_chapter
+from dsmoe_lite.labs.jupyter_server import has_display, serve
+from dsmoe_lite.labs.reader_copies import copy_chapters, renew
 
 
 @click.command()

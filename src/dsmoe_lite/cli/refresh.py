@@ -2,8 +2,8 @@
 
 import click
 
-from dsmoe_lite import paths
-from dsmoe_lite.labs.order import find_chapter
+from dsmoe_lite.common import paths
+from dsmoe_lite.labs.chapters import find_chapter
 from dsmoe_lite.labs.refresh import refresh_chapter
 
 

@@ -16,7 +16,7 @@ from dsmoe_lite.cli.tables import json_option, print_rows
 @json_option
 def command(name: str, model: str, seed: int, out: Path, snapshots: tuple[int, ...], as_json: bool) -> None:
     """Leave NAME-MODEL-seedS.safetensors in the folder, and say how its loss compares with the record."""
-    from dsmoe_lite.replay import replay
+    from dsmoe_lite.study.replay import replay
 
     found = replay(name, model, seed, out, snapshots)
     rows = [{"file": str(path), "bytes": path.stat().st_size} for path in found.files]

@@ -5,9 +5,9 @@ from pathlib import Path
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.labs.order import find_chapter
+from dsmoe_lite.labs.chapters import find_chapter
+from dsmoe_lite.labs.execute import chapter_schema, run_chapter
 from dsmoe_lite.labs.parameters import parse_assignments
-from dsmoe_lite.labs.run import chapter_schema, run_chapter
 
 
 @click.command(name="run")

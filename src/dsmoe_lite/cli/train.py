@@ -20,14 +20,14 @@ FIGURES = ("max_vio", "drop_rate")  # of held-out text
 @json_option
 def command(config: Path, out: Path | None, patience: float, as_json: bool) -> None:
     """Train, evaluate, and leave checkpoint, model and record in the run folder."""
-    from dsmoe_lite.job import read_job, run_job
-    from dsmoe_lite.parallel.launch import launched
-    from dsmoe_lite.paths import RUNS
+    from dsmoe_lite.common.paths import RUNS
+    from dsmoe_lite.training.job import read_job, run_job
+    from dsmoe_lite.training.launch import launched_processes
 
     folder = out or RUNS / config.stem
-    with launched(patience) as processes:
+    with launched_processes(patience) as processes:
         record = run_job(read_job(config), folder, processes=processes)
-    if not processes.leads:
+    if not processes.is_rank0:
         return
     layers = record.get("heldout_experts", [])
     experts = {f"{name}, mean over layers": fmean(layer[name] for layer in layers) for name in FIGURES if layers}

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from dsmoe_lite.common.errors import InputError, require, require_whole
 from dsmoe_lite.data.corpus import Corpus, Document, require_split
 from dsmoe_lite.data.tokenizer import END_ID
-from dsmoe_lite.errors import InputError, require, require_whole
 
 GROUP_CHARACTERS = 65_536  # encoded together: enough to keep the tokenizer's threads busy, little enough for memory
 

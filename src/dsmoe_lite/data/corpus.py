@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dsmoe_lite.errors import require_choice
+from dsmoe_lite.common.errors import require_choice
 
 SPLITS = ("train", "heldout")
 

@@ -10,9 +10,9 @@ from math import gcd
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data.corpus import Document, require_split
 from dsmoe_lite.data.words import number
-from dsmoe_lite.errors import InputError
 
 PIECE_BYTES = 4096  # one document, give or take a line
 LINE_BYTES = 512  # how far a piece may reach to end with its line

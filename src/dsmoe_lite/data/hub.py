@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data.corpus import Document, require_split
-from dsmoe_lite.errors import InputError
 
 HELDOUT_SHARE = 10  # one row in ten is held out
 HASHED_ROWS = 100

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import require, require_number, require_whole
 from dsmoe_lite.data.words import number
-from dsmoe_lite.errors import require, require_number, require_whole
 
 MARK, ASK, FIRST_KEY = 0, 1, 2
 NEEDLE = 3  # tokens: MARK, key, value
 QUESTION = 2  # tokens: ASK, key
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NeedleConfig:
     """Vocabulary and haystack. Token ids: MARK, ASK, keys, values, filler."""
 

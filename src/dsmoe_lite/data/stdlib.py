@@ -11,9 +11,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.data.corpus import Document, require_split
 from dsmoe_lite.data.words import number, shuffled
-from dsmoe_lite.errors import RunError
 
 DOMAINS = ("code", "docstring", "comment")
 LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}

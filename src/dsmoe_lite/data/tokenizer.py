@@ -8,10 +8,10 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from dsmoe_lite import paths
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError, require_whole
+from dsmoe_lite.common.files import write_text
 from dsmoe_lite.data.corpus import Corpus
-from dsmoe_lite.errors import InputError, require_whole
-from dsmoe_lite.files import write_text
 
 END = "<|end|>"  # stands after every document
 END_ID = 0

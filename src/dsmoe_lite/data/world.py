@@ -13,9 +13,9 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
+from dsmoe_lite.common.errors import require, require_choice, require_number, require_whole
 from dsmoe_lite.data.corpus import Document, require_split
 from dsmoe_lite.data.words import make_words, number
-from dsmoe_lite.errors import require, require_choice, require_number, require_whole
 
 DOMAINS = ("facts", "parallel", "arithmetic", "brackets", "code")
 GROUPS = ("head", "tail", "control")
@@ -39,7 +39,7 @@ BRACKETS = ("()", "[]", "{}", "<>")
 HASHED_DOCUMENTS = 1000  # documents are alike: the first thousand tell one world from another
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WorldConfig:
     """How large the world is and what is said about it; `shares` are of documents, in the order of DOMAINS."""
 

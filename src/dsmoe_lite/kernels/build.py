@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from dsmoe_lite import paths
-from dsmoe_lite.errors import RunError
-from dsmoe_lite.files import write_text, written_whole
-from dsmoe_lite.machine import find_nvcc
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.files import atomic_write, write_text
+from dsmoe_lite.common.machine import find_nvcc
 
 SOURCES = Path(__file__).parent
 FOR_GPU = ("-std=c++20", "-O3")
@@ -93,7 +93,7 @@ def _compiled(command: list[str], source: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_suffix(".lock")):
         if not target.exists():
-            with written_whole(target) as aside:
+            with atomic_write(target) as aside:
                 run_compiler([*command, str(source), "-o", str(aside)])
     return target
 

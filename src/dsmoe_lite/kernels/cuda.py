@@ -8,7 +8,7 @@ device. InputError says what does not fit; RunError carries what a compiler or a
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require, require_choice, require_whole
+from dsmoe_lite.common.errors import require, require_choice, require_whole
 from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, is_float, launch, library_for
 
 RUNGS = ("naive", "tiled", "wmma", "mma", "hopper")  # as moe.cu numbers them

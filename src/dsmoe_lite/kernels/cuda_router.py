@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe_lite.errors import InputError, require, require_choice, require_whole
-from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, laid_out, launch
+from dsmoe_lite.common.errors import InputError, require, require_choice, require_whole
+from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, contiguous_aligned, launch
 
 MOST_EXPERTS, MOST_CHOICES, MOST_GROUPS = 512, 32, 32  # a warp a token, a lane a choice and a group
 
@@ -73,7 +73,11 @@ class _Route(torch.autograd.Function):
     def backward(ctx: Any, d_scores: Tensor, _: Any, d_gates: Tensor, __: Any) -> tuple[Tensor | None, ...]:
         (scores, ids), rule = ctx.saved_tensors, ctx.rule
         (T, E), sigmoid = scores.shape, int(ctx.rule.scoring_func == "sigmoid")
-        d_scores, d_gates, d_logits = laid_out(d_scores), laid_out(d_gates), torch.empty_like(scores)
+        d_scores, d_gates, d_logits = (
+            contiguous_aligned(d_scores),
+            contiguous_aligned(d_gates),
+            torch.empty_like(scores),
+        )
         check_tensors(scores=scores, d_scores=d_scores, d_gates=d_gates)
         check_ids(scores.device, ids=(ids, torch.int64))
         settings = (T, E, rule.top_k, sigmoid, int(rule.norm_topk_prob), float(rule.scale))

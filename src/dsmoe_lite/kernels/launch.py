@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels.build import cpu_library, gpu_library
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +43,7 @@ def _check_layout(name: str, tensor: Tensor) -> None:
         )
 
 
-def laid_out(tensor: Tensor) -> Tensor:
+def contiguous_aligned(tensor: Tensor) -> Tensor:
     """The tensor as kernels want it: contiguous, and its first number at a multiple of 16 bytes."""
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from dsmoe_lite.errors import InputError, RunError
-from dsmoe_lite.labs.order import chapters, find_chapter
+from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.progress import progress
+from dsmoe_lite.labs.chapters import chapters, find_chapter
+from dsmoe_lite.labs.execute import chapter_schema, run_chapter
 from dsmoe_lite.labs.parameters import find, parse_value
-from dsmoe_lite.labs.run import chapter_schema, run_chapter
-from dsmoe_lite.progress import progress
 
 
 @dataclass(frozen=True)

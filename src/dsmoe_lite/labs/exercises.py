@@ -8,9 +8,9 @@ from typing import Any
 
 import filelock
 
-from dsmoe_lite import paths
-from dsmoe_lite.errors import InputError
-from dsmoe_lite.files import write_json
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.files import write_json
 
 LINE = 200  # characters of a message that are shown
 

@@ -3,7 +3,7 @@
 import sys
 from importlib.util import find_spec
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 
 class MissingPackageError(InputError):

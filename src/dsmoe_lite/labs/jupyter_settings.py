@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.files import write_json
+from dsmoe_lite.common.files import write_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # A chapter's .py source opens as the notebook it is.

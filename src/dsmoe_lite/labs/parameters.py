@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsmoe_lite.errors import InputError, require
+from dsmoe_lite.common.errors import InputError, require
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 KINDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}

@@ -6,9 +6,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.errors import RunError
-from dsmoe_lite.files import write_text
-from dsmoe_lite.progress import progress
+from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.files import write_text
+from dsmoe_lite.common.progress import progress
 
 LIMIT = 1_000_000  # bytes of a notebook
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
@@ -46,13 +46,13 @@ def _execute(notebook: Any, name: str) -> None:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    from dsmoe_lite.labs import kernel
+    from dsmoe_lite.labs import jupyter_kernel
 
     with tempfile.TemporaryDirectory(prefix="dsmoe-refresh-") as folder:
         client = NotebookClient(
             notebook,
-            kernel_name=kernel.NAME,
-            kernel_manager_class=kernel.OwnKernelManager,
+            kernel_name=jupyter_kernel.NAME,
+            kernel_manager_class=jupyter_kernel.OwnKernelManager,
             timeout=None,
             record_timing=False,
             store_widget_state=True,
@@ -74,10 +74,10 @@ def _execute(notebook: Any, name: str) -> None:
 
 def _fix_metadata(notebook: Any, name: str) -> None:
     """What no run changes: the kernel's name, the cells' ids, no pairing and no version of Python."""
-    from dsmoe_lite.labs import kernel
+    from dsmoe_lite.labs import jupyter_kernel
 
     notebook.metadata.clear()
-    notebook.metadata["kernelspec"] = dict(kernel.METADATA)
+    notebook.metadata["kernelspec"] = dict(jupyter_kernel.METADATA)
     notebook.metadata["language_info"] = {
         "name": "python",
         "file_extension": ".py",

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 MIME = "application/vnd.dsmoe.result+json"
 

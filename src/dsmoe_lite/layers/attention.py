@@ -5,9 +5,9 @@ arXiv:1911.02150), GQA (Ainslie et al. 2023, arXiv:2305.13245) and the sliding w
 from torch import Tensor, nn
 
 from dsmoe_lite.config import AttentionConfig
-from dsmoe_lite.layers.attend import attend, mask_of
 from dsmoe_lite.layers.cache import LayerCache
 from dsmoe_lite.layers.rope import apply_rope, softmax_scale
+from dsmoe_lite.layers.sdpa import attend, mask_of
 
 
 class Attention(nn.Module):

@@ -1,10 +1,10 @@
-"""Losses that keep the experts busy, as pure functions of a Routing. Each says what it is worth at perfect balance.
+"""Balance losses, as pure functions of a Routing. Each docstring gives the loss at perfect balance and at collapse.
 
-None carries its weight (alpha). Counts carry no gradient; affinities do, each token's divided by their sum (DeepSeek-V3
-Eq 19), which changes nothing for softmax. A batch without tokens gives 0.
+The caller applies the weight (alpha). Counts have no gradient; affinities have one. The affinities of each token are
+divided by their sum (DeepSeek-V3 Eq 19), which changes nothing for softmax. A batch without tokens gives 0.
 
-A batch may lie on several processes. Then `total` is the sum over them, whose gradient is this process's part, and
-every process gets the loss of the whole batch: its factors are summed before they are multiplied.
+If a batch is divided among processes, `all_reduce` sums over them, with the gradient of this process's part. Every
+process then gets the loss of the whole batch: factors are summed over processes before they are multiplied.
 """
 
 from collections.abc import Callable
@@ -12,28 +12,31 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import InputError, require
+from dsmoe_lite.common.errors import InputError, require
+from dsmoe_lite.layers.load import expert_counts, relative_load
 from dsmoe_lite.layers.router import TINY, Routing
 from dsmoe_lite.layers.selection import ordered_topk
 
-Total = Callable[[Tensor], Tensor]
+AllReduce = Callable[[Tensor], Tensor]
 
 
-def alone(part: Tensor) -> Tensor:
-    """The `total` of one process."""
+def single_process(part: Tensor) -> Tensor:
+    """The `all_reduce` of one process: its part is the sum."""
     return part
 
 
-def importance_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def importance_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return CV(Importance)^2, Importance_i = sum of expert i's gates (Shazeer et al., arXiv:1701.06538).
 
     0 at balance, E - 1 when one expert has every gate. The variance is the biased one.
     """
     ids = routing.topk_ids.clamp(min=0).flatten()  # the gate of id -1 is 0
-    return _cv_squared(total(routing.gates.new_zeros(routing.n_experts).index_add(0, ids, routing.gates.flatten())))
+    return _cv_squared(
+        all_reduce(routing.gates.new_zeros(routing.n_experts).index_add(0, ids, routing.gates.flatten()))
+    )
 
 
-def load_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def load_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return CV(Load)^2, with Load_i = sum_t Phi((clean_ti - kth_excluding_ti) / noise_ti) (arXiv:1701.06538).
 
     Load_i is the expected number of tokens that choose i if their noise on i is drawn again; 0 at balance. InputError
@@ -48,69 +51,71 @@ def load_loss(routing: Routing, *, total: Total = alone) -> Tensor:
     among_best = routing.logits >= best[:, K - 1 : K]
     threshold = torch.where(among_best, best[:, K:], best[:, K - 1 : K])  # to be beaten: the K-th largest of the others
     chance = torch.special.ndtr((routing.clean_logits - threshold) / routing.noise_scale)
-    return _cv_squared(total(chance.sum(dim=0)))
+    return _cv_squared(all_reduce(chance.sum(dim=0)))
 
 
-def gshard_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def gshard_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return l_aux = 1/E sum_e (c_e / S) m_e (GShard, arXiv:2006.16668, Algorithm 1): 1/E^2 at balance, 1/E collapsed.
 
     c_e counts first choices; m_e is the mean affinity to expert e over the S = T tokens.
     """
-    return (_first_choice_share(routing, total) * _mean_affinity(routing, total)).mean()
+    return (_first_choice_share(routing, all_reduce) * _mean_affinity(routing, all_reduce)).mean()
 
 
-def switch_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def switch_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return E sum_i f_i P_i (Switch Transformer, arXiv:2101.03961, without alpha): 1 at balance, E collapsed.
 
     f_i is the share of tokens whose first choice is i, P_i the mean affinity to i: E^2 times GShard's loss.
     """
-    return routing.n_experts * (_first_choice_share(routing, total) * _mean_affinity(routing, total)).sum()
+    return routing.n_experts * (_first_choice_share(routing, all_reduce) * _mean_affinity(routing, all_reduce)).sum()
 
 
-def z_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def z_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return the mean over tokens of (log sum_j exp x_j)^2 (ST-MoE, arXiv:2202.08906), (ln E)^2 at zero logits."""
-    return total(torch.logsumexp(routing.logits, dim=-1).square().sum()) / _n_tokens(routing, total)
+    return all_reduce(torch.logsumexp(routing.logits, dim=-1).square().sum()) / _n_tokens(routing, all_reduce)
 
 
-def expert_loss(routing: Routing, *, total: Total = alone) -> Tensor:
+def expert_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
     """Return sum_i f_i P_i, f_i = E / (K T) * tokens that chose i (DeepSeekMoE Eq 12-14): 1 at balance, E/K collapsed.
 
     Over all T tokens of the batch; `sequence_loss` with `selected` is the same within each sequence.
     """
-    return (_relative_load(routing, total) * _mean_affinity(routing, total)).sum()
+    return (_relative_load(routing, all_reduce) * _mean_affinity(routing, all_reduce)).sum()
 
 
-def device_loss(routing: Routing, *, device_of: Tensor, total: Total = alone) -> Tensor:
-    """Return sum_i f'_i P'_i over D devices (DeepSeekMoE Eq 15-17): 1 at balance, D when one device does all.
+def device_loss(routing: Routing, *, device_of: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
+    """Return sum_i f'_i P'_i over G devices (DeepSeekMoE Eq 15-17): 1 at balance, G when one device does all.
 
-    device_of (E,): the device of each expert, 0 .. D - 1. f'_i is the mean f of its experts, P'_i the sum of their P.
+    device_of (E,): the device of each expert, 0 .. G - 1. f'_i is the mean f of its experts, P'_i the sum of their P.
     """
     devices = _devices(routing, device_of)
-    experts = devices.bincount()  # (D,) on each device
-    f = _relative_load(routing, total)
+    experts = devices.bincount()  # (G,) on each device
+    f = _relative_load(routing, all_reduce)
     f = f.new_zeros(len(experts)).index_add(0, devices, f) / experts
-    return (f * _on_devices(routing, devices, len(experts), total)).sum()
+    return (f * _on_devices(routing, devices, len(experts), all_reduce)).sum()
 
 
-def communication_loss(routing: Routing, *, device_of: Tensor, topk_group: int, total: Total = alone) -> Tensor:
-    """Return sum_i f''_i P''_i, f''_i = D / (M T) * tokens sent to device i (DeepSeek-V2 Eq 29-31, arXiv:2405.04434).
+def communication_loss(
+    routing: Routing, *, device_of: Tensor, topk_group: int, all_reduce: AllReduce = single_process
+) -> Tensor:
+    """Return sum_i f''_i P''_i, f''_i = G / (M T) * tokens sent to device i (DeepSeek-V2 Eq 29-31, arXiv:2405.04434).
 
-    device_of (E,); topk_group is M. A token counts once on every device that holds one of its experts. 1 when all
-    tokens reach M devices evenly, less where they reach fewer, D / M when all go to one device alone.
+    device_of (E,); topk_group is M, the device limit. A token counts once per device that holds one of its experts.
+    1 if all tokens reach M devices evenly, less if they reach fewer, G / M if all go to one device.
     """
     devices = _devices(routing, device_of)
-    D = int(devices.max()) + 1
-    require(1 <= topk_group <= D, "topk_group", topk_group, f"must be 1 to {D}, the number of devices")
+    G = int(devices.max()) + 1
+    require(1 <= topk_group <= G, "topk_group", topk_group, f"must be 1 to {G}, the number of devices")
     ids = routing.topk_ids
-    used = torch.zeros(ids.shape[0], D + 1, dtype=torch.bool, device=ids.device)
-    used.scatter_(1, torch.where(ids >= 0, devices[ids], D), True)
-    sent = total(used[:, :D].to(routing.scores.dtype).sum(dim=0)) / _n_tokens(
-        routing, total
-    )  # (D,) share of the tokens
-    return D / topk_group * (sent * _on_devices(routing, devices, D, total)).sum()
+    used = torch.zeros(ids.shape[0], G + 1, dtype=torch.bool, device=ids.device)
+    used.scatter_(1, torch.where(ids >= 0, devices[ids], G), True)
+    sent = all_reduce(used[:, :G].to(routing.scores.dtype).sum(dim=0)) / _n_tokens(
+        routing, all_reduce
+    )  # (G,) share of the tokens
+    return G / topk_group * (sent * _on_devices(routing, devices, G, all_reduce)).sum()
 
 
-def sequence_loss(routing: Routing, *, selected: bool = False, total: Total = alone) -> Tensor:
+def sequence_loss(routing: Routing, *, selected: bool = False, all_reduce: AllReduce = single_process) -> Tensor:
     """Return the mean over sequences of sum_i f_i P_i (DeepSeek-V3 Eq 17-20, arXiv:2412.19437): 1 at balance, E/K else.
 
     f and P are those of `expert_loss`, taken within one sequence. f counts the Topk of the scores without bias (Eq 18);
@@ -123,7 +128,7 @@ def sequence_loss(routing: Routing, *, selected: bool = False, total: Total = al
     counts = chosen.view(B, S, E).sum(dim=1)
     f = counts * E / counts.sum(dim=1, keepdim=True).clamp(min=1)  # K * S assignments a sequence
     P = _affinity(routing).view(B, S, E).sum(dim=1) / max(1, S)
-    return total((f * P).sum(dim=1).sum()) / total(f.new_tensor(B)).clamp(min=1)
+    return all_reduce((f * P).sum(dim=1).sum()) / all_reduce(f.new_tensor(B)).clamp(min=1)
 
 
 @torch.no_grad()
@@ -143,23 +148,22 @@ def _affinity(routing: Routing) -> Tensor:
     return routing.scores / (routing.scores.sum(dim=-1, keepdim=True) + TINY)
 
 
-def _n_tokens(routing: Routing, total: Total) -> Tensor:
-    return total(routing.scores.new_tensor(len(routing.scores))).clamp(min=1)
+def _n_tokens(routing: Routing, all_reduce: AllReduce) -> Tensor:
+    return all_reduce(routing.scores.new_tensor(len(routing.scores))).clamp(min=1)
 
 
-def _mean_affinity(routing: Routing, total: Total) -> Tensor:
-    return total(_affinity(routing).sum(dim=0)) / _n_tokens(routing, total)  # (E,)
+def _mean_affinity(routing: Routing, all_reduce: AllReduce) -> Tensor:
+    return all_reduce(_affinity(routing).sum(dim=0)) / _n_tokens(routing, all_reduce)  # (E,)
 
 
-def _first_choice_share(routing: Routing, total: Total) -> Tensor:
+def _first_choice_share(routing: Routing, all_reduce: AllReduce) -> Tensor:
     first = routing.topk_ids[:, :1].flatten()
-    counts = torch.bincount(first + 1, minlength=routing.n_experts + 1)[1:]  # -1 falls away
-    return total(counts.to(routing.scores.dtype)) / _n_tokens(routing, total)  # (E,)
+    counts = expert_counts(first, routing.n_experts)
+    return all_reduce(counts.to(routing.scores.dtype)) / _n_tokens(routing, all_reduce)  # (E,)
 
 
-def _relative_load(routing: Routing, total: Total) -> Tensor:
-    counts = total(routing.counts.to(routing.scores.dtype))
-    return counts * routing.n_experts / counts.sum().clamp(min=1)  # (E,), 1 at balance
+def _relative_load(routing: Routing, all_reduce: AllReduce) -> Tensor:
+    return relative_load(all_reduce(routing.counts.to(routing.scores.dtype)))  # (E,), 1 at balance
 
 
 def _devices(routing: Routing, device_of: Tensor) -> Tensor:
@@ -167,12 +171,12 @@ def _devices(routing: Routing, device_of: Tensor) -> Tensor:
     require(shape == (E,), "device_of", shape, f"must hold one device for each of {E} experts")
     devices = device_of.to(routing.topk_ids.device, torch.int64)
     every = bool(devices.min() >= 0) and bool(devices.bincount().all())
-    require(every, "device_of", device_of.tolist(), "must number the devices 0 .. D - 1, each with an expert")
+    require(every, "device_of", device_of.tolist(), "must number the devices 0 .. G - 1, each with an expert")
     return devices
 
 
-def _on_devices(routing: Routing, devices: Tensor, n_devices: int, total: Total) -> Tensor:
-    P = _mean_affinity(routing, total)
+def _on_devices(routing: Routing, devices: Tensor, n_devices: int, all_reduce: AllReduce) -> Tensor:
+    P = _mean_affinity(routing, all_reduce)
     return P.new_zeros(n_devices).index_add(0, devices, P)
 
 

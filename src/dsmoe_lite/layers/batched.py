@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers.dispatch import Dispatched
 
 BLOCK = 2**17  # hidden numbers a block computes at once; measured: as fast as 2^18 to 2^20, in half the memory

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError, require, require_whole
 from dsmoe_lite.config import ModelConfig
-from dsmoe_lite.errors import InputError, require, require_whole
 
 
 class LayerCache(Protocol):

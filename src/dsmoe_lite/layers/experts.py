@@ -9,7 +9,7 @@ from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.fused import run_cuda, run_triton
 from dsmoe_lite.layers.loop import run_loop
-from dsmoe_lite.layers.ready import ready
+from dsmoe_lite.layers.selftest import ready
 
 
 class Experts(nn.Module):
@@ -31,13 +31,19 @@ class Experts(nn.Module):
         return run_experts(self.backend, sent, *weights)
 
 
-WAYS = {"loop": run_loop, "padded": run_padded, "grouped": run_grouped, "triton": run_triton, "cuda": run_cuda}
+IMPLEMENTATIONS = {
+    "loop": run_loop,
+    "padded": run_padded,
+    "grouped": run_grouped,
+    "triton": run_triton,
+    "cuda": run_cuda,
+}
 
 
 def run_experts(backend: str, sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The experts' sums (T, D) by the way named `backend`; "auto" chooses one."""
     name = choose_backend(sent, gate) if backend == "auto" else backend
-    return WAYS[name](sent, gate, up, down)
+    return IMPLEMENTATIONS[name](sent, gate, up, down)
 
 
 def choose_backend(sent: Dispatched, gate: Tensor) -> str:

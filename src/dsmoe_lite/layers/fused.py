@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe_lite.kernels.launch import laid_out
+from dsmoe_lite.kernels.launch import contiguous_aligned
 from dsmoe_lite.layers.dispatch import Dispatched
 
 
@@ -59,7 +59,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         token, place, ends, x, gates, gate, up, down, a, b = ctx.saved_tensors
         kernels: Kernels = ctx.kernels
-        dy_rows = kernels.permute(laid_out(dy), token)
+        dy_rows = kernels.permute(contiguous_aligned(dy), token)
         torch.autograd.graph.increment_version((a, b))
         da, db, hidden, d_gates = kernels.hidden_backward(dy_rows, down, a, b, gates, ends)
         d_down = kernels.weights_backward(dy_rows, hidden, ends)
@@ -80,13 +80,13 @@ def run_cuda(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor
 
 def run_triton(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Run the Triton kernels; on the CPU only in Triton's interpreter. InputError for what they do not take."""
-    from dsmoe_lite.kernels import triton_twins
+    from dsmoe_lite.kernels import triton_kernels
 
-    return _run(triton_twins, sent, gate, up, down)
+    return _run(triton_kernels, sent, gate, up, down)
 
 
 def _run(kernels: ModuleType, sent: Dispatched, *weights: Tensor) -> Tensor:
-    floats = [laid_out(tensor) for tensor in (sent.x, sent.gates, *weights)]
+    floats = [contiguous_aligned(tensor) for tensor in (sent.x, sent.gates, *weights)]
     if not torch.is_grad_enabled():  # ctx.needs_input_grad does not know of torch.no_grad: a and b would be written
         floats = [tensor.detach() for tensor in floats]
     return _Fused.apply(cast(Kernels, kernels), sent.token, sent.place, sent.ends, *floats)

@@ -5,11 +5,11 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.common.errors import require_choice
 from dsmoe_lite.config import MLAConfig
-from dsmoe_lite.errors import require_choice
-from dsmoe_lite.layers.attend import attend, mask_of
 from dsmoe_lite.layers.cache import LayerCache
 from dsmoe_lite.layers.rope import apply_rope, softmax_scale
+from dsmoe_lite.layers.sdpa import attend, mask_of
 
 PATHS = ("auto", "naive", "absorbed")
 

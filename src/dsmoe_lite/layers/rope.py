@@ -9,8 +9,8 @@ import math
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import require
 from dsmoe_lite.config import YarnConfig
-from dsmoe_lite.errors import require
 
 
 def rope_frequencies(rope_dim: int, theta: float = 10_000.0, yarn: YarnConfig | None = None) -> Tensor:
@@ -81,11 +81,4 @@ def pairs_to_halves(x: Tensor, dim: int = -1) -> Tensor:
     """
     require(x.shape[dim] % 2 == 0, "channels", x.shape[dim], "must be even: RoPE rotates pairs of channels")
     order = torch.arange(x.shape[dim], device=x.device).view(-1, 2).T.flatten()
-    return x.index_select(dim, order)
-
-
-def halves_to_pairs(x: Tensor, dim: int = -1) -> Tensor:
-    """Undo `pairs_to_halves`."""
-    require(x.shape[dim] % 2 == 0, "channels", x.shape[dim], "must be even: RoPE rotates pairs of channels")
-    order = torch.arange(x.shape[dim], device=x.device).view(2, -1).T.flatten()
     return x.index_select(dim, order)

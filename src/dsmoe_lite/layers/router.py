@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_lite.common.errors import RunError, require
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import RunError, require
 from dsmoe_lite.layers.capacity import capacity, even_parts, exempt_tokens, group_budget, place_in_expert, within_budget
+from dsmoe_lite.layers.load import expert_counts
 from dsmoe_lite.layers.selection import expert_choice, group_of, limit_groups, ordered_topk
 
 TINY = 1e-20  # all chosen sigmoids may underflow to 0
@@ -39,7 +40,7 @@ class Routing:
     @property
     def counts(self) -> Tensor:
         """How many tokens chose each expert, (E,) int64; those it then dropped count too."""
-        return torch.bincount(self.topk_ids.flatten() + 1, minlength=self.n_experts + 1)[1:]  # -1 falls away
+        return expert_counts(self.topk_ids, self.n_experts)
 
     def to(self, device: str | torch.device) -> "Routing":
         """The same on another device."""

@@ -2,7 +2,7 @@
 
 import torch
 
-from dsmoe_lite.errors import require, require_whole
+from dsmoe_lite.common.errors import require, require_whole
 from dsmoe_lite.layers.ffn import SwiGLU
 
 

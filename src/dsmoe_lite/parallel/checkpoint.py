@@ -15,19 +15,19 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dsmoe_lite.common.errors import InputError, RunError, require_same
+from dsmoe_lite.common.files import write_json
 from dsmoe_lite.config import to_dict
-from dsmoe_lite.errors import InputError, RunError, require_same
-from dsmoe_lite.files import write_json
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.first import first
-from dsmoe_lite.parallel.steps import complete
+from dsmoe_lite.parallel.checkpoint_folders import complete
+from dsmoe_lite.parallel.collectives import on_rank0
 
 FACTS = "training.json"
 KEPT = 2  # checkpoints; the older ones are removed
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
-def save_spread(
+def save_sharded(
     folder: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW, state: dict[str, Any]
 ) -> None:
     """Write weights, optimizer and JSON-able `state` into `folder`; every process must call, with the same `state`.
@@ -38,22 +38,22 @@ def save_spread(
     path = folder / f"step-{step:08d}"
     aside = folder / f".{path.name}.part"
     try:
-        first(lambda: _prepare(aside, {"config": to_dict(model.config), "state": state}))
+        on_rank0(lambda: _prepare(aside, {"config": to_dict(model.config), "state": state}))
         writer = dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True)
         dcp.save(_tensors(model, optimizer), storage_writer=writer)
-        first(lambda: _commit(aside, path))
+        on_rank0(lambda: _commit(aside, path))
     except (RunError, CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise RunError(f"{path}: not written ({_reason(error)}); earlier checkpoints are intact") from None
 
 
-def load_spread(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any]:
+def load_sharded(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     """Read a checkpoint into `model`, spread over any number of processes, and return its `state`.
 
     InputError where it is missing, damaged or of another model.
     """
-    config, state = first(lambda: _facts(path))
+    config, state = on_rank0(lambda: _facts(path))
     require_same(to_dict(model.config), config, "model.")
     for weight in model.parameters():
         optimizer.state[weight] = {

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dsmoe_lite.errors import require, require_whole
+from dsmoe_lite.common.errors import require, require_whole
 
 
 def require_choices(topk_ids: Tensor, n_experts: int, name: str = "topk_ids") -> None:

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require, require_whole
+from dsmoe_lite.common.errors import require, require_whole
+from dsmoe_lite.layers.load import expert_counts
 from dsmoe_lite.routing.choices import require_choices
 
 SETTLE = 10  # rounds of trades beyond those that let every token reach every other
@@ -32,7 +33,7 @@ def coactivation(topk_ids: Tensor, n_experts: int) -> Tensor:
     K - 1; without tokens it is 0. At balance chance gives (K - 1) / (E - 1); else use `coactivation_null`.
     """
     pairs = pair_counts(topk_ids, n_experts)
-    alone = torch.bincount(topk_ids.flatten() + 1, minlength=n_experts + 1)[1:]
+    alone = expert_counts(topk_ids, n_experts)
     return pairs.double() / alone.clamp(min=1).unsqueeze(1)
 
 

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.errors import require
-from dsmoe_lite.model import Transformer
+from dsmoe_lite.common.errors import require
+from dsmoe_lite.model import Transformer, eval_mode
 
 
 @torch.no_grad()
@@ -24,13 +24,12 @@ def contributions(model: Transformer, tokens: Tensor) -> list[tuple[Tensor, Tens
     def listen(module: nn.Module, inputs: Any, output: Any) -> None:
         heard[module] = output
 
-    was_training = model.training
     parts = [part for layer in model.moe_layers for part in (layer, layer.shared) if part is not None]
     hooks = [part.register_forward_hook(listen) for part in parts]
     try:
-        model.eval()(tokens)
+        with eval_mode(model):
+            model(tokens)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     both = []

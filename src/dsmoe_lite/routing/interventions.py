@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsmoe_lite.common.errors import require, require_number, require_whole
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.errors import require, require_number, require_whole
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import ordered_topk
 from dsmoe_lite.model import Transformer

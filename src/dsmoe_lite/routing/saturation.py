@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require
+from dsmoe_lite.common.errors import require
+from dsmoe_lite.layers.load import expert_counts
 from dsmoe_lite.routing.choices import require_choices
 
 
@@ -30,10 +31,7 @@ def saturation_null(topk_ids_then: Tensor, topk_ids_final: Tensor, n_experts: in
     require_choices(topk_ids_then, n_experts, "topk_ids_then")
     require_choices(topk_ids_final, n_experts, "topk_ids_final")
     _require_same_tokens(topk_ids_then, topk_ids_final)
-    then, final = (
-        torch.bincount(ids.flatten() + 1, minlength=n_experts + 1)[1:].double()
-        for ids in (topk_ids_then, topk_ids_final)
-    )
+    then, final = (expert_counts(ids, n_experts).double() for ids in (topk_ids_then, topk_ids_final))
     return float((then * final).sum() / (len(topk_ids_final) * final.sum()).clamp(min=1))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsmoe_lite.errors import require_whole
+from dsmoe_lite.common.errors import require_whole
 from dsmoe_lite.routing.choices import require_choices, require_labels
 
 
@@ -43,16 +43,6 @@ def vocabulary_specialization(topk_ids: Tensor, token_ids: Tensor, n_experts: in
     """
     best, _ = _peaks(topk_ids, token_ids, n_experts, least)
     return float(best.mean()) if len(best) else 0.0
-
-
-def vocabulary_by_expert(topk_ids: Tensor, token_ids: Tensor, n_experts: int, least: int = 1) -> Tensor:
-    """Return the same mean for each expert, over the ids that have it most often, (E,); 0 where there are none.
-
-    OLMoE's Figure 23, right. Of equally frequent experts the lower number has the id.
-    """
-    best, owner = _peaks(topk_ids, token_ids, n_experts, least)
-    total = torch.zeros(n_experts, dtype=torch.double, device=best.device).index_add_(0, owner, best)
-    return total / torch.bincount(owner, minlength=n_experts).clamp(min=1)
 
 
 def uncertainty_coefficient(topk_ids: Tensor, labels: Tensor, n_experts: int) -> float:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from dsmoe_lite.common.errors import InputError, RunError, require, require_whole
+from dsmoe_lite.common.files import atomic_write
+from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.corpus import Document
-from dsmoe_lite.errors import InputError, RunError, require, require_whole
-from dsmoe_lite.files import written_whole
+from dsmoe_lite.layers.load import expert_counts
 from dsmoe_lite.layers.router import Routing
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.progress import progress
+from dsmoe_lite.model import Transformer, eval_mode
 from dsmoe_lite.routing.token_types import token_types
 
 SCHEMA_VERSION = 1
@@ -132,7 +133,7 @@ class RoutingTrace:
         arrays |= {name: _packed(getattr(self, name)) for name in _WORDS}
         arrays |= {name: np.int64(getattr(self, name)) for name in _NUMBERS}
         arrays["schema_version"] = np.int64(SCHEMA_VERSION)
-        with written_whole(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as aside, aside.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
@@ -182,7 +183,7 @@ class LayerTrace:
     @property
     def counts(self) -> Tensor:
         """How many tokens chose each expert, (E,) int64."""
-        return torch.bincount(self.topk_ids.flatten() + 1, minlength=self.n_experts + 1)[1:]
+        return expert_counts(self.topk_ids, self.n_experts)
 
 
 def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -218,20 +219,18 @@ def cut(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
 @torch.no_grad()
 def _run(model: Transformer, windows: Sequence[list[int]]) -> tuple[list[tuple[Routing, ...]], np.ndarray]:
     """Routings of each window and all losses (T,). One window a call: what capacity drops depends on the call."""
-    was_training, device = model.training, model.embed.weight.device
+    device = model.embed.weight.device
     routings, losses = [], []
-    model.eval()
     try:
-        for ids in progress(windows, desc="trace", unit="window", delay=2):
-            tokens = torch.tensor([ids], device=device)
-            output = model(tokens)
-            routings.append(output.routings)
-            known = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:], reduction="none")
-            losses.append(F.pad(known, (1, 0), value=float("nan")).cpu())
+        with eval_mode(model):
+            for ids in progress(windows, desc="trace", unit="window", delay=2):
+                tokens = torch.tensor([ids], device=device)
+                output = model(tokens)
+                routings.append(output.routings)
+                known = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:], reduction="none")
+                losses.append(F.pad(known, (1, 0), value=float("nan")).cpu())
     except RunError as error:
         raise RunError(f"trace: {error}") from None
-    finally:
-        model.train(was_training)
     return routings, torch.cat(losses).numpy().astype(np.float32)
 
 

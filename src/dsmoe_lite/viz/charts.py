@@ -2,24 +2,24 @@
 
 from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
 from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
-from dsmoe_lite.viz.cache import cache_by_design, cache_calculator, decode_cost
-from dsmoe_lite.viz.causal import loss_against_active, loss_against_disabled
+from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.context import needle, rotary_frequencies
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.devices import device_flow
+from dsmoe_lite.viz.effect_matrix import effect_matrix
+from dsmoe_lite.viz.effects_by_kind import effects_by_kind
+from dsmoe_lite.viz.expert_spread import expert_spread
+from dsmoe_lite.viz.expert_worth import worth_scatter
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
+from dsmoe_lite.viz.finer_experts import finer_experts
+from dsmoe_lite.viz.interventions import loss_against_active, loss_against_disabled
 from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
-from dsmoe_lite.viz.kinds import effects_by_kind
-from dsmoe_lite.viz.lift import specialization_against_null
-from dsmoe_lite.viz.matrix import effect_matrix
-from dsmoe_lite.viz.pairs import coactivation
+from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.parallel import exchange_matrix, link_timeline, scaling_curve
-from dsmoe_lite.viz.segments import finer_experts
-from dsmoe_lite.viz.spread import expert_spread
+from dsmoe_lite.viz.specialization import specialization_against_null
 from dsmoe_lite.viz.tokens import token_routing
-from dsmoe_lite.viz.trends import trend_intervals
-from dsmoe_lite.viz.worth import worth_scatter
+from dsmoe_lite.viz.trend_intervals import trend_intervals
 
 __all__ = [
     "balance_scatter",

@@ -5,14 +5,14 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import (
     CHARACTER,
     data,
     in_order,
     listed,
-    mean_and_half_width,
     need_rows,
     nice_range,
     number_format,

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError, require_number, require_whole
+from dsmoe_lite.common.errors import InputError, require_number, require_whole
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import data, gradient, in_order, need_rows, plain, spread
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import data, in_order, listed, need_rows, nice_range, number_format, plain, short, spread
 

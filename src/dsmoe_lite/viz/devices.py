@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.parts import CHARACTER, data, flattened, gradient, listed, plain
 from dsmoe_lite.viz.tokens import WORD_WIDTH, visible

@@ -10,7 +10,7 @@ import numpy as np
 import traitlets
 from tokenizers import Tokenizer
 
-from dsmoe_lite.errors import InputError, RunError, require, require_whole
+from dsmoe_lite.common.errors import InputError, RunError, require, require_whole
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.trace import RoutingTrace, cut

@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets  # type: ignore[import-untyped]
 from IPython.display import display
 
-from dsmoe_lite.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError
 
 SECONDS = 0.5  # between two drawings
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.curves import line_panel, width_beside
 from dsmoe_lite.viz.parts import CHARACTER, data, in_order, listed, need_rows, plain

@@ -6,12 +6,9 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 CHARACTER = 0.58  # mean width of a character of the text font, in font sizes
-
-# Student's t, two-sided 95%, for 1, 2, ... degrees of freedom
-T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 def data(rows: Iterable[dict[str, Any]]) -> alt.Data:
@@ -47,17 +44,6 @@ def need_rows(rows: Sequence[dict[str, Any]], *fields: str) -> None:
         for field in fields:
             if field not in row:
                 raise InputError(f"rows: {row!r} has no {field!r}; each row needs {', '.join(fields)}")
-
-
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and half the 95% t-interval of it; None with fewer than two values."""
-    mean = math.fsum(values) / len(values)
-    if len(values) < 2:
-        return mean, None
-    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
-    freedom = len(values) - 1
-    t = T_95[freedom - 1] if freedom <= len(T_95) else 1.96 + 2.5 / freedom
-    return mean, t * math.sqrt(variance / len(values))
 
 
 def spread(positions: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.errors import InputError
+from dsmoe_lite.common.errors import InputError
 
 FONT = "Inter, 'Source Sans 3', system-ui, sans-serif"
 MONO = "'JetBrains Mono', 'DejaVu Sans Mono', monospace"

@@ -1,0 +1,64 @@
+"""Time steps in turns, on a CPU by the clock on the wall, on a GPU by its own events."""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from dsmoe_lite.bench.ratios import Step, seconds_of
+from dsmoe_lite.common.progress import progress
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def turns(steps: Mapping[Key, Step], rounds: int, device: str, title: str, repeat: int = 1) -> dict[Key, list[float]]:
+    """Time every step `rounds` times in turns, each other turn the other way round; seconds by step.
+
+    On a GPU a step is run `repeat` times between two events, and its share is returned.
+    """
+    seconds: dict[Key, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # first calls allocate
+    for turn in progress(range(rounds), desc=title):
+        for name, step in list(steps.items())[:: -1 if turn % 2 else 1]:
+            seconds[name].append(seconds_of(step) if device == "cpu" else _seconds_on_gpu(step, repeat))
+    return seconds
+
+
+def captured(step: Step, device: str) -> Step:
+    """On a GPU a graph of `step`: launching its kernels one by one may take the host longer than the GPU needs."""
+    if device == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries make their plans before, not during the capture
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return _Replay(graph, step)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A step as a CUDA graph."""
+
+    graph: Any
+    step: Step  # holds the tensors that the graph reads and writes
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def _seconds_on_gpu(step: Step, repeat: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    step()  # keeps the GPU busy while the host gets ahead: no launch is waited for between the events
+    start.record()
+    for _ in range(repeat):
+        step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / repeat

@@ -1,0 +1,42 @@
+"""Which chapters there are and in which order: book.yml knows it."""
+
+import difflib
+from pathlib import Path
+
+import yaml
+
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
+
+
+def chapters() -> list[Path]:
+    """The chapters' notebooks in the book's order; one that book.yml names and that is missing raises InputError."""
+    book = paths.REPOSITORY / "book.yml"
+    try:
+        toc = yaml.safe_load(book.read_text(encoding="utf-8"))["toc"]
+        names = [toc["root"], *(entry["file"] for entry in toc.get("chapters", []))]
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{book}: no table of contents can be read from it ({type(error).__name__})") from None
+    # the book lists pages of plain text too; a chapter's name begins with its number, and has no .md to it
+    numbered = [name for name in names if Path(name).name[:1].isdigit() and not name.endswith(".md")]
+    return [_existing(paths.REPOSITORY / f"{name}.ipynb") for name in numbered]
+
+
+def find_chapter(name: str, suffix: str = ".ipynb") -> Path:
+    """The chapter called `name`: its number (2, 02), its name (02_gshard, gshard) or its path."""
+    known = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob(f"[0-9]*{suffix}"))}
+    wanted = Path(name).stem if name.endswith((".ipynb", ".py")) else name
+    for stem, path in known.items():
+        number, _, title = stem.partition("_")
+        if wanted in (stem, title) or (wanted.isdecimal() and number.isdecimal() and int(wanted) == int(number)):
+            return path
+    near = difflib.get_close_matches(wanted, [form for stem in known for form in (stem, stem.partition("_")[2])], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    listing = f"the chapters are {', '.join(known)}" if known else f"{paths.NOTEBOOKS} holds none"
+    raise InputError(f"no chapter {name}: {hint}{listing}")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise InputError(f"book.yml names {path.stem}, but {path} is missing: run `dsmoe refresh`")
+    return path

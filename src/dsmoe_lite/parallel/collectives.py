@@ -1,0 +1,44 @@
+"""What all processes of the default group do together: a sum, and work that rank 0 does for all of them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dsmoe_lite.common.errors import InputError, RunError
+
+T = TypeVar("T")
+
+
+def all_reduce_sum(part: Tensor) -> Tensor:
+    """Sum `part` over all processes; the gradient is that of this process's `part`. Collective.
+
+    A loss built from such sums is the loss of the whole batch on every process, and the gradients of the processes add
+    up to its gradient. FSDP averages gradients over processes, so a step multiplies the loss by their number first.
+    """
+    summed = part.detach().clone()
+    dist.all_reduce(summed)
+    return summed + (part - part.detach())
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 and return its result, plain data, on every process. Collective.
+
+    InputError and RunError are raised on every process, and so is OSError, as RunError.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = work()
+        except (InputError, RunError) as error:
+            outcome[1] = error
+        except OSError as error:
+            outcome[1] = RunError(str(error))
+        except Exception as error:  # the others must not wait for it
+            dist.broadcast_object_list([None, RunError(f"rank 0 failed: {type(error).__name__}: {error}")])
+            raise
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

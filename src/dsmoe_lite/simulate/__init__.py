@@ -1,0 +1,1 @@
+"""Many devices on paper: where experts are placed, which rows move, how long a step takes."""

@@ -1,0 +1,1 @@
+"""Reproducing papers: grids of recorded runs, the protocol, the ledgers of claims and equations."""

@@ -1,0 +1,274 @@
+"""Named grids of runs, recorded one file a run in data/runs/; only what is missing is run."""
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any, Protocol
+
+from dsmoe_lite.common.errors import DivergedError, InputError, RunError, require, require_choice, require_whole
+from dsmoe_lite.common.files import write_json
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.common.progress import progress
+from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
+from dsmoe_lite.presets import preset
+from dsmoe_lite.study import pilot, protocol
+from dsmoe_lite.study.needle import NeedleJob
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.job import CorpusConfig, Job
+from dsmoe_lite.training.provenance import provenance
+
+
+class Runnable(Protocol):
+    """What a grid is made of: a run that any seed can be given to."""
+
+    def seeded(self, seed: int, n_streams: int) -> "Runnable":
+        """The run with that seed, one of 0 to n_streams - 1."""
+
+    def run(self) -> dict[str, Any]:
+        """Do it, and return its record."""
+
+    def check_record(self, record: Mapping[str, Any]) -> None:
+        """Raise InputError where a record is not of this run."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Jobs by name, each run with every seed."""
+
+    jobs: Mapping[str, Runnable]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    n_streams: int = 5  # parts of the corpus, one a seed
+    protocol: int | None = None  # the version of chapter 07's protocol that it follows, kept in its records
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            require_whole("seed", seed, 0, self.n_streams - 1)
+
+    def job(self, name: str, seed: int) -> Any:
+        """The run of one job and one seed."""
+        return self.jobs[name].seeded(seed, self.n_streams)
+
+
+def _course(model: str, balance: dict[str, float], *, steps: int = 1200, bias_speed: float = 0.0, **moe: Any) -> Job:
+    """A course size, its experts changed as `moe` says, on the world: one setting for all grids, 2048 tokens a step."""
+    config = preset(model)
+    if moe:
+        assert config.moe is not None
+        config = replace(config, moe=replace(config.moe, **moe))
+    train = TrainConfig(steps=steps, batch_size=32, seq_len=64, lr=3e-3, balance=balance, bias_speed=bias_speed)
+    return Job(model=config, train=train, corpus=CorpusConfig())
+
+
+def _cut(m: int, **moe: Any) -> Job:
+    """2 of 16 experts, each cut in m."""
+    cut = {"n_routed_experts": 16 * m, "top_k": 2 * m, "expert_width": 128 // m, "routed_scaling_factor": float(m)}
+    return _course("course-deepseekmoe", _EXPERT, **cut | {"n_shared_experts": 0} | moe)
+
+
+def _attention(attention: AnyAttention, ffn_width: int) -> Job:
+    """The dense course size with other attention; the FFN takes what it saves, or pays what it costs."""
+    job = _course("course-dense", {})
+    return replace(job, model=replace(job.model, attention=attention, ffn_width=ffn_width))
+
+
+_EXPERT = {"expert": 0.01}
+_V2 = {"expert": 0.003, "device": 0.05}  # weights of DeepSeek-V2
+_REMEDIES: dict[str, dict[str, Any]] = {
+    "none": {"balance": {}},
+    "importance+load": {"balance": {"importance": 0.1, "load": 0.1}, "noisy_gating": True},
+    "switch": {"balance": {"switch": 0.01}},
+    "z": {"balance": {"z": 0.001}},
+    "expert-0.001": {"balance": {"expert": 0.001}},
+    "expert-0.01": {"balance": _EXPERT},
+    "expert-0.1": {"balance": {"expert": 0.1}},
+    "sequence": {"balance": {"sequence": 0.01}},
+    "device": {"balance": _V2},
+    "communication": {"balance": _V2 | {"communication": 0.02}, "topk_group": 3},
+    "bias": {"balance": {}, "bias_speed": 0.001, "expert_bias": True},
+}
+
+
+GRIDS = {
+    # Chapter 02: the dense FFN of one width and of two, and three routers over the same 16 experts.
+    "neighbours": Grid(
+        {
+            name: _course(name, {"switch": 0.01})
+            for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
+        }
+    ),
+    # Chapters 03 and 04: experts cut in m, all with the same weights in all and for a token; then one and two of the
+    # pieces shared. Gates times m; "plain" has them as printed.
+    "deepseekmoe": Grid(
+        {
+            "m1": _cut(1),
+            "m2": _cut(2),
+            "m4": _cut(4),
+            "m4-plain": _cut(4, routed_scaling_factor=1.0),
+            "shared-1": _course("course-deepseekmoe", _EXPERT),
+            "shared-1-plain": _course("course-deepseekmoe", _EXPERT, routed_scaling_factor=1.0),
+            "shared-2": _course("course-deepseekmoe", _EXPERT, n_routed_experts=62, top_k=6, n_shared_experts=2),
+        }
+    ),
+    # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
+    "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
+    # Chapter 11: the same shape with the weights of DeepSeek-V2's losses; a token may reach M of the eight devices.
+    "reach": Grid(
+        {
+            f"M{m}": _course("course-devices", _V2 | {"communication": 0.02}, steps=600, topk_group=m)
+            for m in (1, 2, 3, 4, 8)
+        }
+    ),
+    # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2,
+    # which would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32,
+    # GQA 64, MHA 128.
+    "attention": Grid(
+        {
+            "mha": _attention(AttentionConfig(n_heads=4, head_dim=16), 128),
+            "gqa": _attention(AttentionConfig(n_heads=4, head_dim=16, n_kv_heads=2), 149),
+            "mqa": _attention(AttentionConfig(n_heads=4, head_dim=16, n_kv_heads=1), 160),
+            "mla": _attention(
+                MLAConfig(n_heads=4, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, kv_lora_rank=32), 125
+            ),
+        }
+    ),
+    # Chapter 06: a needle at four times the trained length; all kinds of positions in one run.
+    "needle": Grid({"mla": NeedleJob()}),
+    # Before chapter 07's protocol was fixed.
+    "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),
+    "pilot-fewer": Grid(pilot.FEWER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-gates": Grid(pilot.GATES, pilot.SEEDS[:2], n_streams=200),
+    "pilot-wider": Grid(pilot.WIDER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-rates": Grid(pilot.RATES, pilot.SEEDS[:1], n_streams=200),
+    "pilot-higher": Grid(pilot.HIGHER, pilot.SEEDS[:1], n_streams=200),
+    "pilot-more": Grid(pilot.MORE, pilot.SEEDS[:1], n_streams=200),
+    "pilot-gates-again": Grid(pilot.GATES_AGAIN, pilot.SEEDS[:1], n_streams=200),
+    "pilot-finalists": Grid(pilot.FINALISTS, pilot.SEEDS[1:3], n_streams=200),
+    "pilot-normalised": Grid(pilot.NORMALISED, pilot.SEEDS[:3], n_streams=200),
+    "pilot-last": Grid(pilot.LAST, pilot.SEEDS[3:], n_streams=200),
+    # Chapter 07, by its protocol; then the same in its larger tier.
+    "paper": Grid(protocol.CPU.jobs(), tuple(range(10)), n_streams=200, protocol=protocol.VERSION),
+    # Not of the protocol: GShard with DeepSeekMoE's kind of gates, its best experts masked, asked after Figure 4.
+    "paper-gates": Grid(
+        {"0+2-of-16": replace(protocol.CPU.job("0+2-of-16"), masked=protocol.MASKED)}, tuple(range(10)), n_streams=200
+    ),
+    "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
+}
+
+
+def grid(name: str) -> Grid:
+    """The grid of that name; raises InputError naming the known ones."""
+    if name in GRIDS:
+        return GRIDS[name]
+    close = get_close_matches(name, GRIDS, n=3) or list(GRIDS)
+    raise InputError(f"experiment = {name!r}: there is none; try {', '.join(close)}")
+
+
+def in_profile(name: str, profile: str) -> str:
+    """The grid that a profile, cpu or gpu, asks for under that name; raises InputError where it has no such tier."""
+    if profile == "cpu":
+        return name
+    larger = [grid.removesuffix("-gpu") for grid in GRIDS if grid.endswith("-gpu")]
+    require(name in larger, "profile", profile, f"{name} has no tier for it; {', '.join(larger)} has")
+    return f"{name}-gpu"
+
+
+def record_path(name: str, model: str, seed: int) -> Path:
+    """Where the record of one run lies."""
+    return DATA / "runs" / name / f"{model}-seed{seed}.json"
+
+
+def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
+    """The (model, seed) pairs of a grid that have no record yet, seed by seed; of `models` only, where some are named.
+
+    InputError for a model that the grid has not.
+    """
+    plan = grid(name)
+    for model in models:
+        require_choice("model", model, plan.jobs)
+    pairs = ((model, seed) for seed in plan.seeds for model in plan.jobs if model in (models or plan.jobs))
+    return [pair for pair in pairs if not record_path(name, *pair).is_file()]
+
+
+def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
+    """The records of a grid's finished runs, job by job, each with `model_name` and `seed` beside what it holds.
+
+    InputError for a record of another protocol or of other settings than the grid's; without `diverged`, also for a
+    run that diverged, which has a line `diverged` and no results.
+    """
+    plan, found = grid(name), []
+    for model in plan.jobs:
+        for seed in plan.seeds:
+            path = record_path(name, model, seed)
+            if path.is_file():
+                record = {"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))}
+                try:
+                    _check(record, plan, diverged)
+                except InputError as error:
+                    raise InputError(f"{path}: {error}") from None
+                found.append(record)
+    return found
+
+
+def _check(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None:
+    protocol = record.get("protocol")
+    remedy = f"this grid follows {plan.protocol}; move the file away and run the experiment again"
+    require(protocol == plan.protocol, "protocol", protocol, remedy)
+    if "diverged" in record:
+        require(diverged, "diverged", record["diverged"], "this run has no results to compare")
+    else:
+        plan.job(record["model_name"], record["seed"]).check_record(record)
+
+
+def run_one(job: Runnable) -> dict[str, Any]:
+    """What a process of `run_missing` does; a run that diverges has a record that says so."""
+    try:
+        return job.run()
+    except DivergedError as error:
+        return {"diverged": str(error), "provenance": provenance()}
+
+
+def run_missing(
+    name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one, models: Collection[str] = ()
+) -> Iterator[tuple[str, int]]:
+    """Run what is missing in processes of one thread each; yield each pair as its record is written."""
+    require_whole("processes", processes, 1)
+    todo, plan = missing(name, models), grid(name)
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool,
+        progress(total=len(todo), desc=name, unit="run") as bar,
+    ):
+        waiting = {pool.submit(run, plan.job(*pair)): pair for pair in todo}
+        try:
+            for done in as_completed(waiting):
+                version = {} if plan.protocol is None else {"protocol": plan.protocol}
+                write_json(record_path(name, *waiting[done]), version | done.result())
+                bar.update()
+                yield waiting[done]
+        except BrokenProcessPool:
+            raise RunError(f"{name}: a process died (out of memory?); what is recorded stays, run it again") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _quiet_worker() -> None:
+    import torch
+
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers: they would run on, beside those of the next call."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

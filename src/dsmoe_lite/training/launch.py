@@ -1,0 +1,48 @@
+"""The processes of a training run as torchrun started them, and how they end when one of them is lost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from dsmoe_lite.common.errors import InputError, RunError, require_number
+from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
+
+
+@contextmanager
+def launched_processes(patience: float = 600.0) -> Iterator[Processes]:
+    """Yield torchrun's processes, or a single process if torchrun did not start this one.
+
+    patience: seconds to wait for another process. If one is lost, or silent for longer, RunError is raised on one
+    process per host; NCCL aborts with its own message instead. An error on all processes, or an interrupt, is raised on
+    rank 0; the others exit silently.
+    """
+    require_number("patience", patience, 0.0, open_low=True)
+    if not dist.is_torchelastic_launched():
+        yield SINGLE_PROCESS
+        return
+    from dsmoe_lite.parallel.distributed import Distributed  # imports for half a second
+
+    store, rank, size = next(dist.rendezvous("env://"))
+    store.set_timeout(timedelta(seconds=patience))
+    processes = Distributed(store, rank, size, patience)
+    try:
+        yield processes
+    except (InputError, RunError, OSError) as error:
+        processes.exit_together(error)
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        processes.exit_after_loss(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        if processes.is_rank0:
+            raise
+        raise SystemExit(130) from None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed: NCCL raises a class of its own, gloo only a message."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -1,0 +1,53 @@
+"""The balance losses by name, weighted and summed over the MoE layers of a model."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.layers import balance
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selection import group_of
+from dsmoe_lite.model import Output
+
+PLAIN_LOSSES = {
+    "importance": balance.importance_loss,
+    "load": balance.load_loss,
+    "gshard": balance.gshard_loss,
+    "switch": balance.switch_loss,
+    "z": balance.z_loss,
+    "expert": balance.expert_loss,
+    "sequence": balance.sequence_loss,
+}
+DEVICE_LOSSES = ("device", "communication")  # each group of experts of the config is a device
+BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
+
+
+def balance_terms(
+    output: Output,
+    moe: MoEConfig | None,
+    weights: Mapping[str, float],
+    all_reduce: balance.AllReduce = balance.single_process,
+) -> Tensor:
+    """Sum the balance losses of every MoE layer, times their `weights` (name -> alpha); 0 for a dense model.
+
+    all_reduce: as in `layers.balance`, for a batch that is divided among processes.
+    """
+    terms = output.logits.new_zeros((), dtype=torch.float32)
+    if moe is None:
+        return terms
+    for routing in output.routings:
+        for name, weight in weights.items():
+            if weight:
+                terms = terms + weight * _balance_loss(name, routing, moe, all_reduce)
+    return terms
+
+
+def _balance_loss(name: str, routing: Routing, moe: MoEConfig, all_reduce: balance.AllReduce) -> Tensor:
+    if name in PLAIN_LOSSES:
+        return PLAIN_LOSSES[name](routing, all_reduce=all_reduce)
+    device_of = group_of(moe.n_routed_experts, moe.n_group, routing.topk_ids.device)
+    if name == "device":
+        return balance.device_loss(routing, device_of=device_of, all_reduce=all_reduce)
+    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group, all_reduce=all_reduce)

@@ -1,0 +1,31 @@
+"""AdamW with a warm-up and a cosine decay, and gradient clipping."""
+
+import math
+
+import torch
+
+from dsmoe_lite.model import Transformer
+from dsmoe_lite.training.config import TrainConfig
+
+
+def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices only, not on the router."""
+    decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and ".router." not in name]
+    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or ".router." in name]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of `step` (from 0): linear warm-up, then a cosine down to final_lr_share * lr."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,124 @@
+"""Chart of kinds of token: what something does to each of them, beside what it does to all tokens."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.stats import mean_and_half_width
+from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.parts import CHARACTER, data, in_order, listed, need_rows, plain
+
+PANELS = 4
+ROW = 24  # px
+TEXT = 11.5
+TICK_GAP = 34  # px between two ticks whose labels do not touch
+
+
+def effects_by_kind(
+    rows: Sequence[dict[str, Any]],
+    *,
+    overall: Mapping[str, float],
+    kinds_are: str = "kinds of token",
+    dashed: str = "all tokens",
+    number: str = "+.3f",
+    title: str = "Which tokens does it hit?",
+    subtitle: str | Sequence[str] = "",
+    description: str = "",
+) -> alt.ConcatChart:
+    """One panel an effect, one row a kind of token: the mean with its 95% t-interval over parts of the text.
+
+    rows: {kind, effect, value, part (optional)}; overall: each effect over all tokens, a dashed line, which is where
+    every dot would lie if the kind did not matter. `kinds_are` and `dashed` name the two. The largest mean of a panel
+    stands out. At most four panels, each with a scale of its own; `number` is the format of the values.
+    """
+    need_rows(rows, "kind", "effect", "value")
+    kinds, effects = in_order(row["kind"] for row in rows), in_order(row["effect"] for row in rows)
+    if len(effects) > PANELS:
+        raise InputError(f"effects = {len(effects)}: at most {PANELS} panels fit side by side")
+    lacking = [effect for effect in effects if effect not in overall]
+    if lacking:
+        raise InputError(f"overall = {dict(overall)!r}: has no value for {lacking[0]!r}")
+    levels = {effect: float(plain(overall[effect])) for effect in effects}
+    values: dict[str, dict[str, list[float]]] = {effect: {} for effect in effects}
+    for row in rows:
+        values[row["effect"]].setdefault(row["kind"], []).append(float(plain(row["value"])))
+    labels = int(max(len(kind) for kind in kinds) * 12 * CHARACTER) + 14
+    width = int((theme.MAX_WIDTH - 40 - labels) / len(effects)) - 20
+    marks = {effect: _marks(values[effect], number) for effect in effects}
+    if not description:
+        said = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_top(marks[effect])}" for effect in effects]
+        description = f"Dot chart of {len(kinds)} {kinds_are} by {listed(effects)}. {'; '.join(said)}."
+    subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: the largest of a panel."
+    panels = [
+        _panel(marks[effect], kinds, levels[effect], number, width, labels if i == 0 else 0).properties(
+            title=alt.TitleParams(
+                effect,
+                subtitle=f"{dashed} {levels[effect]:{number}}",
+                fontSize=12.5,
+                subtitleFontSize=11.5,
+                offset=8,
+            )
+        )
+        for i, effect in enumerate(effects)
+    ]
+    return theme.finish(alt.concat(*panels, columns=PANELS, spacing=20), title, subtitle, description)
+
+
+def _marks(values: dict[str, list[float]], number: str) -> list[dict[str, Any]]:
+    marks: list[dict[str, Any]] = []
+    for kind, seen in values.items():
+        mean, half = mean_and_half_width(seen)
+        marks.append({"kind": kind, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0),
+                      "text": _said(mean, number)})  # fmt: skip
+    largest = max(mark["mean"] for mark in marks)
+    return [{**mark, "largest": mark["mean"] == largest} for mark in marks]
+
+
+def _said(value: float, number: str) -> str:
+    """`value` in the format `number`, without a sign where all its digits are 0."""
+    text = f"{value:{number}}"
+    return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
+
+
+def _top(marks: list[dict[str, Any]]) -> str:
+    return next(f"{mark['kind']} {mark['text']}" for mark in marks if mark["largest"])
+
+
+def _panel(marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, labels: int) -> Any:
+    """Dots from zero, numbers in a column at the right end that no dot reaches."""
+    text_share = (max(len(mark["text"]) for mark in marks) * TEXT * CHARACTER + 14) / width
+    low = min(0.0, level, *(mark["low"] for mark in marks))
+    high = max(0.0, level, *(mark["high"] for mark in marks)) or 1.0
+    end = low + (high - low) / max(1 - text_share, 0.2)
+    tick = _round_below(0.9 * high)
+    ticks = [0.0, tick] if tick / (end - low) * width > TICK_GAP else [tick]
+    percent = "%" if number.endswith("%") else alt.Undefined
+    x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, end], nice=False, zero=False),
+              axis=alt.Axis(values=ticks, format=percent, grid=False))  # fmt: skip
+    axis = alt.Axis(labels=labels > 0, labelColor=theme.LIGHT["ink"], grid=True, labelLimit=200,
+                    minExtent=labels, maxExtent=labels)  # fmt: skip
+    y = alt.Y("kind:N", sort=kinds, title=None, scale=alt.Scale(domain=kinds), axis=axis)
+    base = alt.Chart(data(marks)).encode(y=y)
+    color = alt.condition("datum.largest", alt.value(theme.LIGHT["line2"]), alt.value(theme.LIGHT["line1"]))
+    numbers = base.encode(x=alt.value(width), text="text:N")
+    all_tokens = alt.Chart(data([{"mean": level}])).mark_rule(strokeDash=[4, 3], color=theme.LIGHT["muted"])
+    layers: list[Any] = [
+        alt.Chart(data([{"mean": 0.0}])).mark_rule(color=theme.LIGHT["fair"]).encode(x=x),
+        all_tokens.encode(x=x),
+        base.mark_rule(strokeWidth=2).encode(x=alt.X("low:Q"), x2="high:Q", color=color),
+        base.mark_circle(size=64, opacity=1).encode(
+            x=x, color=color, tooltip=["kind:N", alt.Tooltip("text:N", title="mean")]
+        ),
+        numbers.transform_filter("!datum.largest").mark_text(align="right", fontSize=TEXT),
+        numbers.transform_filter("datum.largest").mark_text(align="right", fontSize=TEXT, fontWeight=700),
+    ]
+    return alt.layer(*layers).properties(width=width, height=ROW * len(kinds))
+
+
+def _round_below(value: float) -> float:
+    """The largest of 1, 2 and 5, times a power of ten, that is not above `value`."""
+    size = 10.0 ** math.floor(math.log10(value))
+    return next(digit * size for digit in (5, 2, 1) if digit * size <= value * (1 + 1e-9))

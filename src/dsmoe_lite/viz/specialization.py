@@ -1,0 +1,136 @@
+"""Chart of specialisation beside chance: which experts go beyond what shuffled labels give."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.parts import CHARACTER, data, expert_axis, flattened, in_order, need_rows, nice_range, plain, short
+
+Rows = Sequence[dict[str, Any]]
+STATES = {
+    "above chance": ("line1", "circle"),
+    "within chance": ("muted", "diamond"),
+    "below chance": ("line2", "triangle-down"),
+}
+NUMBERS = ("value", "null_low", "null", "null_high")
+WIDTH = 600  # px
+
+
+def specialization_against_null(
+    rows: Rows,
+    *,
+    value_title: str = "specialisation",
+    title: str = "More than chance?",
+    subtitle: str | Sequence[str] = "",
+    description: str = "",
+) -> alt.LayerChart | alt.VConcatChart:
+    """A mark for each observed value, over a bar that holds what shuffled labels give, with a tick at its middle.
+
+    rows: {what, expert (optional), value, null_low, null, null_high}; with experts, one panel a layer or model, highest
+    value first; without, one row each. Shape and colour tell above, within and below chance.
+    """
+    need_rows(rows, "what", *NUMBERS)
+    marks = [_mark(row) for row in rows]
+    by_expert = sum("expert" in mark for mark in marks)
+    if by_expert not in (0, len(marks)):
+        raise InputError("rows: either every row has an 'expert' or none")
+    names = in_order(mark["what"] for mark in marks)
+    own = {name: [mark for mark in marks if mark["what"] == name] for name in names}
+    said = {name: _beyond(own[name]) if by_expert else _one(own[name][0]) for name in names}
+    if not description:
+        unit = "experts" if by_expert else "values"
+        description = f"{value_title} of {len(marks)} {unit} beside shuffled labels. "
+        description += ". ".join(f"{name}: {said[name]}" for name in names) + "."
+    subtitle = subtitle or "Mark: observed. Bar: interval of shuffled labels, tick: their middle."
+    states = [state for state in STATES if any(mark["state"] == state for mark in marks)]
+    limits = nice_range([mark[key] for mark in marks for key in ("value", "null_low", "null_high")])
+    if not by_expert:
+        return theme.finish(_rows(marks, names, states, limits, value_title), title, subtitle, description)
+    panels = [
+        _panel(own[name], states, limits, value_title).properties(
+            title=alt.TitleParams(name, subtitle=said[name], fontSize=12.5, subtitleFontSize=11.5, offset=6)
+        )
+        for name in names
+    ]
+    return theme.finish(alt.vconcat(*panels, spacing=16), title, subtitle, description)
+
+
+def _mark(row: dict[str, Any]) -> dict[str, Any]:
+    value, low, null, high = (float(plain(row[field])) for field in NUMBERS)
+    if not low <= null <= high:
+        raise InputError(f"rows: {row['what']}: null_low = {low:g}, null = {null:g}, null_high = {high:g} must rise")
+    state = "above chance" if value > high else "below chance" if value < low else "within chance"
+    expert = {} if row.get("expert") is None else {"expert": f"e{int(plain(row['expert']))}"}
+    numbers = dict(zip(NUMBERS, (value, low, null, high), strict=True))
+    return {"what": row["what"], **expert, **numbers, "state": state}
+
+
+def _beyond(marks: list[dict[str, Any]]) -> str:
+    states = [mark["state"] for mark in marks]
+    top = max(marks, key=lambda mark: mark["value"])
+    below = states.count("below chance")
+    return (f"{states.count('above chance')} of {len(marks)} above chance" + (f", {below} below" if below else "")
+            + f"; highest {top['expert']} {short(top['value'])}, by chance {short(top['null'])}")  # fmt: skip
+
+
+def _one(mark: dict[str, Any]) -> str:
+    return f"{short(mark['value'])}, by chance {short(mark['null'])}"
+
+
+def _panel(marks: list[dict[str, Any]], states: list[str], limits: tuple[float, float], value_title: str) -> Any:
+    """One layer's experts side by side, highest value first."""
+    marks = sorted(marks, key=lambda mark: -mark["value"])
+    if len({mark["expert"] for mark in marks}) < len(marks):
+        raise InputError(f"rows: {marks[0]['what']} has an expert twice")
+    step = min(30.0, WIDTH / len(marks))
+    across = expert_axis([int(mark["expert"][1:]) for mark in marks], title=None)
+    value = alt.Y("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
+                  axis=alt.Axis(tickCount=4))  # fmt: skip
+    columns = {field: " ".join(f"{mark[field]:.4g}" for mark in marks) for field in NUMBERS}
+    columns["e"] = " ".join(mark["expert"][1:] for mark in marks)
+    columns["code"] = " ".join(str(states.index(mark["state"])) for mark in marks)
+    layers = _layers({"x": across}, "expert:N", states, {"y": value}, 0.6 * step, 45)
+    chart = flattened(alt.layer(*layers, data=data([columns])), list(columns)).transform_calculate(
+        expert="'e' + datum.e", state=f"split('{'|'.join(states)}', '|')[datum.code]"
+    )
+    return chart.properties(width=step * len(marks), height=120)
+
+
+def _rows(
+    marks: list[dict[str, Any]], names: list[str], states: list[str], limits: tuple[float, float], value_title: str
+) -> Any:
+    """One row a layer or model."""
+    if len(names) < len(marks):
+        raise InputError("rows: without 'expert', each 'what' has one row")
+    width = WIDTH - int(min(max(len(name) for name in names) * 12 * CHARACTER, 200))
+    y = alt.Y("what:N", sort=names, title=None, axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=200))
+    x = alt.X("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
+              axis=alt.Axis(tickCount=5, grid=False))  # fmt: skip
+    layers = _layers({"y": y}, "what:N", states, {"x": x}, 14, 80)
+    return alt.layer(*layers, data=data(marks)).properties(width=width, height=32 * len(names))
+
+
+def _layers(
+    place: dict[str, Any], name: str, states: list[str], value: dict[str, Any], thick: float, size: int
+) -> list[Any]:
+    """Bar, tick and mark: `place` is the channel of the names with its axis, `value` that of the numbers."""
+    base: Any = alt.Chart().encode(**place)
+    ((channel, axis),) = value.items()
+    span = {channel: "null_low:Q", f"{channel}2": "null_high:Q"}
+    colors, shapes = zip(*(STATES[state] for state in states), strict=True)
+    color = alt.Color("state:N", scale=alt.Scale(domain=states, range=[theme.LIGHT[role] for role in colors]),
+                      legend=alt.Legend(title=None, orient="top"))  # fmt: skip
+    shape = alt.Shape("state:N", scale=alt.Scale(domain=states, range=list(shapes)))
+    numbers = [alt.Tooltip(f"{field}:Q", format=".3~g") for field in NUMBERS]
+    tooltip = [alt.Tooltip(name), alt.Tooltip("state:N"), *numbers]
+    orient = "vertical" if channel == "x" else "horizontal"
+    tick = base.mark_tick(orient=orient, size=thick, thickness=1.5, opacity=1, color=theme.LIGHT["ink"])
+    marks = base.mark_point(filled=True, size=size, opacity=1).encode(color=color, shape=shape, tooltip=tooltip)
+    return [
+        base.mark_rule(color=theme.LIGHT["fair"], strokeWidth=thick).encode(**span),
+        tick.encode(**{channel: "null:Q"}),
+        marks.encode(**{channel: axis}),
+    ]
