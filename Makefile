@@ -1,5 +1,5 @@
 # Needs make (3.81 or newer) and Python 3.11, 3.12 or 3.13; the folder's path may contain spaces.
-# Packages are called as `python -m`, never by their scripts: a script's first line breaks on long paths and on spaces.
+# Packages run as `python -m`, not as scripts: the first line of a script breaks on long paths and on spaces.
 
 PY := .venv/bin/python
 STAMP := .venv/.installed
@@ -10,25 +10,26 @@ PINS := $(if $(NEWEST),--upgrade,-c constraints.txt)
 
 export PYTHON
 
-.PHONY: help setup lab test test-all before-tests course book refresh lint clean uninstall moved
+.PHONY: help setup lab test test-all before-tests course book refresh generate lint clean uninstall moved
 .NOTPARALLEL:
 
 help:
 	@echo 'make lab              set up, then open JupyterLab at chapter 00 (ARGS="02" for another, ARGS="--no-browser")'
-	@echo 'make test             set up, then lint, build the book and run every test and chapter (make test-all: the long ones too)'
+	@echo 'make test             set up, lint, build the book, run all tests and chapters (make test-all: also the slow ones)'
 	@echo ''
 	@echo 'make setup            only the environment, in .venv; PYTHON=/path/to/python3.12 chooses the interpreter'
-	@echo 'make course           run every chapter and print the table of times'
-	@echo 'make book             build the book'
-	@echo 'make refresh          write the reference outputs (authors; MEASURE=1 also takes new timings)'
-	@echo 'make lint             ruff, mypy, import layers'
-	@echo 'make clean            remove what was built; .venv, work/ and runs/ stay'
+	@echo 'make course           run every chapter and print how long each takes'
+	@echo 'make book             build the chapters as web pages, in build/book'
+	@echo 'make refresh          execute the chapters and store their outputs (authors; MEASURE=1 also renews timings)'
+	@echo 'make generate         renew the pictures and tables drawn from code and records (authors)'
+	@echo 'make lint             ruff, mypy and the order of imports'
+	@echo 'make clean            remove build products; .venv, work/ and runs/ stay'
 	@echo 'make uninstall        remove .venv and the cache as well (WORK=1: also work/ and runs/)'
 
 setup: $(STAMP)
 	@:
 
-# The stamp holds the folder it was made in and is written last: a failed, killed or moved installation starts again.
+# The stamp stores the folder of the installation and is written last: a failed, killed or moved one starts again.
 $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	@rm -f $(STAMP)
 	@if ! $(PY) -c 'import pip' 2>/dev/null; then \
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	  found=''; seen=''; \
 	  for candidate in "$$@"; do \
 	    if version=$$("$$candidate" -c "$$in_range" 2>/dev/null); then found=$$candidate; break; fi; \
-	    seen="$$seen $$candidate is $${version:-not there or does not start};"; \
+	    seen="$$seen $$candidate is $${version:-missing or does not start};"; \
 	  done; \
 	  if [ -z "$$found" ]; then \
 	    echo "Python 3.11, 3.12 or 3.13 is needed:$$seen name one with make setup PYTHON=/path/to/python" >&2; exit 2; \
@@ -47,16 +48,16 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	    echo "$$found cannot make an environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }; \
 	fi
 	@echo 'Installing the packages into .venv: a few minutes; about 440 MB to download with a CPU build of torch,'
-	@echo '  several GB with a CUDA build (README.md, "What is installed", says how to choose)'
-	@what='.[course,book,test]'; \
+	@echo '  several GB with a CUDA build (notebooks/pages/install.md shows how to choose)'
+	@package='.[course,book,test]'; \
 	if command -v uv >/dev/null 2>&1; then \
 	  of_pip() { printenv "$$2" || $(PY) -m pip config get "global.$$1" 2>/dev/null || true; }; \
 	  : "$${UV_FIND_LINKS:=$$(of_pip find-links PIP_FIND_LINKS | tr -s ' \n' ',,')}"; \
 	  : "$${UV_EXTRA_INDEX_URL:=$$(of_pip extra-index-url PIP_EXTRA_INDEX_URL | tr -s '\n' ' ')}"; \
 	  export UV_FIND_LINKS UV_EXTRA_INDEX_URL; \
-	  uv pip install -q --index-strategy unsafe-best-match --python $(PY) $(PINS) -e "$$what"; \
+	  uv pip install -q --index-strategy unsafe-best-match --python $(PY) $(PINS) -e "$$package"; \
 	else \
-	  $(PY) -m pip --disable-pip-version-check install -qq --no-warn-script-location $(PINS) -e "$$what"; \
+	  $(PY) -m pip --disable-pip-version-check install -qq --no-warn-script-location $(PINS) -e "$$package"; \
 	fi
 	@$(PY) -m dsmoe_lite.labs.jupyter_settings
 	@pwd -P > $(STAMP)
@@ -74,6 +75,9 @@ book: setup
 refresh: setup
 	@$(PY) -m dsmoe_lite refresh $(if $(MEASURE),--measure) $(ARGS)
 
+generate: setup
+	@$(PY) -m dsmoe_lite.book.generated --write
+
 lint: setup
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -84,7 +88,7 @@ before-tests: setup lint
 	@$(PY) -c 'from dsmoe_lite.common.machine import find_chromium as f; f() or print("no chromium: its tests are skipped (apt install chromium)")'
 	@$(PY) -m dsmoe_lite book
 
-# pytest comes last, so that its summary closes the output; it fails when it finds no test.
+# pytest runs last, so that its summary ends the output; it fails if it finds no tests.
 test: before-tests
 	@$(PYTEST) -m 'not slow'
 
@@ -97,7 +101,7 @@ clean:
 
 uninstall: clean
 	@if [ -n "$$DSMOE_CACHE" ]; then echo "Kept the cache you chose: $$DSMOE_CACHE"; \
-	elif [ -x $(PY) ]; then $(PY) -c 'import shutil; from dsmoe_lite import paths; shutil.rmtree(paths.cache(), ignore_errors=True)'; fi
+	elif [ -x $(PY) ]; then $(PY) -c 'import shutil; from dsmoe_lite.common import paths; shutil.rmtree(paths.cache(), ignore_errors=True)'; fi
 	@rm -rf .venv
 	@if [ -n "$(WORK)" ]; then rm -rf work runs; echo 'Removed .venv, the cache, work/ and runs/'; \
 	else echo 'Removed .venv and the cache; your own work stays in work/ and runs/ (make uninstall WORK=1 removes it too)'; fi

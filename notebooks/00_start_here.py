@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,16 +34,11 @@ temperature: float = 0.7  # how freely the model speaks: 0.0..2.0
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
+lab = begin(globals())
 
 # %% [markdown]
 # ## The map
@@ -82,30 +83,17 @@ print(f"{'profile to use':16} {machine.profile()}")
 # token uses two. It learnt the made-up world of chapter 01: people and what they have, told in two languages, with
 # sums, brackets and code beside.
 
-# %% tags=["hide-input"]
-import torch
+# %%
 from tokenizers import Tokenizer
 
-from dsmoe_lite import accounting
-from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite import RoutingTrace, accounting, load_model
+from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.data.batches import heldout_batches
-from dsmoe_lite.data.world import World
-from dsmoe_lite.evaluate import recall
-from dsmoe_lite.generate import generate
-from dsmoe_lite.routing.metrics import load
-from dsmoe_lite.routing.trace import RoutingTrace
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.explorer import explore
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-device = "cuda" if profile == "gpu" else "cpu"
-
-# %%
 checkpoint = DATA / "models" / "world-gshard.safetensors"
-model = load_model(checkpoint).to(device)
-tokenizer = Tokenizer.from_str(read_facts(checkpoint)["tokenizer"])
+model = load_model(checkpoint).to(lab.device)
+tokenizer = Tokenizer.from_str(read_metadata(checkpoint)["tokenizer"])
 count = accounting.parameters(model.config)
 print(
     f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token"
@@ -116,6 +104,8 @@ print(
 # training text never asked. How many of them does it answer rightly?
 
 # %%
+from dsmoe_lite.data.world import World
+
 predict("00-recall", None)  # your guess, 0 to 1
 
 questions = World().questions("head")
@@ -123,7 +113,12 @@ print(len(questions), "questions, such as:", questions[0].prompt)
 print("right answer:", questions[0].answer)
 
 # %% tags=["trained"]
-prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=device)
+import torch
+
+from dsmoe_lite.evaluate import recall
+from dsmoe_lite.generate import generate
+
+prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=lab.device)
 n_answer = len(tokenizer.encode(questions[0].answer).ids)
 (answer,) = generate(model, prompt, n_answer)  # for each prompt the ids that follow
 report(the_model_says=tokenizer.decode(answer))
@@ -138,7 +133,7 @@ claim(
 
 # %% tags=["trained"]
 start = "The home of"
-chance = torch.Generator(device=device).manual_seed(seed)
+chance = torch.Generator(device=lab.device).manual_seed(seed)
 start_ids = tokenizer.encode(start).ids
 (spoken,) = generate(model, [start_ids], 48, temperature=temperature, generator=chance)
 report(the_model_goes_on=start + tokenizer.decode(spoken))
@@ -159,6 +154,8 @@ print(
 )
 
 # %% tags=["trained"]
+from dsmoe_lite.viz.explorer import explore
+
 explore({"GShard": model}, tokenizer, sentence, window=LENGTH, layer=1)
 
 # %% [markdown]
@@ -174,11 +171,14 @@ explore({"GShard": model}, tokenizer, sentence, window=LENGTH, layer=1)
 # get, as its first choice, the expert that its word gets most often?
 
 # %%
+from dsmoe_lite.data.batches import heldout_batches
+
 held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
 words = held_out.flatten()
 with torch.no_grad():
     choices = [
-        routing.topk_ids[:, 0].cpu() for routing in model(held_out.to(device)).routings
+        routing.topk_ids[:, 0].cpu()
+        for routing in model(held_out.to(lab.device)).routings
     ]
 
 
@@ -210,6 +210,8 @@ for layer, experts in enumerate(choices):
 # Do all experts get work? Over your sentence:
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.metrics import load
+
 charts.expert_load(
     load(trace.layer(trace.n_layers - 1)).tolist(),
     title="How much does each expert get? (your sentence, last layer)",

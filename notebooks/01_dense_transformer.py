@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,49 +34,16 @@ learning_rate: float = 0.003  # peak learning rate: 0.0001..0.03
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-import math
-from dataclasses import replace
-from itertools import islice
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from ipywidgets import FloatSlider
-from torch.testing import assert_close
 
-from dsmoe_lite import TrainConfig, accounting, train
-from dsmoe_lite.data.batches import Batches, heldout_batches
-from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.data.world import GROUPS, World
-from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.generate import generate
-from dsmoe_lite.layers.attention import Attention
-from dsmoe_lite.layers.ffn import SwiGLU
-from dsmoe_lite.layers.rope import apply_rope, rope_tables
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.study import published
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.study.rows import gaps, metric_rows
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)  # small matrices: one thread is nearly as fast
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 1000, "gpu": 4000}[profile]
+lab = begin(globals())
+steps = lab.choose(smoke=30, cpu=1000, gpu=4000)
 
 # %% [markdown]
 # ## The world to be learnt
@@ -80,6 +53,10 @@ steps = {"smoke": 30, "cpu": 1000, "gpu": 4000}[profile]
 # it. It is generated, so every token's domain is known, and so is every fact.
 
 # %%
+from itertools import islice
+
+from dsmoe_lite.data.world import World
+
 world = World()
 for document in islice(world.documents("train"), 3):
     print(f"[{document.domain}] {document.text[:150]} ...\n")
@@ -91,6 +68,8 @@ for document in islice(world.documents("train"), 3):
 # no model can do better than chance.
 
 # %%
+from dsmoe_lite.data.world import GROUPS
+
 questions = world.all_questions()
 for group in GROUPS:
     asked = [question for question in questions if question.group == group]
@@ -102,6 +81,8 @@ print(f"chance of a right guess: one in {world.config.n_values}")
 # The text becomes tokens by byte-level byte-pair encoding {cite:p}`BPE`: frequent words are one token, rare ones several.
 
 # %%
+from dsmoe_lite.data.tokenizer import load_tokenizer
+
 tokenizer = load_tokenizer(world, 1024)
 V = tokenizer.get_vocab_size()
 pieces = tokenizer.encode(questions[0].prompt + questions[0].answer).tokens
@@ -151,6 +132,15 @@ print("largest change of any product: zero, to 12 digits")
 
 
 # %%
+import math
+
+from torch.testing import assert_close
+
+from dsmoe_lite import preset
+from dsmoe_lite.layers.attention import Attention
+from dsmoe_lite.layers.rope import rope_tables
+
+
 def attention(x, W_q, W_k, W_v, W_o, n_heads):  # x (B, S, D); every W (out, in)
     B, S, _ = x.shape
     q, k, v = (  # each (B, H, S, d_h)
@@ -184,6 +174,11 @@ print("attention: mine equals the package's")
 
 
 # %%
+import torch.nn.functional as F
+
+from dsmoe_lite.layers.ffn import SwiGLU
+
+
 def ffn(x, W_gate, W_up, W_down):
     return (F.silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
 
@@ -209,6 +204,9 @@ print("FFN: mine equals the package's")
 
 
 # %%
+from dsmoe_lite import Transformer
+
+
 def rms_norm(x, weight, eps=1e-6):
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
 
@@ -246,6 +244,8 @@ print(
 # **Ask.** In the small dense model of the paper's Table 1, with $D = 1280$, which share of the weights is FFN?
 
 # %%
+from dsmoe_lite import accounting
+
 predict("01-ffn-share", None)  # your guess, 0 to 1
 
 paper = preset("dense-0.2B")
@@ -272,6 +272,8 @@ assert accounting.parameters(config).total == sum(
 # (`data/published.json`).
 
 # %%
+from dsmoe_lite.study import published
+
 seq_len = published.load()["validation_setup"]["seq_len"]
 L, D, F_width, V_paper = (
     paper.n_layers,
@@ -308,13 +310,18 @@ charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs s
 # **Ask.** Before training, the model knows nothing about the $V$ possible tokens. What is its loss, in nats?
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import TrainConfig, train
+from dsmoe_lite.data.batches import Batches
+
 predict("01-first-loss", None)  # your guess
 
 train_config = TrainConfig(
     steps=steps, batch_size=16, seq_len=64, lr=learning_rate, seed=seed
 )
 torch.manual_seed(seed)
-model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(device)
+model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(lab.device)
 batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
 run = train(model, batches, train_config)
 print(
@@ -333,17 +340,24 @@ charts.training_curves(rows, title="How fast does the model learn its world?")
 # on, tell what was learnt:
 
 # %% tags=["trained"]
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.evaluate import heldout_loss
+
 held_out = heldout_batches(world, tokenizer, 64, 64, 16)
 learnt = heldout_loss(model, held_out, world.domains)
 # recorded over seeds 0 to 4, widened to four standard deviations; not yet for a GPU
 interval = {"smoke": (5.3, 5.55), "cpu": (1.1, 1.18), "gpu": (0.0, 7.0)}[profile]
-claim("held-out loss, nats a token", learnt.loss, interval, asserted=own)
+claim("held-out loss, nats a token", learnt.loss, interval, asserted=lab.own)
 
 # %% tags=["trained"]
+from dsmoe_lite.evaluate import recall
+
 known = recall(model, tokenizer, questions)
 interval = {"smoke": (0.0, 0.02), "cpu": (0.4, 0.74), "gpu": (0.0, 1.0)}[profile]
-claim("recall of frequent people", known["head"], interval, asserted=own)
-claim("recall of people never mentioned", known["control"], (0.0, 0.07), asserted=own)
+claim("recall of frequent people", known["head"], interval, asserted=lab.own)
+claim(
+    "recall of people never mentioned", known["control"], (0.0, 0.07), asserted=lab.own
+)
 report(
     recall_tail=known["tail"],
     **{f"loss_{domain}": loss for domain, loss in learnt.by_domain.items()},
@@ -356,6 +370,8 @@ report(
 # Let the model speak. The question is new to it, the person is not. Is the form right? Is the fact?
 
 # %% tags=["trained"]
+from dsmoe_lite.generate import generate
+
 start = questions[0].prompt
 (said,) = generate(model, [tokenizer.encode(start).ids], 24)
 report(
@@ -373,10 +389,14 @@ report(
 # nine times in ten, here? And can any temperature make another token the likeliest? Move the control.
 
 # %% tags=["trained"]
+from ipywidgets import FloatSlider
+
+from dsmoe_lite.viz.live import live
+
 predict("01-temperature", None)  # a temperature
 
 with torch.no_grad():
-    asked = torch.tensor([tokenizer.encode(start).ids], device=device)
+    asked = torch.tensor([tokenizer.encode(start).ids], device=lab.device)
     next_logits = model(asked).logits[0, -1].cpu()
 
 
@@ -431,7 +451,7 @@ predict("01-take-out", None)  # "attention 0", "FFN 0", "attention 1" or "FFN 1"
 
 
 def without(model, part):  # the same weights, one part silent
-    copy = Transformer(model.config).to(device)
+    copy = Transformer(model.config).to(lab.device)
     copy.load_state_dict(model.state_dict())
     if part != "nothing":
         kind, layer = part.split()
@@ -477,6 +497,9 @@ charts.model_comparison(rows, title="What does the model lose without one part?"
 # be room for more of them. These runs were trained on more tokens and recorded, with five seeds each:
 
 # %%
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import metric_rows
+
 NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
 recorded = records("neighbours")
 print(f"{recorded[0]['tokens']:,} tokens each")
@@ -485,6 +508,8 @@ charts.model_comparison(
 )
 
 # %%
+from dsmoe_lite.study.rows import gaps
+
 gain = gaps(recorded, "course-dense-x2", "course-dense", "recall, rare people")
 print(
     "recall of rare people, two widths minus one, by seed:",
@@ -508,6 +533,9 @@ print(
 
 
 # %%
+from dsmoe_lite.layers.rope import apply_rope
+
+
 def halves_order(d):
     return None  # your list
 

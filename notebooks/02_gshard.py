@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -31,69 +37,22 @@ balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-from dataclasses import replace
-from itertools import islice
-from statistics import mean, stdev
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from ipywidgets import FloatSlider, IntSlider
-from tokenizers import Tokenizer
-from torch.testing import assert_close
 
-from dsmoe_lite import TrainConfig, accounting, train
-from dsmoe_lite.bench.train import bench_train
-from dsmoe_lite.checkpoint import load_model, read_facts
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.data.batches import Batches, heldout_batches
-from dsmoe_lite.data.tokenizer import END_ID
-from dsmoe_lite.data.world import World
-from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.layers.balance import gshard_loss, switch_loss
-from dsmoe_lite.layers.capacity import capacity, place_in_expert
-from dsmoe_lite.layers.dispatch import dispatch
-from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.router import Router, Routing
-from dsmoe_lite.layers.selection import ordered_topk
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.interventions import switch_off
-from dsmoe_lite.routing.metrics import load
-from dsmoe_lite.routing.positions import drop_rate_by_position
-from dsmoe_lite.routing.specialization import (
-    null_specialization,
-    shuffled,
-    specialization,
-    vocabulary_specialization,
-)
-from dsmoe_lite.routing.token_types import TYPES
-from dsmoe_lite.routing.trace import RoutingTrace
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.study.rows import curve_gaps, gaps, metric_rows, overtaken_at
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.explorer import explore
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 600, "gpu": 3000}[profile]
+lab = begin(globals())
+steps = lab.choose(smoke=30, cpu=600, gpu=3000)
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import MoEConfig, preset
+
 dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, n_experts, top_k, dense.ffn_width
 moe_config = MoEConfig(
@@ -131,6 +90,8 @@ gshard = replace(dense, moe=moe_config)
 # weights are stored, and how many times its FFN FLOPs are spent?
 
 # %%
+from dsmoe_lite import accounting
+
 predict("02-stored-and-spent", None)  # two numbers
 
 models = {
@@ -164,6 +125,11 @@ charts.parameter_split(rows, title="What is stored, what is used?")
 
 
 # %%
+from torch.testing import assert_close
+
+from dsmoe_lite import Router
+
+
 def route(u, e, k):  # u (T, D), e (E, D)
     s = (u @ e.T).softmax(dim=-1)  # (T, E)
     s_chosen, chosen = s.topk(k)  # (T, K)
@@ -194,6 +160,11 @@ print(
 
 
 # %%
+import torch.nn.functional as F
+
+from dsmoe_lite import MoELayer
+
+
 def moe(u, e, W_gate, W_up, W_down, k):  # weights (E, F, D), (E, F, D), (E, D, F)
     chosen, gates = route(u, e, k)
     y = torch.zeros_like(u)
@@ -217,6 +188,8 @@ print("layer of experts: mine equals the package's")
 # side; then all experts can be computed together. `ends` says where each expert's tokens end:
 
 # %%
+from dsmoe_lite.layers.dispatch import dispatch
+
 few = layer.router(u[:6], (1, 6))
 sent = dispatch(u[:6], few)
 print("token -> experts:", {t: few.topk_ids[t].tolist() for t in range(6)})
@@ -245,6 +218,8 @@ print("ends:", sent.ends.tolist())
 
 
 # %%
+from dsmoe_lite.layers.capacity import capacity, place_in_expert
+
 predict("02-dropped", None)  # "hundredth", "quarter" or "half"
 
 
@@ -269,10 +244,20 @@ print(
 # For more than forty tokens, on held-out text: the trained GShard model of chapter 00 beside a router that was never trained.
 
 # %%
+from statistics import mean
+
+from tokenizers import Tokenizer
+
+from dsmoe_lite import Transformer, load_model
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.world import World
+
 world = World()
 checkpoint = DATA / "models" / "world-gshard.safetensors"
 trained_model = load_model(checkpoint)
-tokenizer = Tokenizer.from_str(read_facts(checkpoint)["tokenizer"])
+tokenizer = Tokenizer.from_str(read_metadata(checkpoint)["tokenizer"])
 V = tokenizer.get_vocab_size()
 held_out = heldout_batches(world, tokenizer, 64, 64, 8)
 torch.manual_seed(seed)
@@ -318,6 +303,11 @@ charts.capacity_curve(rows, title="How many choices are dropped?")
 # a larger share of the choices be dropped, or a smaller one? Move the controls.
 
 # %% tags=["trained"]
+from ipywidgets import FloatSlider, IntSlider
+
+from dsmoe_lite.layers.selection import ordered_topk
+from dsmoe_lite.viz.live import live
+
 predict("02-more-choices", None)  # "larger", "smaller", or first one and then the other
 
 affinity = routings_of(trained_model)[0].scores  # (T, 16)
@@ -360,6 +350,8 @@ report(choices_dropped={f"top-{k}": share for k, share in lost.items()})
 # batch, here 64 texts. In which part of it are choices lost?
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.positions import drop_rate_by_position
+
 predict("02-where-dropped", None)  # "everywhere alike", "at the start", "at the end"
 
 ids, _, found = sent(2, 1.0)
@@ -406,6 +398,9 @@ claim("choices dropped, last eighth of each text minus first", gap, (-0.06, 0.1)
 # **Ask.** What are both losses worth at perfect balance, and when every token goes to one expert?
 
 # %%
+from dsmoe_lite import Routing
+from dsmoe_lite.layers.balance import gshard_loss, switch_loss
+
 predict("02-balance-values", None)  # four numbers
 
 
@@ -462,6 +457,9 @@ print(
 # **Ask.** After the same tokens, with the same seed: which has the lower loss, and by how much?
 
 # %%
+from dsmoe_lite import TrainConfig, train
+from dsmoe_lite.data.batches import Batches
+
 predict("02-gap", None)  # the experts' held-out loss minus the dense model's
 
 train_config = TrainConfig(
@@ -475,7 +473,7 @@ train_config = TrainConfig(
 runs, trained = {}, {}
 for name, config in {"dense": dense, f"top-{K} of {E}": gshard}.items():
     torch.manual_seed(seed)
-    trained[name] = Transformer(replace(config, vocab_size=V)).to(device)
+    trained[name] = Transformer(replace(config, vocab_size=V)).to(lab.device)
     batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
     runs[name] = train(trained[name], batches, train_config)
 print(f"{runs['dense'].tokens:,} tokens each")
@@ -489,6 +487,8 @@ rows = [
 charts.training_curves(rows, title="Which learns faster from the same tokens?")
 
 # %% tags=["trained"]
+from dsmoe_lite.evaluate import heldout_loss, recall
+
 questions = world.all_questions()
 losses = {
     name: heldout_loss(model, held_out, world.domains).loss
@@ -499,12 +499,12 @@ moe_name = f"top-{K} of {E}"
 gap = losses[moe_name] - losses["dense"]
 # recorded over seeds 0 to 4, widened to about four standard deviations; not yet for a GPU
 interval = {"smoke": (-0.15, 0.1), "cpu": (-0.1, 0.15), "gpu": (-7.0, 7.0)}[profile]
-claim("experts minus dense, held-out loss", gap, interval, asserted=own)
+claim("experts minus dense, held-out loss", gap, interval, asserted=lab.own)
 claim(
     "experts, recall of people never mentioned",
     known[moe_name]["control"],
     (0.0, 0.07),
-    asserted=own,
+    asserted=lab.own,
 )
 report(
     dense_loss=losses["dense"],
@@ -513,10 +513,12 @@ report(
 )
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.metrics import load
+
 last = runs[moe_name].routing[-1]
 name = "choices not sent at the end of training: the expert full, or a second choice skipped by chance"
 interval = {"smoke": (0.1, 0.45), "cpu": (0.07, 0.2), "gpu": (0.0, 1.0)}[profile]
-claim(name, last["drop_rate"], interval, asserted=own)
+claim(name, last["drop_rate"], interval, asserted=lab.own)
 charts.expert_load(
     load(routings_of(trained[moe_name].cpu())[0]).tolist(),
     title="Does every expert get work? (first layer)",
@@ -531,6 +533,9 @@ charts.expert_load(
 # with another seed; none was tuned by itself.
 
 # %%
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import curve_gaps, overtaken_at
+
 NAMES = {
     "course-dense": "dense",
     "course-dense-x2": "dense, two widths",
@@ -556,11 +561,17 @@ charts.training_curves(
 )
 
 # %%
+from dsmoe_lite.study.rows import metric_rows
+
 charts.model_comparison(
     metric_rows(recorded, NAMES), title="What do experts buy, at the same tokens?"
 )
 
 # %%
+from statistics import stdev
+
+from dsmoe_lite.study.rows import gaps
+
 for metric in ("held-out loss", "recall, rare people"):
     print(f"{metric}, GShard minus the other, by seed:")
     for other in NAMES:
@@ -580,6 +591,8 @@ for metric in ("held-out loss", "recall, rare people"):
 # is given. Which experts meet it there?
 
 # %% tags=["trained"]
+from dsmoe_lite.bench.train import bench_train
+
 asked = [tokenizer.encode(q.prompt).ids for q in world.questions("head")]
 by_hash = {int(hashed.hash_table[ids[-1]]) for ids in asked}
 by_router = set()
@@ -624,6 +637,8 @@ for row in measured[1:]:
 # domain.
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.specialization import null_specialization, specialization
+
 routings = routings_of(trained_model)
 labels = held_out[0].domains[:, :-1].flatten()
 N_domains, N_experts = len(world.domains), routings[0].n_experts
@@ -669,6 +684,11 @@ report(with_domains_shuffled=domains_of_an_expert(mixed))
 # **Ask.** Is there an expert for digits? One for punctuation?
 
 # %% tags=["trained"]
+from itertools import islice
+
+from dsmoe_lite import RoutingTrace
+from dsmoe_lite.routing.token_types import TYPES
+
 predict("02-types", None)  # two answers, yes or no
 
 documents = list(islice(world.documents("heldout"), 60))
@@ -717,6 +737,8 @@ for each, interval in {"digit": (0.45, 0.7), "punctuation": (0.25, 0.5)}.items()
 # **Ask.** Sixteen experts: a router that throws dice should give about 1/16. Should it?
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.specialization import shuffled, vocabulary_specialization
+
 predict("02-vocabulary", None)  # yes or no
 
 words = held_out[0].tokens[:, :-1].flatten()
@@ -726,7 +748,7 @@ for number, routing in enumerate(routings):
     for least in (1, 10):
 
         def by_word(ids, least=least):
-            return vocabulary_specialization(ids, words, N_experts, least=least)
+            return vocabulary_specialization(ids, words, N_experts, min_count=least)
 
         first_choice = routing.topk_ids[:, :1]
         chance = shuffled(by_word, first_choice, draw)
@@ -769,6 +791,8 @@ claim("the null of that", rows[1]["null"], (0.12, 0.24))
 # **Ask.** Does the busiest expert cost the most? Here is each expert of each layer switched off in turn, on held-out text.
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.interventions import switch_off
+
 predict("02-busiest", None)  # yes or no
 
 intact = without_capacity(trained_model)
@@ -851,6 +875,8 @@ for at in range(2):
     report(**{f"layer_{at}_missed_most_after": said})
 
 # %% tags=["trained"]
+from dsmoe_lite.data.tokenizer import END_ID
+
 most_missed = max(range(N_experts), key=lambda e: rise[0, e])
 here = inputs.flatten() == END_ID
 name = f"e{most_missed}: share of its rise after <|end|>"
@@ -868,6 +894,8 @@ claim("share of <|end|> among all tokens", here.float().mean(), (0.01, 0.04))
 # Look at it token by token. Switch the expert off, and step to what follows `<|end|>`; then try the others of the list.
 
 # %% tags=["trained"]
+from dsmoe_lite.viz.explorer import explore
+
 sentence = tokenizer.decode(inputs[0].tolist(), skip_special_tokens=False)
 explore(
     {"GShard": intact},

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -32,58 +38,20 @@ balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-from dataclasses import replace
-from functools import partial
-from math import comb
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from ipywidgets import IntSlider
-from tokenizers import Tokenizer
-from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
-from dsmoe_lite import TrainConfig, accounting, train
-from dsmoe_lite.bench.ratios import compare
-from dsmoe_lite.checkpoint import read_facts
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.data.batches import Batches, heldout_batches
-from dsmoe_lite.data.world import World
-from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.layers.ffn import SwiGLU
-from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.upcycle import split_expert
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
-from dsmoe_lite.routing.specialization import specialization
-from dsmoe_lite.study import published
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.study.rows import curve_gaps, gaps, metric_rows, seed_line
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 300, "gpu": 3000}[profile]
+lab = begin(globals())
+steps = lab.choose(smoke=30, cpu=300, gpu=3000)
 
 # %%
+from dsmoe_lite import MoEConfig, preset
+
 dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, n_experts, top_k, dense.ffn_width
 SPLITS = (1, 2, 4, 8)  # the m that this chapter looks at
@@ -125,6 +93,10 @@ def finer(pieces, factor=1.0, **more):
 # $m = 8$: how many digits has the number of ways to choose 16 of 128?
 
 # %%
+from math import comb
+
+from dsmoe_lite.study import published
+
 predict("03-choices", None)  # a number of digits
 
 for entry in published.load()["combinations"]:
@@ -147,6 +119,10 @@ charts.finer_experts(rows)
 # token, each cut into $m$. Stored weights grow with $E$, work with $K$, neither with $m$.
 
 # %%
+from ipywidgets import IntSlider
+
+from dsmoe_lite.viz.live import live
+
 predict("03-more-ways", None)  # "finer" or "more"
 
 
@@ -192,6 +168,13 @@ print(f"each cut in two, 4 of 32: {comb(32, 4):,} ways, the same weights")
 
 
 # %%
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.layers.upcycle import split_expert
+
+
 def run_ffn(u, gate, up, down):  # (F, D), (F, D), (D, F)
     return (F.silu(u @ gate.T) * (u @ up.T)) @ down.T
 
@@ -241,6 +224,9 @@ predict("03-output-of-cut-layer", None)  # a factor for each
 
 
 # %%
+from dsmoe_lite import MoELayer
+
+
 def split_layer(layer, pieces, factor):
     """The same experts in pieces, as a layer; gates times `factor`."""
     coarse = layer.router.config
@@ -347,6 +333,12 @@ for name, gradient in (
 # what share of the experts' FLOPs are those of that part?
 
 # %%
+from dataclasses import replace
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from dsmoe_lite import accounting
+
 predict("03-what-grows", None)  # a share of the experts' FLOPs
 
 
@@ -398,10 +390,18 @@ for name in ("gshard-2.0B", "deepseekmoe-2B"):
 # **Ask.** After a short training, by how much does the held-out loss of the finest model differ from that of $m = 1$?
 
 # %%
+from tokenizers import Tokenizer
+
+from dsmoe_lite import TrainConfig, Transformer, train
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.world import World
+
 predict("03-gap", None)  # the finest model's held-out loss minus that of m = 1
 
 world = World()
-facts = read_facts(DATA / "models" / "world-gshard.safetensors")
+facts = read_metadata(DATA / "models" / "world-gshard.safetensors")
 tokenizer = Tokenizer.from_str(facts["tokenizer"])
 held_out = heldout_batches(world, tokenizer, 64, 64, 8)
 train_config = TrainConfig(
@@ -419,12 +419,14 @@ for pieces in sorted({1, 2, m}):
     config = replace(
         dense, vocab_size=tokenizer.get_vocab_size(), moe=finer(pieces, factor)
     )
-    models[pieces] = Transformer(config).to(device)
+    models[pieces] = Transformer(config).to(lab.device)
     batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
     runs[pieces] = train(models[pieces], batches, train_config)
 print(f"{runs[1].tokens:,} tokens each")
 
 # %% tags=["trained"]
+from dsmoe_lite.study.rows import curve_gaps
+
 live = [
     {"model_name": pieces, "seed": seed, "losses": run.losses}
     for pieces, run in runs.items()
@@ -437,6 +439,8 @@ charts.training_curves(
 )
 
 # %% tags=["trained"]
+from dsmoe_lite.evaluate import heldout_loss
+
 losses = {
     pieces: heldout_loss(model, held_out, world.domains).loss
     for pieces, model in models.items()
@@ -448,7 +452,7 @@ for pieces in names:
         f"m = {pieces} minus m = 1, held-out loss",
         losses[pieces] - losses[1],
         intervals[profile],
-        asserted=own,
+        asserted=lab.own,
     )
 report(loss={f"m = {pieces}": loss for pieces, loss in losses.items()})
 
@@ -465,6 +469,8 @@ report(loss={f"m = {pieces}": loss for pieces, loss in losses.items()})
 # factor?
 
 # %%
+from dsmoe_lite.study.grids import records
+
 predict("03-recorded", None)
 
 NAMES = {
@@ -488,12 +494,16 @@ charts.training_curves(
 )
 
 # %%
+from dsmoe_lite.study.rows import metric_rows
+
 charts.model_comparison(
     metric_rows(recorded, NAMES),
     title="What do finer experts buy, at the same weights and FLOPs?",
 )
 
 # %%
+from dsmoe_lite.study.rows import gaps, seed_line
+
 for metric in ("held-out loss", "recall, rare people"):
     print(f"{metric}, first minus second, by seed:")
     for one, other in (("m2", "m1"), ("m4", "m1"), ("m4", "m2"), ("m4-plain", "m4")):
@@ -521,6 +531,8 @@ for metric in ("held-out loss", "recall, rare people"):
 # **Ask.** Do the experts of the finer models serve fewer domains?
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.specialization import specialization
+
 predict("03-domains", None)
 
 tokens = held_out[0].tokens[:, :-1]
@@ -558,6 +570,8 @@ charts.expert_spread(
 )
 
 # %% tags=["trained"]
+from statistics import mean
+
 served = {
     pieces: mean(row["value"] for row in rows if row["model"] == f"m = {pieces}")
     for pieces in models
@@ -568,14 +582,14 @@ claim(
     "effective number of domains, experts of m = 1",
     served[1],
     intervals[profile],
-    asserted=own,
+    asserted=lab.own,
 )
 intervals = {"smoke": (-0.6, 0.6), "cpu": (-0.6, 0.5), "gpu": (-4.0, 4.0)}
 claim(
     f"the same, m = {m} minus m = 1",
     served[m] - served[1],
     intervals[profile],
-    asserted=own,
+    asserted=lab.own,
 )
 report(domains_by_chance=by_chance)
 
@@ -600,6 +614,8 @@ report(domains_by_chance=by_chance)
 # **Ask.** In the finest model trained here, do pairs come together more often than chance would have it?
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
+
 predict("03-pairs", None)  # "as chance", "somewhat more", "far more"
 
 fine = routings[0]  # of the last model, the finest
@@ -614,6 +630,10 @@ charts.coactivation(
 )
 
 # %% tags=["trained"]
+from functools import partial
+
+from dsmoe_lite.bench.ratios import compare
+
 pairs = ~torch.eye(fine.n_experts, dtype=torch.bool)
 above = (together > null.amax(dim=0)) & pairs
 below = (together < null.amin(dim=0)) & pairs
@@ -628,7 +648,7 @@ for where, share, interval in (
         f"pairs {where} every shuffle",
         share.sum() / pairs.sum(),
         interval[profile],
-        asserted=own,
+        asserted=lab.own,
     )
 report(
     strongest_lift_among_busy_experts=lift.max(),

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -31,66 +37,22 @@ balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-import textwrap
-from dataclasses import replace
-from functools import partial
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from tokenizers import Tokenizer
-from torch.testing import assert_close
 
-from dsmoe_lite import TrainConfig, accounting, train
-from dsmoe_lite.bench.ratios import compare
-from dsmoe_lite.checkpoint import load_model, read_facts
-from dsmoe_lite.common.errors import require
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
-from dsmoe_lite.data.world import WORD, World
-from dsmoe_lite.evaluate import heldout_loss, recall
-from dsmoe_lite.layers.ffn import SwiGLU
-from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.upcycle import split_expert
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.contributions import contributions
-from dsmoe_lite.routing.interventions import (
-    mask_top,
-    silence,
-    swap_shared,
-    with_active,
-)
-from dsmoe_lite.routing.metrics import load
-from dsmoe_lite.routing.specialization import specialization
-from dsmoe_lite.routing.trace import RoutingTrace
-from dsmoe_lite.study import published
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.study.rows import gaps, metric_rows, seed_line
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.explorer import explore
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 30, "cpu": 250, "gpu": 3000}[profile]
-n_parts = {"smoke": 2, "cpu": 8, "gpu": 8}[profile]  # of held-out text
+lab = begin(globals())
+steps = lab.choose(smoke=30, cpu=250, gpu=3000)
+n_parts = lab.choose(smoke=2, cpu=8, gpu=8)  # of held-out text
 
 # %%
+from dsmoe_lite import MoEConfig, preset
+from dsmoe_lite.common.errors import require
+
 dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, 16, 2, dense.ffn_width  # GShard's experts, uncut
 require(n_shared < m * K, "n_shared", n_shared, f"must be below m K = {m * K}")
@@ -121,10 +83,17 @@ def with_shared(shared):
 # mark, a name, a relation or a value; elsewhere simply the domain.
 
 # %%
+from tokenizers import Tokenizer
+
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import Batch, heldout_batches
+from dsmoe_lite.data.world import WORD, World
+
 world = World()
 folder = DATA / "models"
 tokenizer = Tokenizer.from_str(
-    read_facts(folder / "world-gshard.safetensors")["tokenizer"]
+    read_metadata(folder / "world-gshard.safetensors")["tokenizer"]
 )
 V = tokenizer.get_vocab_size()
 words = world.language
@@ -167,6 +136,12 @@ for kind in shown:
 # their shares, 1 if one expert takes all, 16 if all take the same.
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import load_model
+from dsmoe_lite.routing.metrics import load
+from dsmoe_lite.routing.specialization import specialization
+
 predict("04-experts-of-function-words", None)  # two numbers up to 16
 
 gshard = load_model(folder / "world-gshard.safetensors")
@@ -221,6 +196,8 @@ charts.effects_by_kind(
 )
 
 # %% tags=["trained"]
+from statistics import mean
+
 for kind in ("function word", "value"):
     number = mean(row["value"].item() for row in rows if row["kind"] == kind)
     claim(f"experts where a {kind} is due", number, (9.0, 11.5))
@@ -262,6 +239,9 @@ for kind in ("function word", "value"):
 
 
 # %%
+import torch.nn.functional as F
+
+
 def deepseekmoe(u, shared, routed, e, k):  # u (T, D), e (mE - K_s, D)
     y = sum(ffn(u) for ffn in shared)  # every token, gate 1
     s = (u @ e.T).softmax(dim=-1)  # over the routed experts
@@ -282,6 +262,13 @@ def run_ffn(u, gate, up, down):  # (F, D), (F, D), (D, F)
 # FFN into $K_s$, and use the pieces as shared experts.
 
 # %%
+from functools import partial
+
+from torch.testing import assert_close
+
+from dsmoe_lite import MoELayer
+from dsmoe_lite.layers.upcycle import split_expert
+
 for shared in range(1, n_shared + 1):
     config = with_shared(shared)
     layer = MoELayer(D, config, vocab_size=1).double().eval()
@@ -320,6 +307,8 @@ for shared in range(1, n_shared + 1):
 # token uses, and of the router's: what does change, and by how much?
 
 # %%
+from dsmoe_lite import accounting
+
 predict("04-price", None)
 
 priced = {}
@@ -366,11 +355,14 @@ charts.parameter_split(rows, title="Whose are the weights that a token uses?")
 # And for which kind of place should it be largest, if it holds the grammar?
 
 # %%
+from dsmoe_lite.routing.contributions import contributions
+from dsmoe_lite.routing.interventions import silence
+
 predict("04-norm-share", None)  # a share, and a kind
 
 checkpoint = folder / "world-deepseekmoe.safetensors"
 model = load_model(checkpoint)
-assert read_facts(checkpoint)["tokenizer"] == tokenizer.to_str()
+assert read_metadata(checkpoint)["tokenizer"] == tokenizer.to_str()
 routed_k = model.config.moe.top_k
 
 rows, seen, first_longer = [], {}, []
@@ -438,6 +430,8 @@ print(f"{routed_k} + 1 unrelated outputs of one length: {1 / (1 + routed_k**0.5)
 
 
 # %%
+from dsmoe_lite.evaluate import heldout_loss
+
 predict("04-lesions", None)
 
 
@@ -484,6 +478,8 @@ charts.effects_by_kind(
 )
 
 # %% tags=["trained"]
+from dsmoe_lite.evaluate import recall
+
 total = {name: mean(part["all"] for part in found) for name, found in rise.items()}
 claim("loss without the shared expert, rise", total["the shared expert"], (0.01, 0.04))
 claim("loss without the first choice, rise", total["the first choice"], (0.4, 0.9))
@@ -533,6 +529,8 @@ report(recall_of_frequent_people=knows, rise=total)
 # eighth routed expert may help?
 
 # %%
+from dsmoe_lite.study import published
+
 predict("04-swap", None)
 
 (how_many, swap) = published.load()["shared_experts"]
@@ -541,6 +539,8 @@ for name, value in swap["pile_loss"].items():
     print(f"  {name:24} {value}")
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.interventions import swap_shared
+
 before = heldout_loss(model, parts, KINDS).loss
 swapped = heldout_loss(swap_shared(model, 1), parts, KINDS).loss
 alone = heldout_loss(silence(model, shared=True), parts, KINDS).loss
@@ -549,6 +549,9 @@ claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01
 report(loss=before, swapped=swapped, silenced=alone)
 
 # %%
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import seed_line
+
 recorded = records("deepseekmoe")
 rises = {name: {} for name in ("shared-1", "shared-1-plain", "shared-2")}
 for record in recorded:
@@ -593,6 +596,8 @@ print("The shared expert's gate: 1")
 # the routed list:
 
 # %%
+import textwrap
+
 lost = next(
     entry
     for entry in published.load()["discrepancies"]
@@ -612,6 +617,8 @@ print(textwrap.fill(f"{what[0].upper()}{what[1:]} ({lost['source']})", width=76)
 # **Ask.** Whose loss rises faster here?
 
 # %%
+from dsmoe_lite.routing.interventions import mask_top
+
 predict("04-replaceable", None)  # "GShard" or "DeepSeekMoE"
 
 both = {"GShard": gshard, "DeepSeekMoE": model}
@@ -673,6 +680,8 @@ for name, interval in {"GShard": (0.5, 0.65), "DeepSeekMoE": (0.75, 0.95)}.items
 # **Ask.** With how many of its 7 is this one as good as the GShard of the same size?
 
 # %%
+from dsmoe_lite.routing.interventions import with_active
+
 predict("04-active", None)  # 1 to 7, or "never"
 
 rows = [
@@ -711,17 +720,21 @@ claim(f"rise with {routed_k // 2} of {routed_k} routed experts", half, (0.005, 0
 # **Ask.** Which of the two spreads the digits over more experts? Click the digits, and step through the layers.
 
 # %% tags=["trained"]
+from dsmoe_lite.viz.explorer import explore
+
 predict("04-digits", None)  # "GShard" or "DeepSeekMoE"
 
 sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
 explore(both, tokenizer, sentence, window=64, n_devices=4)
 
 # %% tags=["trained"]
+from dsmoe_lite import RoutingTrace
+
 for name, one in both.items():
     trace = RoutingTrace.of(one, tokenizer, sentence, window=64)
     digits = [t for t, each in enumerate(trace.token_type) if each == "digit"]
     for layer in range(trace.n_layers):
-        used = set(trace.expert[layer, digits].flatten().tolist())
+        used = set(trace.topk_ids[layer, digits].flatten().tolist())
         print(f"{name}, layer {layer}: {len(digits)} digits use {len(used)} experts")
 
 # %% [markdown]
@@ -746,6 +759,9 @@ for number, value in how_many["pile_loss"].items():
 # use. First a short run of our own, with shared experts and without.
 
 # %%
+from dsmoe_lite import TrainConfig, Transformer, train
+from dsmoe_lite.data.batches import Batches
+
 train_config = TrainConfig(
     steps=steps,
     batch_size=16,
@@ -758,7 +774,7 @@ runs, trained = {}, {}
 for shared in (0, n_shared):
     torch.manual_seed(seed)
     config = replace(dense, vocab_size=V, moe=with_shared(shared))
-    trained[shared] = Transformer(config).to(device)
+    trained[shared] = Transformer(config).to(lab.device)
     batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
     runs[shared] = train(trained[shared], batches, train_config)
 print(f"{runs[0].tokens:,} tokens each")
@@ -769,15 +785,17 @@ live_swap = heldout_loss(swap_shared(trained[n_shared], n_shared), parts, KINDS)
 # recorded over seeds 0 to 4, widened to about four standard deviations; not for a GPU
 interval = {"smoke": (-0.1, 0.1), "cpu": (-0.12, 0.1), "gpu": (-7.0, 7.0)}[profile]
 gap = live[n_shared] - live[0]
-claim(f"{n_shared} shared minus none, held-out loss", gap, interval, asserted=own)
+claim(f"{n_shared} shared minus none, held-out loss", gap, interval, asserted=lab.own)
 interval = {"smoke": (-0.02, 0.04), "cpu": (0.0, 0.05), "gpu": (-1.0, 7.0)}[profile]
-claim("shared swapped, rise", live_swap - live[n_shared], interval, asserted=own)
+claim("shared swapped, rise", live_swap - live[n_shared], interval, asserted=lab.own)
 report(loss={f"{shared} shared": loss for shared, loss in live.items()})
 
 # %% [markdown]
 # One short run says little. Here are more tokens and five seeds, recorded by `dsmoe experiment deepseekmoe`.
 
 # %%
+from dsmoe_lite.study.rows import metric_rows
+
 NAMES = {"m4": "none", "shared-1": "1 shared", "shared-2": "2 shared"}
 charts.model_comparison(
     metric_rows(recorded, NAMES),
@@ -785,6 +803,10 @@ charts.model_comparison(
 )
 
 # %%
+from dsmoe_lite.bench.ratios import compare
+from dsmoe_lite.layers.ffn import SwiGLU
+from dsmoe_lite.study.rows import gaps
+
 for metric in ("held-out loss", "recall, rare people"):
     print(f"{metric}, first minus second: mean ± half the 95% interval, then each seed")
     for one, other in (

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -34,57 +40,16 @@ reach: int = 3  # devices, of eight, that a token may reach: 1..8
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-import copy
-import math
-from dataclasses import replace
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from ipywidgets import FloatLogSlider, IntSlider
-from torch.testing import assert_close
 
-from dsmoe_lite import TrainConfig, train
-from dsmoe_lite.common.stats import mean_and_half_width
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.data.batches import Batches, heldout_batches
-from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.data.world import World
-from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.layers import balance
-from dsmoe_lite.layers.capacity import (
-    exempt_tokens,
-    group_budget,
-    within_budget,
-)
-from dsmoe_lite.layers.router import Router, Routing
-from dsmoe_lite.layers.selection import group_of, limit_groups, ordered_topk
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.metrics import load, max_vio, overflow
-from dsmoe_lite.study import published
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.study.rows import balance_rows
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 40, "cpu": 300, "gpu": 2000}[profile]
+lab = begin(globals())
+steps = lab.choose(smoke=40, cpu=300, gpu=2000)
 
 # %% [markdown]
 # ## Let a router go
@@ -104,6 +69,12 @@ steps = {"smoke": 40, "cpu": 300, "gpu": 2000}[profile]
 
 
 # %%
+import math
+
+from dsmoe_lite import MoEConfig, Router
+from dsmoe_lite.routing.metrics import max_vio, overflow
+
+
 def my_max_vio(chosen, n_experts):  # chosen (T, K)
     counts = [int((chosen == i).sum()) for i in range(n_experts)]
     return max(counts) / (sum(counts) / n_experts) - 1
@@ -131,6 +102,8 @@ print(f"at collapse MaxVio is E / K - 1 = {my_max_vio(collapsed, n_experts):g}")
 # Chance alone is not quite balanced. What does a fair die give, for the 1,024 tokens of a training step?
 
 # %%
+from statistics import mean
+
 dice = torch.Generator().manual_seed(0)
 scores = [torch.rand(1024, n_experts, generator=dice) for _ in range(200)]
 throws = [random.topk(top_k).indices for random in scores]
@@ -142,6 +115,14 @@ print(f"MaxVio of random choices: {by_chance:.1f}")
 # few hundred steps: to about 1, 5, or close to its worst value? And will it come back by itself?
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import TrainConfig, Transformer, preset, train
+from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import World
+from dsmoe_lite.evaluate import heldout_loss
+
 predict("05-unbalanced", None)  # 1, 5 or 15; True or False
 
 world = World()
@@ -156,7 +137,7 @@ def train_with(moe, losses, n_steps, **settings):
     model = Transformer(replace(preset("course-dense"), vocab_size=V, moe=moe))
     batches = Batches(world, tokenizer, batch_size=16, seq_len=64)
     config = TrainConfig(steps=n_steps, balance=losses, seed=seed, **settings)
-    return model, train(model.to(device), batches, config)
+    return model, train(model.to(lab.device), batches, config)
 
 
 models, runs, learnt = {}, {}, {}
@@ -182,9 +163,11 @@ peak = max(max_vios(runs["none"], 0))
 free = learnt["none"].experts[0]
 # recorded over seeds 0 to 4, widened; not yet for a GPU
 interval = {"smoke": (3.0, 15.0), "cpu": (11.0, 15.0), "gpu": (0.0, 15.0)}[profile]
-claim("highest MaxVio of the first layer", peak, interval, asserted=own)
+claim("highest MaxVio of the first layer", peak, interval, asserted=lab.own)
 interval = {"smoke": (9.0, 15.0), "cpu": (1.0, 15.0), "gpu": (0.0, 15.0)}[profile]
-claim("its MaxVio on held-out text, at the end", free.max_vio, interval, asserted=own)
+claim(
+    "its MaxVio on held-out text, at the end", free.max_vio, interval, asserted=lab.own
+)
 report(
     share_of_the_busiest_expert_at_the_peak=(peak + 1) / n_experts,
     overflow_at_the_end=free.overflow,
@@ -233,6 +216,11 @@ report(
 
 
 # %%
+from torch.testing import assert_close
+
+from dsmoe_lite.layers import balance
+
+
 def cv_squared(x):
     return x.var(unbiased=False) / x.mean() ** 2
 
@@ -284,6 +272,11 @@ print("importance and load: mine equal the package's")
 
 
 # %%
+import torch.nn.functional as F
+
+from dsmoe_lite.routing.metrics import load
+
+
 def often(routing):  # f (E,)
     T, K = routing.topk_ids.shape
     chosen = F.one_hot(routing.topk_ids, routing.n_experts).sum(dim=(0, 1))
@@ -324,6 +317,9 @@ print("expert-level loss: mine equals the package's")
 
 
 # %%
+from dsmoe_lite.layers.selection import group_of
+
+
 def device_level(routing, D):  # experts in order, E / D on each device
     f, P = (
         often(routing).view(D, -1).mean(dim=1),
@@ -361,6 +357,9 @@ print("device and communication losses: mine equal the package's")
 
 
 # %%
+from dsmoe_lite.layers.selection import ordered_topk
+
+
 def sequence(routing):
     B, S = routing.batch_shape
     found = []
@@ -427,6 +426,8 @@ print(f"(ln 16)^2 = {math.log(16) ** 2:.4f}")
 # the communication loss see *one expert a device*? Does importance see uneven sequences?
 
 # %%
+from dsmoe_lite import Routing
+
 predict("05-who-sees", None)  # "experts" or "devices"; True or False, twice
 
 t = torch.arange(8 * 16)
@@ -603,13 +604,13 @@ claim(
     "MaxVio on held-out text, none minus the loss",
     uneven["none"] - uneven[method],
     interval,
-    asserted=own,
+    asserted=lab.own,
 )
 claim(
     "MaxVio on held-out text, none minus the bias",
     uneven["none"] - uneven["bias"],
     interval,
-    asserted=own,
+    asserted=lab.own,
 )
 PEAKS = {  # highest MaxVio of the first layer in training
     "smoke": {method: (0.5, 5.5), "bias": (2.0, 15.0)},
@@ -619,7 +620,10 @@ PEAKS = {  # highest MaxVio of the first layer in training
 for name in (method, "bias"):
     peak = max(max_vios(runs[name], 0))
     claim(
-        f"highest MaxVio in training, {name}", peak, PEAKS[profile][name], asserted=own
+        f"highest MaxVio in training, {name}",
+        peak,
+        PEAKS[profile][name],
+        asserted=lab.own,
     )
 interval = {"smoke": (-0.8, 0.8), "cpu": (-0.08, 0.08), "gpu": (-7.0, 7.0)}[profile]
 for name in (method, "bias"):
@@ -627,7 +631,7 @@ for name in (method, "bias"):
         f"held-out loss, {name} minus none",
         lost[name] - lost["none"],
         interval,
-        asserted=own,
+        asserted=lab.own,
     )
 report(
     max_vio=uneven,
@@ -649,6 +653,10 @@ report(
 # **Ask.** How large must $\alpha$ be before the loads move? And how many tokens then lose the expert that they had?
 
 # %% tags=["trained"]
+from ipywidgets import FloatLogSlider
+
+from dsmoe_lite.viz.live import live
+
 predict("05-alpha", None)  # an alpha, and a share of the tokens
 
 frozen = models["none"].cpu().eval()
@@ -698,10 +706,12 @@ live(pulled, alpha=FloatLogSlider(0.01, min=-3, max=1.5, step=0.25, description=
 pulls = {alpha: evenness(pull(alpha)) for alpha in (0.001, 0.1, 10.0)}
 interval = {"smoke": (0.0, 16.0), "cpu": (2.0, 15.0), "gpu": (0.0, 16.0)}[profile]
 gap = pulls[0.001][0] - pulls[10.0][0]
-claim("MaxVio with a weak pull minus with a strong one", gap, interval, asserted=own)
+claim(
+    "MaxVio with a weak pull minus with a strong one", gap, interval, asserted=lab.own
+)
 gap = pulls[0.001][1] - pulls[10.0][1]
 interval = {"smoke": (-0.2, 1.0), "cpu": (0.3, 1.0), "gpu": (-0.2, 1.0)}[profile]
-claim("choices that stay, weak minus strong", gap, interval, asserted=own)
+claim("choices that stay, weak minus strong", gap, interval, asserted=lab.own)
 report(
     max_vio_by_alpha={f"{alpha:g}": vio for alpha, (vio, _) in pulls.items()},
     choices_that_stay={f"{alpha:g}": stayed for alpha, (_, stayed) in pulls.items()},
@@ -719,6 +729,8 @@ report(
 # **Ask.** With a small step it takes long. With a large one? Move the control, and look at MaxVio at the end.
 
 # %% tags=["trained"]
+from ipywidgets import IntSlider
+
 predict("05-bias-speed", None)  # what a large step does
 
 
@@ -769,7 +781,7 @@ for name, interval in OVER[profile].items():
         f"MaxVio at the end, {name} minus own speed",
         late[name] - late["own"],
         interval,
-        asserted=own,
+        asserted=lab.own,
     )
 report(
     max_vio_at_the_end={
@@ -798,6 +810,9 @@ report(
 # less?
 
 # %%
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import balance_rows
+
 predict("05-remedies", None)  # two names; "more", "same" or "less"
 
 NAMES = {  # in the grid: (to show, kind)
@@ -820,6 +835,8 @@ print(f"{recorded[0]['tokens']:,} tokens each")
 charts.balance_scatter(rows, title="How even, at what price?")
 
 # %%
+from dsmoe_lite.common.stats import mean_and_half_width
+
 print("mean over seeds    MaxVio  overflow   held-out loss minus none's, 95% interval")
 for shown in dict.fromkeys(row["method"] for row in rows):
     of_seeds = [row for row in rows if row["method"] == shown]
@@ -866,6 +883,8 @@ for name, (shown, _) in NAMES.items():
 # What the papers chose:
 
 # %%
+from dsmoe_lite.study import published
+
 paper = published.load()
 for entry in paper["balance"]:
     weights = ", ".join(
@@ -925,6 +944,8 @@ for router in (right, leaky):
 # **Ask.** Take the model trained with the bias, and let its biases leak at evaluation. What happens to its loss?
 
 # %%
+import copy
+
 predict("05-leak", None)  # held-out loss, leaky minus right
 
 
@@ -946,13 +967,13 @@ leaked = with_leak(models["bias"], 0.0, leak=True) - base
 leaked_more = with_leak(models["bias"], 1.0, leak=True) - base
 claim("right router, every bias 1 higher: loss moves by", shifted, (-0.001, 0.001))
 interval = {"smoke": (-0.15, 0.1), "cpu": (-0.02, 0.05), "gpu": (-1.0, 20.0)}[profile]
-claim("leaky router as trained: loss moves by", leaked, interval, asserted=own)
+claim("leaky router as trained: loss moves by", leaked, interval, asserted=lab.own)
 interval = {"smoke": (0.0, 4.0), "cpu": (0.4, 1.6), "gpu": (-1.0, 20.0)}[profile]
 claim(
     "leaky router, every bias 1 higher: loss moves by",
     leaked_more,
     interval,
-    asserted=own,
+    asserted=lab.own,
 )
 biases = torch.stack([layer.router.expert_bias for layer in models["bias"].moe_layers])
 report(mean_bias=biases.mean(), spread_of_biases=biases.max() - biases.min())
@@ -1050,6 +1071,9 @@ print(f"counted on random scores: {devices_reached(ordered_topk(chance, CHOSEN))
 
 
 # %%
+from dsmoe_lite.layers.selection import limit_groups
+
+
 def limited(scores, M, K):  # scores (T, 64), M devices
     T = len(scores)
     best = scores.view(T, DEVICES, -1).amax(dim=2)  # (T, devices)
@@ -1100,7 +1124,7 @@ rows = []
 for kind, scores in KINDS.items():
     for M in range(1, DEVICES + 1):
         reached, share = kept(scores, M)
-        rows.append({"scores": kind, "limit": M, "reached": reached, "kept": share})
+        rows.append({"scores": kind, "limit": M, "reached": reached, "affinity": share})
 
 # %% tags=["trained"]
 charts.reach_curve(rows)
@@ -1109,13 +1133,16 @@ charts.reach_curve(rows)
 freely, _ = kept(seen.scores, DEVICES)
 reached, share = kept(seen.scores, reach)
 interval = {"smoke": (3.0, 6.0), "cpu": (4.0, 5.0), "gpu": (1.0, 6.0)}[profile]
-claim("devices reached by the trained router, free", freely, interval, asserted=own)
+claim("devices reached by the trained router, free", freely, interval, asserted=lab.own)
 interval = {"smoke": (0.9, 1.0), "cpu": (0.94, 0.99), "gpu": (0.3, 1.0)}[profile]
-claim(f"share of its affinity kept at M = {reach}", share, interval, asserted=own)
+claim(f"share of its affinity kept at M = {reach}", share, interval, asserted=lab.own)
 _, share_dealt = kept(KINDS["trained, dealt anew"], reach)
 interval = {"smoke": (-0.06, 0.06), "cpu": (-0.02, 0.02), "gpu": (-0.7, 0.7)}[profile]
 claim(
-    "that share minus the share dealt anew", share - share_dealt, interval, asserted=own
+    "that share minus the share dealt anew",
+    share - share_dealt,
+    interval,
+    asserted=lab.own,
 )
 report(
     sends_saved=1 - reached / freely, kept_with_top2=kept(seen.scores, reach, "top2")[1]
@@ -1150,7 +1177,7 @@ for M in range(1, DEVICES + 1):
             "counts": on.sum(dim=1).tolist(),
             "gates": gates.sum(dim=1).tolist(),
             "reached": reached,
-            "kept": share,
+            "affinity": share,
         }
     )
 charts.device_flow(
@@ -1176,6 +1203,9 @@ charts.device_flow(
 
 
 # %%
+from dsmoe_lite.layers.capacity import exempt_tokens, group_budget, within_budget
+
+
 def stays(home, affinity, budget, exempt):  # (T, K) devices, affinities; (T,) exempt
     answer = exempt[:, None].expand_as(home).clone()  # exempt: always kept
     for d in range(DEVICES):
@@ -1208,12 +1238,14 @@ place = torch.arange(CHOSEN) * T + torch.arange(T)[:, None]
 in_line = within_budget(home, -place, DEVICES, budget, exempt)
 interval = {"smoke": (0.0, 0.6), "cpu": (0.02, 0.12), "gpu": (0.0, 0.6)}[profile]
 dropped = 1 - keep.float().mean().item()
-claim("choices dropped at device capacity 1.0", dropped, interval, asserted=own)
+claim("choices dropped at device capacity 1.0", dropped, interval, asserted=lab.own)
 lost_lowest = (affinity * ~keep).sum() / affinity.sum()
 lost_in_line = (affinity * ~in_line).sum() / affinity.sum()
 interval = {"smoke": (0.85, 1.0), "cpu": (0.8, 1.0), "gpu": (0.0, 1.0)}[profile]
 ratio = lost_lowest / lost_in_line
-claim("affinity lost, lowest first over last in line", ratio, interval, asserted=own)
+claim(
+    "affinity lost, lowest first over last in line", ratio, interval, asserted=lab.own
+)
 report(affinity_lost_lowest_first=lost_lowest, affinity_lost_last_in_line=lost_in_line)
 
 # %% [markdown]

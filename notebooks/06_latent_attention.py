@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -30,71 +36,16 @@ latent: int = 32  # width of MLA's latent vector: 4 | 8 | 16 | 32 | 64 | 128
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-import json
-import math
-from dataclasses import replace
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-from ipywidgets import FloatLogSlider, IntSlider
-from tokenizers import Tokenizer
-from torch.testing import assert_close
 
-from dsmoe_lite import TrainConfig, accounting, train
-from dsmoe_lite.bench import mla as mla_bench
-from dsmoe_lite.checkpoint import load_model, read_facts
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.config import AttentionConfig, MLAConfig, YarnConfig
-from dsmoe_lite.data.batches import Batches, heldout_batches
-from dsmoe_lite.data.needle import NeedleConfig, needle_batch
-from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.data.world import World
-from dsmoe_lite.evaluate import heldout_loss
-from dsmoe_lite.generate import generate
-from dsmoe_lite.layers.attention import Attention
-from dsmoe_lite.layers.cache import GrowingCache
-from dsmoe_lite.layers.mla import MLA
-from dsmoe_lite.layers.rope import (
-    apply_rope,
-    apply_rope_pairs,
-    pairs_to_halves,
-    rope_frequencies,
-    rope_tables,
-    softmax_scale,
-    yarn_range,
-)
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.study import published
-from dsmoe_lite.study.grids import grid, records
-from dsmoe_lite.study.rows import (
-    gaps,
-    metric_rows,
-    needle_gaps,
-    needle_rows,
-    seed_line,
-)
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
-from dsmoe_lite.viz.text_stream import speak
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-device = "cuda" if profile == "gpu" else "cpu"
-steps = {"smoke": 40, "cpu": 300, "gpu": 2000}[profile]
+lab = begin(globals())
+steps = lab.choose(smoke=40, cpu=300, gpu=2000)
 
 # %% [markdown]
 # ## Why keep anything?
@@ -118,6 +69,14 @@ print(f"anew {anew:,} passes, with a cache {kept}: {anew / kept:.0f} times fewer
 # in float64, so that proofs are sharp.
 
 # %%
+import math
+
+from torch.testing import assert_close
+
+from dsmoe_lite import AttentionConfig
+from dsmoe_lite.layers.attention import Attention
+from dsmoe_lite.layers.rope import apply_rope, rope_tables
+
 D, H, d_h = 64, 8, 8
 T = 48  # tokens of the texts below
 x = torch.randn(2, T, D, dtype=torch.float64)  # (B, T, D)
@@ -169,9 +128,17 @@ print("attention: mine equals the package's")
 
 
 # %%
+from tokenizers import Tokenizer
+
+from dsmoe_lite import load_model
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.generate import generate
+from dsmoe_lite.viz.text_stream import stream_text
+
 shipped = DATA / "models" / "world-deepseekmoe.safetensors"
 model = load_model(shipped).double()
-tokenizer = Tokenizer.from_str(read_facts(shipped)["tokenizer"])
+tokenizer = Tokenizer.from_str(read_metadata(shipped)["tokenizer"])
 prompts = ["The home of", "Anna"]
 ids = [tokenizer.encode(prompt).ids for prompt in prompts]
 n_new = {"smoke": 40, "cpu": 200, "gpu": 200}[profile]
@@ -185,7 +152,7 @@ print("and without a cache, together and alone")
 # Watch it speak:
 
 # %% tags=["measured"]
-_ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
+_ = stream_text(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
 
 # %% [markdown]
 # ## What it costs
@@ -196,6 +163,10 @@ _ = speak(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, see
 # gigabytes would one text of 128K tokens keep, at 16 bits a number? A GPU of that time has 80.
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import accounting, preset
+
 predict("06-gigabytes", None)  # a number
 
 v2 = preset("deepseek-v2")
@@ -327,6 +298,9 @@ print(f"two layers reach {reach} tokens back: 2 (W - 1)")
 # the cache; V2-Lite does not. **Build** the equations, with that norm:
 
 # %%
+from dsmoe_lite import MLAConfig
+from dsmoe_lite.layers.mla import MLA
+
 d_R, d_c = 4, latent
 mla = MLA(
     D,
@@ -383,6 +357,8 @@ print(f"kept for a token: {d_c + d_R} numbers; MHA keeps {2 * H * d_h}")
 # **Ask.** The scores are now products of vectors of $d_c + d_h^R$ channels. Which number belongs under the root?
 
 # %%
+from dsmoe_lite.layers.cache import GrowingCache
+
 predict("06-scale", None)  # d_h + d_R, or d_c + d_R
 
 
@@ -507,6 +483,8 @@ for name in ("llama2-7B", "deepseek-v3"):
 # 93.3% fewer, though:
 
 # %%
+from dsmoe_lite.study import published
+
 numbers = {
     name: accounting.kv_cache_elements(preset(name))
     for name in ("deepseek-67B", "deepseek-v2")
@@ -564,6 +542,10 @@ for what, S in {"one new token": 1, "all 8K tokens of a prompt": 8192}.items():
 # `dsmoe bench mla` measured and recorded it. MHA has the same 16 heads of 128 channels, GQA 4 groups of them.
 
 # %%
+import json
+
+from dsmoe_lite.bench import mla as mla_bench
+
 measured = json.loads(mla_bench.record_path("cpu").read_text(encoding="utf-8"))
 charts.decode_cost(measured["decode"])
 
@@ -637,6 +619,9 @@ charts.decode_cost(here, title="What does a decoded token cost here?")
 # **Ask.** Of these 32 pairs, how many keep their frequency, and how many are slowed down by the whole factor 40?
 
 # %%
+from dsmoe_lite.config import YarnConfig
+from dsmoe_lite.layers.rope import rope_frequencies, softmax_scale, yarn_range
+
 predict("06-pairs", None)  # two numbers
 
 
@@ -670,6 +655,11 @@ for name in ("deepseek-v2", "deepseek-v3"):
 
 
 # %%
+from ipywidgets import FloatLogSlider, IntSlider
+
+from dsmoe_lite.viz.live import live
+
+
 def frequencies(s, L):
     rows = []
     for kind, yarn in {
@@ -694,6 +684,8 @@ live(
 # three tokens each: a mark, a key and its value. The last two tokens ask for one of the keys.
 
 # %%
+from dsmoe_lite.data.needle import NeedleConfig, needle_batch
+
 row = needle_batch(NeedleConfig(), 1, 48, "shown").tokens[0].tolist()
 haystack = NeedleConfig()
 words = {0: "MARK", 1: "ASK"}
@@ -722,6 +714,9 @@ print(" ".join(words[token] for token in row[:-1]), "->", words[row[-1]])
 # needle near the beginning harder, or one near the question?
 
 # %%
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import needle_rows
+
 predict("06-needle", None)  # four shares; "beginning" or "question"
 
 found = records("needle")
@@ -734,6 +729,10 @@ POSITIONS = {
 charts.needle(needle_rows(found, POSITIONS))
 
 # %%
+from statistics import mean
+
+from dsmoe_lite.study.rows import needle_gaps, seed_line
+
 for kind, shown_as in POSITIONS.items():
     share = mean(mean(record["recall"][kind]["256"]) for record in found)
     print(f"{shown_as:14} finds {share:.0%} at 256 tokens")
@@ -782,6 +781,8 @@ for steps_done in ("5", "10", "20"):
 # **Ask.** Order MHA, GQA with two groups, MQA and MLA by their loss. Are the gaps larger than the chance of a seed?
 
 # %%
+from dsmoe_lite.study.grids import grid
+
 predict("06-order", None)  # four names; True or False
 
 recorded = records("attention")
@@ -792,6 +793,8 @@ for name, job in grid("attention").jobs.items():
     print(f"{NAMES[name]:14} {total:,} parameters; kept a token and layer: {width:3}")
 
 # %%
+from dsmoe_lite.study.rows import metric_rows
+
 print(f"{recorded[0]['tokens']:,} tokens each")
 charts.model_comparison(
     metric_rows(recorded, NAMES),
@@ -799,6 +802,8 @@ charts.model_comparison(
 )
 
 # %%
+from dsmoe_lite.study.rows import gaps
+
 for metric in ("held-out loss", "recall, rare people"):
     print(f"{metric} minus that of MHA, by seed:")
     for name in ("gqa", "mqa", "mla"):
@@ -815,6 +820,12 @@ for metric in ("held-out loss", "recall, rare people"):
 # Train two of them for a short while, with one FFN width for both, so that MLA has a few weights more:
 
 # %% tags=["trained"]
+from dsmoe_lite import TrainConfig, Transformer, train
+from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import World
+from dsmoe_lite.evaluate import heldout_loss
+
 world = World()
 tokenizer = load_tokenizer(world, 1024)
 held_out = heldout_batches(world, tokenizer, 64, 64, 8)
@@ -827,7 +838,7 @@ def train_with(attention):
         vocab_size=tokenizer.get_vocab_size(),
         attention=attention,
     )
-    model = Transformer(config).to(device)
+    model = Transformer(config).to(lab.device)
     batches = Batches(world, tokenizer, batch_size=16, seq_len=64)
     run = train(model, batches, TrainConfig(steps=steps, seed=seed))
     return run, heldout_loss(model, held_out, world.domains).loss
@@ -848,7 +859,7 @@ runs = {
 # recorded over seeds 0 to 4, widened; not yet for a GPU
 interval = {"smoke": (4.3, 5.0), "cpu": (1.5, 1.9), "gpu": (0.0, 7.0)}[profile]
 for name, (_, loss) in runs.items():
-    claim(f"held-out loss of {name}, nats a token", loss, interval, asserted=own)
+    claim(f"held-out loss of {name}, nats a token", loss, interval, asserted=lab.own)
 report(MLA_minus_GQA=runs["MLA"][1] - runs["GQA"][1])
 
 # %% tags=["trained"]
@@ -872,6 +883,9 @@ charts.training_curves(
 
 
 # %%
+from dsmoe_lite.layers.rope import apply_rope_pairs, pairs_to_halves
+
+
 def ported(W, n_heads, nope, rope):  # W (n_heads * (nope + rope), D)
     return None  # the same shape
 

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -28,55 +34,15 @@ live_steps: int = 240  # of 1200; smoke makes 60 of it: 60..1200
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict, report
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers", "statsmodels", "scipy")
-
-# %% tags=["hide-input"]
-import math
-from collections import Counter
-from dataclasses import replace
-from statistics import mean, median, stdev
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-from ipywidgets import IntSlider
-from scipy.stats import t as student
-from torch.testing import assert_close
 
-from dsmoe_lite.accounting import parameters
-from dsmoe_lite.bench.ratios import time_ratio
-from dsmoe_lite.bench.train import training_step
-from dsmoe_lite.common.stats import holm, p_value, paired, trend_verdict
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.study import ledger, published
-from dsmoe_lite.study.grids import grid, records
-from dsmoe_lite.study.protocol import CPU, MODELS, UNITS
-from dsmoe_lite.study.rows import (
-    active_rows,
-    gaps,
-    masked_rows,
-    metric_rows,
-    seed_line,
-    trend_rows,
-)
-from dsmoe_lite.training.job import first_steps
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live as redrawn
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-
-runs = records("paper")
-claims = ledger.load()
-printed = published.load()["models"]
-plan = grid("paper")
+lab = begin(globals(), "statsmodels", "scipy")
 
 # %% [markdown]
 # ## How large is each model?
@@ -87,6 +53,16 @@ plan = grid("paper")
 # chapters 01 to 03.
 
 # %%
+from dsmoe_lite.accounting import parameters
+from dsmoe_lite.study import ledger, published
+from dsmoe_lite.study.grids import grid, records
+from dsmoe_lite.study.protocol import CPU, MODELS, UNITS
+
+runs = records("paper")
+claims = ledger.load()
+printed = published.load()["models"]
+plan = grid("paper")
+
 standard = parameters(CPU.dense).ffn.total
 print("model        paper, in all        here     standard FFNs: in all, for a token")
 for name in MODELS:
@@ -144,6 +120,15 @@ print(
 
 
 # %%
+import math
+from statistics import mean, stdev
+
+from scipy.stats import t as student
+from torch.testing import assert_close
+
+from dsmoe_lite.common.stats import holm, paired
+
+
 def interval(differences):
     n, middle = len(differences), mean(differences)
     half = student.ppf(0.975, n - 1) * stdev(differences) / math.sqrt(n)
@@ -189,6 +174,8 @@ print(corrected(made_up))
 # fall in this order. In which order here?
 
 # %%
+from dsmoe_lite.study.rows import metric_rows, trend_rows
+
 predict("07-table-1", None)  # a list of five names, the worst first
 
 TABLE_1 = {
@@ -249,6 +236,8 @@ verdicts(
 )
 
 # %%
+from dsmoe_lite.study.rows import gaps, seed_line
+
 for where, loss in (
     ("paper", lambda name: pile_loss(TABLE_1[name][1])),
     ("here", loss_of),
@@ -308,6 +297,13 @@ charts.model_comparison(
 
 
 # %%
+from dataclasses import replace
+
+from ipywidgets import IntSlider
+
+from dsmoe_lite.common.stats import p_value, trend_verdict
+from dsmoe_lite.viz.live import live as redrawn
+
 TABLE_2_CLAIMS = (
     "moe-beats-dense-x4",
     "moe-beats-gshard-x1.2",
@@ -437,6 +433,8 @@ verdicts("Section 4.4: the verdicts", "moe-two-shared", "moe-four-shared")
 # **Ask.** Whose loss rises more?
 
 # %%
+from dsmoe_lite.study.rows import masked_rows
+
 predict("07-figure-4", None)  # "GShard x1.5" or "DeepSeekMoE"
 
 MASKED = {
@@ -542,6 +540,8 @@ verdicts("Section 4.5: the verdict, on the direction alone", "moe-shared-irrepla
 # routed experts instead of 7, half the active expert weights, it still beats GShard. And here?
 
 # %%
+from dsmoe_lite.study.rows import active_rows
+
 predict("07-figure-5", None)  # how many routed experts it takes to be as good as GShard
 
 charts.loss_against_active(
@@ -621,6 +621,8 @@ for name in plan.jobs:
 # **Ask.** At its last 20 steps, will its loss lie between the lowest and the highest of the recorded seeds?
 
 # %%
+from dsmoe_lite.training.job import first_steps
+
 predict("07-live", None)  # "inside" or "outside"
 
 steps = 60 if profile == "smoke" else live_steps
@@ -663,7 +665,7 @@ lowest, highest = (f(curve[-1] for curve in recorded.values()) for f in (min, ma
 print(f"steps {steps - WINDOW + 1} to {steps}, recorded: {lowest:.3f} to {highest:.3f}")
 off = mine[-1] - middle[-1]
 limit = round(6 * stdev(curve[-1] for curve in recorded.values()), 2)
-claim("yours minus the recorded mean", off, (-limit, limit), asserted=own)
+claim("yours minus the recorded mean", off, (-limit, limit), asserted=lab.own)
 report(loss={"yours": mine[-1]})
 
 # %% tags=["measured"]
@@ -674,6 +676,10 @@ print("inside" if lowest <= mine[-1] <= highest else "outside", "the band at its
 # $2/(n+1)$: it is as likely as any of them to be the lowest, or the highest, of all $n + 1$.
 
 # %%
+from dsmoe_lite import Transformer
+from dsmoe_lite.bench.ratios import time_ratio
+from dsmoe_lite.bench.train import training_step
+
 n = len(recorded)
 print(f"{n} recorded seeds: outside with probability {2 / (n + 1):.0%}")
 
@@ -751,6 +757,9 @@ charts.trend_intervals(
 )
 
 # %%
+from collections import Counter
+from statistics import median
+
 print(
     ", ".join(
         f"{n} {verdict}" for verdict, n in Counter(one.verdict for one in paper).items()

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -33,58 +39,16 @@ text_folder: str = ""  # text for it, if not its own corpus: 0..400
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs, or less text: claims are recorded for the chapter's own
-own = check_parameters(globals()) and profile == "cpu"
-need("torch", "altair", "vl_convert", "tokenizers", "scipy")
-
-# %% tags=["hide-input"]
-from collections import namedtuple
-from itertools import pairwise
-from pathlib import Path
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from scipy.stats import spearmanr
-from tokenizers import Tokenizer
-from torch.testing import assert_close
 
-from dsmoe_lite.checkpoint import load_model, read_facts
-from dsmoe_lite.common.errors import require, require_choice
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.common.progress import progress
-from dsmoe_lite.data.batches import heldout_batches
-from dsmoe_lite.data.folder import Folder
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.routing.coactivation import coactivation, coactivation_null, seriate
-from dsmoe_lite.routing.interventions import switch_off
-from dsmoe_lite.routing.metrics import load
-from dsmoe_lite.routing.saturation import saturation, saturation_null
-from dsmoe_lite.routing.specialization import (
-    null_specialization,
-    shuffled,
-    specialization,
-    uncertainty_coefficient,
-)
-from dsmoe_lite.routing.token_types import TYPES, token_types
-from dsmoe_lite.study.rows import seed_line
-from dsmoe_lite.training.job import corpus_of
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.explorer import explore
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-device = "cuda" if profile == "gpu" else "cpu"
-n_batches = {"smoke": 1, "cpu": 4, "gpu": 16}[profile]  # of 64 rows
-draws = {"smoke": 3, "cpu": 20, "gpu": 100}[profile]
-draw = torch.Generator().manual_seed(seed)
+lab = begin(globals(), "scipy")
+own = lab.own and profile == "cpu"
 
 # %% [markdown]
 # ## The models
@@ -95,6 +59,24 @@ draw = torch.Generator().manual_seed(seed)
 # held out: no model has seen it. Nine tokens of ten are in sentences about people (*facts*), the rest in sums, brackets and code.
 
 # %%
+from collections import namedtuple
+from pathlib import Path
+
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+
+from dsmoe_lite import load_model
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.errors import require, require_choice
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.folder import Folder
+from dsmoe_lite.training.job import corpus_of
+
+n_batches = lab.choose(smoke=1, cpu=4, gpu=16)  # of 64 rows
+draws = lab.choose(smoke=3, cpu=20, gpu=100)
+draw = torch.Generator().manual_seed(seed)
+
 folder = DATA / "models"
 files = {
     shown: sorted(folder.glob(f"paper-{name}-seed?.safetensors"))
@@ -103,7 +85,7 @@ files = {
 if checkpoint:
     files = {Path(checkpoint).stem: [Path(checkpoint)]}
 runs = {
-    name: [load_model(path).to(device) for path in paths]
+    name: [load_model(path).to(lab.device) for path in paths]
     for name, paths in files.items()
 }
 closely = 0 if checkpoint else run
@@ -115,7 +97,7 @@ for name, model in models.items():
     has = f"{name} has MoE layers 0 to {n_layers - 1}"
     require(layer < n_layers, "layer", layer, has)
 
-facts = read_facts(next(iter(files.values()))[0])
+facts = read_metadata(next(iter(files.values()))[0])
 tokenizer = Tokenizer.from_str(facts["tokenizer"])
 corpus = Folder(Path(text_folder)) if text_folder else corpus_of(facts)
 length = min(64, *(model.config.max_seq_len for model in models.values()))
@@ -132,7 +114,7 @@ Seen = namedtuple("Seen", "routings losses guesses")
 @torch.no_grad()
 def look(model, tokens):
     """A Routing for each MoE layer; loss and likeliest token, (N, S)."""
-    output = model(tokens[:, :-1].to(device))
+    output = model(tokens[:, :-1].to(lab.device))
     logits, targets = output.logits.float().cpu(), tokens[:, 1:]
     losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     routings = [routing.to("cpu") for routing in output.routings]
@@ -177,6 +159,11 @@ print(", ".join(f"{share:.1%} {d}" for d, share in of_domain.items()))
 
 
 # %%
+from torch.testing import assert_close
+
+from dsmoe_lite.routing.specialization import uncertainty_coefficient
+
+
 def entropy(counts):
     return torch.special.entr(counts / counts.sum()).sum().item()
 
@@ -204,6 +191,9 @@ for found in seen.values():
 # **Ask.** Which of the six goes with the choice most?
 
 # %%
+from dsmoe_lite.routing.specialization import shuffled
+from dsmoe_lite.routing.token_types import TYPES, token_types
+
 predict("08-decides", None)  # "token", "before", "next", "guess", "type" or "domain"
 
 pieces = [
@@ -307,6 +297,8 @@ for name, found in seen.items():
 # **Ask.** If experts were specialists, what would this picture look like? How many of the 63 do you expect above chance?
 
 # %%
+from dsmoe_lite.routing.specialization import specialization
+
 predict("08-domain", None)  # a number of experts
 
 domain_id = corpus.domains.index(domain)
@@ -343,6 +335,8 @@ charts.specialization_against_null(
 )
 
 # %% tags=["trained"]
+from statistics import mean
+
 print(f"by chance {2 / (draws + 1):.0%} of the experts would lie outside their bars")
 for name in models:
     bars = [row for row in rows if row["what"] == name]
@@ -371,6 +365,8 @@ for name in models:
 # **Ask.** Do you expect the strongest teams to stand at a domain, at a word, or at neither?
 
 # %%
+from dsmoe_lite.routing.coactivation import coactivation, coactivation_null
+
 predict("08-together", None)  # "a domain", "a word" or "neither"
 
 name = list(models)[-1]
@@ -381,6 +377,8 @@ nulls = coactivation_null(at.topk_ids, E, draw, draws=min(draws, 10))
 null = nulls.mean(dim=0).clamp(min=1e-9)
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.coactivation import seriate
+
 charts.coactivation(
     together.tolist(),
     null=null.tolist(),
@@ -438,15 +436,18 @@ for pair in times_chance.flatten().topk(6).indices.tolist():
 # **Ask.** A run has 1,200 steps. By which step are half of the choices those of the end?
 
 # %%
+from dsmoe_lite import Transformer
+from dsmoe_lite.routing.saturation import saturation, saturation_null
+
 predict("08-settled", None)  # a number of steps
 
 rows = []
 for name, model in {} if checkpoint else models.items():
     torch.manual_seed(run)  # the run's own seed, so its own first weights
-    then = {0: Transformer(model.config).to(device).eval()}
+    then = {0: Transformer(model.config).to(lab.device).eval()}
     path = files[name][closely]
     for kept in sorted(folder.glob(f"{path.stem}-step*.safetensors")):
-        then[int(kept.stem.rpartition("-step")[2])] = load_model(kept).to(device)
+        then[int(kept.stem.rpartition("-step")[2])] = load_model(kept).to(lab.device)
     for step, earlier in sorted(then.items()):
         found = look(earlier, tokens)
         for number, (at, final) in enumerate(
@@ -512,6 +513,10 @@ if not checkpoint and run == 0:
 # **Ask.** Which of the three goes with what an expert turns out to be worth? And first: is a busy expert a needed one?
 
 # %%
+from dsmoe_lite.common.progress import progress
+from dsmoe_lite.routing.interventions import switch_off
+from dsmoe_lite.routing.metrics import load
+
 predict("08-worth", None)  # "load", "mean gate", "sum of gates" or "none"
 
 some = tokens[::6]  # every sixth row
@@ -547,9 +552,13 @@ for name in models:
         {"model": name, "expert": e, "counted": load(at)[e], "worth": gained[e].mean()}
         for e in range(at.n_experts)
     ]
-charts.worth_scatter(rows, title=f"Is a busy expert a needed one? (layer {layer})")
+charts.expert_worth(rows, title=f"Is a busy expert a needed one? (layer {layer})")
 
 # %% tags=["trained"]
+from scipy.stats import spearmanr
+
+from dsmoe_lite.study.rows import seed_line
+
 print("rank correlation with worth: mean of the runs ± half its 95% interval; each run")
 related = {}
 for name, model in models.items():
@@ -599,6 +608,8 @@ for name, model in models.items():
 # **Ask.** Four domains lose their specialists in turn. In how many of the four does the domain itself suffer most?
 
 # %%
+from dsmoe_lite.routing.specialization import null_specialization
+
 predict("08-specialists", None)  # 0 to 4
 
 found_on, tried_on = (slice(1, None, 2), slice(0, None, 2))  # rows of text
@@ -770,6 +781,8 @@ print(
 # Try it on one row of text: switch the expert off in the explorer and step through the tokens.
 
 # %% tags=["trained"]
+from dsmoe_lite.viz.explorer import explore
+
 explore(
     {name: models[name]},
     tokenizer,
@@ -799,6 +812,9 @@ explore(
 
 
 # %%
+from itertools import pairwise
+
+
 def neighbours_only(topk_ids, n_experts):  # as it was: do not use
     counts = torch.zeros(n_experts, n_experts, dtype=torch.long)
     for ranked in topk_ids.tolist():

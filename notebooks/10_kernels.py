@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -32,57 +38,15 @@ gpu: str = "H100"  # whose peak and bandwidth are the roof: A100 | H100 | H200
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, predict
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, predict
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-check_parameters(globals())
-need("torch", "altair", "vl_convert")
-
-# %% tags=["hide-input"]
-import os
-import time
-from dataclasses import replace
-from math import ceil
-from unittest.mock import MagicMock, patch
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler speaks when it starts
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-from IPython.display import display
-from ipywidgets import IntSlider, SelectionSlider
-from torch.testing import assert_close
 
-from dsmoe_lite.bench.backends import Layer
-from dsmoe_lite.bench.grouped_products import DENSE, Case
-from dsmoe_lite.bench.kernels import goals, newest_record
-from dsmoe_lite.bench.launches import operations
-from dsmoe_lite.common.errors import RunError
-from dsmoe_lite.common.paths import NOTEBOOKS
-from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.kernels import cuda
-from dsmoe_lite.kernels.build import SOURCES, cpu_library_of
-from dsmoe_lite.kernels.cuda_router import Rule, route
-from dsmoe_lite.kernels.launch import launch_on_cpu
-from dsmoe_lite.kernels.work import grouped_product, row_copies, tile_intensity
-from dsmoe_lite.labs.cuda_source import or_recorded, product_by, show_source
-from dsmoe_lite.layers.dispatch import dispatch
-from dsmoe_lite.layers.experts import Experts
-from dsmoe_lite.layers.router import Router
-from dsmoe_lite.study import published
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
-chapter = NOTEBOOKS / "10_kernels.ipynb"
-T = {"smoke": 128, "cpu": 256, "gpu": 1024}[profile]  # tokens
-D, F = 64, 32  # model width, expert width: small, the CPU runs it
-E, K = n_experts, top_k
+lab = begin(globals())
 
 # %% [markdown]
 # ## Many small things
@@ -98,6 +62,23 @@ E, K = n_experts, top_k
 # and left out.) Beside it stand *grouped*, which uses the product by experts that torch itself has, and the kernels of this chapter.
 
 # %%
+import os
+from dataclasses import replace
+from unittest.mock import MagicMock, patch
+
+from dsmoe_lite import MoEConfig, Router
+from dsmoe_lite.bench.launches import operations
+from dsmoe_lite.common.paths import NOTEBOOKS
+from dsmoe_lite.kernels import cuda
+from dsmoe_lite.layers.dispatch import dispatch
+from dsmoe_lite.layers.experts import Experts
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler speaks when it starts
+chapter = NOTEBOOKS / "10_kernels.ipynb"
+T = lab.choose(smoke=128, cpu=256, gpu=1024)  # tokens
+D, F = 64, 32  # model width, expert width: small, the CPU runs it
+E, K = n_experts, top_k
+
 predict("10-launches", None)  # a number
 
 x, dy = torch.randn(T, D, requires_grad=True), torch.randn(T, D)
@@ -130,10 +111,12 @@ for backend, name in {
     "cuda": "kernels of this chapter",
 }.items():
     forward, backward, ours = step(backend, E)
-    rows.append({"way": name, "forward": forward, "backward": backward})
+    rows.append({"backend": name, "forward": forward, "backward": backward})
 charts.launch_counts(rows)
 
 # %%
+import time
+
 print("kernels forward: ", *ours[:4])
 print("kernels backward:", *ours[4:])
 print(f"and {forward + backward - len(ours)} small operations of torch")
@@ -195,6 +178,10 @@ print(f"{total:,} of them: {1e3 * total * each:.1f} milliseconds")
 
 
 # %%
+from dsmoe_lite.kernels.work import grouped_product
+from dsmoe_lite.study import published
+
+
 def intensity(r, k, n, b=2):
     return 2 * r * k * n / (b * (r * k + k * n + r * n))
 
@@ -219,6 +206,10 @@ print(f"they meet at {peak / bandwidth:.0f} FLOPs a byte; {device['source']}")
 # as wide as those of a token together: the same FLOPs.
 
 # %%
+from ipywidgets import SelectionSlider
+
+from dsmoe_lite.viz.live import live
+
 predict("10-tokens", None)  # a number of tokens
 
 
@@ -249,6 +240,8 @@ live(
 )
 
 # %%
+from math import ceil
+
 for tokens in (1024, 4096, 16_384):
     product = grouped_product(tokens * K, E, 2048, 1408)
     kind = "arithmetic" if product.intensity > peak / bandwidth else "memory"
@@ -318,23 +311,31 @@ extern "C" int run(float* x) {
 # its own and a place where it goes on, and lets one warp run as far as it gets, then the next:
 
 # %%
+from dsmoe_lite.labs.cuda_source import show_source
+
 show_source("cuda_on_cpu.h", "inline bool run_warp")
 
-
 # %%
+from dsmoe_lite.kernels.build import cpu_library_of
+from dsmoe_lite.kernels.launch import launch_on_cpu
+from dsmoe_lite.labs.cuda_source import run_or_show_recorded
+
+
 def in_reverse():
     x = torch.arange(128.0)
     launch_on_cpu(cpu_library_of(reverse), "run", x)
     print("reversed:", torch.equal(x, torch.arange(128.0).flip(0)))
 
 
-or_recorded(in_reverse, chapter)
+run_or_show_recorded(in_reverse, chapter)
 
 # %% [markdown]
 # **Ask.** Take the barrier away. On a GPU the result may still be right, most of the time. What happens here? And if only the
 # first warp reaches a barrier, and the others another one, two lines further down?
 
 # %%
+from dsmoe_lite.common.errors import RunError
+
 predict("10-barrier", None)  # in words
 
 
@@ -357,10 +358,10 @@ def two_barriers():
         print(error)
 
 
-or_recorded(without_barrier, chapter)
+run_or_show_recorded(without_barrier, chapter)
 
 # %%
-or_recorded(two_barriers, chapter)
+run_or_show_recorded(two_barriers, chapter)
 
 # %% [markdown]
 # **What to notice.** Without the barrier the first two warps read what the last two have not written yet; shared memory starts as NaN, so that it shows. That is how the
@@ -384,6 +385,11 @@ show_source("router.cuh", "int warp_argmax")
 
 
 # %%
+from torch.testing import assert_close
+
+from dsmoe_lite.kernels.cuda_router import Rule, route
+
+
 def same_choices():
     config = MoEConfig(
         n_routed_experts=64,
@@ -410,7 +416,7 @@ def same_choices():
     print(f"one kernel for {len(in_torch)} operations of torch, the logits among them")
 
 
-or_recorded(same_choices, chapter)
+run_or_show_recorded(same_choices, chapter)
 
 # %% [markdown]
 # (The layer itself still routes by torch: this kernel has no gradient, and waits for one.)
@@ -424,6 +430,8 @@ or_recorded(same_choices, chapter)
 # **Ask.** The forward pass of V2-Lite's routed experts takes some time at least. With 16,384 tokens, which share of it goes into moving rows?
 
 # %%
+from dsmoe_lite.kernels.work import row_copies
+
 predict("10-moving", None)  # a share
 
 
@@ -474,6 +482,9 @@ show_source("permute.cuh", "void combine")
 # where blocks share their tiles. **Ask**, before each rung: which share of the tensor cores' peak can it reach at most, if all it fetches comes from memory?
 
 # %%
+from dsmoe_lite.bench.kernels import newest_record
+from dsmoe_lite.kernels.work import tile_intensity
+
 record = newest_record()
 rungs = {  # tile, units that multiply
     "1 naive": (1, 1, "fp32"), "2 tiled": (64, 64, "fp32"),
@@ -577,6 +588,9 @@ predict("10-turns", None)  # a rule: the group of banks for a row and a piece
 
 
 # %%
+from ipywidgets import IntSlider
+
+
 def swizzled(row, piece):  # the group of banks that a piece of a row lies in
     return piece ^ (row % 8)
 
@@ -607,6 +621,9 @@ of_peak("4 mma")
 # `STAGES - 1` in place of `STAGES - 2`, and how many without any wait?
 
 # %%
+from dsmoe_lite.kernels.build import SOURCES
+from dsmoe_lite.labs.cuda_source import multiply_with
+
 predict("10-wait", None)  # of 12,800
 
 
@@ -621,13 +638,13 @@ def without_wait():
         ("no wait", ""),
     ):
         assert text.count(wait) == 1
-        out = product_by(text.replace(wait, instead), rows, matrix)
+        out = multiply_with(text.replace(wait, instead), rows, matrix)
         right = (out.double() - exact).abs() < 0.01 * exact.abs() + 0.05
         print(f"{name:13} {int(right.sum()):6,} of {right.numel():,} right,", end=" ")
         print(f"{int(out.isnan().sum()):,} NaN")
 
 
-or_recorded(without_wait, chapter)
+run_or_show_recorded(without_wait, chapter)
 
 # %% [markdown]
 # **What to notice.** Off by one, each step multiplies the stage before its copies have landed: what lies there is NaN at first, and later the numbers of three steps ago, which look like a
@@ -688,12 +705,14 @@ def every_rung():
             print(f"{rung:7} {str(dtype)[6:]:9} error {error:.0e} of the norm")
 
 
-or_recorded(every_rung, chapter)
+run_or_show_recorded(every_rung, chapter)
 
 # %% [markdown]
 # How much of a tile is such overlap? It depends on how many rows an expert has, uniformly or by Zipf's law:
 
 # %%
+from dsmoe_lite.bench.grouped_products import Case
+
 for tokens in (64, 256, 1024, 4096, 16_384):
     shares = []
     for routing in ("uniform", "skewed"):
@@ -810,13 +829,15 @@ def trains_alike():
         assert errors[2] < 1e-5
 
 
-or_recorded(trains_alike, chapter)
+run_or_show_recorded(trains_alike, chapter)
 
 # %% [markdown]
 # **Ask.** How much memory does a step hold at most, beside the weights and their gradients? torch records every allocation, and what is allocated does
 # not depend on the device. The widths are a sixteenth of V2-Lite's; the loop keeps every step of its arithmetic for the gradients.
 
 # %%
+from dsmoe_lite.bench.backends import Layer
+
 predict("10-memory", None)  # of the loop's peak, the kernels' share
 
 
@@ -835,7 +856,7 @@ def peak_memory():
     assert peaks["cuda"] < 0.7 * peaks["grouped"]
 
 
-or_recorded(peak_memory, chapter)
+run_or_show_recorded(peak_memory, chapter)
 
 # %% [markdown]
 # **What to notice.** Between the passes the kernels keep $\mathbf{a}$ and $\mathbf{b}$ alone, in the backward pass their gradients take the same place, and no result of width $D$ waits
@@ -848,7 +869,7 @@ or_recorded(peak_memory, chapter)
 # took a `fetch`, a `multiply`, stages and barriers:
 
 # %%
-show_source("triton_twins.py", "def _add_product(")
+show_source("triton_kernels.py", "def _add_product(")
 
 # %% [markdown]
 # What you give up is the say in those decisions; what you gain is fewer and simpler lines, and float16 besides.
@@ -861,6 +882,12 @@ show_source("triton_twins.py", "def _add_product(")
 
 
 # %%
+from IPython.display import display
+
+from dsmoe_lite.bench.grouped_products import DENSE
+from dsmoe_lite.bench.kernels import goals
+
+
 def what_a_gpu_said(record):
     made = record["provenance"]
     print(f"{made['device']}, torch {made['torch']}, {record['date'][:10]}\n")

@@ -1,5 +1,11 @@
 # ---
 # jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -38,54 +44,15 @@ bytes_back: float = 2.0  # bytes of a number on its way back: 0.5..4.0
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import check_exercise, check_parameters, claim, predict
-    from dsmoe_lite.labs.guard import need
+    from dsmoe_lite.labs import begin, check_exercise, claim, predict
 except ModuleNotFoundError:
-    raise SystemExit(
-        "This chapter needs dsmoe_lite: run `make setup` in the course's folder, then `make lab`."
-    ) from None
-
-# False with other knobs: claims are recorded for the chapter's own
-own = check_parameters(globals())
-need("torch", "altair", "vl_convert", "tokenizers")
-
-# %% tags=["hide-input"]
-import os
-import signal
-import tempfile
-import time
-from dataclasses import replace
-from statistics import mean
+    raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 import torch
-import torch.nn.functional as F
-from ipywidgets import Checkbox, SelectionSlider
-from tokenizers import Tokenizer
-from torch.testing import assert_close
 
-from dsmoe_lite.accounting import parameters, training_flops
-from dsmoe_lite.checkpoint import load_model, read_facts
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, to_dict
-from dsmoe_lite.data.batches import heldout_batches
-from dsmoe_lite.data.world import World
-from dsmoe_lite.labs.workers import run_workers
-from dsmoe_lite.layers.balance import expert_loss
-from dsmoe_lite.layers.dispatch import dispatch
-from dsmoe_lite.layers.router import Routing
-from dsmoe_lite.layers.selection import limit_groups, ordered_topk
-from dsmoe_lite.model import Transformer
-from dsmoe_lite.presets import preset
-from dsmoe_lite.simulate.placement import balanced, in_order
-from dsmoe_lite.simulate.time import Machine, layer_time, step_time
-from dsmoe_lite.simulate.traffic import Traffic, count_traffic, rows_between
-from dsmoe_lite.study.grids import records
-from dsmoe_lite.viz import charts, renderer
-from dsmoe_lite.viz.live import live
+from dsmoe_lite.viz import charts
 
-renderer.enable()
-torch.set_num_threads(1)
-torch.manual_seed(seed)
+lab = begin(globals())
 steps = 20
 
 # %% [markdown]
@@ -98,6 +65,11 @@ steps = 20
 # weights are routed experts?
 
 # %%
+from dataclasses import replace
+
+from dsmoe_lite import AttentionConfig, MoEConfig, preset
+from dsmoe_lite.accounting import parameters
+
 predict("11-devices", None)  # a number; 0 to 1
 
 wider = MoEConfig(n_routed_experts=128, top_k=12, expert_width=1408, n_shared_experts=4)
@@ -146,12 +118,22 @@ for name, config in MODELS.items():
 # **Ask.** A fair die would leave a share of $1/P$ of these rows at home. Does a trained router leave more?
 
 # %%
+from tokenizers import Tokenizer
+
+from dsmoe_lite import load_model
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.world import World
+from dsmoe_lite.simulate.placement import consecutive_placement
+from dsmoe_lite.simulate.traffic import rows_between
+
 predict("11-home", None)  # "more", "fewer" or "as many"
 
 P = processes
 file = DATA / "models" / "world-gshard.safetensors"
 trained = load_model(file)
-tokenizer = Tokenizer.from_str(read_facts(file)["tokenizer"])
+tokenizer = Tokenizer.from_str(read_metadata(file)["tokenizer"])
 text = heldout_batches(World(), tokenizer, 16, 64, 1)[0].tokens
 x_seen = []
 layer = trained.moe_layers[0]
@@ -170,7 +152,7 @@ def tokens_for(p, ids):  # ids (T, K): the tokens with an expert on process p
 sent = [[len(tokens_for(p, routing.topk_ids[own])) for p in range(P)] for own in homes]
 
 home = torch.arange(P).repeat_interleave(len(homes[0]))
-theirs = rows_between(routing.topk_ids, routing.kept, home, in_order(E, P))
+theirs = rows_between(routing.topk_ids, routing.kept, home, consecutive_placement(E, P))
 assert theirs.tolist() == sent
 charts.exchange_matrix(sent)
 
@@ -193,6 +175,12 @@ print(f"choices {routing.topk_ids.numel():,}, rows {rows:,}, at home {stay / row
 
 
 # %%
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from dsmoe_lite.layers.dispatch import dispatch
+
+
 def all_to_all(outbox):  # outbox[q][p]: what q has for p
     return [[outbox[q][p] for q in range(P)] for p in range(P)]
 
@@ -254,6 +242,10 @@ print("experts spread over processes: mine equals one place")
 
 
 # %%
+from dsmoe_lite import ModelConfig, Transformer
+from dsmoe_lite.layers.balance import expert_loss
+
+
 def train_part(config, text, seed, steps, folder):
     from pathlib import Path
 
@@ -266,7 +258,7 @@ def train_part(config, text, seed, steps, folder):
     from dsmoe_lite.layers.balance import expert_loss
     from dsmoe_lite.model import Transformer
     from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
-    from dsmoe_lite.parallel.checkpoint_folders import newest
+    from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
     from dsmoe_lite.parallel.collectives import all_reduce_sum
     from dsmoe_lite.parallel.mesh import make_mesh, rows_of_rank
     from dsmoe_lite.parallel.shard import parallelize
@@ -281,7 +273,7 @@ def train_part(config, text, seed, steps, folder):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     mine = text[rows_of_rank(rank, world, len(text), config.moe)]
 
-    done = newest(Path(folder))  # a checkpoint, if this run was here before
+    done = newest_checkpoint(Path(folder))  # a checkpoint, if this run was here before
     begin = load_sharded(done, model, optimizer)["step"] if done else 0
     for step in range(begin, steps):
         out = model(mine[:, :-1])
@@ -305,6 +297,11 @@ def train_part(config, text, seed, steps, folder):
 # **Ask.** How far apart will the losses be after the last step: not at all, in the seventh digit, or visibly?
 
 # %%
+import tempfile
+
+from dsmoe_lite.config import to_dict
+from dsmoe_lite.labs.workers import run_workers
+
 predict("11-apart", None)  # "equal", "seventh" or "visibly"
 
 small = ModelConfig(
@@ -350,7 +347,7 @@ print(f"weights of a layer's experts: {whole:,}, in each process {held:,}")
 
 # %% tags=["trained"]
 fall = losses[0][0] - losses[0][-1]
-claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=own)
+claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=lab.own)
 
 # %% [markdown]
 # **What to notice.** All processes report the same numbers to the last bit, because a sum over processes is computed once and handed to all. From one process's they
@@ -380,6 +377,13 @@ claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=own)
 # is the loss of each process? What is the loss of the batch?
 
 # %%
+import os
+import signal
+import time
+from statistics import mean
+
+from dsmoe_lite import Routing
+
 predict("11-product", None)  # two numbers; 1 is balance, 16 collapse
 
 subjects = []
@@ -421,7 +425,7 @@ with tempfile.TemporaryDirectory() as folder:
         start = before.get((rank, event["restart"]), now)
         before[rank, event["restart"]] = now
         of = "started again" if event["restart"] else "first start"
-        row = {"lane": f"process {rank}", "of": of, "start": start, "end": now}
+        row = {"lane": f"process {rank}", "group": of, "start": start, "end": now}
         if start < now:
             seen.append(row | {"what": f"step {step}"})
         again[rank, step] = event["loss"]
@@ -463,6 +467,8 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 # **Ask.** Which is evener over devices: the loss on experts, or the one on devices? And which over experts?
 
 # %%
+from dsmoe_lite.study.grids import records
+
 predict("11-even", None)  # "experts" or "devices", twice
 
 SHOWN = {
@@ -567,6 +573,10 @@ charts.model_comparison(
 # **Ask.** What takes longer, the experts or the way to them and back?
 
 # %%
+from dsmoe_lite.layers.selection import limit_groups, ordered_topk
+from dsmoe_lite.simulate.time import Machine, layer_time
+from dsmoe_lite.simulate.traffic import Traffic, count_traffic
+
 predict("11-longer", None)  # "experts" or "way"
 
 machine = Machine(flops * 1e12, inside * 1e9, across * 1e9, latency * 1e-6)
@@ -581,7 +591,7 @@ def rows_of_layer(name):  # counted for SAMPLE tokens a device
     allowed = limit_groups(affinity, moe.n_group, moe.topk_group, moe.group_score)
     ids = ordered_topk(allowed, moe.top_k)
     own = torch.arange(n).repeat_interleave(SAMPLE)
-    placed = in_order(moe.n_routed_experts, n)
+    placed = consecutive_placement(moe.n_routed_experts, n)
     return count_traffic(ids, torch.ones_like(ids).bool(), own, placed, min(n, 8))
 
 
@@ -603,7 +613,7 @@ def layer_of(name, n_tokens, machine):
 v3 = layer_of("DeepSeek-V3", tokens, machine)
 for part in ("dispatch", "compute", "combine"):
     print(f"{part:9} {getattr(v3, part) * 1e3:6.2f} ms")
-hidden = layer_of("DeepSeek-V3", tokens, replace(machine, inside=1e18))
+hidden = layer_of("DeepSeek-V3", tokens, replace(machine, intra_node=1e18))
 print(
     f"with free links inside {hidden.dispatch * 1e3:.2f} and {hidden.combine * 1e3:.2f} ms"
 )
@@ -622,10 +632,10 @@ predict("11-real", None)  # times as long
 
 def of_choices(ids):  # seconds of a layer, load of the busiest device
     own = torch.arange(E).repeat_interleave(len(ids) // E)
-    rows = count_traffic(ids, torch.ones_like(ids).bool(), own, in_order(E, E), 8)
+    rows = count_traffic(ids, torch.ones_like(ids).bool(), own, consecutive_placement(E, E), 8)
     rows = longer(rows, tokens / (len(ids) // E))
     taken = layer_time(rows, machine, 2048, 1408, bytes_sent, bytes_back)
-    return taken.apart, float(rows.choices.max() / rows.choices.mean())
+    return taken.sequential, float(rows.choices.max() / rows.choices.mean())
 
 
 by_chance = torch.rand(len(routing.topk_ids), E, generator=draw).topk(K).indices
@@ -647,6 +657,11 @@ for name, ids in {"random": by_chance, "trained": routing.topk_ids}.items():
 
 
 # %%
+from ipywidgets import SelectionSlider
+
+from dsmoe_lite.accounting import training_flops
+from dsmoe_lite.viz.live import live
+
 predict("11-hidden", None)  # GB/s
 
 
@@ -665,13 +680,13 @@ def schedule(length, overlap, n_layers=2):
         free[lane if overlap else ""] = ready[half] = end
         name = f"{'overlapped' if overlap else 'in turn'}: {lane}"
         bars.append(
-            {"lane": name, "of": half, "what": what, "start": start, "end": end}
+            {"lane": name, "group": half, "what": what, "start": start, "end": end}
         )
     return bars
 
 
 def timeline(across):
-    faster = replace(machine, across=across * 1e9)
+    faster = replace(machine, inter_node=across * 1e9)
     half = layer_of("DeepSeek-V3", tokens / 2, faster)
     config = MODELS["DeepSeek-V3"]
     work = training_flops(config, 4096)
@@ -714,11 +729,15 @@ live(
 # **Ask.** Which helps more at 4,096 devices: four times the bandwidth, or four times the tokens on each device?
 
 # %%
+from ipywidgets import Checkbox
+
+from dsmoe_lite.simulate.time import step_time
+
 predict("11-scale", None)  # "bandwidth" or "tokens"
 
 
 def scale(tokens, across, overlap):
-    there = replace(machine, across=across * 1e9)
+    there = replace(machine, inter_node=across * 1e9)
     rows = []
     for name, config in MODELS.items():
         n = SHARE[name]
@@ -734,11 +753,11 @@ def scale(tokens, across, overlap):
                 tokens=tokens,
                 seq_len=4096,
                 devices=devices,
-                expert=n,
-                bytes_a_weight=2.0,
+                expert_parallel=n,
+                bytes_per_weight=2.0,
             )
             best = step.experts * even + step.rest
-            took = step.overlapped if overlap else step.apart
+            took = step.overlapped if overlap else step.sequential
             rows.append({"model": name, "devices": devices, "value": best / took})
     return rows
 
@@ -782,19 +801,21 @@ for overlap in (False, True):
 # ## Move the experts
 #
 # If some experts are busier, need they stand in their order? Where V3 answers requests, loads are measured while it runs; now and then the busiest experts get copies and all are packed
-# anew (Section 3.4). **Use** `balanced`: spare slots go to the experts whose copies are busiest, then the busiest copies to the
+# anew (Section 3.4). **Use** `balanced_placement`: spare slots go to the experts whose copies are busiest, then the busiest copies to the
 # least busy devices. The loads are those of the recorded runs without any balance loss, first layer, 64 experts, on 8 devices and on 32. (They are packed by the very loads that come: the best case.)
 #
 # **Ask.** How even does packing alone make 8 devices? And 32? And with one more slot on each?
 
 # %%
+from dsmoe_lite.simulate.placement import balanced_placement
+
 predict("11-placed", None)  # busiest device over the mean, four times
 
 runs = [r for r in records("balance") if r["model_name"] == "none"]
 PLACED = {
-    "in order": lambda load, n: in_order(64, n),
-    "packed": lambda load, n: balanced(load, n, 64),
-    "one more slot each": lambda load, n: balanced(load, n, 64 + n),
+    "in order": lambda load, n: consecutive_placement(64, n),
+    "packed": lambda load, n: balanced_placement(load, n, 64),
+    "one more slot each": lambda load, n: balanced_placement(load, n, 64 + n),
 }
 rows = []
 for n in (8, 32):

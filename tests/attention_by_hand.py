@@ -1,4 +1,4 @@
-"""Attention written from its equations, one token and one head at a time, and small models of every kind of it."""
+"""Attention from its equations, one token and one head at a time, and small models with every kind of attention."""
 
 import math
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ EXPERTS = MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, n_shared_exper
 def make_model(
     attention: AnyAttention, moe: MoEConfig | None = None, max_seq_len: int = 64, *, seed: int = 0, n_layers: int = 2
 ) -> Transformer:
-    """A model in float64 whose logits spread widely, so that what is left out of its attention shows."""
+    """A model in float64 whose logits vary so much that an error in attention shows."""
     torch.manual_seed(seed)
     model = Transformer(
         ModelConfig(
@@ -47,7 +47,7 @@ def make_model(
 
 
 def spread(module: nn.Module) -> nn.Module:
-    """Draw weights of a size that keeps activations near 1, and norms' scales between 0.5 and 1.5. Returns it."""
+    """Draw weights that keep activations near 1, and scales of norms between 0.5 and 1.5. Return the module."""
     for weight in module.parameters():
         if weight.ndim == 1:
             nn.init.uniform_(weight, 0.5, 1.5)
@@ -57,14 +57,14 @@ def spread(module: nn.Module) -> nn.Module:
 
 
 def tables(attention: AnyAttention, length: int) -> tuple[Tensor, Tensor]:
-    """cos and sin in float64; those of the package are rounded to float32."""
+    """cos and sin in float64; the package rounds its tables to float32."""
     frequencies = rope_frequencies(attention.rope_dim, attention.rope_theta, attention.yarn)
     angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
     return angles.cos(), angles.sin()
 
 
 def frequencies_by_hand(rope_dim: int, theta: float, yarn: YarnConfig | None = None) -> list[float]:
-    """Radians a token of every pair."""
+    """Radians per token of every pair of channels."""
     plain = [theta ** (-2 * j / rope_dim) for j in range(rope_dim // 2)]
     if yarn is None:
         return plain
@@ -76,13 +76,13 @@ def frequencies_by_hand(rope_dim: int, theta: float, yarn: YarnConfig | None = N
     assert low < high, "the case should have a ramp"
     mixed = []
     for j, frequency in enumerate(plain):
-        kept = 1 if j <= low else 0 if j >= high else 1 - (j - low) / (high - low)
-        mixed.append(kept * frequency + (1 - kept) * frequency / yarn.factor)
+        ramp = 1 if j <= low else 0 if j >= high else 1 - (j - low) / (high - low)
+        mixed.append(ramp * frequency + (1 - ramp) * frequency / yarn.factor)
     return mixed
 
 
 def rotated(x: Tensor, position: int, frequencies: Sequence[float]) -> Tensor:
-    """x (d,) with channels j and j + d/2 turned by position * frequencies[j]."""
+    """x (d,) with channels j and j + d/2 rotated by position * frequencies[j]."""
     half, out = len(x) // 2, [torch.zeros(())] * len(x)
     for j, frequency in enumerate(frequencies):
         cos, sin = math.cos(position * frequency), math.sin(position * frequency)
@@ -98,20 +98,20 @@ def normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def temperature(yarn: YarnConfig | None) -> float:
-    """What YaRN multiplies the scores by."""
+    """The factor of the scores under YaRN."""
     return 1.0 if yarn is None else (0.1 * yarn.mscale * math.log(yarn.factor) + 1) ** 2
 
 
 def weighted(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scale: float) -> Tensor:
-    """sum_j softmax_j(scale q k_j) v_j of one query."""
+    """sum_j softmax_j(scale q k_j) v_j for one query."""
     weights = torch.stack([scale * (q @ key) for key in keys]).exp()
     return sum((w * v for w, v in zip(weights, values, strict=True)), torch.zeros(())) / weights.sum()
 
 
 def attention_by_hand(layer: Attention, x: Tensor) -> Tensor:
-    """x (B, S, D) -> (B, S, D): o_t = W_o [softmax_j(q_t,i k_j,g / sqrt(d)) v_j,g]_i, g = floor(i G / H)."""
+    """x (B, S, D) -> (B, S, D): o_t = W_o [softmax_j(q_t,i k_j,g / sqrt(d)) v_j,g]_i, g = floor(i H_kv / H)."""
     c, d = layer.config, layer.config.head_dim
-    G = c.n_kv_heads or c.n_heads
+    H_kv = c.n_kv_heads or c.n_heads
     turn = frequencies_by_hand(d, c.rope_theta, c.yarn)
     scale = temperature(c.yarn) / math.sqrt(d)
     rows = []
@@ -122,10 +122,10 @@ def attention_by_hand(layer: Attention, x: Tensor) -> Tensor:
             first = 0 if c.window is None else max(0, t + 1 - c.window)
             heads = []
             for i, q in enumerate((layer.query.weight @ h).split(d)):
-                g = i * G // c.n_heads
+                g = i * H_kv // c.n_heads
                 seen = range(first, t + 1)
-                own_keys, own_values = [keys[j][g] for j in seen], [values[j][g] for j in seen]
-                heads.append(weighted(rotated(q, t, turn), own_keys, own_values, scale))
+                seen_keys, seen_values = [keys[j][g] for j in seen], [values[j][g] for j in seen]
+                heads.append(weighted(rotated(q, t, turn), seen_keys, seen_values, scale))
             rows.append(layer.output.weight @ torch.cat(heads))
     return torch.stack(rows).view_as(x)
 
@@ -160,10 +160,10 @@ def mla_by_hand(layer: MLA, x: Tensor) -> Tensor:
 
 
 def same_gradients(layer: nn.Module, ours: Tensor, by_hand: Tensor, x: Tensor) -> None:
-    """Assert that two outputs of `layer` on x have the same gradients for x and every weight, in float64."""
+    """Assert that two outputs of `layer` for x have the same gradients for x and every weight, in float64."""
     target = torch.linspace(-1, 1, ours.numel(), dtype=ours.dtype).view_as(ours).sin()
-    wanted = [x, *layer.parameters()]
-    one, two = (torch.autograd.grad((y * target).sum(), wanted) for y in (ours, by_hand))
-    for mine, theirs in zip(one, two, strict=True):
-        assert theirs.abs().max() > 0
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+    inputs = [x, *layer.parameters()]
+    actual, expected = (torch.autograd.grad((y * target).sum(), inputs) for y in (ours, by_hand))
+    for one, other in zip(actual, expected, strict=True):
+        assert other.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)

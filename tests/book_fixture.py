@@ -1,6 +1,8 @@
 """A small book of two chapters with every kind of thing that the real ones hold."""
 
+import re
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,35 @@ def widget_output() -> Any:
     view = {"model_id": "0", "version_major": 2, "version_minor": 0}
     data = {"application/vnd.jupyter.widget-view+json": view, "text/plain": "IntSlider(value=3)"}
     return new_output("display_data", data=data)
+
+
+class Anchors(HTMLParser):
+    """The ids of a page, and where it links."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        words = dict(attributes)
+        if words.get("id"):
+            self.ids.add(str(words["id"]))
+        if tag == "a" and words.get("href"):
+            self.links.append(str(words["href"]))
+
+
+def assert_links_work(folder: Path) -> int:
+    """Every link from a page of the reference leads to a page of the book and an id on it; return how many do."""
+    anchors = {page: Anchors(page) for page in folder.rglob("*.html")}
+    n_links = 0
+    for page in folder.glob("api/*.html"):
+        for link in anchors[page].links:
+            if not re.match(r"[a-z]+:", link):
+                file, _, anchor = link.partition("#")
+                target = (page.parent / file).resolve() if file else page
+                assert target.exists(), (page.name, link)
+                assert not anchor or target.suffix != ".html" or anchor in anchors[target].ids, (page.name, link)
+                n_links += 1
+    return n_links

@@ -1,4 +1,4 @@
-"""One small chart of every kind, from made-up numbers; run as a script it prints their bundles' stable part."""
+"""Small charts of every kind, from made-up numbers; run as a script, it prints their stable specs."""
 
 import json
 import math
@@ -35,9 +35,9 @@ def routing(tokens: int, layers: int, k: int = 2) -> list[dict[str, Any]]:
     ]
 
 
-def speed_rows(*ways: str) -> list[dict[str, Any]]:
-    return [{"by": way, "rows": n, "TFLOP/s": (600 - 90 * i) * n / (n + 200)}
-            for i, way in enumerate(ways) for n in (64, 256, 1024, 4096)]  # fmt: skip
+def speed_rows(*names: str) -> list[dict[str, Any]]:
+    return [{"by": name, "rows": n, "TFLOP/s": (600 - 90 * i) * n / (n + 200)}
+            for i, name in enumerate(names) for n in (64, 256, 1024, 4096)]  # fmt: skip
 
 
 def kind_rows() -> list[dict[str, Any]]:
@@ -69,24 +69,24 @@ def table_rows() -> list[dict[str, Any]]:
 
 
 def device_limits(tokens: int, devices: int, k: int = 6) -> list[dict[str, Any]]:
-    """k experts a token over the devices, at most m of them at limit m."""
+    """k experts per token on at most m of the devices at limit m."""
     draw = random.Random(4)
     limits = []
     for m in range(1, devices + 1):
         counts, gates = [[0] * devices for _ in range(tokens)], [[0.0] * devices for _ in range(tokens)]
         for t in range(tokens):
-            own = draw.sample(range(devices), m)
+            allowed = draw.sample(range(devices), m)
             for _ in range(k):
-                d = draw.choice(own)
+                d = draw.choice(allowed)
                 counts[t][d] += 1
                 gates[t][d] += 1 / k
         reached = sum(count > 0 for row in counts for count in row) / tokens
-        limits.append({"counts": counts, "gates": gates, "reached": reached, "kept": m / (m + 1)})
+        limits.append({"counts": counts, "gates": gates, "reached": reached, "affinity": m / (m + 1)})
     return limits
 
 
-def together(experts: int) -> tuple[list[list[float]], list[list[float]]]:
-    """Shares of common tokens of experts in four groups, and those of chance."""
+def coactivation_shares(experts: int) -> tuple[list[list[float]], list[list[float]]]:
+    """Co-activation of experts in four groups, and the same by chance."""
     draw = random.Random(5)
     null = [[0.05 + 0.1 * draw.random() for _ in range(experts)] for _ in range(experts)]
     shares = [[null[i][j] * draw.uniform(0.5, 1.5) * (2.5 if i % 4 == j % 4 else 0.7) for j in range(experts)]
@@ -94,22 +94,22 @@ def together(experts: int) -> tuple[list[list[float]], list[list[float]]]:
     return shares, null
 
 
-def loss_rows(field: str, places: list[float], models: int, seeds: int) -> list[dict[str, Any]]:
+def loss_rows(field: str, x_values: list[float], models: int, seeds: int) -> list[dict[str, Any]]:
     draw = random.Random(6)
     return [
         {
             "model": f"model {m}",
             "seed": seed,
-            field: place,
+            field: x,
             "loss": 2 + 0.1 * m + (m + 1) * 0.2 * i + 0.1 * draw.random(),
         }
         for m in range(models)
         for seed in range(seeds)
-        for i, place in enumerate(places)
+        for i, x in enumerate(x_values)
     ]
 
 
-def lift_rows(layers: int, experts: int) -> list[dict[str, Any]]:
+def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     draw = random.Random(7)
     return [
         {"what": f"layer {i}", "expert": e, "value": 0.3 + 0.2 * abs(draw.gauss()), "null_low": null - 0.05,
@@ -131,7 +131,7 @@ def cost_rows(runs: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def wave_rows(pairs: int, low: int, high: int, factor: float) -> list[dict[str, Any]]:
+def wavelength_rows(pairs: int, low: int, high: int, factor: float) -> list[dict[str, Any]]:
     rows = []
     for j in range(pairs):
         plain, mixed = 2 * math.pi * 10_000 ** (j / pairs), min(max((j - low) / (high - low), 0), 1)
@@ -208,7 +208,7 @@ def every_chart() -> dict[str, Any]:
     spread = [{"model": m, "value": 2 + draw.random(), "null": 3 + draw.random()} for m in MODELS for _ in range(16)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
     balanced = balance_rows()
-    pairs, null_of_pairs = together(64)
+    pairs, null_of_pairs = coactivation_shares(64)
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
         "training_curves, one": charts.training_curves(curve_rows(1, 1, 20)),
@@ -234,7 +234,7 @@ def every_chart() -> dict[str, Any]:
         "balance_scatter": charts.balance_scatter(balanced),
         "balance_scatter, one seed": charts.balance_scatter([row for row in balanced if row["seed"] == 0][:1]),
         "reach_curve": charts.reach_curve(
-            [{"scores": s, "limit": m, "reached": min(m, 4.5), "kept": m / (m + i)} for i, s in enumerate(("random",
+            [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]
         ),
         "device_flow": charts.device_flow(text[:48], device_limits(48, 8)),
@@ -245,11 +245,13 @@ def every_chart() -> dict[str, Any]:
         "cache_by_design, few": charts.cache_by_design(heads=16, groups=1, head_dim=64),
         "decode_cost": charts.decode_cost(cost_rows(1)),
         "decode_cost, runs": charts.decode_cost(cost_rows(3)[:30]),
-        "rotary_frequencies": charts.rotary_frequencies(wave_rows(32, 10, 23, 40), original=4096, extended=163_840),
+        "rotary_frequencies": charts.rotary_frequencies(
+            wavelength_rows(32, 10, 23, 40), original=4096, extended=163_840
+        ),
         "needle": charts.needle(needle_rows(("RoPE", "window", "YaRN"), 5, 3)),
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
-        "coactivation, few": charts.coactivation(together(8)[0]),
+        "coactivation, few": charts.coactivation(coactivation_shares(8)[0]),
         "effect_matrix": charts.effect_matrix(
             [{"model": m, "without": a, "on": b, "value": (1.7 if a == b else 0.1) - 0.2 * i + 0.01 * run}
              for i, m in enumerate(("GShard", "DeepSeekMoE")) for run in range(3)
@@ -258,7 +260,7 @@ def every_chart() -> dict[str, Any]:
         "effect_matrix, one": charts.effect_matrix(
             [{"model": "a", "without": a, "on": b, "value": -0.1} for a in "xy" for b in "xy"]
         ),
-        "worth_scatter": charts.worth_scatter(
+        "expert_worth": charts.expert_worth(
             [{"model": m, "expert": e, "counted": 1 + (e * 7 % 5) / 4, "worth": 0.02 * (e % 3) - 0.005}
              for m in ("GShard", "DeepSeekMoE") for e in range(8)]
         ),
@@ -271,15 +273,15 @@ def every_chart() -> dict[str, Any]:
         ),
         "trend_intervals": charts.trend_intervals(TRENDS),
         "launch_counts": charts.launch_counts(
-            [{"way": way, "forward": n, "backward": 2 * n} for way, n in (("loop", 395), ("ours", 4))]
+            [{"backend": name, "forward": n, "backward": 2 * n} for name, n in (("loop", 395), ("ours", 4))]
         ),
         "exchange_matrix": charts.exchange_matrix([[90, 30, 40, 12], [20, 80, 9, 8], [1, 2, 99, 3], [0, 7, 6, 50]]),
         "exchange_matrix, large": charts.exchange_matrix([[1000 + p * q for q in range(16)] for p in range(16)]),
         "link_timeline": charts.link_timeline(
             [
-                {"lane": f"lane {n}", "of": f"half {n % 2}", "what": w, "start": 40 * n + at, "end": 40 * n + at + 25}
+                {"lane": f"lane {n}", "group": f"half {n % 2}", "what": what, "start": start, "end": start + 25}
                 for n in range(6)
-                for w, at in (("dispatch", 0), ("up", 28))
+                for what, start in (("dispatch", 40 * n), ("up", 40 * n + 28))
             ]
         ),
         "scaling_curve": charts.scaling_curve(
@@ -298,9 +300,9 @@ def every_chart() -> dict[str, Any]:
         "ratio_bars, wide": charts.ratio_bars([{**row, "ratio": 9.5, "high": 12} for row in RATIOS[:1]] + RATIOS[1:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),
         "roofline, one": charts.roofline(POINTS[1:2], peak=2e11, bandwidth=4e10),
-        "specialization_against_null": charts.specialization_against_null(lift_rows(4, 64)),
+        "specialization_against_null": charts.specialization_against_null(specialization_rows(4, 64)),
         "specialization_against_null, layers": charts.specialization_against_null(
-            [{key: row[key] for key in row if key != "expert"} for row in lift_rows(5, 1)]
+            [{key: row[key] for key in row if key != "expert"} for row in specialization_rows(5, 1)]
         ),
         "token_routing": charts.token_routing(text, routing(len(text), 4)),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What several test files share: a small course of one chapter, and a quiet headless browser."""
+"""Fixtures that test files share: a small course of one chapter, the slowness of this machine, a headless browser."""
 
 import os
 import signal
@@ -72,17 +72,17 @@ toc: {format: jb-book, root: notebooks/03_small, chapters: []}
 
 
 def pytest_configure() -> None:
-    """Tests send interrupts, and a shell that starts pytest in the background has them ignored, in children too."""
+    """Restore SIGINT for tests that send it: under a shell's background job it would be ignored, in children too."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-REFERENCE_SECONDS = 1.0  # what `slowness` measures on the quiet reference machine, that of README's table of times
+REFERENCE_SECONDS = 1.0  # what `slowness` measures on the idle reference machine, see notebooks/pages/run_times.md
 SCREENSHOTS = paths.REPOSITORY / "build" / "screenshots"  # what CI keeps of a run
 
 
 class Course:
-    """A repository in a folder with a space in its name; `write` gives it a chapter."""
+    """A repository in a folder with a space in its name; `write` adds a chapter."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.notebooks, self.runs = root, root / "notebooks", root / "runs"
@@ -108,6 +108,7 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
     """A small course that the package takes for its own repository."""
     small = Course(tmp_path / "a course")
     monkeypatch.setattr(paths, "REPOSITORY", small.root)
+    monkeypatch.setattr(paths, "FOLDER", small.root)
     monkeypatch.setattr(paths, "NOTEBOOKS", small.notebooks)
     monkeypatch.setattr(paths, "RUNS", small.runs)
     monkeypatch.setattr(paths, "WORK", small.root / "work")
@@ -117,7 +118,7 @@ def course(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Course:
 
 @pytest.fixture(scope="session")
 def slowness() -> float:
-    """How many times slower than the quiet reference machine this one is now: CPU time of a fixed piece of training."""
+    """How many times slower than the idle reference machine this machine is now: CPU time of a short training."""
     import torch
 
     from dsmoe_lite.model import Transformer
@@ -135,14 +136,14 @@ def slowness() -> float:
 
 @pytest.fixture(scope="session")
 def screenshots() -> Path:
-    """The folder for pictures of pages, for people to look at."""
+    """The folder for screenshots, for people to look at."""
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     return SCREENSHOTS
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium that asks nothing of the network; a skip where there is none, or a failure."""
+    """Headless Chromium without network access; if there is none, skip, or fail if DSMOE_REQUIRE names `browser`."""
     from playwright.sync_api import sync_playwright
 
     chromium = find_chromium()

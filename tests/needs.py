@@ -1,4 +1,4 @@
-"""Tests of what not every machine has: skipped with one line that names the remedy, or run where DSMOE_REQUIRE asks."""
+"""Marks for tests that need optional tools: skipped with a remedy if one is missing, unless DSMOE_REQUIRE names it."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from dsmoe_lite.common.machine import find_nvcc
 
 
 def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:
-    required = part in os.environ.get("DSMOE_REQUIRE", "").split(",")  # then the test runs, and fails
+    required = part in os.environ.get("DSMOE_REQUIRE", "").split(",")  # then the test runs and fails
     return pytest.mark.skipif(not found and not required, reason=remedy)
 
 

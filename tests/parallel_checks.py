@@ -24,16 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.layers import balance
-from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
-from dsmoe_lite.parallel.checkpoint_folders import newest
+from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
 from dsmoe_lite.parallel.collectives import all_reduce_sum
 from dsmoe_lite.parallel.mesh import device_of, make_mesh, rows_of_rank
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
-from dsmoe_lite.simulate.placement import in_order
+from dsmoe_lite.simulate.placement import consecutive_placement
 from dsmoe_lite.simulate.traffic import rows_between
 from dsmoe_lite.training.launch import launched_processes
 from dsmoe_lite.training.processes import Processes
@@ -126,6 +125,12 @@ def train_both(name: str, config: ModelConfig, expert: int, n_sequences: int = 8
     FOUND[name] = {"losses": max(losses), "gradients": gradients, "parameters": parameters}
 
 
+def output(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """Dispatch, run the experts, combine."""
+    dispatched = experts.dispatch(x, routing)
+    return experts.combine(experts(dispatched), dispatched)
+
+
 class SentRows(TorchDispatchMode):
     """Rows of every all-to-all that leave this process, by the shape of a row and by dtype."""
 
@@ -156,15 +161,15 @@ def payload(expert: int) -> None:
     fewest = sum(len(set(row) - {here}) for row in devices.tolist())
 
     with SentRows(here) as forward:
-        y = spread(dispatch(x, routing))
+        y = output(spread, x, routing)
     with SentRows(here) as backward:
         torch.autograd.grad(y.sum() + (y * x.detach()).sum(), x)
     home = torch.full((T,), here)
-    crossing = rows_between(routing.topk_ids, routing.kept, home, in_order(E, expert)).fill_diagonal_(0)
+    crossing = rows_between(routing.topk_ids, routing.kept, home, consecutive_placement(E, expert)).fill_diagonal_(0)
     assert int(crossing.sum()) == fewest
     numbers = torch.tensor([fewest, forward.left[(D,), x.dtype], backward.left[(D,), x.dtype]])
     dist.all_reduce(numbers)
-    wanted = experts(dispatch(x, routing))
+    wanted = output(experts, x, routing)
     error = worst(iter([(y.detach(), wanted.detach())]))
     held = sum(p.to_local().numel() for p in spread.parameters()) / sum(p.numel() for p in experts.parameters())
     FOUND[f"payload {expert}"] = {"fewest": int(numbers[0]), "forward": int(numbers[1]), "backward": int(numbers[2]),
@@ -184,7 +189,7 @@ def empty(expert: int) -> None:
         gates, kept = torch.rand(9, 2), torch.ones(9, 2, dtype=torch.bool)
         routing = Routing(torch.zeros(9, 8), torch.zeros(9, 8), ids, gates, kept, (1, 9))
         found = [
-            torch.autograd.grad(way(dispatch(x, routing)).square().sum(), (x, *way.parameters()))
+            torch.autograd.grad(output(way, x, routing).square().sum(), (x, *way.parameters()))
             for way in (spread, experts)
         ]
         FOUND[f"empty {backend}"] = worst((whole(mine), wanted) for mine, wanted in zip(*found, strict=True))
@@ -260,7 +265,7 @@ def save(folder: Path) -> None:
 def resume(folder: Path) -> None:
     """Go on from the newest checkpoint."""
     model, optimizer, tokens = checkpointed()
-    path = newest(folder)
+    path = newest_checkpoint(folder)
     assert path is not None
     FOUND["state"] = load_sharded(path, model, optimizer)
     FOUND["next"] = train_on(model, optimizer, tokens, 2)

@@ -17,7 +17,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def random_choices(seed: int, T: int = 40, E: int = 6, K: int = 3, *, padded: bool = True, skew: float = 1.0) -> Tensor:
-    """K different experts a token, expert e with weight (e + 1)**-skew; with `padded` some rows end in -1."""
+    """K different experts per token, expert e with weight (e + 1)**-skew; with `padded` some rows end in -1."""
     g = seeded(seed)
     weights = torch.arange(1, E + 1, dtype=torch.double) ** -skew
     ids = torch.multinomial(weights.expand(T, E), K, generator=g)
@@ -28,7 +28,7 @@ def random_choices(seed: int, T: int = 40, E: int = 6, K: int = 3, *, padded: bo
 
 
 def in_turn(T: int, E: int, K: int) -> Tensor:
-    """K neighbours a token, every expert equally often where E divides T."""
+    """K neighbouring experts per token, every expert equally often if E divides T."""
     return torch.stack([(torch.arange(T) + k) % E for k in range(K)], dim=1)
 
 

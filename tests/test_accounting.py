@@ -1,4 +1,4 @@
-"""Counts against what the papers print, against a loop over matrices, and against the model itself."""
+"""Counts compared with the papers, with a loop over matrices, and with the model itself."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def test_printed_figures_of_the_validation_models(name: str, entry: dict[str, st
     counted = parameters(preset(name))
     values = {
         "total": [counted.total],
-        # one decimal cannot tell the three conventions apart at this size
+        # at this size, the three conventions agree to one decimal
         "active": [counted.active_all, counted.active_no_input_embed, counted.active_no_embed],
         "expert_total": [counted.ffn.total],
         "expert_active": [counted.ffn.active],
@@ -70,7 +70,7 @@ def test_only_one_convention_gives_the_activated_size_of_16b() -> None:
 @pytest.mark.parametrize("row", PUBLISHED["flops"]["rows"], ids=lambda row: row["model"])
 def test_flops_rows(row: dict) -> None:
     numbers = {key: row[key] for key in ("n_layers", "d_model", "vocab_size", "ffn_units", "seq_len")}
-    # Table 6's 585.6T is the one figure the formula misses, by 0.02%; published.json says so.
+    # The formula misses only Table 6's 585.6T, by 0.02%; published.json records it.
     expected = "585.5T" if row["model"] == "DeepSeekMoE 145B" else row["text"]
     assert as_printed(formula_flops(**numbers), row["text"]) == expected
 
@@ -102,13 +102,13 @@ def test_combinations() -> None:
 
 
 def attention_matrices(D: int, attention: AnyAttention) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Every weight of one block's attention, head by head."""
+    """Every weight of the attention in one block, head by head."""
     shapes: list[tuple[int, ...]] = []
     norms: list[tuple[int, ...]] = []
     if isinstance(attention, AttentionConfig):
-        d, groups = attention.head_dim, attention.n_kv_heads or attention.n_heads
+        d, kv_heads = attention.head_dim, attention.n_kv_heads or attention.n_heads
         shapes += [(D, d)] * attention.n_heads  # queries
-        shapes += [(D, d)] * groups + [(D, d)] * groups  # keys, values
+        shapes += [(D, d)] * kv_heads + [(D, d)] * kv_heads  # keys, values
         shapes += [(d, D)] * attention.n_heads  # output
     else:
         nope, rope, v = attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim
@@ -125,35 +125,37 @@ def attention_matrices(D: int, attention: AnyAttention) -> list[tuple[str, tuple
 
 
 def matrices(config: ModelConfig) -> list[tuple[str, tuple[int, ...], bool]]:
-    """Every weight of the model, written out: (component, shape, met by token 0)."""
+    """Every weight of the model: (component, shape, whether token 0 meets it)."""
     D = config.d_model
-    found = [("embed_in", (config.vocab_size, D), True), ("norms", (D,), True)]
+    weights = [("embed_in", (config.vocab_size, D), True), ("norms", (D,), True)]
     if not config.tie_embeddings:
-        found.append(("lm_head", (D, config.vocab_size), True))
+        weights.append(("lm_head", (D, config.vocab_size), True))
     for layer in range(config.n_layers):
-        found += [("norms", (D,), True)] * 2 + attention_matrices(D, config.attention)
-        place = layer - config.n_dense_layers  # from 0 for the first block that may hold experts
-        if config.moe is None or place < 0 or place % config.interleave != config.interleave - 1:
-            found += [("dense_ffn", shape, True) for shape in ((D, config.ffn_width),) * 2 + ((config.ffn_width, D),)]
+        weights += [("norms", (D,), True)] * 2 + attention_matrices(D, config.attention)
+        index = layer - config.n_dense_layers  # 0 for the first block that may have experts
+        if config.moe is None or index < 0 or index % config.interleave != config.interleave - 1:
+            weights += [("dense_ffn", shape, True) for shape in ((D, config.ffn_width),) * 2 + ((config.ffn_width, D),)]
             continue
         F = config.moe.expert_width
         if config.moe.scoring_func != "hash":
-            found += [("router", (config.moe.n_routed_experts, D), True)] * (1 + config.moe.noisy_gating)
+            weights += [("router", (config.moe.n_routed_experts, D), True)] * (1 + config.moe.noisy_gating)
         for expert in range(config.moe.n_routed_experts):
-            found += [("routed_experts", shape, expert < config.moe.top_k) for shape in ((D, F), (D, F), (F, D))]
+            weights += [("routed_experts", shape, expert < config.moe.top_k) for shape in ((D, F), (D, F), (F, D))]
         for _ in range(config.moe.n_shared_experts):
-            found += [("shared_experts", shape, True) for shape in ((D, F), (D, F), (F, D))]
-    return found
+            weights += [("shared_experts", shape, True) for shape in ((D, F), (D, F), (F, D))]
+    return weights
 
 
 @st.composite
 def attentions(draw: st.DrawFn) -> AnyAttention:
     small = st.integers(1, 5)
     if draw(st.booleans()):
-        groups, each = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-        n_kv_heads = draw(st.sampled_from([None, groups]))
+        kv_heads, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        n_kv_heads = draw(st.sampled_from([None, kv_heads]))
         window = draw(st.none() | st.integers(1, 9))
-        return AttentionConfig(n_heads=groups * each, head_dim=2 * draw(small), n_kv_heads=n_kv_heads, window=window)
+        return AttentionConfig(
+            n_heads=kv_heads * per_group, head_dim=2 * draw(small), n_kv_heads=n_kv_heads, window=window
+        )
     q_lora_rank = draw(st.none() | small)
     return MLAConfig(
         n_heads=draw(small),
@@ -247,7 +249,7 @@ def test_training_flops_generalise_the_formula(config: ModelConfig, seq_len: int
 
 
 @given(configs())
-def test_one_more_expert_a_token_is_one_more_active_expert(config: ModelConfig) -> None:
+def test_one_more_expert_per_token_is_one_more_active_expert(config: ModelConfig) -> None:
     if config.moe is None or config.moe.scoring_func == "hash" or config.moe.top_k == config.moe.n_routed_experts:
         return
     before = parameters(config)
@@ -279,10 +281,10 @@ def test_kv_cache_is_a_key_and_a_value_for_each_head_and_layer() -> None:
             ),
             "MLA",
             46,
-        ),  # as many for ten times the heads
+        ),  # the same for ten times the heads
     ],
 )
-def test_the_cache_of_each_attention(attention: AnyAttention, kind: str, elements: int) -> None:
+def test_cache_elements_of_each_kind_of_attention(attention: AnyAttention, kind: str, elements: int) -> None:
     config = replace(preset("course-dense"), attention=attention)  # 2 layers
     assert kv_cache_elements(config) == 2 * elements
     assert attention_kind(attention) == kind
@@ -292,9 +294,9 @@ def test_the_cache_of_each_attention(attention: AnyAttention, kind: str, element
 @given(configs(), st.integers(0, 40), st.integers(1, 64), st.integers(1, 5))
 def test_cache_bytes_hold_every_bit(config: ModelConfig, n_tokens: int, bits: int, batch_size: int) -> None:
     window = getattr(config.attention, "window", None) or n_tokens
-    kept = sum(1 for position in range(n_tokens) if position >= n_tokens - window)
-    held = sum(bits for _ in range(batch_size * kept * kv_cache_elements(config)))
-    assert 0 <= 8 * kv_cache_bytes(config, n_tokens, bits, batch_size) - held < 8
+    cached = sum(1 for position in range(n_tokens) if position >= n_tokens - window)
+    expected_bits = sum(bits for _ in range(batch_size * cached * kv_cache_elements(config)))
+    assert 0 <= 8 * kv_cache_bytes(config, n_tokens, bits, batch_size) - expected_bits < 8
 
 
 def test_cache_bytes_are_exact_and_roll_over_a_window() -> None:
@@ -330,7 +332,7 @@ def test_cache_bytes_name_bad_input(call: dict, words: str) -> None:
 
 
 def test_course_presets_are_comparable() -> None:
-    """Same everything but the FFN; the wide dense model has the active FFN weights of two experts."""
+    """They differ in the FFN only; the wide dense model has the active FFN weights of two experts."""
     counted = [parameters(preset(name)) for name in COURSE]
     dense, wide, gshard, switch, hashed, deepseekmoe = counted
     assert {(c.embed_in, c.lm_head, c.attention, c.norms) for c in counted} == {
@@ -342,7 +344,7 @@ def test_course_presets_are_comparable() -> None:
 
 
 def component(parameter: str) -> str:
-    """The component a parameter of the model belongs to, by its name."""
+    """The component of a parameter of the model, by its name."""
     for word, name in {
         "norm": "norms",
         "router": "router",
@@ -368,13 +370,13 @@ def test_the_model_has_the_parameters_that_are_counted(name: str, tied: bool) ->
     config = replace(preset(name), tie_embeddings=tied)
     with torch.device("meta"):
         model = Transformer(config)
-    found = dict.fromkeys(parameters(config).rows(), 0)
+    counted = dict.fromkeys(parameters(config).rows(), 0)
     for parameter, tensor in model.named_parameters():
-        found[component(parameter)] += tensor.numel()
-    assert found == {part: count.total for part, count in parameters(config).rows().items()}
+        counted[component(parameter)] += tensor.numel()
+    assert counted == {part: count.total for part, count in parameters(config).rows().items()}
 
 
-def test_an_unknown_preset_names_the_close_ones() -> None:
+def test_an_unknown_preset_suggests_close_names() -> None:
     with pytest.raises(InputError, match=r"^preset = 'gshard-2B': there is none; close: .*gshard-2\.0B"):
         preset("gshard-2B")
     with pytest.raises(InputError, match=r"close: deepseek-v3"):

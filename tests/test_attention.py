@@ -1,4 +1,4 @@
-"""MHA, GQA, MQA and the sliding window against a float64 loop; masks; padding; configs that cannot work."""
+"""MHA, GQA, MQA and the sliding window compared with a float64 loop; masks; padding; invalid configs."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, YarnConfig, from_dict, to_dict
 from dsmoe_lite.layers.attention import Attention
-from dsmoe_lite.layers.sdpa import attend, mask_of, visible
+from dsmoe_lite.layers.sdpa import attention_mask, sdpa, visible_keys
 
 D = 5
 CASES = {
@@ -57,17 +57,17 @@ def run(layer: Attention, x: Tensor) -> Tensor:
 def test_layer_equals_the_loop_forward_and_backward(name: str) -> None:
     layer = make(CASES[name])
     x = torch.randn(2, 7, D, dtype=torch.float64, requires_grad=True)
-    found, expected = run(layer, x), attention_by_hand(layer, x)
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    same_gradients(layer, found, expected, x)
+    actual, expected = run(layer, x), attention_by_hand(layer, x)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    same_gradients(layer, actual, expected, x)
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> tuple[AttentionConfig, int, int]:
-    G, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    H_kv, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     window = draw(st.none() | st.integers(1, 9))
     d = 2 * draw(st.integers(1, 3))
-    config = AttentionConfig(n_heads=G * per_group, head_dim=d, n_kv_heads=G, window=window)
+    config = AttentionConfig(n_heads=H_kv * per_group, head_dim=d, n_kv_heads=H_kv, window=window)
     return config, draw(st.integers(1, 2)), draw(st.integers(1, 8))
 
 
@@ -107,7 +107,7 @@ def test_a_window_of_one_passes_each_tokens_own_value() -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 5, 6, 7])
 def test_exactly_the_tokens_of_the_window_reach_a_token(window: int) -> None:
-    """By gradients: two layers would see further, one does not."""
+    """By gradients of one layer; two layers would see further."""
     layer = make(AttentionConfig(n_heads=2, head_dim=4, window=window))
     x = torch.randn(1, 7, D, dtype=torch.float64, requires_grad=True)
     y = run(layer, x)
@@ -117,7 +117,7 @@ def test_exactly_the_tokens_of_the_window_reach_a_token(window: int) -> None:
         assert seen == list(range(max(0, t - window + 1), t + 1))
 
 
-def test_nothing_is_wider_than_it_should_be() -> None:
+def test_weights_have_the_expected_shapes() -> None:
     sizes = {name: tuple(weight.shape) for name, weight in make(CASES["gqa"]).named_parameters()}
     assert sizes == {"query.weight": (24, D), "key.weight": (12, D), "value.weight": (12, D), "output.weight": (D, 24)}
 
@@ -130,73 +130,74 @@ def test_nothing_is_wider_than_it_should_be() -> None:
     pad=st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=3), order=st.randoms(use_true_random=False),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_visible_is_what_each_pair_of_positions_says(start, n_new, window, pad, order) -> None:
-    """The keys: new tokens, in order, after old ones in any order, as in a rolling cache."""
+def test_visible_keys_follow_from_each_pair_of_positions(start, n_new, window, pad, order) -> None:
+    """The keys are old tokens in any order, as in a rolling cache, then the new tokens in order."""
     first = 0 if window is None else max(0, start - window + 1)
     old = list(range(first, start))
     order.shuffle(old)
     keys, queries = [*old, *range(start, start + n_new)], list(range(start, start + n_new))
-    mask = visible(torch.tensor(queries), torch.tensor(keys), window, None if pad is None else torch.tensor(pad))
+    mask = visible_keys(torch.tensor(queries), torch.tensor(keys), window, None if pad is None else torch.tensor(pad))
     for row, padding in enumerate([0] if pad is None else pad):
         expected = [
             [j <= t and (window is None or t - j < window) and (j >= padding or j == t) for j in keys] for t in queries
         ]
         if mask is None:
             assert pad is None
-            N = len(keys)
-            assert expected == ([[j <= i for j in range(N)] for i in range(N)] if keys == queries else [[True] * N])
+            causal = [[j <= i for j in range(len(keys))] for i in range(len(keys))]
+            assert expected == (causal if keys == queries else [[True] * len(keys)])
         else:
-            found = mask if pad is None else mask[row, 0]
-            assert found.tolist() == expected
+            actual = mask if pad is None else mask[row, 0]
+            assert actual.tolist() == expected
     if pad is None and window is None:
-        assert (mask is None) == (start == 0 or n_new == 1), "no mask where the kernel knows"
+        assert (mask is None) == (start == 0 or n_new == 1), "the kernel needs no mask"
 
 
-def test_mask_of_without_a_cache() -> None:
-    here = torch.device("cpu")
-    assert mask_of(5, here) is None
-    assert mask_of(5, here, window=5) is None
-    mask = mask_of(5, here, window=4)
+def test_attention_mask_without_a_cache() -> None:
+    cpu = torch.device("cpu")
+    assert attention_mask(5, cpu) is None
+    assert attention_mask(5, cpu, window=5) is None
+    mask = attention_mask(5, cpu, window=4)
     assert mask is not None
     assert (mask == torch.ones(5, 5, dtype=torch.bool).tril()).logical_not().nonzero().tolist() == [[4, 0]]
-    padded = mask_of(3, here, pad=torch.tensor([0, 2]))
+    padded = attention_mask(3, cpu, pad=torch.tensor([0, 2]))
     assert padded is not None
     assert padded.shape == (2, 1, 3, 3)
 
 
-def naive_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def sdpa_by_loop(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     B, H, S, _ = q.shape
-    G, N = k.shape[1:3]
+    H_kv, S_kv = k.shape[1:3]
     out = torch.zeros(B, H, S, v.shape[-1], dtype=q.dtype)
     for b in range(B):
         for h in range(H):
             for s in range(S):
-                seen = torch.arange(N) <= s + N - S if mask is None else mask.expand(B, 1, S, N)[b, 0, s]
-                scores = (k[b, h * G // H] @ q[b, h, s] * scale).masked_fill(~seen, -math.inf)
-                out[b, h, s] = scores.softmax(dim=0) @ v[b, h * G // H]
+                seen = torch.arange(S_kv) <= s + S_kv - S if mask is None else mask.expand(B, 1, S, S_kv)[b, 0, s]
+                scores = (k[b, h * H_kv // H] @ q[b, h, s] * scale).masked_fill(~seen, -math.inf)
+                out[b, h, s] = scores.softmax(dim=0) @ v[b, h * H_kv // H]
     return out
 
 
 @given(
-    G=st.integers(1, 2), per_group=st.integers(1, 3), S=st.integers(1, 4), old=st.integers(0, 4), d=st.integers(1, 6),
-    d_v=st.integers(1, 9), masked=st.sampled_from(["no", "all rows", "each row"]), seed=st.integers(0, 99),
+    H_kv=st.integers(1, 2), per_group=st.integers(1, 3), S=st.integers(1, 4), old=st.integers(0, 4),
+    d=st.integers(1, 6), d_v=st.integers(1, 9), masked=st.sampled_from(["no", "all rows", "each row"]),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_attend_equals_a_loop(G, per_group, S, old, d, d_v, masked, seed) -> None:
-    """Values narrower and wider than keys, one query and several, groups, tensors that lie apart in memory."""
+def test_sdpa_equals_a_loop(H_kv, per_group, S, old, d, d_v, masked, seed) -> None:
+    """Values narrower and wider than keys, one query and several, groups, tensors that are not contiguous."""
     torch.manual_seed(seed)
-    B, H, N = 2, G * per_group, old + S
+    B, H, S_kv = 2, H_kv * per_group, old + S
     q = torch.randn(B, S, H, d, dtype=torch.float64).transpose(1, 2)
-    k = torch.randn(B, N, G, d, dtype=torch.float64).transpose(1, 2)
-    v = torch.randn(B, G, 2 * N, d_v, dtype=torch.float64)[:, :, :N]
+    k = torch.randn(B, S_kv, H_kv, d, dtype=torch.float64).transpose(1, 2)
+    v = torch.randn(B, H_kv, 2 * S_kv, d_v, dtype=torch.float64)[:, :, :S_kv]
     if masked == "no" and (S == 1 or old == 0):
         mask = None
     else:
-        shape = (B, 1, S, N) if masked == "each row" else (S, N)
-        mask = (torch.rand(shape) < 0.5) | torch.eye(N, dtype=torch.bool)[old:]
-    found = attend(q, k, v, 0.7, mask)
-    assert found.shape == (B, H, S, d_v)
-    torch.testing.assert_close(found, naive_attend(q, k, v, 0.7, mask), rtol=1e-11, atol=1e-12)
+        shape = (B, 1, S, S_kv) if masked == "each row" else (S, S_kv)
+        mask = (torch.rand(shape) < 0.5) | torch.eye(S_kv, dtype=torch.bool)[old:]
+    actual = sdpa(q, k, v, 0.7, mask)
+    assert actual.shape == (B, H, S, d_v)
+    torch.testing.assert_close(actual, sdpa_by_loop(q, k, v, 0.7, mask), rtol=1e-11, atol=1e-12)
 
 
 # Whole models
@@ -214,7 +215,7 @@ def test_padding_changes_nothing(name: str, moe) -> None:
     for row, n, logits in zip(rows, lengths, together, strict=True):
         torch.testing.assert_close(logits[-n:], model(row).logits[0], rtol=1e-9, atol=1e-9)
     unpadded = model(torch.cat(filled)).logits
-    assert not torch.allclose(unpadded[0, -3:], together[0, -3:], atol=1e-3), "padding should matter where it is seen"
+    assert not torch.allclose(unpadded[0, -3:], together[0, -3:], atol=1e-3), "padding that is seen should matter"
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -230,7 +231,7 @@ def test_no_token_sees_the_future(name: str) -> None:
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_near(name: str, dtype: torch.dtype) -> None:
-    """As weights of that kind, and by autocast; forward and backward."""
+    """Weights in half precision, and autocast; forward and backward."""
     model, tokens = make_model(KINDS[name]).float(), torch.randint(0, VOCAB, (2, 12))
     exact, bound = model(tokens).logits.detach(), 0.1 if dtype == torch.bfloat16 else 0.02
     with torch.autocast("cpu", dtype):
@@ -259,12 +260,12 @@ def test_half_precision_stays_near(name: str, dtype: torch.dtype) -> None:
         (torch.zeros(2, 5, dtype=torch.long), torch.tensor([1.0, 0.0]), "pad = (2,): must be a tensor of 2 whole"),
     ],
 )
-def test_calls_that_cannot_work_are_one_line(tokens: Tensor, pad: Any, message: str) -> None:
+def test_invalid_calls_are_refused_in_one_line(tokens: Tensor, pad: Any, message: str) -> None:
     model = make_model(KINDS["gqa"])
     assert message in line_of(lambda: model(tokens, pad=pad))
 
 
-def test_ids_of_32_bits_are_ids() -> None:
+def test_token_ids_may_be_int32() -> None:
     model = make_model(KINDS["gqa"], replace(EXPERTS, scoring_func="hash", top_k=1))
     tokens, pad = torch.tensor([[3, 1, 4]]), torch.tensor([1])
     assert torch.equal(model(tokens.int(), pad=pad.int()).logits, model(tokens, pad=pad).logits)
@@ -298,7 +299,7 @@ MLA = MLAConfig(n_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
         (MLA, {"rope_theta": math.inf}, "rope_theta = inf"),
     ],
 )
-def test_attention_that_cannot_work_is_refused_when_made(kind, change: dict[str, Any], message: str) -> None:
+def test_invalid_attention_configs_are_refused(kind, change: dict[str, Any], message: str) -> None:
     assert message in line_of(lambda: replace(kind, **change))
 
 
@@ -313,7 +314,7 @@ def test_attention_that_cannot_work_is_refused_when_made(kind, change: dict[str,
         ({"kv_lora_rank": None}, '"kv_lora_rank"'),
         ({"kv_lora_rank": 0}, "kv_lora_rank = 0"),
         ({"v_head_dim": ...}, '"v_head_dim"'),
-        ({"kv_lora_rank": ...}, '"qk_nope_head_dim"'),  # no latent: taken for the other kind
+        ({"kv_lora_rank": ...}, '"qk_nope_head_dim"'),  # no latent: taken for an AttentionConfig
         ({"yarn": [40]}, '"yarn"'),
         ({"yarn": {"factor": 40}}, "original_max_len"),
         ({"yarn": {"factr": 40, "original_max_len": 64}}, '"factr"'),
@@ -321,7 +322,7 @@ def test_attention_that_cannot_work_is_refused_when_made(kind, change: dict[str,
         ({"yarn": {"factor": 0.5, "original_max_len": 64}}, "factor = 0.5"),
     ],
 )
-def test_plain_data_of_another_shape_is_one_line(change: dict[str, Any], message: str) -> None:
+def test_invalid_plain_data_is_refused_in_one_line(change: dict[str, Any], message: str) -> None:
     values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32))
     values["attention"] = {name: value for name, value in (values["attention"] | change).items() if value is not ...}
     line = line_of(lambda: from_dict(ModelConfig, values))
@@ -329,7 +330,7 @@ def test_plain_data_of_another_shape_is_one_line(change: dict[str, Any], message
 
 
 @pytest.mark.parametrize("attention", [5, None, [], "mla", {}])
-def test_attention_that_is_none_is_one_line(attention: Any) -> None:
+def test_a_value_that_is_no_attention_config_is_refused_in_one_line(attention: Any) -> None:
     values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32)) | {
         "attention": attention
     }
@@ -356,7 +357,7 @@ def test_configs_come_back_from_plain_data(name: str) -> None:
     assert type(again.attention) is type(attention)
 
 
-def test_plain_data_from_before_there_were_kinds_is_mha() -> None:
+def test_plain_data_without_newer_fields_is_mha() -> None:
     old = {"n_heads": 4, "head_dim": 16, "rope_theta": 10000.0}
     values = to_dict(ModelConfig(vocab_size=VOCAB, d_model=24, n_layers=2, attention=MLA, ffn_width=32)) | {
         "attention": old

@@ -1,17 +1,18 @@
-"""Attention layers and whole models against transformers' with the same weights, with its cache and ours.
+"""Attention layers and full models compared with those of transformers: the same weights, its cache and ours.
 
-Its models of DeepSeek-V2 and V3 turn neighbouring channels; pairs_to_halves converts their weights. What differs there:
+The DeepSeek-V2 and V3 models of transformers rotate neighbouring channels; pairs_to_halves converts their weights.
+Further differences:
 
-- cos and sin are tables of float32 made from angles of float32, and norms work in float32. That bounds how far whole
-  models in float64 agree, to about 3e-6 of logits near 1. V3's layer with norms in float64 and our tables agrees to
-  rounding; V2's layer rotates in float32 whatever it is given.
-- Routers of V2 and V3 work in float32, Mixtral's in the model's dtype; ours in the wider of the two.
-- Norms on the latents have eps = 1e-6 whatever rms_norm_eps says; ours have norm_eps.
-- With YaRN mscale_all_dim alone sharpens the softmax; cos and sin, and so the rotated channels alone, are multiplied by
-  what mscale gives over what mscale_all_dim gives. The released models have both equal, and our one `mscale` is that
-  case. Without mscale_all_dim the softmax is left as it was, in V2 as in V3. Models that rotate whole heads sharpen by
-  way of cos and sin, which comes to the same.
-- A sliding window's cache keeps window - 1 tokens there, window here.
+- There, cos and sin are float32 tables of float32 angles, and norms run in float32. So full models in float64 agree to
+  about 3e-6 with logits near 1. V3's layer with float64 norms and our tables agrees up to rounding; V2's layer rotates
+  in float32 for any input.
+- The routers of V2 and V3 run in float32, Mixtral's in the dtype of the model, ours in the wider of the two.
+- Norms on the latents have eps = 1e-6 for any rms_norm_eps; ours have norm_eps.
+- With YaRN, only mscale_all_dim scales the softmax there. cos and sin, and so only the rotated channels, are multiplied
+  by the factor of mscale over the factor of mscale_all_dim. In the released models both are equal; our `mscale` is
+  that case. Without mscale_all_dim, the softmax is not scaled, in V2 and in V3. Models that rotate full heads scale cos
+  and sin instead, which has the same effect.
+- The cache of a sliding window has window - 1 tokens there, window tokens here.
 """
 
 import math
@@ -88,7 +89,7 @@ def _one_thread() -> None:
 
 
 def layer_of(version: int, c: MLAConfig, **change: Any) -> nn.Module:
-    """The attention of DeepseekV2 or DeepseekV3 in float64, its norms included."""
+    """The attention of DeepseekV2 or DeepseekV3 in float64, including its norms."""
     options = latent_options(c) | {"hidden_size": D, "max_position_embeddings": LENGTH} | change
     if version == 2:
         from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2Config
@@ -108,7 +109,7 @@ def _in_float64(layer: nn.Module) -> nn.Module:
 
 
 def turns(version: int, cos: Tensor, sin: Tensor) -> Any:
-    """Our tables in the form that a layer of theirs takes."""
+    """Our tables in the form of transformers' layers."""
     if version == 2:
         return torch.complex(cos, sin)[None]
     return tuple(torch.cat((table, table), dim=-1)[None] for table in (cos, sin))
@@ -129,13 +130,13 @@ def test_mla_equals_deepseeks_forward_and_backward(
     cos, sin = tables(c, 40)
     x = torch.randn(2, 40, D, dtype=torch.float64)
     mine, yours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found = ours(mine, cos, sin)
+    actual = ours(mine, cos, sin)
     expected, _ = theirs(hidden_states=yours, attention_mask=None, position_embeddings=turns(version, cos, sin))
     close = {"rtol": 1e-11, "atol": 1e-11} if version == 3 else {"rtol": 1e-5, "atol": 1e-5}
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, **close)
-    target = torch.randn_like(found)
-    (found * target).sum().backward()
+    torch.testing.assert_close(actual, expected, **close)
+    target = torch.randn_like(actual)
+    (actual * target).sum().backward()
     (expected * target).sum().backward()
     assert mine.grad is not None
     torch.testing.assert_close(mine.grad, yours.grad, **close)
@@ -159,8 +160,8 @@ def test_weights_that_are_not_converted_give_other_numbers() -> None:
 
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("mscale", [0.707, 1.0])
-def test_yarn_of_the_published_size_is_theirs(version: int, mscale: float) -> None:
-    """Frequencies and scale as their configs make them, at DeepSeek's own sizes."""
+def test_yarn_at_published_sizes_equals_theirs(version: int, mscale: float) -> None:
+    """Frequencies and scale that their configs give at the sizes of DeepSeek."""
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2RotaryEmbedding
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RotaryEmbedding
 
@@ -191,7 +192,7 @@ def test_without_mscale_all_dim_transformers_scales_the_tables_instead(version: 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 def test_attention_equals_mixtrals_with_a_window_and_groups(window: int | None) -> None:
-    """Their mask is made by the whole model; here it is written out."""
+    """In transformers, the model makes the mask; here the test does."""
     from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralConfig
 
     torch.manual_seed(0)
@@ -218,9 +219,9 @@ def test_logits_equal_those_of_transformers(name: str) -> None:
     ours, theirs = both(MODELS[name])
     tokens = torch.randint(0, VOCAB, (2, 40))
     with torch.no_grad():
-        found, expected = ours(tokens).logits, theirs(tokens).logits
+        actual, expected = ours(tokens).logits, theirs(tokens).logits
     assert expected.std() > 1
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -229,24 +230,24 @@ def test_decoding_step_by_step_equals_theirs(name: str) -> None:
 
     ours, theirs = both(MODELS[name], seed=1)
     tokens, c = torch.randint(0, VOCAB, (2, 40)), MODELS[name].attention
-    my_cache, their_cache = Cache(ours.config, 2, reserve=40), DynamicCache(config=theirs.config)
+    our_cache, their_cache = Cache(ours.config, 2, reserve=40), DynamicCache(config=theirs.config)
     with torch.no_grad():
         for part in tokens.split([7, 1, 1, 1, 1, 4, 1, 1, 9, 1, 1, 1, 11], dim=1):
             expected = theirs(part, past_key_values=their_cache, use_cache=True).logits
-            torch.testing.assert_close(ours(part, my_cache).logits, expected, rtol=0, atol=2e-5)
-    held = sum(layer.keys.numel() + layer.values.numel() for layer in their_cache.layers)
-    kept, least = (40, 40) if c.window is None else (c.window, c.window - 1)
-    assert held == 2 * 2 * least * c.cache_width
-    assert my_cache.nbytes == 2 * 2 * kept * c.cache_width * 8
+            torch.testing.assert_close(ours(part, our_cache).logits, expected, rtol=0, atol=2e-5)
+    theirs_cached = sum(layer.keys.numel() + layer.values.numel() for layer in their_cache.layers)
+    our_tokens, their_tokens = (40, 40) if c.window is None else (c.window, c.window - 1)
+    assert theirs_cached == 2 * 2 * their_tokens * c.cache_width
+    assert our_cache.nbytes == 2 * 2 * our_tokens * c.cache_width * 8
 
 
 @pytest.mark.parametrize("name", ["llama, gqa", "mixtral, window", "deepseek-v3, compressed queries"])
-def test_greedy_words_equal_theirs(name: str) -> None:
+def test_greedy_tokens_equal_theirs(name: str) -> None:
     ours, theirs = both(MODELS[name], seed=2)
     prompts = torch.randint(0, VOCAB, (3, 6))
     with torch.no_grad():
-        said = theirs.generate(
+        generated = theirs.generate(
             prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=30, do_sample=False, eos_token_id=None,
             pad_token_id=0,
         )  # fmt: skip
-    assert generate(ours, prompts, 30) == said[:, 6:].tolist()
+    assert generate(ours, prompts, 30) == generated[:, 6:].tolist()

@@ -1,4 +1,4 @@
-"""What a reader can get wrong, at the real command line: one line on stderr, the right exit status, nothing harmed."""
+"""Bad input at the command line: one line on stderr, the right exit status, and no file damaged."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a space in its name, where the command is given; far from the repository."""
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: outside the repository, with a space in its name."""
     folder = tmp_path / "my runs"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -42,18 +42,18 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file under `folder` but locks, with its bytes."""
-    found = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+    paths_below = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths_below}
 
 
 def dsmoe(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
-    return left.value.code
+    return stopped.value.code
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = INPUT) -> str:
-    """Run a command that has to fail; return its one line on stderr."""
+    """Run a command that must fail; return its one line on stderr."""
     assert dsmoe(*arguments) == status
     printed = capsys.readouterr()
     assert printed.out == ""
@@ -62,11 +62,11 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = INPUT)
     return printed.err
 
 
-# The names a reader types
+# Names and values on the command line
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message_part"),
     [
         ("tarin", "tarin"),
         ("run", "CHAPTER"),
@@ -91,16 +91,18 @@ def refused(capsys: pytest.CaptureFixture, *arguments: str, status: int = INPUT)
         ("train a.yaml --steps 3", "--steps"),
     ],
 )
-def test_a_wrong_name_or_value_is_one_line(command: str, said: str, place: Path, capsys: pytest.CaptureFixture) -> None:
-    assert said in refused(capsys, *command.split())
-    assert files(place) == {}
+def test_a_wrong_name_or_value_is_one_line(
+    command: str, message_part: str, cwd: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert message_part in refused(capsys, *command.split())
+    assert files(cwd) == {}
 
 
 # Config files of `dsmoe train`
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message_part"),
     [
         (b"", "mapping"),
         (b"- 1\n", "mapping"),
@@ -130,32 +132,32 @@ def test_a_wrong_name_or_value_is_one_line(command: str, said: str, place: Path,
     ],
 )
 def test_a_bad_config_is_one_line(
-    content: bytes | str, said: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    content: bytes | str, message_part: str, cwd: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dsmoe_lite.training.job.train", None)  # what is wrong is found before any training
+    monkeypatch.setattr("dsmoe_lite.training.job.train", None)  # errors are found before training
     data = content if isinstance(content, bytes) else content.encode()
-    (place / "my job.yaml").write_bytes(data)
-    assert said in refused(capsys, "train", "my job.yaml", "--out", "a run")
-    assert files(place) == {"my job.yaml": data}
+    (cwd / "my job.yaml").write_bytes(data)
+    assert message_part in refused(capsys, "train", "my job.yaml", "--out", "a run")
+    assert files(cwd) == {"my job.yaml": data}
 
 
-def test_a_missing_config_is_one_line(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_missing_config_is_one_line(cwd: Path, capsys: pytest.CaptureFixture) -> None:
     assert "no job.yaml: No such file" in refused(capsys, "train", "no job.yaml")
-    (place / "folder.yaml").mkdir()
+    (cwd / "folder.yaml").mkdir()
     assert "folder.yaml: Is a directory" in refused(capsys, "train", "folder.yaml")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_named(place: Path, capsys: pytest.CaptureFixture) -> None:
-    (place / "job.yaml").write_text(JOB + "device: cuda\n")
+def test_a_missing_gpu_is_one_line(cwd: Path, capsys: pytest.CaptureFixture) -> None:
+    (cwd / "job.yaml").write_text(JOB + "device: cuda\n")
     assert "device = 'cuda': torch finds no GPU here" in refused(capsys, "train", "job.yaml", "--out", "run")
-    assert set(files(place)) == {"job.yaml"}
+    assert set(files(cwd)) == {"job.yaml"}
 
 
-def test_an_exponent_without_a_point_is_a_number(place: Path) -> None:
-    (place / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1, lr: 3e-3, weight_decay: 1E-2"))
+def test_an_exponent_without_a_point_is_a_number(cwd: Path) -> None:
+    (cwd / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1, lr: 3e-3, weight_decay: 1E-2"))
     assert dsmoe("train", "job.yaml", "--out", "run") == 0
-    record = json.loads((place / "run" / "record.json").read_text())
+    record = json.loads((cwd / "run" / "record.json").read_text())
     assert (record["train"]["lr"], record["train"]["weight_decay"]) == (0.003, 0.01)
 
 
@@ -195,7 +197,7 @@ def a_file(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message_part"),
     [
         (no_folder, "no such folder"),
         (empty, "holds no text"),
@@ -206,23 +208,23 @@ def a_file(folder: Path) -> None:
         (a_file, "is not a folder"),
     ],
 )
-def test_a_folder_that_cannot_be_read_is_one_line(make, said: str, place: Path, capsys: pytest.CaptureFixture) -> None:
-    make(place / "my texts")
-    (place / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: my texts}\n")
-    before = files(place)
+def test_an_unusable_text_folder_is_one_line(make, message_part: str, cwd: Path, capsys: pytest.CaptureFixture) -> None:
+    make(cwd / "my texts")
+    (cwd / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: my texts}\n")
+    before = files(cwd)
     line = refused(capsys, "train", "job.yaml", "--out", "run")
-    assert said in line
+    assert message_part in line
     assert "my texts" in line
-    assert files(place) == before
+    assert files(cwd) == before
 
 
 def test_an_unreadable_file_is_one_line(
-    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cwd: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By way of open(), since tests may run as root, who may read everything."""
-    empty(place / "texts")
-    (place / "texts" / "secret.txt").write_text("words\n" * 5000)
-    (place / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: texts}\n")
+    """Patch open(), because tests may run as root, who may read every file."""
+    empty(cwd / "texts")
+    (cwd / "texts" / "secret.txt").write_text("words\n" * 5000)
+    (cwd / "job.yaml").write_text(MODEL + TRAIN + "vocab_size: 300\ncorpus: {kind: folder, path: texts}\n")
     opened = Path.open
 
     def refuse(self: Path, *args, **kwargs):
@@ -239,12 +241,12 @@ def test_an_unreadable_file_is_one_line(
 
 
 @pytest.fixture
-def finished(place: Path, capsys: pytest.CaptureFixture) -> Path:
-    """A finished run in `place`/run."""
-    (place / "job.yaml").write_text(JOB)
+def finished(cwd: Path, capsys: pytest.CaptureFixture) -> Path:
+    """A finished run in `cwd`/run."""
+    (cwd / "job.yaml").write_text(JOB)
     assert dsmoe("train", "job.yaml", "--out", "run") == 0
     capsys.readouterr()
-    return place / "run"
+    return cwd / "run"
 
 
 @pytest.mark.parametrize("keep", [0, 7, 300, -1])
@@ -254,7 +256,7 @@ def test_a_truncated_checkpoint_is_one_line(finished: Path, keep: int, capsys: p
     before = files(finished)
     assert "damaged checkpoint" in refused(capsys, "train", "job.yaml", "--out", "run")
     assert files(finished) == before
-    checkpoint.unlink()  # the remedy that the line names
+    checkpoint.unlink()  # the remedy named in the message
     assert dsmoe("train", "job.yaml", "--out", "run") == 0
 
 
@@ -268,7 +270,7 @@ def test_damaged_settings_are_one_line(finished: Path, content: str, capsys: pyt
 
 def test_a_checkpoint_of_another_model_is_one_line(finished: Path, capsys: pytest.CaptureFixture) -> None:
     (finished / "checkpoint.safetensors").write_bytes((finished / "model.safetensors").read_bytes())
-    assert "is no training checkpoint" in refused(capsys, "train", "job.yaml", "--out", "run")
+    assert "is not a training checkpoint" in refused(capsys, "train", "job.yaml", "--out", "run")
     Path("other.yaml").write_text(JOB.replace("course-gshard", "course-dense"))
     assert dsmoe("train", "other.yaml", "--out", "other") == 0
     capsys.readouterr()
@@ -276,7 +278,7 @@ def test_a_checkpoint_of_another_model_is_one_line(finished: Path, capsys: pytes
     assert "holds another model" in refused(capsys, "train", "job.yaml", "--out", "run")
 
 
-def test_other_settings_leave_the_run_alone(finished: Path, capsys: pytest.CaptureFixture) -> None:
+def test_other_settings_are_refused_and_leave_the_run_unchanged(finished: Path, capsys: pytest.CaptureFixture) -> None:
     before = files(finished)
     Path("job.yaml").write_text(JOB.replace("steps: 3", "steps: 4"))
     assert "train.steps = 4" in refused(capsys, "train", "job.yaml", "--out", "run")
@@ -292,10 +294,10 @@ def test_a_run_folder_in_use_is_a_failure(finished: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("out", ["job.yaml", "job.yaml/below"])
-def test_a_run_folder_that_is_a_file_is_bad_input(out: str, place: Path, capsys: pytest.CaptureFixture) -> None:
-    (place / "job.yaml").write_text(JOB)
+def test_a_run_folder_that_is_a_file_is_bad_input(out: str, cwd: Path, capsys: pytest.CaptureFixture) -> None:
+    (cwd / "job.yaml").write_text(JOB)
     assert "is not a folder" in refused(capsys, "train", "job.yaml", "--out", out)
-    assert set(files(place)) == {"job.yaml"}
+    assert set(files(cwd)) == {"job.yaml"}
 
 
 def test_a_damaged_tokenizer_in_the_cache_is_one_line(finished: Path, capsys: pytest.CaptureFixture) -> None:
@@ -317,28 +319,28 @@ def full_disk(*args, **kwargs) -> None:
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("wall", ["tokenizer", "settings.json", "checkpoint.safetensors", "record.json"])
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
-    wall: str, place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("file_name", ["tokenizer", "settings.json", "checkpoint.safetensors", "record.json"])
+def test_a_full_disk_is_one_line_and_the_same_command_resumes(
+    file_name: str, cwd: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place / "job.yaml").write_text(JOB)
-    monkeypatch.setenv("DSMOE_CACHE", str(place / "cache"))
+    (cwd / "job.yaml").write_text(JOB)
+    monkeypatch.setenv("DSMOE_CACHE", str(cwd / "cache"))
     replace = os.replace
 
     def write(source, target) -> None:
-        full_disk() if wall in str(target) else replace(source, target)
+        full_disk() if file_name in str(target) else replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr("os.replace", write)
         line = refused(capsys, "train", "job.yaml", "--out", "run", status=FAILURE)
     assert "No space left on device" in line
-    assert wall in line
-    assert not [name for name in files(place) if wall in name or name.endswith(".part")]
+    assert file_name in line
+    assert not [name for name in files(cwd) if file_name in name or name.endswith(".part")]
     assert dsmoe("train", "job.yaml", "--out", "run") == 0
-    assert json.loads((place / "run" / "record.json").read_text())["finished"]
+    assert json.loads((cwd / "run" / "record.json").read_text())["finished"]
 
 
-def test_a_disk_that_fills_up_leaves_the_earlier_run(
+def test_a_disk_that_fills_up_leaves_the_earlier_run_unchanged(
     finished: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = files(finished)
@@ -352,14 +354,14 @@ def test_a_disk_that_fills_up_leaves_the_earlier_run(
 # Ctrl-C
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(
-    place: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_saves_and_the_same_command_resumes(
+    cwd: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (place / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1500"))
+    (cwd / "job.yaml").write_text(JOB.replace("steps: 3", "steps: 1500"))
     command = [sys.executable, "-m", "dsmoe_lite", "train", "job.yaml", "--out", "a run", "--json"]
-    # a pipe, not a terminal: the progress bar still ends every step, so its first line says that training has begun
+    # the progress bar writes to the pipe after every step, so its first line shows that training has begun
     noisy = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    running = subprocess.Popen(command, cwd=place, env=noisy, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = subprocess.Popen(command, cwd=cwd, env=noisy, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert running.stderr is not None
     seen = b""
     while b"loss " not in seen and running.poll() is None:
@@ -372,14 +374,13 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_same_command_does(
     line = out.decode()
     assert line.startswith("Stopped after step ")
     assert line.endswith("of 1500: run it again to continue from a run.\n")
-    assert set(files(place / "a run")) == {"settings.json", "checkpoint.safetensors"}  # no table, no record
+    assert set(files(cwd / "a run")) == {"settings.json", "checkpoint.safetensors"}  # no table, no record
     done = int(line.split()[3])
     assert 0 < done < 1500
 
-    def interrupted(*args) -> float:
+    def interrupt(*args) -> None:  # within the first step
         os.kill(os.getpid(), signal.SIGINT)
-        return 1.0
 
-    monkeypatch.setattr("dsmoe_lite.training.train._step", interrupted)
+    monkeypatch.setattr("dsmoe_lite.training.train.set_learning_rate", interrupt)
     assert dsmoe("train", "job.yaml", "--out", "a run") == STOPPED
     assert capsys.readouterr().out.startswith(f"Stopped after step {done + 1} of 1500")

@@ -1,4 +1,4 @@
-"""The tokenizer and the batches: lossless, labelled, resumable to the bit."""
+"""The tokenizer and the batches: lossless, labelled, exactly resumable."""
 
 import json
 from itertools import chain, cycle, islice
@@ -55,19 +55,19 @@ def world_tokenizer(tmp_path_factory):
 # Tokenizer
 
 
-def test_end_is_zero_and_bytes_are_there(tokenizer):
+def test_the_end_token_has_id_zero(tokenizer):
     assert tokenizer.token_to_id("<|end|>") == 0
     assert tokenizer.get_vocab_size() <= 300
 
 
 @given(text=st.text(max_size=60).filter(lambda text: "<|end|>" not in text))
-def test_every_text_comes_back(tokenizer, text):
+def test_every_text_survives_encoding(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text
     assert 0 not in ids
 
 
-def test_tokenizer_is_trained_once_and_kept(tmp_path):
+def test_tokenizer_is_trained_once_and_cached(tmp_path):
     shelf = Shelf()
     first = load_tokenizer(shelf, 300, folder=tmp_path)
     assert shelf.reads == 1
@@ -76,9 +76,9 @@ def test_tokenizer_is_trained_once_and_kept(tmp_path):
     assert again.to_str() == first.to_str()
     load_tokenizer(shelf, 280, folder=tmp_path)
     load_tokenizer(Shelf(sha256="another"), 300, folder=tmp_path)
-    kept = sorted(path.name for path in tmp_path.iterdir())
-    assert len(kept) == 3
-    assert all(name.startswith("shelf-") and name.endswith(".json") for name in kept)
+    cached = sorted(path.name for path in tmp_path.iterdir())
+    assert len(cached) == 3
+    assert all(name.startswith("shelf-") and name.endswith(".json") for name in cached)
 
 
 def test_interrupted_training_leaves_nothing(tmp_path):
@@ -87,12 +87,12 @@ def test_interrupted_training_leaves_nothing(tmp_path):
             yield self.all[0]
             raise KeyboardInterrupt
 
-    with pytest.raises(BaseException):  # noqa: B017, PT011 - the binding passes it on in its own wrapping
+    with pytest.raises(BaseException):  # noqa: B017, PT011 - the binding wraps it
         load_tokenizer(Breaking(), 300, folder=tmp_path / "cache")
     assert not list(tmp_path.rglob("*.json*"))
 
 
-def test_cache_is_the_users(tmp_path, monkeypatch):
+def test_the_cache_folder_can_be_set(tmp_path, monkeypatch):
     monkeypatch.setenv("DSMOE_CACHE", str(tmp_path))
     load_tokenizer(Shelf(), 270)
     assert [path.parent.name for path in tmp_path.rglob("*.json")] == ["tokenizers"]
@@ -110,7 +110,7 @@ def test_tokenizer_learns_from_a_sample_of_fixed_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [256, 1 << 17, 300.0, True])
-def test_vocabulary_sizes_that_cannot_work(size, tmp_path):
+def test_invalid_vocabulary_sizes_are_refused(size, tmp_path):
     with pytest.raises(InputError, match="vocab_size"):
         load_tokenizer(Shelf(), size, folder=tmp_path)
 
@@ -132,16 +132,16 @@ def test_words_of_the_world_are_single_tokens(world_tokenizer):
 
 def test_a_prompt_and_its_answer_are_the_tokens_of_the_sentence(world_tokenizer):
     for question in World().questions("head", 100):
-        whole = world_tokenizer.encode(f"{question.prompt}{question.answer}.").ids
+        sentence = world_tokenizer.encode(f"{question.prompt}{question.answer}.").ids
         parts = [world_tokenizer.encode(part).ids for part in (question.prompt, question.answer, ".")]
-        assert whole == list(chain(*parts))
+        assert sentence == list(chain(*parts))
 
 
 # Batches
 
 
 def expected_stream(shelf, tokenizer, split="train"):
-    """One endless row of (token, label), written from the definition."""
+    """An endless row of (token, label), from the definition."""
     documents = list(shelf.documents(split))
     for document in cycle(documents):
         for token in [*tokenizer.encode(document.text).ids, 0]:
@@ -150,7 +150,7 @@ def expected_stream(shelf, tokenizer, split="train"):
 
 @pytest.mark.parametrize("group", [1, 100, 65_536])
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 1), (2, 5), (3, 700)])
-def test_batches_are_the_documents_in_one_row(shelf, tokenizer, monkeypatch, group, batch_size, seq_len):
+def test_batches_cut_one_row_of_documents(shelf, tokenizer, monkeypatch, group, batch_size, seq_len):
     monkeypatch.setattr(batches_module, "GROUP_CHARACTERS", group)
     stream = expected_stream(shelf, tokenizer)
     for batch in islice(Batches(shelf, tokenizer, batch_size, seq_len), 8):  # (3, 700): several epochs
@@ -162,7 +162,7 @@ def test_batches_are_the_documents_in_one_row(shelf, tokenizer, monkeypatch, gro
 
 
 @pytest.mark.parametrize("group", [1, 100, 65_536])
-def test_resumed_batches_are_the_unbroken_ones(shelf, tokenizer, monkeypatch, group):
+def test_resumed_batches_equal_uninterrupted_ones(shelf, tokenizer, monkeypatch, group):
     monkeypatch.setattr(batches_module, "GROUP_CHARACTERS", group)
     unbroken, states = Batches(shelf, tokenizer, 2, 37), []
     taken = []
@@ -170,12 +170,12 @@ def test_resumed_batches_are_the_unbroken_ones(shelf, tokenizer, monkeypatch, gr
         states.append(json.loads(json.dumps(unbroken.state_dict())))
         taken.append(next(unbroken))
     assert states[-1]["epoch"] >= 2
-    for place in range(0, 40, 3):
+    for position in range(0, 40, 3):
         resumed = Batches(shelf, tokenizer, 2, 37)
         next(resumed)
-        resumed.load_state_dict(states[place])
-        assert resumed.state_dict() == states[place]
-        for batch, same in zip(taken[place:], resumed, strict=False):
+        resumed.load_state_dict(states[position])
+        assert resumed.state_dict() == states[position]
+        for batch, same in zip(taken[position:], resumed, strict=False):
             assert torch.equal(batch.tokens, same.tokens)
             assert torch.equal(batch.domains, same.domains)
         assert resumed.state_dict() == unbroken.state_dict()
@@ -227,7 +227,7 @@ def test_a_corpus_without_documents_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize(("batch_size", "seq_len", "split"), [(0, 4, "train"), (1, 0, "train"), (1, 4, "test")])
-def test_sizes_that_cannot_work(shelf, tokenizer, batch_size, seq_len, split):
+def test_invalid_sizes_are_refused(shelf, tokenizer, batch_size, seq_len, split):
     with pytest.raises(InputError):
         Batches(shelf, tokenizer, batch_size, seq_len, split=split)
 

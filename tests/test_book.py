@@ -1,4 +1,4 @@
-"""The book: built whole or not at all, numbered, cited, and made of local files only."""
+"""The book: built completely or not at all, numbered, cited, and made of local files only."""
 
 import re
 from html.parser import HTMLParser
@@ -10,10 +10,12 @@ import yaml
 from click.testing import CliRunner
 from nbformat.v4 import new_markdown_cell
 
+from dsmoe_lite.book import api_source, conf, mime
 from dsmoe_lite.book import build as builder
-from dsmoe_lite.book import conf, mime
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.study import equations
+from dsmoe_lite.study.equations import Equation
 from dsmoe_lite.viz import theme
 
 LOADS = {"script": "src", "link": "href", "img": "src", "iframe": "src", "source": "src", "object": "data"}
@@ -26,7 +28,7 @@ def pages(tmp_path_factory):
 
 
 class Loaded(HTMLParser):
-    """What a page loads by itself."""
+    """The addresses that a page loads."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +58,7 @@ def test_equations_are_numbered_by_chapter_and_referred_to(pages):
     assert 'href="01_second.html#equation-eq-gate">Eq. (1.1)</a>' in first
 
 
-def test_citations_lead_to_the_list_of_references(pages):
+def test_citations_link_to_the_references(pages):
     second = (pages / "01_second.html").read_text(encoding="utf-8")
     assert re.search(r'Dai <em>et al.</em> \[<a class="reference internal" href="references.html#id\d+"', second)
     references = (pages / "references.html").read_text(encoding="utf-8")
@@ -64,7 +66,7 @@ def test_citations_lead_to_the_list_of_references(pages):
     assert "Mixtral of Experts" not in references  # listed only where cited
 
 
-def test_charts_carry_their_description_and_results_stay_out(pages):
+def test_charts_have_their_description_and_results_are_hidden(pages):
     second = (pages / "01_second.html").read_text(encoding="utf-8")
     assert second.count('<figure class="chart">') == 2
     assert 'aria-label="Line chart of training loss' in second
@@ -73,7 +75,7 @@ def test_charts_carry_their_description_and_results_stay_out(pages):
     assert "Here JupyterLab shows a control" in second
 
 
-def test_first_page_leads_to_the_first_chapter(pages):
+def test_the_first_page_redirects_to_the_first_chapter(pages):
     assert 'url=00_first.html"' in (pages / "index.html").read_text(encoding="utf-8")
 
 
@@ -81,6 +83,27 @@ def test_every_light_colour_has_its_dark_one(pages):
     script = (pages / "_static" / "themes.js").read_text(encoding="utf-8")
     for role, colour in theme.LIGHT.items():
         assert f'"{colour}": "{theme.DARK[role]}"' in script
+
+
+def test_a_reference_of_the_package_is_below_the_chapters(tmp_path, monkeypatch):
+    shown = ("dsmoe_lite", "dsmoe_lite.config", "dsmoe_lite.layers", "dsmoe_lite.layers.router")
+    monkeypatch.setattr(
+        builder, "read_package", lambda folder: [m for m in api_source.read_package(folder) if m.name in shown]
+    )
+    gate = Equation("gate", "arXiv:2401.06066, Equation 7", "layers.router.Router", "test")
+    monkeypatch.setattr(equations, "load", lambda: [gate, Equation("missing", "nowhere", "model.Block", "test")])
+    book = book_fixture.write(tmp_path, ())
+    book.write_text(yaml.safe_dump({**book_fixture.BOOK, "api": True}), encoding="utf-8")
+    folder = builder.build(book, tmp_path / "out").parent
+    assert book_fixture.assert_links_work(folder) > 100
+    page = (folder / "api" / "layers.html").read_text(encoding="utf-8")
+    assert 'id="dsmoe_lite.layers.router.Router.forward"' in page
+    assert r"\operatorname{Topk}" in page
+    assert 'href="../01_second.html#equation-eq-gate">A layer</a>' in page
+    assert 'href="https://arxiv.org/abs/2401.06066">arXiv:2401.06066</a>' in page
+    assert 'href="dsmoe_lite.html#dsmoe_lite.config.MoEConfig"' in page  # in the signature
+    assert not set("‘’“”") & set(page)
+    assert not (tmp_path / "notebooks" / "api").exists()
 
 
 def test_a_warning_fails_and_leaves_the_old_book(tmp_path):
@@ -99,14 +122,14 @@ def test_a_warning_fails_and_leaves_the_old_book(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"book.yml", "notebooks", "out"}
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
+def test_a_folder_with_other_content_is_left_alone(tmp_path):
     book = book_fixture.write(tmp_path / "course", ())
-    mine = tmp_path / "home" / "letter.txt"
-    mine.parent.mkdir()
-    mine.write_text("keep", encoding="utf-8")
+    letter = tmp_path / "home" / "letter.txt"
+    letter.parent.mkdir()
+    letter.write_text("keep", encoding="utf-8")
     with pytest.raises(InputError, match="something other than a book"):
-        builder.build(book, mine.parent)
-    assert [path.name for path in mine.parent.iterdir()] == ["letter.txt"]
+        builder.build(book, letter.parent)
+    assert [path.name for path in letter.parent.iterdir()] == ["letter.txt"]
 
 
 def test_a_second_book_replaces_the_first(tmp_path):
@@ -147,6 +170,9 @@ def test_only_chapters_are_numbered():
         {"numbered": 1, "chapters": [{"file": "01_second"}]},
         {"chapters": [{"file": "references"}]},
     ]
+    with_reference = conf.toc(book_fixture.BOOK, reference=[("api/index", "API"), ("api/layers", "layers")])
+    below = [{"file": "api/layers", "title": "layers"}]
+    assert with_reference["parts"][1]["chapters"][-1] == {"file": "api/index", "title": "API", "sections": below}
     with_page = {**book_fixture.BOOK["toc"], "chapters": [{"file": "notebooks/01_more.md"}]}
     assert conf.toc({**book_fixture.BOOK, "toc": with_page})["parts"] == [{"chapters": [{"file": "01_more"}]}]
 
@@ -169,7 +195,7 @@ def test_the_course_book_names_what_exists():
         assert re.search(r"arXiv:\d{4}\.\d{4,5}\b", entry) or on_paper, entry
 
 
-def test_command_writes_where_it_is_told(tmp_path, monkeypatch):
+def test_the_command_writes_to_the_given_folder(tmp_path, monkeypatch):
     from dsmoe_lite.cli.book import command
 
     book_fixture.write(tmp_path / "course", ())

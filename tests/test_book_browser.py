@@ -10,9 +10,17 @@ import pytest
 
 from dsmoe_lite.book.build import build
 from dsmoe_lite.common import paths
+from dsmoe_lite.study import equations
 
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
 ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"
+ONE_WORD_OF_EACH_COLOUR = """() => {
+    const seen = new Set();
+    for (const word of document.querySelectorAll('article .highlight pre span[class]')) {
+        if (seen.has(word.className)) word.replaceWith(...word.childNodes);
+        else seen.add(word.className);
+    }
+}"""
 LOCAL = ("127.0.0.1", "localhost")
 WIDE, PHONE = (1280, 900), (390, 844)
 CHAPTER = "01_second.html"
@@ -32,14 +40,14 @@ def course(tmp_path_factory):
 
 
 class Page:
-    """One open page, with everything it asked for and complained about."""
+    """One open page, with its requests to other hosts and its errors."""
 
     def __init__(self, browser, address, size=WIDE, mode="light"):
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=mode)
         self.page = self.context.new_page()
-        self.outside, self.complaints = [], []
+        self.outside, self.errors = [], []
         self.page.route("**/*", self._only_local)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._listen)
         self.page.goto(address)
         self.page.wait_for_function(ALL_DRAWN.format(mode=mode), timeout=60_000)
@@ -58,11 +66,11 @@ class Page:
 
     def _listen(self, message):
         if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
+            self.errors.append(message.text)
 
     def assert_quiet(self):
         assert self.outside == []
-        assert self.complaints == []
+        assert self.errors == []
 
     def __enter__(self):
         return self
@@ -91,14 +99,14 @@ def test_charts_and_equations_are_drawn(browser, small, mode, size):
 
 
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_nothing_that_hinders_readers(browser, small, mode):
+def test_pages_have_no_serious_accessibility_faults(browser, small, mode):
     for name in ("00_first.html", CHAPTER, "references.html"):
         with Page(browser, (small / name).as_uri(), mode=mode) as opened:
             assert serious_faults(opened.page) == set()
 
 
 def serious_faults(page):
-    """What axe-core finds in the article that keeps people from reading it."""
+    """The serious and critical faults that axe-core finds in the article."""
     from axe_playwright_python.sync_playwright import Axe
 
     return {
@@ -109,7 +117,7 @@ def serious_faults(page):
     }
 
 
-def test_menus_redraw_and_survive_a_change_of_mode(browser, small):
+def test_menus_redraw_and_keep_their_choice_in_another_mode(browser, small):
     with Page(browser, (small / CHAPTER).as_uri()) as opened:
         page, figure = opened.page, opened.page.locator("figure.chart").nth(1)
 
@@ -134,7 +142,7 @@ def test_a_chart_scrolls_by_keyboard(browser, small):
         opened.page.wait_for_function("() => document.querySelector('.chart-drawing').scrollLeft > 0")
 
 
-def test_from_a_server_too(browser, small):
+def test_the_book_works_from_a_server(browser, small):
     class Silent(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass
@@ -154,7 +162,7 @@ def test_from_a_server_too(browser, small):
         server.shutdown()
 
 
-def test_the_course_book_opens(browser, course, screenshots):
+def test_the_book_of_the_course_works(browser, course, screenshots):
     pages = sorted(course.glob("[0-9]*.html"))
     assert pages
     for path in pages:
@@ -164,8 +172,22 @@ def test_the_course_book_opens(browser, course, screenshots):
                 assert opened.page.locator("mjx-merror, [data-mjx-error]").count() == 0
                 opened.page.screenshot(path=screenshots / f"book_{path.stem}_{mode}.png", full_page=True)
                 assert_controls_work(opened.page)
-                opened.assert_quiet()  # before axe, which asks for style sheets and is refused
+                opened.assert_quiet()  # before axe, whose requests for style sheets are blocked
                 assert serious_faults(opened.page) == set()
+
+
+def test_pages_of_text_open_on_a_phone(browser, course, screenshots):
+    pages = sorted(course.glob("pages/*.html"))
+    assert len(pages) >= 7
+    for path in pages:
+        with Page(browser, path.as_uri(), PHONE, "dark") as opened:
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= PHONE[0]
+            for picture in opened.page.locator("article img[src$='.svg']").all():
+                assert picture.evaluate("image => getComputedStyle(image).filter") == "none"
+                assert picture.evaluate("image => image.naturalWidth") > 0
+            opened.page.screenshot(path=screenshots / f"book_{path.stem}_dark.png", full_page=True)
+            opened.assert_quiet()
+            assert serious_faults(opened.page) == set()
 
 
 def assert_controls_work(page):
@@ -189,3 +211,28 @@ def test_chapters_have_their_explorers(browser, course):
             assert explorers == (page.name[:2] in {"00", "02", "04", "08"})
             if explorers:
                 assert "A recorded trace" in opened.page.locator(".dsmoe-explorer").get_by_role("status").inner_text()
+
+
+def test_the_reference_shows_every_equation_and_no_link_is_dead(course):
+    assert book_fixture.assert_links_work(course) > 2000
+    text = "".join(path.read_text(encoding="utf-8") for path in course.glob("api/*.html"))
+    assert text.count('<div class="api-equation docutils container">') == len(equations.load())
+
+
+@pytest.mark.parametrize(("size", "mode"), [(WIDE, "dark"), (PHONE, "light")], ids=["wide", "phone"])
+def test_the_reference_can_be_read(browser, course, screenshots, size, mode):
+    for name in ("index", "layers", "labs", "viz"):
+        with Page(browser, (course / "api" / f"{name}.html").as_uri(), size, mode) as opened:
+            assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0]
+            assert opened.page.locator("mjx-merror, [data-mjx-error]").count() == 0
+            opened.page.screenshot(path=screenshots / f"book_api_{name}_{mode}.png")
+            opened.assert_quiet()
+            assert serious_faults(opened.page) == set()
+
+
+def test_the_reference_is_searched(browser, course):
+    with Page(browser, f"{(course / 'search.html').as_uri()}?q=sequence_loss") as opened:
+        first = opened.page.locator("#search-results li a").first
+        first.wait_for()
+        assert "layers.html" in first.get_attribute("href")
+        opened.assert_quiet()

@@ -1,4 +1,4 @@
-"""Caches: any way to cut a sequence into calls gives the full forward pass; memory; calls that fail leave no trace."""
+"""Caches: any split of a sequence into calls equals the full forward pass; memory; calls that fail leave no trace."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -59,15 +59,15 @@ def random_tokens(B: int, S: int, seed: int = 0) -> Tensor:
     padded=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=6, deadline=None)
-def test_any_cut_gives_the_full_forward_pass(name, moe, parts, reserve, padded, seed) -> None:
+def test_any_split_into_calls_equals_the_full_forward_pass(name, moe, parts, reserve, padded, seed) -> None:
     model = made(name, moe)
     tokens = random_tokens(2, sum(parts), seed)[:, :64]
     pad = torch.tensor([0, min(5, tokens.shape[1] - 1)]) if padded else None
     expected, cache = run(model, tokens, pad=pad), Cache(model.config, 2, reserve=reserve)
     done = 0
     for part in parts:
-        found = run(model, tokens[:, done : done + part], cache, pad) if done < 64 else expected[:, 64:]
-        torch.testing.assert_close(found, expected[:, done : done + part], rtol=1e-9, atol=1e-9)
+        actual = run(model, tokens[:, done : done + part], cache, pad) if done < 64 else expected[:, 64:]
+        torch.testing.assert_close(actual, expected[:, done : done + part], rtol=1e-9, atol=1e-9)
         done = min(64, done + part)
         assert cache.length == done
 
@@ -76,7 +76,7 @@ _MADE: dict[Any, Transformer] = {}
 
 
 def made(name: str, moe: Any = None) -> Transformer:
-    """Models by name, made once: examples of hypothesis share them."""
+    """Models by name, made once and shared by the examples of hypothesis."""
     if (name, moe) not in _MADE:
         _MADE[name, moe] = make_model(KINDS[name], moe)
     return _MADE[name, moe]
@@ -86,19 +86,19 @@ def made(name: str, moe: Any = None) -> Transformer:
 def test_single_steps_of_any_window_equal_the_full_mask(window: int) -> None:
     model = make_model(AttentionConfig(n_heads=4, head_dim=6, n_kv_heads=2, window=window), max_seq_len=LENGTH)
     tokens, cache = random_tokens(2, LENGTH), Cache(model.config, 2)
-    found = torch.cat([run(model, part, cache) for part in tokens.split(1, dim=1)], dim=1)
-    torch.testing.assert_close(found, run(model, tokens), rtol=1e-9, atol=1e-9)
+    actual = torch.cat([run(model, part, cache) for part in tokens.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(actual, run(model, tokens), rtol=1e-9, atol=1e-9)
     assert cache.nbytes == in_memory(cache) <= 2 * 2 * min(2 * LENGTH, window) * 24 * DOUBLE
     chunked = Cache(model.config, 2, reserve=LENGTH)
-    found = torch.cat([run(model, part, chunked) for part in tokens.split([9, 1, 1, 7, 1, 5], dim=1)], dim=1)
-    torch.testing.assert_close(found, run(model, tokens), rtol=1e-9, atol=1e-9)
+    actual = torch.cat([run(model, part, chunked) for part in tokens.split([9, 1, 1, 7, 1, 5], dim=1)], dim=1)
+    torch.testing.assert_close(actual, run(model, tokens), rtol=1e-9, atol=1e-9)
     assert chunked.nbytes == 2 * 2 * min(LENGTH, window) * 24 * DOUBLE
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", KINDS)
-def test_a_layer_alone_asks_its_cache_what_it_sees(name: str) -> None:
-    """Without a model around it, that would hand it a mask."""
+def test_a_layer_without_a_mask_asks_its_cache(name: str) -> None:
+    """Inside a model, the model passes a mask."""
     layer, attention = made(name).blocks[0].attention, KINDS[name]
     x, (cos, sin) = torch.randn(2, 14, D, generator=seeded(0), dtype=torch.float64), tables(attention, 14)
     cache = GrowingCache() if attention.window is None else RollingCache(attention.window)
@@ -115,8 +115,8 @@ def test_a_layer_alone_asks_its_cache_what_it_sees(name: str) -> None:
 def test_float32_stays_within_1e_4_of_the_full_pass(name: str) -> None:
     model, tokens = make_model(KINDS[name], EXPERTS).float(), random_tokens(2, 64)
     cache = Cache(model.config, 2)
-    found = torch.cat([run(model, part, cache) for part in tokens.split([30, *[1] * 20, 14], dim=1)], dim=1)
-    torch.testing.assert_close(found, run(model, tokens), rtol=1e-4, atol=1e-4)
+    actual = torch.cat([run(model, part, cache) for part in tokens.split([30, *[1] * 20, 14], dim=1)], dim=1)
+    torch.testing.assert_close(actual, run(model, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -128,24 +128,24 @@ def test_half_precision_and_autocast_keep_caches_of_their_own_kind(name: str) ->
         automatic = torch.cat([run(model, part, cache) for part in parts], dim=1)
     assert {tensor.dtype for tensor in buffers(cache)} == {torch.bfloat16}
     half, cache = model.bfloat16(), Cache(model.config, 2)
-    for found in (automatic, torch.cat([run(half, part, cache) for part in parts], dim=1)):
-        assert float((found - exact).abs().mean() / exact.std()) < 0.1
+    for actual in (automatic, torch.cat([run(half, part, cache) for part in parts], dim=1)):
+        assert float((actual - exact).abs().mean() / exact.std()) < 0.1
     assert {tensor.dtype for tensor in buffers(cache)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("reserve", [0, 64])
-def test_inference_mode_and_no_grad_take_turns(name: str, reserve: int) -> None:
+def test_inference_mode_and_no_grad_can_alternate(name: str, reserve: int) -> None:
     model, tokens = made(name), random_tokens(2, 20)
-    cache, found = Cache(model.config, 2, reserve=reserve), []
+    cache, actual = Cache(model.config, 2, reserve=reserve), []
     for n, part in enumerate(tokens.split([4, 1, 1, 7, 1, 1, 1, 4], dim=1)):
         with torch.inference_mode() if n % 2 == 0 else nullcontext():
-            found.append(run(model, part, cache))
-    torch.testing.assert_close(torch.cat(found, dim=1), run(model, tokens), rtol=1e-9, atol=1e-9)
+            actual.append(run(model, part, cache))
+    torch.testing.assert_close(torch.cat(actual, dim=1), run(model, tokens), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_copy_goes_its_own_way(name: str) -> None:
+def test_a_copied_cache_is_independent(name: str) -> None:
     model, tokens, cache = made(name), random_tokens(2, 12), Cache(made(name).config, 2)
     run(model, tokens[:, :8], cache)
     other = copy.deepcopy(cache)
@@ -157,8 +157,8 @@ def test_a_copy_goes_its_own_way(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_what_is_allocated_is_what_nbytes_says(name: str) -> None:
-    """Elements times bytes times length, where the length was reserved; the window's length where there is one."""
+def test_nbytes_is_the_allocated_memory(name: str) -> None:
+    """Elements times bytes times length if the length was reserved; at most the window."""
     model, attention = made(name), KINDS[name]
     for reserve in (0, 11, 20):
         cache = Cache(model.config, 3, reserve=reserve)
@@ -178,7 +178,7 @@ def test_growing_copies_each_token_twice_at_most(reserve: int, limit: int) -> No
     for t in range(n):
         cache.extend(torch.full((1, 2, 1, 3), float(t)), torch.zeros(1, 2, 1, 5))
         now = buffers(cache)
-        if before and now[0].data_ptr() != before[0].data_ptr():  # the old one lives: no address is used again
+        if before and now[0].data_ptr() != before[0].data_ptr():  # the old buffer is alive, so no address is reused
             copies, moves = copies + t, moves + 1
         before = now
         cache.advance(1)
@@ -221,7 +221,7 @@ def test_no_more_is_allocated_than_a_sequence_can_hold() -> None:
 
 @contextmanager
 def raising(model: Transformer, error: BaseException) -> Iterator[None]:
-    """An exception from inside the second layer: its attention has run, its experts have not."""
+    """Raise inside the second layer, after its attention and before its experts."""
 
     def stop(*_: Any) -> None:
         raise error
@@ -278,12 +278,12 @@ FAILURES: list[Callable[[Transformer, Tensor, Cache], None]] = [
 @pytest.mark.parametrize("n", [1, 4], ids=["single", "chunk"])
 @pytest.mark.parametrize("name", ["gqa", "window", "mla"])
 def test_a_call_that_fails_leaves_no_trace(name: str, n: int, fail) -> None:
-    """Before the first call, while buffers grow, and after the window has gone round; then singles and chunks."""
+    """Before the first call, while buffers grow, and after the window is full; in single tokens and chunks."""
     model, tokens = made(name, EXPERTS), random_tokens(2, 17)
     cache, untouched = Cache(model.config, 2), Cache(model.config, 2)
     for part in tokens.split([3, 1, 4, 1, 1, 6, 1], dim=1):
         length, attempt = cache.length, torch.randint(0, VOCAB, (2, n))
-        if length > 0 or fail is not of_another_kind:  # an empty cache is of any kind
+        if length > 0 or fail is not of_another_kind:  # an empty cache accepts any dtype
             with pytest.raises((Exception, KeyboardInterrupt)) as error:
                 fail(model, attempt, cache)
             assert "\n" not in str(error.value)
@@ -300,7 +300,7 @@ def test_a_first_call_that_fails_settles_no_dtype() -> None:
 
 
 def test_an_interrupt_between_layers_is_noticed() -> None:
-    """The one moment when a call could leave layers of different lengths: advance has no undo."""
+    """Only here can a call leave layers of different lengths: `advance` cannot be undone."""
     model, cache = made("gqa"), Cache(made("gqa").config, 2)
     run(model, random_tokens(2, 3), cache)
     cache.layers[0].advance(1)
@@ -308,13 +308,13 @@ def test_an_interrupt_between_layers_is_noticed() -> None:
     assert line.startswith("lengths of the layers = {3, 4}")
 
 
-def test_calls_that_cannot_work_say_why_in_one_line() -> None:
+def test_invalid_calls_are_refused_in_one_line() -> None:
     model, cache = made("gqa"), Cache(made("gqa").config, 2)
     run(model, random_tokens(2, 60), cache)
     lines = {fail: line_of(lambda fail=fail: fail(model, random_tokens(2, 1), cache)) for fail in FAILURES[3:]}
     assert lines[too_long] == "sequence length = 125: must be at most max_seq_len = 64"
-    assert lines[of_another_batch] == "batch size = 1: must be 2, that of the cache"
-    assert lines[with_gradients].startswith("gradients = 'on': must be off with a cache")
+    assert lines[of_another_batch] == "batch size = 1: must be 2, the batch size of the cache"
+    assert lines[with_gradients].startswith("gradients = 'on': must be off: no gradient passes through a cache")
     assert lines[of_another_kind].startswith("cache = torch.float64 on cpu: the new tokens are torch.float32 on cpu")
     assert lines[nothing].startswith("sequence length = 0: must be at least 1")
     assert "token id = 61" in line_of(lambda: bad_token(model, random_tokens(2, 1), cache))
@@ -334,17 +334,17 @@ def test_a_cache_of_another_model_is_refused(change: dict[str, Any]) -> None:
     config = made("gqa").config
     other = Transformer(replace(config, **change)).double()
     line = line_of(lambda: run(other, random_tokens(2, 3), Cache(config, 2)))
-    assert line.startswith("cache = of 2 layers of AttentionConfig(n_heads=4, head_dim=6")
+    assert line.startswith("cache = 2 layers of AttentionConfig(n_heads=4, head_dim=6")
     assert line.endswith("make one with Cache(model.config, batch_size)")
 
 
-def test_a_model_that_attends_alike_may_use_a_cache() -> None:
-    """Width, vocabulary and FFNs play no part in what is cached; a small model may even draft into the same shape."""
+def test_a_model_with_equal_attention_may_use_the_cache() -> None:
+    """The cache does not depend on width, vocabulary and FFNs."""
     config = made("gqa").config
     wide = Transformer(replace(config, vocab_size=97, d_model=40, ffn_width=8, max_seq_len=128)).double().eval()
     cache, tokens = Cache(config, 2), random_tokens(2, 70)
-    found = torch.cat([run(wide, part, cache) for part in tokens.split([5, *[1] * 65], dim=1)], dim=1)
-    torch.testing.assert_close(found, run(wide, tokens), rtol=1e-9, atol=1e-9)
+    actual = torch.cat([run(wide, part, cache) for part in tokens.split([5, *[1] * 65], dim=1)], dim=1)
+    torch.testing.assert_close(actual, run(wide, tokens), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_model_that_attends_alike_may_use_a_cache() -> None:
         (1, True, "reserve = True"),
     ],
 )
-def test_caches_that_cannot_be_are_refused(batch_size: int, reserve: int, message: str) -> None:
+def test_invalid_caches_are_refused(batch_size: int, reserve: int, message: str) -> None:
     config = ModelConfig(vocab_size=VOCAB, d_model=D, n_layers=2, attention=KINDS["mla"], ffn_width=32, max_seq_len=64)
     assert message in line_of(lambda: Cache(config, batch_size, reserve=reserve))
 
@@ -366,9 +366,13 @@ def test_the_cache_keeps_the_padding_of_its_first_call() -> None:
     model = make_model(KINDS["gqa"])
     tokens, pad = random_tokens(2, 12), torch.tensor([0, 4])
     expected, cache = run(model, tokens, pad=pad), Cache(model.config, 2)
-    found = [run(model, tokens[:, :7], cache, pad), run(model, tokens[:, 7:9], cache), run(model, tokens[:, 9:], cache)]
-    torch.testing.assert_close(torch.cat(found, dim=1), expected)
-    refusal = "must be that of the call that filled the cache, or left out"
+    actual = [
+        run(model, tokens[:, :7], cache, pad),
+        run(model, tokens[:, 7:9], cache),
+        run(model, tokens[:, 9:], cache),
+    ]
+    torch.testing.assert_close(torch.cat(actual, dim=1), expected)
+    refusal = "must be that of the call that filled the cache, or omitted"
     other = torch.tensor([4, 0])
     assert line_of(lambda: run(model, tokens[:, :1], cache, other)) == f"pad = [4, 0]: {refusal}"
     plain = Cache(model.config, 2)

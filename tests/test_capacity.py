@@ -199,5 +199,5 @@ def test_a_routing_group_is_a_batch_of_its_own(name: str, B: int) -> None:
 
 
 def test_routing_groups_need_something_to_compete_for() -> None:
-    with pytest.raises(InputError, match="routing_groups = 2: must be 1 where tokens do not compete for slots"):
+    with pytest.raises(InputError, match="routing_groups = 2: must be 1 if tokens do not compete for slots"):
         MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, routing_groups=2)

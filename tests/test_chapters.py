@@ -1,4 +1,4 @@
-"""Every chapter: its two files agree, its form holds, and it runs with parameters that are not its own."""
+"""Every chapter: its two files agree, it follows the rules for chapters, and it runs with other parameters."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from itertools import combinations
+from itertools import combinations, takewhile
 from pathlib import Path
 
 import jupytext
@@ -17,7 +17,7 @@ from dsmoe_lite.common import paths
 from dsmoe_lite.labs.chapters import chapters
 from dsmoe_lite.labs.execute import chapter_schema, run_chapter
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
-from dsmoe_lite.labs.parameters import check, find
+from dsmoe_lite.labs.parameters import check_value, find_parameter
 from dsmoe_lite.labs.refresh import LIMIT, WIDGET_STATE
 from dsmoe_lite.viz import explorer, theme
 from dsmoe_lite.viz.renderer import MIME as CHART
@@ -25,14 +25,14 @@ from dsmoe_lite.viz.renderer import MIME as CHART
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 KINDS = {"trained", "measured"}  # an untagged cell is exact
 OTHER_TAGS = {"parameters", "hide-input", "hide-cell", "hide-output", "remove-input", "remove-cell", "remove-output"}
-CHART_LIMIT = 150 * 1024  # bytes, one element a line as nbformat writes it
-ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory: differs from run to run
+CHART_LIMIT = 150 * 1024  # bytes, with one element per line as nbformat writes it
+ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory, which differs between runs
 
-SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the quiet reference machine, beyond kernel start and imports
-LARGER = {"11": 60.0}  # starts processes, each of which imports torch
+SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the idle reference machine, without kernel start and imports
+LARGER_BUDGETS = {"11": 60.0}  # starts processes, each of which imports torch
 
-OTHER = {"profile": "smoke", "seed": 1}  # what the quick run of every chapter is given
-FURTHER = {  # and the slow ones; a chapter without an entry gets three seeds
+OTHER = {"profile": "smoke", "seed": 1}  # for the quick run of every chapter
+FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
     "01": [{"seed": 2}, {"ffn_width": 32}, {"learning_rate": 0.01}],
     "02": [{"seed": 2, "top_k": 1}, {"n_experts": 8, "top_k": 4}, {"capacity_factor": 0.5, "balance_weight": 0.0}],
     "03": [{"seed": 2, "gate_scaled": False}, {"m": 8, "n_experts": 8, "top_k": 1}, {"m": 2, "balance_weight": 0.0}],
@@ -69,7 +69,7 @@ def tags(cell) -> list[str]:
     return cell.metadata.get("tags", [])
 
 
-def test_there_are_chapters_and_the_book_has_them_all():
+def test_the_book_has_all_chapters():
     assert NOTEBOOKS
     assert sorted(chapters()) == NOTEBOOKS
     assert [path.stem for path in sorted(paths.NOTEBOOKS.glob("[0-9]*.py"))] == [path.stem for path in NOTEBOOKS]
@@ -99,18 +99,18 @@ def test_no_chart_is_wider_than_a_page(notebook):
 
 
 @each_chapter
-def test_every_chart_and_explorer_holds_its_picture_and_words(notebook):
+def test_every_chart_and_explorer_has_an_image_and_a_description(notebook):
     for cell in code_cells(notebook):
         for output in cell.outputs:
             data = output.get("data", {})
             if CHART in data or ("explore(" in cell.source and WIDGET_VIEW in data):
                 assert len(data["image/png"]) > 2000
-                assert len(data["text/plain"]) >= theme.SHORTEST_DESCRIPTION
+                assert len(data["text/plain"]) >= theme.MIN_DESCRIPTION
                 assert len(json.dumps(data, indent=1)) < CHART_LIMIT
 
 
 @each_chapter
-def test_stored_explorers_are_todays(notebook):
+def test_stored_explorers_are_up_to_date(notebook):
     widgets = nbformat.read(notebook, as_version=4).metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     for widget in widgets.values():
         if widget["model_module"] == "anywidget":
@@ -139,7 +139,15 @@ def test_parameters_have_ranges_and_profile_and_seed(notebook):
 def test_parameters_are_checked_in_the_cell_after_them(notebook):
     sources = [cell.source for cell in code_cells(notebook)]
     index = next(i for i, cell in enumerate(code_cells(notebook)) if "parameters" in tags(cell))
-    assert "check_parameters(globals())" in sources[index + 1]
+    assert "begin(globals()" in sources[index + 1]
+
+
+@each_chapter
+def test_the_hidden_setup_is_at_most_twelve_lines(notebook):
+    cells = code_cells(notebook)
+    after = next(i for i, cell in enumerate(cells) if "parameters" in tags(cell)) + 1
+    hidden = list(takewhile(lambda cell: "hide-input" in tags(cell), cells[after:]))
+    assert sum(len(cell.source.splitlines()) for cell in hidden) <= 12
 
 
 @each_chapter
@@ -162,7 +170,7 @@ def test_every_cell_ran_in_order_without_error(notebook):
 
 
 @each_chapter
-def test_compared_outputs_hold_no_addresses(notebook):
+def test_compared_outputs_contain_no_addresses(notebook):
     for cell in code_cells(notebook):
         for output in cell.outputs:
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
@@ -171,7 +179,7 @@ def test_compared_outputs_hold_no_addresses(notebook):
 
 @pytest.fixture(scope="session")
 def startup_seconds() -> float:
-    """CPU seconds of a kernel's start and a chapter's imports."""
+    """CPU seconds to start a kernel and import the packages of a chapter."""
     before = os.times()
     subprocess.run(
         [sys.executable, "-c", "import ipykernel.kernelapp, torch, altair, vl_convert, tokenizers"], check=True
@@ -181,11 +189,11 @@ def startup_seconds() -> float:
 
 
 @each_chapter
-def test_it_runs_in_smoke_with_another_seed_within_its_budget(notebook, tmp_path, slowness, startup_seconds):
+def test_a_smoke_run_with_another_seed_stays_within_the_budget(notebook, tmp_path, slowness, startup_seconds):
     run = run_chapter(notebook, OTHER, tmp_path)
     assert run.notebook.stat().st_size <= LIMIT
     assert paths.RUNS not in run.notebook.parents
-    budget = LARGER.get(notebook.name[:2], SMOKE_BUDGET)
+    budget = LARGER_BUDGETS.get(notebook.name[:2], SMOKE_BUDGET)
     assert run.cpu_s - startup_seconds <= 2 * budget * slowness
 
 
@@ -195,7 +203,10 @@ def test_three_further_parameter_sets_give_three_results(notebook, tmp_path):
     schema = chapter_schema(notebook)
     results = []
     for values in FURTHER.get(notebook.name[:2], SEEDS):
-        checked = {name: check(find(schema, name), value) for name, value in {"profile": "smoke", **values}.items()}
+        checked = {
+            name: check_value(find_parameter(schema, name), value)
+            for name, value in {"profile": "smoke", **values}.items()
+        }
         results.append(run_chapter(notebook, checked, tmp_path).result)
     if any("trained" in tags(cell) for cell in code_cells(notebook)):
         assert all(one != other for one, other in combinations(results, 2)), results

@@ -1,4 +1,4 @@
-"""Charts: drawn, described, readable, narrow, small, and the same in every run."""
+"""Charts: drawn, described, readable, narrow, small, and identical in every run."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from PIL import Image
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.stats import mean_and_half_width
-from dsmoe_lite.viz import charts, curves, effects_by_kind, finer_experts, parts, renderer, theme, tokens
+from dsmoe_lite.viz import charts, curves, effects_by_kind, finer_experts, helpers, renderer, theme, token_routing
 
 NAMES = list(chart_samples.every_chart())
 
@@ -39,7 +39,7 @@ def svg(spec):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_drawn_narrow_and_small(bundles, name):
+def test_a_chart_is_drawn_narrow_and_small(bundles, name):
     data, metadata = bundles[name]
     assert set(data) == {renderer.MIME, "image/png", "text/plain"}
     assert data[renderer.MIME]["$schema"].endswith("/v5.json")
@@ -56,22 +56,22 @@ def test_drawn_narrow_and_small(bundles, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_described_and_nothing_too_small(bundles, name):
+def test_a_chart_has_a_description_and_no_text_is_too_small(bundles, name):
     data, _ = bundles[name]
     assert len(data["text/plain"]) >= 30
     assert data["text/plain"] == data[renderer.MIME]["description"]
     assert data[renderer.MIME]["title"]["text"]
     sizes = [float(size) for size in re.findall(r'font-size="([\d.]+)px"', svg(data[renderer.MIME]))]
-    assert min(sizes) >= theme.SMALLEST_TEXT
+    assert min(sizes) >= theme.MIN_FONT_SIZE
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_colour_outside_the_theme(bundles, name):
-    found = {colour.upper() for colour in re.findall(r"#[0-9a-fA-F]{6}", json.dumps(bundles[name][0][renderer.MIME]))}
-    assert found <= set(theme.LIGHT.values())
+    colours = {colour.upper() for colour in re.findall(r"#[0-9a-fA-F]{6}", json.dumps(bundles[name][0][renderer.MIME]))}
+    assert colours <= set(theme.LIGHT.values())
 
 
-def test_same_bytes_in_every_process(specs):
+def test_specs_are_identical_in_every_process(specs):
     here, program = Path(__file__).parent, [sys.executable, "chart_samples.py"]
     other = subprocess.run(
         program, cwd=here, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True, text=True
@@ -79,7 +79,7 @@ def test_same_bytes_in_every_process(specs):
     assert other.strip() == json.dumps({name: renderer.stable(spec) for name, spec in specs.items()})
 
 
-def test_names_do_not_depend_on_charts_made_before_nor_on_the_last_digit():
+def test_generated_names_do_not_depend_on_earlier_charts_or_on_the_last_digit():
     def spec(value):
         chart = alt.Chart(alt.Data(values=[{"a": value, "b": "param_1"}])).mark_point().encode(x="a:Q", text="b:N")
         pick = alt.selection_point()
@@ -93,18 +93,18 @@ def test_names_do_not_depend_on_charts_made_before_nor_on_the_last_digit():
 
 
 @pytest.mark.parametrize(
-    ("number", "kept"),
+    ("number", "rounded"),
     [(0.123456, 0.1235), (123456.7, 123500), (1e-12 / 3, 3.333e-13), (float("nan"), None), (float("inf"), None),
      (7, 7), (True, True), (2.0, 2)],
 )  # fmt: skip
-def test_numbers_keep_four_digits(number, kept):
+def test_numbers_keep_four_digits(number, rounded):
     spec = renderer.stable({"data": {"values": [{"a": number}]}})
-    assert spec["data"]["values"][0]["a"] == kept
-    assert type(spec["data"]["values"][0]["a"]) is type(kept)
+    assert spec["data"]["values"][0]["a"] == rounded
+    assert type(spec["data"]["values"][0]["a"]) is type(rounded)
 
 
 @pytest.mark.parametrize("character", ["\0", "\x1b", "\ud800", "\uffff"])
-def test_characters_that_no_picture_can_hold(character):
+def test_characters_that_are_invalid_in_svg_are_replaced(character):
     text = [f"a{character}b", " c"]
     data, _ = renderer.bundle(charts.token_routing(text, chart_samples.routing(2, 1)).to_dict())
     assert character not in json.dumps(data, ensure_ascii=False)
@@ -118,6 +118,11 @@ def test_a_chart_without_description_is_refused(description):
         chart["description"] = description
     with pytest.raises(InputError, match="description"):
         renderer.bundle(chart)
+
+
+def test_importing_charts_loads_no_torch():
+    program = "import sys, dsmoe_lite.viz.charts, dsmoe_lite.viz.renderer; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_enable_displays_through_the_renderer():
@@ -142,7 +147,7 @@ def contrast(one, other):
 
 
 @pytest.mark.parametrize("colours", [theme.LIGHT, theme.DARK], ids=["light", "dark"])
-def test_text_and_marks_can_be_read(colours):
+def test_text_and_marks_have_enough_contrast(colours):
     for role in ("ink", "muted", "label1", "label2", "label3", "label4"):
         assert contrast(colours[role], colours["card"]) >= 4.5, role
     for role in ("line1", "line2", "line3", "line4", "starved", "overloaded"):
@@ -151,14 +156,14 @@ def test_text_and_marks_can_be_read(colours):
         assert contrast(colours["on_fill"], colours[f"fill{i}"]) >= 4.5, i
     stops = [colours[f"ramp{i}"] for i in range(1, 6)]
     for hundredth in range(101):
-        place = hundredth / 100
-        text = colours["on_deep"] if place > theme.DEEP_FROM else colours["on_pale"]
-        assert contrast(text, between(stops, place)) >= 4.5, place
+        share = hundredth / 100
+        text = colours["on_deep"] if share > theme.DEEP_FROM else colours["on_pale"]
+        assert contrast(text, interpolated(stops, share)) >= 4.5, share
 
 
-def between(stops, place):
-    left = min(int(place * 4), 3)
-    share = place * 4 - left
+def interpolated(stops, position):
+    left = min(int(position * 4), 3)
+    share = position * 4 - left
     mixed = [
         round(int(stops[left][i : i + 2], 16) * (1 - share) + int(stops[left + 1][i : i + 2], 16) * share)
         for i in (1, 3, 5)
@@ -166,7 +171,7 @@ def between(stops, place):
     return "#" + "".join(f"{part:02X}" for part in mixed)
 
 
-def test_each_role_has_one_colour_so_that_themes_can_be_swapped():
+def test_each_role_has_its_own_colour_so_that_the_book_can_swap_themes():
     assert theme.LIGHT.keys() == theme.DARK.keys()
     for colours in (theme.LIGHT, theme.DARK):
         assert len(set(colours.values())) == len(colours)
@@ -180,18 +185,18 @@ def test_each_role_has_one_colour_so_that_themes_can_be_swapped():
 def test_long_runs_are_thinned_and_averaged():
     rows = [{"model": "m", "seed": 0, "step": step, "loss": float(step % 2)} for step in range(3000)]
     spec = charts.training_curves(rows).to_dict()
-    drawn = spec["layer"][0]["data"]["values"] if "data" in spec["layer"][0] else spec["data"]["values"]
-    assert len(drawn) == curves.POINTS
-    assert {point["mean"] for point in drawn} == {0.5}  # 30 steps a bin, half of them 1
+    points = spec["layer"][0]["data"]["values"] if "data" in spec["layer"][0] else spec["data"]["values"]
+    assert len(points) == curves.MAX_POINTS
+    assert {point["mean"] for point in points} == {0.5}  # 30 steps per bin, half of them 1
 
 
-def test_band_spans_the_seeds():
+def test_the_band_spans_the_seeds():
     rows = [{"model": "m", "seed": seed, "step": 0, "loss": loss} for seed, loss in enumerate((1.0, 2.0, 6.0))]
     point = curves.over_seeds(rows, "loss")["m"][0]
     assert (point["low"], point["mean"], point["high"]) == (1.0, 3.0, 6.0)
 
 
-def test_interval_is_students():
+def test_the_interval_is_student_t():
     mean, half = mean_and_half_width([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # s = 1, t(0.975, 2) = 4.302653
@@ -199,10 +204,10 @@ def test_interval_is_students():
 
 
 def test_labels_move_apart_and_stay_inside():
-    moved = parts.spread([1.0, 1.0, 1.1, 9.0], 1.0, 0.0, 10.0)
+    moved = helpers.separate_labels([1.0, 1.0, 1.1, 9.0], 1.0, 0.0, 10.0)
     assert all(b - a >= 1.0 - 1e-9 for a, b in itertools.pairwise(sorted(moved)))
     assert moved[3] == 9.0
-    crowded = parts.spread([9.9, 9.95, 10.0], 1.0, 0.0, 10.0)
+    crowded = helpers.separate_labels([9.9, 9.95, 10.0], 1.0, 0.0, 10.0)
     assert max(crowded) <= 10.0
     assert sorted(crowded) == crowded
     assert all(b - a >= 1.0 - 1e-9 for a, b in itertools.pairwise(crowded))
@@ -213,10 +218,10 @@ def test_labels_move_apart_and_stay_inside():
     [(7e6, "7M"), (7_020_000, "7.02M"), (0.3, "0.300"), (2, "2"), (128, "128"), (0, "0"), (1500, "1.50k")],
 )
 def test_short_numbers(value, text):
-    assert parts.short(value) == text
+    assert helpers.short_number(value) == text
 
 
-def test_loads_are_over_the_mean():
+def test_loads_are_relative_to_the_mean():
     spec = charts.expert_load(np.array([10, 30, 20, 0])).to_dict()
     rows = next(v for v in all_values(spec) if "state" in v[0])
     assert [row["load"] for row in rows] == [10 / 15, 2.0, 20 / 15, 0.0]
@@ -224,7 +229,7 @@ def test_loads_are_over_the_mean():
     assert "1 starved, 1 overloaded, highest 2.00" in spec["description"]
 
 
-def test_a_loss_is_darkest_where_it_is_highest_and_pale_where_it_sees_nothing():
+def test_a_loss_is_darkest_at_its_highest_value_and_pale_if_it_sees_no_imbalance():
     values = {("a", "even"): 1.0, ("a", "one"): 3.0, ("a", "half"): 2.0, ("b", "even"): 0.5, ("b", "one"): 0.5,
               ("b", "half"): 0.25}  # fmt: skip
     rows = [{"loss": loss, "routing": routing, "value": value} for (loss, routing), value in values.items()]
@@ -237,7 +242,7 @@ def test_a_loss_is_darkest_where_it_is_highest_and_pale_where_it_sees_nothing():
     assert "a: one and half; b: none" in spec["description"]
 
 
-def test_a_method_stands_at_its_mean_and_is_named_with_its_overflow():
+def test_a_method_is_drawn_at_its_mean_and_labelled_with_its_overflow():
     rows = [
         {"method": "m", "family": "f", "seed": seed, "max_vio": vio, "gap": gap, "overflow": 0.125 * seed}
         for seed, vio, gap in ((0, 1.0, 0.25), (1, 3.0, -0.5))
@@ -263,15 +268,15 @@ def all_values(node):
             yield from all_values(value)
 
 
-def test_a_finer_layer_is_as_long_and_shows_as_many_experts_as_a_token_uses():
+def test_a_finer_layer_is_equally_long_and_fills_the_experts_of_one_token():
     rows = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 4)]
     spec = charts.finer_experts(rows).to_dict()
     cells = next(v for v in all_values(spec) if "state" in v[0])
     for row in rows:
-        own = [cell for cell in cells if cell["layer"] == row["layer"]]
-        assert len(own) == row["n_experts"]
-        assert sum(cell["state"] == "used by one token" for cell in own) == row["top_k"]
-        assert max(cell["to"] for cell in own) == pytest.approx(finer_experts.LAYER, abs=2)
+        of_layer = [cell for cell in cells if cell["layer"] == row["layer"]]
+        assert len(of_layer) == row["n_experts"]
+        assert sum(cell["state"] == "used by one token" for cell in of_layer) == row["top_k"]
+        assert max(cell["to"] for cell in of_layer) == pytest.approx(finer_experts.LAYER_WIDTH, abs=2)
     bars = next(v for v in all_values(spec) if "power" in v[0])
     assert [bar["text"] for bar in bars] == ["C(16, 2) = 120", "C(64, 8) = 4,426,165,368"]
     assert bars[1]["power"] == pytest.approx(9.646, abs=1e-3)
@@ -283,18 +288,18 @@ def test_spread_shows_every_expert_and_both_means():
     for layer in charts.expert_spread(rows).to_dict()["layer"]:
         (values,) = all_values(layer)
         drawn[layer["mark"]["type"], layer["mark"].get("color")] = [row["x"] for row in values]
-    own, chance = theme.LIGHT["line1"], theme.LIGHT["muted"]
-    assert (drawn["tick", own], drawn["circle", own]) == ([1.0, 2.0], [1.5])
+    observed, chance = theme.LIGHT["line1"], theme.LIGHT["muted"]
+    assert (drawn["tick", observed], drawn["circle", observed]) == ([1.0, 2.0], [1.5])
     assert (drawn["tick", chance], drawn["circle", chance]) == ([3.0, 5.0], [4.0])
 
 
-def test_worth_has_every_expert_on_common_axes_and_names_the_most_needed():
+def test_worth_shows_every_expert_on_common_axes_and_names_the_most_important():
     rows = [
         {"model": model, "expert": e, "counted": e / 2, "worth": worth * scale}
         for model, scale in (("a", 1.0), ("b", 0.1))
         for e, worth in enumerate((0.3, -0.1, 0.5, 0.2))
     ]
-    panels = charts.worth_scatter(rows).to_dict()["hconcat"]
+    panels = charts.expert_worth(rows).to_dict()["hconcat"]
     for panel, scale in zip(panels, (1.0, 0.1), strict=True):
         line, dots, names = panel["layer"]
         (shown,), (named,) = all_values(dots), all_values(names)
@@ -307,7 +312,7 @@ def test_worth_has_every_expert_on_common_axes_and_names_the_most_needed():
     assert len(domains) == 1
 
 
-def test_close_values_can_be_told_apart_by_their_numbers():
+def test_close_values_are_distinguished_by_their_numbers():
     rows = [{"model": name, "metric": "loss", "value": value} for name, value in (("a", 1.8061), ("b", 1.8079))]
     for number, expected in (("", ["1.81", "1.81"]), (".3f", ["1.806", "1.808"])):
         chart = charts.model_comparison(rows, number=number)
@@ -316,7 +321,7 @@ def test_close_values_can_be_told_apart_by_their_numbers():
         assert f"a {expected[0]} and b {expected[1]}" in chart.description
 
 
-def test_a_matrix_averages_runs_and_frames_what_is_a_groups_own():
+def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():
     rows = [
         {"model": model, "without": a, "on": b, "value": scale * (i + 3 * (a == b))}
         for model, scale in (("m", 1.0), ("n", -1.0))
@@ -333,12 +338,12 @@ def test_a_matrix_averages_runs_and_frames_what_is_a_groups_own():
         }  # fmt: skip
         assert panel["layer"][1]["transform"] == [{"filter": "datum.without === datum.on"}]
         assert panel["layer"][0]["encoding"]["color"]["scale"]["domain"] == [0.0, 4.0]
-    assert "m: most for x without x, +4.000" in chart.description
+    assert "m: most on x without x, +4.000" in chart.description
     with pytest.raises(InputError, match="models = 3: at most 2"):
         charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
 
 
-def test_effects_are_means_over_parts_and_the_largest_stands_out():
+def test_effects_are_means_over_parts_and_the_largest_is_highlighted():
     rows = [
         {"kind": kind, "effect": "e", "value": value, "part": part}
         for kind, values in {"a": (1.0, 2.0, 3.0), "b": (4.0, 4.0, 7.0), "c": (-9.0, -9.0, -9.0)}.items()
@@ -356,21 +361,21 @@ def test_effects_are_means_over_parts_and_the_largest_stands_out():
 
 
 def test_zero_has_no_sign():
-    assert [effects_by_kind._said(value, "+.2f") for value in (-0.001, 0.001, -0.01)] == ["0.00", "0.00", "-0.01"]
+    assert [effects_by_kind._format(value, "+.2f") for value in (-0.001, 0.001, -0.01)] == ["0.00", "0.00", "-0.01"]
 
 
 def test_ticks_are_round():
     for value, tick in ((0.5, 0.5), (0.49, 0.2), (1.0, 1.0), (9.99, 5.0), (0.0031, 0.002), (250.0, 200.0)):
-        assert effects_by_kind._round_below(value) == pytest.approx(tick)
+        assert effects_by_kind._round_down(value) == pytest.approx(tick)
 
 
 def test_tokens_wrap_inside_the_line_without_overlap():
     words = ["Norvania", " is", " a", " country", "\n", "and", " so", " on"] * 10
-    cells = tokens._layout(words)
+    cells = token_routing._layout(words)
     for row in range(1 + max(cell["row"] for cell in cells)):
         line = [cell for cell in cells if cell["row"] == row]
         assert all(a["x2"] <= b["x"] for a, b in itertools.pairwise(line))
-        assert all(cell["x2"] <= tokens.LINE for cell in line if cell["token"] != "↵")
+        assert all(cell["x2"] <= token_routing.LINE_WIDTH for cell in line if cell["token"] != "↵")
     assert cells[5]["row"] == cells[4]["row"] + 1  # a line break in the text breaks the line
 
 
@@ -379,11 +384,11 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
     spec = charts.token_routing(["drop", "keep"], [layer], focus=3).to_dict()
     picture = svg(renderer.stable(spec))
     assert "×e3 e1" in picture
-    struck = svg(
+    without_drops = svg(
         renderer.stable(charts.token_routing(["a", "b"], [{**layer, "kept": [[True] * 2] * 2}], focus=3).to_dict())
     )
     assert picture.count("stroke-dasharray") == 1
-    assert struck.count("stroke-dasharray") == 0
+    assert without_drops.count("stroke-dasharray") == 0
     assert 'fill="rgb(244, 247, 250)"' in picture or theme.LIGHT["ramp1"].lower() in picture.lower()
 
 
@@ -393,7 +398,7 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (lambda: charts.training_curves([]), "at least one row"),
         (lambda: charts.exchange_matrix([[1, 2], [3]]), "as many rows as columns"),
         (lambda: charts.exchange_matrix([[1, -2], [3, 4]]), "0 or above"),
-        (lambda: charts.link_timeline([{"lane": "a", "of": "b", "what": "c", "start": 0}]), "no 'end'"),
+        (lambda: charts.link_timeline([{"lane": "a", "group": "b", "what": "c", "start": 0}]), "no 'end'"),
         (lambda: charts.scaling_curve([{"model": "a", "devices": 8, "value": 1.2}]), "a share, 0 to 1"),
         (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
         (lambda: charts.expert_load([]), "at least one expert"),
@@ -411,12 +416,15 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         ),
         (lambda: charts.loss_table([{"loss": "z", "routing": "a", "value": 1.0}], balanced="b"), "balanced = 'b'"),
         (lambda: charts.balance_scatter([{"method": "m", "gap": 1.0}]), "no 'family'"),
-        (lambda: charts.worth_scatter([{"model": "a", "expert": 0, "counted": 1.0}]), "no 'worth'"),
+        (lambda: charts.expert_worth([{"model": "a", "expert": 0, "counted": 1.0}]), "no 'worth'"),
         (
-            lambda: charts.worth_scatter([{"model": m, "expert": 0, "counted": 1, "worth": 1} for m in "abcde"]),
+            lambda: charts.expert_worth([{"model": m, "expert": 0, "counted": 1, "worth": 1} for m in "abcde"]),
             "models = 5: at most 4 panels",
         ),
-        (lambda: charts.reach_curve([{"scores": i, "limit": 1, "reached": 1, "kept": 1} for i in range(5)]), "scores"),
+        (
+            lambda: charts.reach_curve([{"scores": i, "limit": 1, "reached": 1, "affinity": 1} for i in range(5)]),
+            "scores = 5",
+        ),
         (lambda: charts.parameter_split([{"model": "m", "component": i, "total": 1} for i in range(9)]), "components"),
     ],
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Charts of the KV cache and of long context: what is drawn is what the rows and the controls say."""
+"""Charts of the KV cache and of long contexts: the marks have the values of the rows and the controls."""
 
 import itertools
 import json
@@ -20,15 +20,15 @@ BYTES = "cache of all sequences"
 
 def bars(picture):
     """Exact bytes of each bar, by name, from top to bottom."""
-    found = [mark for mark in marks(picture, BYTES) if "bytes" in mark]
-    return {mark["name"]: int(float(mark["bytes"].replace(",", ""))) for mark in found}  # some as 7.21554505728e+12
+    labelled = [mark for mark in marks(picture, BYTES) if "bytes" in mark]
+    return {mark["name"]: int(float(mark["bytes"].replace(",", ""))) for mark in labelled}  # some as 7.21554505728e+12
 
 
 def words(picture):
     return re.findall(r"<text[^>]*>([^<]*)<", picture)
 
 
-def test_the_calculator_counts_what_accounting_counts_at_every_setting_of_its_controls():
+def test_the_calculator_agrees_with_accounting_at_every_setting_of_its_controls():
     chart = charts.cache_calculator(cache_rows(FAMILY))
     assert {param["name"] for param in renderer.stable(chart.to_dict())["params"]} == {"context", "bits", "sequences"}
     kinds = {row["model"]: f"{row['model']} · {row['kind']}" for row in cache_rows(FAMILY)}
@@ -49,7 +49,7 @@ def test_sizes_have_three_digits_and_a_unit(amount, text):
     assert kv_cache._size(amount) == text
 
 
-def test_python_and_the_chart_write_sizes_alike():
+def test_python_and_the_chart_write_sizes_in_the_same_form():
     rows = [{"model": f"m{i}", "kind": "MHA", "elements_per_token": 3**i} for i in range(20)]
     chart = charts.cache_calculator(rows, context=2048, bits=32, sequences=5)
     picture = svg(chart)
@@ -60,11 +60,11 @@ def test_python_and_the_chart_write_sizes_alike():
 
 
 def rules(picture):
-    """The names at the lines of a memory."""
+    """The names at the memory lines."""
     return [mark["name"] for mark in marks(picture, BYTES) if set(mark) == {BYTES, "name"}]
 
 
-def test_the_memory_shows_once_the_largest_cache_is_a_quarter_of_it():
+def test_the_memory_line_appears_once_the_largest_cache_is_a_quarter_of_it():
     rows = [{"model": "m", "kind": "GQA", "elements_per_token": 100_000}]
     chart = charts.cache_calculator(rows, memory=80e9)
     seen = {n: rules(svg(chart, context=131_072, bits=8, sequences=n)) for n in (1, 2, 64)}
@@ -75,24 +75,24 @@ def test_the_memory_shows_once_the_largest_cache_is_a_quarter_of_it():
 
 def colours(picture, first):
     """The fill of each named bar."""
-    found = re.findall(
+    fills = re.findall(
         rf'<path aria-label="({first}: [^"]*)"[^>]*aria-roledescription="bar"[^>]*fill="([^"]*)"', picture
     )
-    return {re.search(r"(?:name|kind): ([^;]*)", label)[1]: fill.upper() for label, fill in found}
+    return {re.search(r"(?:name|kind): ([^;]*)", label)[1]: fill.upper() for label, fill in fills}
 
 
-def test_each_kind_has_its_colour_in_both_charts_whatever_is_shown_beside_it():
+def test_each_kind_has_the_same_colour_in_both_charts():
     kinds = dict(zip(kv_cache.KINDS, theme.LINES, strict=True))
     one = [{"model": "m", "kind": "MLA", "elements_per_token": 7}]
     assert colours(svg(charts.cache_calculator(one)), BYTES) == {"m · MLA": kinds["MLA"]}
-    assert colours(svg(charts.cache_by_design()), "numbers a token and layer") == kinds
+    assert colours(svg(charts.cache_by_design()), "numbers per token and layer") == kinds
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(128, 8), (8, 1), (24, 4), (64, 2)])
 @pytest.mark.parametrize("d", [128, 12])
-def test_designs_are_those_of_the_configs(heads, groups, d):
+def test_designs_cache_as_much_as_the_configs(heads, groups, d):
     picture = svg(charts.cache_by_design(head_dim=d), heads=heads, groups=groups)
-    drawn = {mark["kind"]: mark["text"] for mark in marks(picture, "numbers a token and layer") if "kind" in mark}
+    drawn = {mark["kind"]: mark["text"] for mark in marks(picture, "numbers per token and layer") if "kind" in mark}
     attention = {
         "MHA": AttentionConfig(n_heads=heads, head_dim=d),
         "GQA": AttentionConfig(n_heads=heads, head_dim=d, n_kv_heads=groups),
@@ -104,14 +104,16 @@ def test_designs_are_those_of_the_configs(heads, groups, d):
         share = re.search(r"([\d.]+)% of MHA$", drawn[kind])
         assert (share is None) == (kind == "MHA")
         if share is not None:
-            whole = attention["MHA"].cache_width
-            assert float(share[1]) == pytest.approx(100 * config.cache_width / whole, rel=6e-3)
+            mha_width = attention["MHA"].cache_width
+            assert float(share[1]) == pytest.approx(100 * config.cache_width / mha_width, rel=6e-3)
 
 
-def test_only_full_attention_depends_on_heads_and_the_axis_stays():
+def test_only_mha_depends_on_heads_and_the_axis_is_fixed():
     pictures = {heads: svg(charts.cache_by_design(), heads=heads) for heads in (8, 128)}
     lengths = {
-        heads: {mark["kind"]: mark["numbers a token and layer"] for mark in marks(picture, "numbers a token and layer")}
+        heads: {
+            mark["kind"]: mark["numbers per token and layer"] for mark in marks(picture, "numbers per token and layer")
+        }
         for heads, picture in pictures.items()
     }
     changed = {kind for kind in kv_cache.KINDS if lengths[8][kind] != lengths[128][kind]}
@@ -120,7 +122,7 @@ def test_only_full_attention_depends_on_heads_and_the_axis_stays():
     assert axes == {"0 to 32,768"}
 
 
-def test_a_decoded_token_costs_the_median_run():
+def test_decode_cost_is_the_median_run():
     rows = [{"method": "m", "context": 1024, "milliseconds": ms} for ms in (4.0, 1.0, 2.0)]
     rows += [{"method": "m", "context": 4096, "milliseconds": 8.0}]
     chart = charts.decode_cost(rows)
@@ -135,27 +137,27 @@ def test_a_decoded_token_costs_the_median_run():
     assert "median" not in json.dumps(charts.decode_cost(rows[2:]).to_dict()["title"])
 
 
-def test_equal_costs_are_named_apart_at_the_end_of_each_line():
-    rows = [{"method": f"way {i}", "context": c, "milliseconds": 1.0} for i in range(4) for c in (1024, 2048)]
+def test_labels_of_equal_costs_do_not_overlap():
+    rows = [{"method": f"method {i}", "context": c, "milliseconds": 1.0} for i in range(4) for c in (1024, 2048)]
     picture = svg(charts.decode_cost(rows))
-    heights = [float(y) for y in re.findall(r'translate\([-\d.]+,([-\d.]+)\)"[^>]*>way \d 1 ms<', picture)]
+    heights = [float(y) for y in re.findall(r'translate\([-\d.]+,([-\d.]+)\)"[^>]*>method \d 1 ms<', picture)]
     assert len(heights) == 4
-    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= kv_cache.LINE - 0.5
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= kv_cache.LABEL_GAP - 0.5
     assert "1K" in words(picture)
     dashes = {" ".join(map(str, dash)) for dash in theme.DASHES}
     assert len(dashes) == 4
     assert picture.count('aria-roledescription="line mark"') == 4
 
 
-def test_a_line_that_ends_early_is_named_where_it_ends():
+def test_a_line_that_ends_early_is_labelled_at_its_end():
     rows = [{"method": m, "context": c, "milliseconds": c / 1024} for m, top in (("a", 3), ("b", 5))
             for c in (1024 * n for n in range(1, top))]  # fmt: skip
-    spots = {row["text"]: row["context"] for row in values(charts.decode_cost(rows).to_dict(), "text")}
-    assert spots == {"a 2 ms": 2048, "b 4 ms": 4096}
+    labels = {row["text"]: row["context"] for row in values(charts.decode_cost(rows).to_dict(), "text")}
+    assert labels == {"a 2 ms": 2048, "b 4 ms": 4096}
 
 
-def test_wavelengths_stand_beside_both_context_lengths():
-    rows = chart_samples.wave_rows(32, 10, 23, 40)
+def test_wavelengths_are_drawn_beside_both_context_lengths():
+    rows = chart_samples.wavelength_rows(32, 10, 23, 40)
     chart = charts.rotary_frequencies(rows, original=4096, extended=163_840)
     spec = chart.to_dict()
     points = {(p["kind"], p["pair"]): p["wavelength"] for p in values(spec, "pair")}
@@ -169,20 +171,20 @@ def test_wavelengths_stand_beside_both_context_lengths():
     assert low < min(points.values()) < 163_840 < max(points.values()) < high
     short = sum(2 * math.pi * 10_000 ** (j / 32) <= 4096 for j in range(32))
     assert f"RoPE: {short} turn once within 4,096 tokens, 0 not within 163,840" in spec["description"]
-    both = {"trained on 4,096 tokens", "stretched to 163,840"}
+    both = {"trained on 4,096 tokens", "extended to 163,840"}
     assert both <= set(words(svg(chart)))
 
 
-def test_a_context_that_is_not_stretched_has_one_line():
-    rows = chart_samples.wave_rows(4, 1, 3, 2)[::2]
+def test_a_context_that_is_not_extended_has_one_line():
+    rows = chart_samples.wavelength_rows(4, 1, 3, 2)[::2]
     spec = charts.rotary_frequencies(rows, original=512, extended=512).to_dict()
     assert [level["wavelength"] for level in values(spec["layer"][0], "wavelength")] == [512]
 
 
-def test_each_cell_holds_the_mean_over_seeds_and_lies_at_its_depth_and_length():
+def test_each_cell_is_the_mean_over_seeds_at_its_depth_and_length():
     rows = [{"kind": "k", "length": n, "depth": d, "recall": recall, "seed": seed}
-            for (n, d), own in {(64, 0.0): (1.0, 0.5), (64, 1.0): (0.0, 0.0), (256, 0.0): (0.25, 0.5)}.items()
-            for seed, recall in enumerate(own)]  # fmt: skip
+            for (n, d), recalls in {(64, 0.0): (1.0, 0.5), (64, 1.0): (0.0, 0.0), (256, 0.0): (0.25, 0.5)}.items()
+            for seed, recall in enumerate(recalls)]  # fmt: skip
     chart = charts.needle(rows)
     drawn = {(c["length"], c["depth"]): c["recall"] for c in values(chart.to_dict(), "recall")}
     assert drawn == {("64", "0"): 0.75, ("64", "100"): 0.0, ("256", "0"): 0.375}

@@ -1,4 +1,4 @@
-"""Charts of devices, pairs, interventions, the bench and chance: what is drawn is what the rows say."""
+"""Charts of devices, co-activation, interventions, benchmarks and chance: the marks have the values of the rows."""
 
 import copy
 import itertools
@@ -10,7 +10,7 @@ import vl_convert
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import benchmarks, charts, renderer
-from dsmoe_lite.viz.parts import short, spread
+from dsmoe_lite.viz.helpers import separate_labels, short_number
 
 TOKENS, DEVICES, K = ["The", " capital", "\n", " of"], 3, 6
 
@@ -24,15 +24,14 @@ def svg(chart, **params):
 
 
 def marks(picture, first):
-    """What each mark says of itself, as {field: text}, for marks whose first field is `first`."""
-    said = re.findall(rf'aria-label="({first}: [^"]*)"', picture)
-    return [dict(part.split(": ", 1) for part in label.split("; ")) for label in said]
+    """The aria label of each mark as {field: text}, for marks whose first field is `first`."""
+    labels = re.findall(rf'aria-label="({first}: [^"]*)"', picture)
+    return [dict(part.split(": ", 1) for part in label.split("; ")) for label in labels]
 
 
 def values(node, field):
-    """The inline rows, of the first data whose rows have `field`."""
-    rows = next(found for found in _inline(node) if field in found[0])
-    return list(rows)
+    """The rows of the first inline data that have `field`."""
+    return list(next(rows for rows in _inline(node) if field in rows[0]))
 
 
 def _inline(node):
@@ -57,12 +56,12 @@ def test_a_tokens_cells_sum_to_its_experts_at_every_limit_and_the_slider_changes
     gates = {(int(box["t"]), box["device"]): float(box["gate"]) for box in boxes if "gate" in box and "device" in box}
     assert len(gates) == len(TOKENS) * DEVICES
     for t in range(len(TOKENS)):
-        own = [gates[t, f"d{d}"] for d in range(DEVICES)]
-        assert own == pytest.approx(limits[0]["gates"][t], abs=1e-3)
-        assert sorted(own) == pytest.approx([0, 0, 1], abs=1e-3)
+        of_token = [gates[t, f"d{d}"] for d in range(DEVICES)]
+        assert of_token == pytest.approx(limits[0]["gates"][t], abs=1e-3)
+        assert sorted(of_token) == pytest.approx([0, 0, 1], abs=1e-3)
 
 
-def test_the_limits_costs_are_written_out_and_described():
+def test_the_costs_of_each_limit_are_in_the_table_and_the_description():
     limits = chart_samples.device_limits(len(TOKENS), DEVICES, K)
     chart = charts.device_flow(TOKENS, limits, limit=2)
     spec = chart.to_dict()
@@ -72,13 +71,13 @@ def test_the_limits_costs_are_written_out_and_described():
     cells = {(row["limit"], row["name"]): row["text"] for row in values(spec["vconcat"][1], "text")}
     for m, one in enumerate(limits, 1):
         assert cells[m, "devices reached"] == f"{one['reached']:.2f}"
-        assert cells[m, "affinity kept"] == f"{one['kept']:.0%}"
+        assert cells[m, "affinity kept"] == f"{one['affinity']:.0%}"
     for end in (0, -1):
-        said = f"{limits[end]['reached']:.2f} devices and keeps {limits[end]['kept']:.1%}"
-        assert said in spec["description"]
+        text = f"{limits[end]['reached']:.2f} devices and keeps {limits[end]['affinity']:.1%}"
+        assert text in spec["description"]
 
 
-def test_the_frame_is_on_the_chosen_limit():
+def test_the_frame_marks_the_chosen_limit():
     chart = charts.device_flow(TOKENS, chart_samples.device_limits(len(TOKENS), DEVICES, K))
     framed = {m: {mark["limit"] for mark in marks(svg(chart, limit=m), "limit") if len(mark) == 1} for m in (1, 3)}
     assert framed == {1: {"1"}, 3: {"3"}}
@@ -91,7 +90,7 @@ def pairs(chart, field):
     return {(mark["i"], mark["expert"]): number for mark, number in zip(boxes, numbers, strict=True)}
 
 
-def test_pairs_are_drawn_in_the_callers_order_with_the_diagonal_blank():
+def test_pairs_are_drawn_in_the_given_order_with_a_blank_diagonal():
     shares = [[1.0, 0.125, 0.5], [0.25, 1.0, None], [0.0, 0.75, 1.0]]
     chart = charts.coactivation(shares, order=[2, 0, 1])
     known = {(0, 1): 0.125, (0, 2): 0.5, (1, 0): 0.25, (2, 0): 0.0, (2, 1): 0.75}
@@ -115,10 +114,10 @@ def points(chart):
     return {(row["model"], row["x"]): row for row in rows if "model" in row}
 
 
-def test_a_rise_is_over_each_seeds_own_loss_and_zero_where_nothing_is_disabled():
+def test_a_rise_is_relative_to_the_same_seed_and_zero_if_nothing_is_disabled():
     losses = {0: {0.0: 1.0, 0.25: 2.0}, 1: {0.0: 3.0, 0.25: 6.0}}
     rows = [{"model": "m", "seed": seed, "share": share, "loss": loss}
-            for seed, own in losses.items() for share, loss in own.items()]  # fmt: skip
+            for seed, by_share in losses.items() for share, loss in by_share.items()]  # fmt: skip
     rise = points(charts.loss_against_disabled(rows, relative=True))
     assert [rise["m", 0.0][key] for key in ("mean", "low", "high")] == [0, 0, 0]
     assert [rise["m", 0.25][key] for key in ("mean", "low", "high")] == [2.0, 1.0, 3.0]
@@ -127,7 +126,7 @@ def test_a_rise_is_over_each_seeds_own_loss_and_zero_where_nothing_is_disabled()
     assert "m: 0 at 0.0% to 2 at 25.0%" in charts.loss_against_disabled(rows, relative=True).to_dict()["description"]
 
 
-def test_a_reference_is_a_level_with_its_name_and_inside_the_axis():
+def test_a_reference_is_a_named_level_inside_the_axis():
     rows = chart_samples.loss_rows("active", [1, 2, 4], 2, 2)
     reference = {"GShard top-2": 1.808, "dense": 9.5}
     spec = charts.loss_against_active(rows, reference=reference).to_dict()
@@ -141,7 +140,7 @@ def test_a_reference_is_a_level_with_its_name_and_inside_the_axis():
     assert "GShard top-2 1.81 and dense 9.50" in spec["description"]
 
 
-def test_ratios_are_written_out_beside_one_and_their_goal():
+def test_ratios_are_written_out_beside_a_line_at_one_and_their_goal():
     chart = charts.ratio_bars(chart_samples.RATIOS)
     spec = chart.to_dict()
     rows = values(spec, "low")
@@ -154,14 +153,14 @@ def test_ratios_are_written_out_beside_one_and_their_goal():
     assert values(spec["layer"][0], "ratio") == [{"ratio": 1.0}]
 
 
-def test_trends_are_written_out_beside_zero_their_margins_and_their_verdicts():
+def test_trends_are_written_out_with_their_margins_and_verdicts():
     chart = charts.trend_intervals(chart_samples.TRENDS)
     spec = chart.to_dict()
     rows = values(spec, "low")
     for row, given in zip(rows, chart_samples.TRENDS, strict=True):
         assert (row["low"], row["mean"], row["high"]) == (given["low"], given["mean"], given["high"])
         assert row["text"] == f"{given['verdict']}, {given['mean']:+.3f} ± {(given['high'] - given['low']) / 2:.3f}"
-        assert row["full"] == (given["verdict"] in ("holds", "reversed"))
+        assert row["filled"] == (given["verdict"] in ("holds", "reversed"))
         assert row["text"] in spec["description"]
     assert [row["limit"] for row in values(spec["layer"][-1], "limit")] == [0.012]
     wide, narrow = (
@@ -173,18 +172,18 @@ def test_trends_are_written_out_beside_zero_their_margins_and_their_verdicts():
     assert "type" not in narrow
     assert narrow["domain"][0] <= -0.042 < 0.015 <= narrow["domain"][1]
     holds = chart_samples.TRENDS[0]
-    for change, says in (
+    for change, message in (
         ({"verdict": "true"}, "verdict = 'true': must be one of holds"),
         ({"low": 0.5}, "low = 0.5, mean = -0.0225"),
     ):
-        with pytest.raises(InputError, match=says):
+        with pytest.raises(InputError, match=message):
             charts.trend_intervals([{**holds, **change}])
     with pytest.raises(InputError, match="the same 'what' and 'figure'"):
         charts.trend_intervals([holds, holds])
 
 
 @pytest.mark.parametrize(("high", "kind"), [(1.4, None), (9.0, "log")])
-def test_the_ratio_axis_holds_one_and_is_logarithmic_where_it_is_wide(high, kind):
+def test_the_ratio_axis_includes_one_and_is_logarithmic_if_wide(high, kind):
     axis = benchmarks._ratio_axis([1.0, 1.2, high], "t").to_dict()
     assert axis["scale"].get("type") == kind
     assert axis["scale"]["domain"][0] < 1.0
@@ -204,60 +203,60 @@ def test_the_roof_bends_where_bandwidth_meets_the_peak_and_unmeasured_points_lie
     assert last["flops"] == peak
     drawn = {row["name"]: (row["flops"], row["measured"]) for row in values(spec, "measured")}
     assert drawn == {"a": (200e9, False), "b": (peak, False), "c": (100e9, True)}
-    assert "Peak 800 GFLOP/s, bandwidth 100 GB/s; they meet at 8 FLOP a byte" in spec["description"]
-    assert "c 4 FLOP a byte, 100 GFLOP/s, 25% of the roof" in spec["description"]
+    assert "Peak 800 GFLOP/s, bandwidth 100 GB/s; they meet at 8 FLOP per byte" in spec["description"]
+    assert "c 4 FLOP per byte, 100 GFLOP/s, 25% of the roof" in spec["description"]
 
 
 @pytest.mark.parametrize(
     ("positions", "moved"),
     [([12.0, 12.0, 11.0], [9.0, 10.0, 8.0]), ([8.4, 10.0, 10.0], [8.0, 9.0, 10.0]), ([-3.0, -3.0], [0.0, 1.0])],
 )
-def test_labels_that_belong_outside_the_range_are_kept_apart_inside(positions, moved):
-    assert spread(positions, 1.0, 0.0, 10.0) == pytest.approx(moved)
+def test_labels_outside_the_range_are_moved_inside_without_overlap(positions, moved):
+    assert separate_labels(positions, 1.0, 0.0, 10.0) == pytest.approx(moved)
 
 
-def test_names_of_the_roofline_do_not_lie_above_one_another():
+def test_labels_of_the_roofline_do_not_overlap():
     rows = [{"name": f"layer {i}", "intensity": 300.0 + i} for i in range(8)]
     picture = svg(charts.roofline(rows, peak=989e12, bandwidth=3.35e12))
     heights = {float(y) for y in re.findall(r'translate\([-\d.]+,([\d.]+)\)"[^>]*>layer \d<', picture)}
     assert len(heights) == 8
-    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= benchmarks.LINE - 0.5
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= benchmarks.LABEL_GAP - 0.5
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(989e12, "989 TB/s"), (3.35e9, "3.35 GB/s"), (1.979e15, "1.98 PB/s"), (7, "7 B/s")]
 )
-def test_units_stand_after_a_space(value, text):
+def test_units_follow_a_space(value, text):
     assert benchmarks._unit(value, "B/s") == text
 
 
-def lift_row(value, expert=None, what="layer 1"):
+def specialization_row(value, expert=None, what="layer 1"):
     row = {"what": what, "value": value, "null_low": 0.2, "null": 0.3, "null_high": 0.4}
     return row if expert is None else {**row, "expert": expert}
 
 
-def test_experts_beyond_chance_are_counted_and_told_apart():
-    seen = {0: 0.3, 1: 0.9, 2: 0.1, 3: 0.4, 4: 0.5}
-    chart = charts.specialization_against_null([lift_row(value, e) for e, value in seen.items()])
+def test_experts_beyond_chance_are_counted_and_marked():
+    observed = {0: 0.3, 1: 0.9, 2: 0.1, 3: 0.4, 4: 0.5}
+    chart = charts.specialization_against_null([specialization_row(value, e) for e, value in observed.items()])
     drawn = {mark["expert"]: (float(mark["specialisation"]), mark["state"])
              for mark in marks(svg(chart), "expert") if "state" in mark}  # fmt: skip
     states = {0: "within", 1: "above", 2: "below", 3: "within", 4: "above"}
-    assert drawn == {f"e{e}": (seen[e], f"{states[e]} chance") for e in seen}
+    assert drawn == {f"e{e}": (observed[e], f"{states[e]} chance") for e in observed}
     assert "2 of 5 above chance, 1 below; highest e1 0.900, by chance 0.300" in chart.to_dict()["description"]
     axis = re.findall(r">(e\d)</text>", svg(chart))
     assert axis == ["e1", "e4", "e3", "e0", "e2"]
 
 
-def test_without_experts_each_layer_is_a_row_with_its_own_chance():
-    rows = [lift_row(0.5, what="layer 1"), {**lift_row(0.5, what="layer 2"), "null_high": 0.6}]
+def test_without_experts_each_layer_is_a_row_with_its_own_null():
+    rows = [specialization_row(0.5, what="layer 1"), {**specialization_row(0.5, what="layer 2"), "null_high": 0.6}]
     chart = charts.specialization_against_null(rows)
     drawn = values(chart.to_dict(), "state")
     assert [(row["what"], row["state"]) for row in drawn] == [("layer 1", "above chance"), ("layer 2", "within chance")]
-    assert all(f"{row['what']}: {short(row['value'])}" in chart.to_dict()["description"] for row in rows)
+    assert all(f"{row['what']}: {short_number(row['value'])}" in chart.to_dict()["description"] for row in rows)
 
 
 def flow(**changes):
-    one = {"counts": [[1, 0]], "gates": [[1.0, 0.0]], "reached": 1.0, "kept": 0.5}
+    one = {"counts": [[1, 0]], "gates": [[1.0, 0.0]], "reached": 1.0, "affinity": 0.5}
     return lambda: charts.device_flow(["a"], [{**one, **changes}])
 
 
@@ -274,7 +273,7 @@ def flow(**changes):
         (flow(counts=[[1, 0], [1, 0]]), "1 rows of 2"),
         (flow(counts=[[-1, 0]]), "0 or above"),
         (flow(gates=[[1.0]]), "gates has 1 devices, counts 2"),
-        (flow(kept=50), "kept = 50"),
+        (flow(affinity=50), "affinity = 50"),
         (lambda: charts.coactivation([[1.0]]), "1 rows"),
         (lambda: charts.coactivation([[1.0] * 65] * 65), "65 rows"),
         (lambda: charts.coactivation([[1.0, 0.5], [1.0]]), "2 rows of 2"),
@@ -295,10 +294,13 @@ def flow(**changes):
         (lambda: charts.roofline(chart_samples.POINTS, peak=0, bandwidth=1), "peak = 0"),
         (lambda: charts.roofline(chart_samples.POINTS, peak=1, bandwidth=float("nan")), "bandwidth = nan"),
         (lambda: charts.roofline([{"name": "a", "intensity": 0}], peak=1, bandwidth=1), "above 0"),
-        (lambda: charts.specialization_against_null([lift_row(0.5, 1), lift_row(0.5)]), "either every row"),
-        (lambda: charts.specialization_against_null([lift_row(0.5, 1)] * 2), "an expert twice"),
-        (lambda: charts.specialization_against_null([lift_row(0.5)] * 2), "one row"),
-        (lambda: charts.specialization_against_null([{**lift_row(0.5), "null_low": 0.6}]), "null_low = 0.6"),
+        (
+            lambda: charts.specialization_against_null([specialization_row(0.5, 1), specialization_row(0.5)]),
+            "give it in all rows or in none",
+        ),
+        (lambda: charts.specialization_against_null([specialization_row(0.5, 1)] * 2), "an expert twice"),
+        (lambda: charts.specialization_against_null([specialization_row(0.5)] * 2), "one row"),
+        (lambda: charts.specialization_against_null([{**specialization_row(0.5), "null_low": 0.6}]), "null_low = 0.6"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(call, message):

@@ -1,4 +1,4 @@
-"""`dsmoe check`, the guard of the chapters, readers' copies: what a reader meets before the first cell."""
+"""Before the first cell: `dsmoe check`, the guard against missing packages, readers' copies, JupyterLab."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from nbformat.sign import NotebookNotary
 from dsmoe_lite.cli.check import command
 from dsmoe_lite.common import machine
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.labs import guard, jupyter_server, jupyter_settings, reader_copies
+from dsmoe_lite.labs import jupyter_server, jupyter_settings, packages, reader_copies
 
 
 def rows() -> dict[str, dict[str, str | None]]:
@@ -30,7 +30,7 @@ def program(folder: Path, name: str, script: str) -> None:
 
 @pytest.fixture
 def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A PATH with nothing on it but what a test puts into the folder."""
+    """An empty folder as the only entry of PATH; a test adds programs to it."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -39,7 +39,7 @@ def bare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_names_what_is_here() -> None:
+def test_check_reports_what_is_installed() -> None:
     import torch
 
     found = rows()
@@ -49,7 +49,7 @@ def test_names_what_is_here() -> None:
     assert found["profile"]["found"] == ("gpu" if torch.cuda.is_available() else "cpu")
 
 
-def test_bare_machine_gets_remedies(bare: Path) -> None:
+def test_missing_tools_get_remedies(bare: Path) -> None:
     found = rows()
     assert found["profile"]["found"] == "cpu"
     for part in ("GPU", "g++", "chromium"):
@@ -57,7 +57,7 @@ def test_bare_machine_gets_remedies(bare: Path) -> None:
         assert found[part]["how to get it"]
 
 
-def test_gpu_decides_the_profile(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_decides_the_profile(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(bare, "nvidia-smi", "echo 'NVIDIA H200, 143771 MiB'")
     monkeypatch.setattr(machine, "torch_cuda", lambda: "12.8")
     assert rows()["GPU"] == {"part": "GPU", "found": "NVIDIA H200, 143771 MiB", "how to get it": ""}
@@ -68,7 +68,7 @@ def test_gpu_decides_the_profile(bare: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert rows()["profile"]["found"] == "cpu"
 
 
-def test_broken_driver_is_no_gpu(bare: Path) -> None:
+def test_a_broken_driver_counts_as_no_gpu(bare: Path) -> None:
     program(bare, "nvidia-smi", "echo 'no devices were found'; exit 6")
     assert rows()["GPU"]["found"] is None
 
@@ -83,7 +83,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["course packages"]["how to get it"] == "torch, altair not installed: make setup"  # sphinx: book's
 
 
-def test_works_without_torch_and_imports_neither_it_nor_a_notebook_package() -> None:
+def test_check_works_without_torch_and_imports_no_heavy_package() -> None:
     script = (
         "import sys; sys.modules['torch'] = None\n"
         "from dsmoe_lite.cli import main\n"
@@ -94,10 +94,10 @@ def test_works_without_torch_and_imports_neither_it_nor_a_notebook_package() -> 
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
-def test_guard_passes_what_is_there_and_names_what_is_not() -> None:
-    guard.need("json", "pathlib")
+def test_the_guard_names_missing_packages_only() -> None:
+    packages.require_packages("json", "pathlib")
     with pytest.raises(InputError) as caught:
-        guard.need("json", "no_such_package", "nor_this.one")
+        packages.require_packages("json", "no_such_package", "nor_this.one")
     line = str(caught.value)
     assert "no_such_package, nor_this.one" in line
     assert "make setup" in line
@@ -106,13 +106,13 @@ def test_guard_passes_what_is_there_and_names_what_is_not() -> None:
     assert "\n" not in line
 
 
-def test_guard_shows_one_line_in_a_notebook() -> None:
+def test_the_guard_shows_one_line_in_a_notebook() -> None:
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
     from nbformat.v4 import new_code_cell, new_notebook
 
-    cell = new_code_cell("from dsmoe_lite.labs.guard import need\nneed('torchh')")
+    cell = new_code_cell("from dsmoe_lite.labs.packages import require_packages\nrequire_packages('torchh')")
     notebook: nbformat.NotebookNode = new_notebook(cells=[cell])
     with pytest.raises(CellExecutionError):
         NotebookClient(notebook, timeout=60).execute()
@@ -121,7 +121,7 @@ def test_guard_shows_one_line_in_a_notebook() -> None:
     assert "needs torchh" in output["traceback"][0]
 
 
-def test_copies_are_made_once_and_renewed_on_request(course) -> None:
+def test_copies_are_made_once_and_replaced_on_request(course) -> None:
     chapter = course.write()
     (course.notebooks / "images").mkdir()
     (course.notebooks / "images" / "one.svg").write_text("<svg/>", encoding="utf-8")
@@ -142,16 +142,16 @@ def test_copies_are_made_once_and_renewed_on_request(course) -> None:
     assert "dsmoe lab --fresh 03" in line
     assert "My notes" in copy.read_text(encoding="utf-8")
 
-    kept = [reader_copies.renew(chapter, folder) for _ in range(2)]
-    assert [path.name for path in kept if path] == ["03_small.ipynb.bak", "03_small.ipynb.bak2"]
-    assert kept[0] is not None
-    assert "My notes" in kept[0].read_text(encoding="utf-8")
+    backups = [reader_copies.renew(chapter, folder) for _ in range(2)]
+    assert [path.name for path in backups if path] == ["03_small.ipynb.bak", "03_small.ipynb.bak2"]
+    assert backups[0] is not None
+    assert "My notes" in backups[0].read_text(encoding="utf-8")
     assert "A better one" in copy.read_text(encoding="utf-8")
     assert before != chapter.read_bytes()
     assert reader_copies.copy_chapters(course.notebooks, folder) == []
 
 
-def test_a_copy_is_trusted_until_somebody_else_changes_it(course) -> None:
+def test_a_copy_is_trusted_until_it_is_changed_elsewhere(course) -> None:
     chapter = course.write()
     reader_copies.copy_chapters(course.notebooks, course.root / "work")
     copy = nbformat.read(course.root / "work" / chapter.name, as_version=4)
@@ -187,7 +187,7 @@ def test_lab_refuses_bad_input_in_one_line(course, capfd, arguments: list[str], 
 def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("CI", "container", "DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(jupyter_server, "CONTAINER_MARK", Path("/nonexistent"))
+    monkeypatch.setattr(jupyter_server, "CONTAINER_MARKER", Path("/nonexistent"))
     monkeypatch.setattr(sys, "platform", "linux")
     assert not jupyter_server.has_display()
     monkeypatch.setenv("DISPLAY", ":0")
@@ -196,7 +196,7 @@ def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not jupyter_server.has_display()
 
 
-def test_settings_keep_what_is_there(tmp_path: Path) -> None:
+def test_settings_are_merged_into_existing_ones(tmp_path: Path) -> None:
     path = tmp_path / "overrides.json"
     path.write_text('{"mine": {"a": 1}, "@jupyterlab/docmanager-extension:plugin": {"autosave": false}}')
     assert jupyter_settings.write_settings(path)

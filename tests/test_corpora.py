@@ -1,4 +1,4 @@
-"""The reader's own text: the standard library, a folder, a dataset; and memory that does not follow their size."""
+"""Corpora of real text: the standard library, a folder, a dataset; memory does not depend on their size."""
 
 import ast
 import io
@@ -48,21 +48,21 @@ def test_source_is_split_into_code_docstrings_and_comments():
 
 
 def test_stdlib_docstrings_and_comments_are_those_of_its_files():
-    """Compared, file by file, with what ast and tokenize find."""
+    """Compared, file by file, with the results of ast and tokenize."""
     root = Path(sysconfig.get_path("stdlib"))
     for name in ("argparse.py", "dataclasses.py", "json/decoder.py", "abc.py", "textwrap.py"):
         source = (root / name).read_text(encoding="utf-8")
-        found = {"code": "", "docstring": "", "comment": ""}
+        texts = {"code": "", "docstring": "", "comment": ""}
         for document in split_source(source):
-            found[document.domain] += document.text
+            texts[document.domain] += document.text
         comments = [token.string for token in _tokens(source) if token.type == tokenize.COMMENT]
-        assert found["comment"].splitlines() == comments
+        assert texts["comment"].splitlines() == comments
         nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         written = [ast.get_docstring(node, clean=False) for node in nodes]
-        assert Counter(ast.literal_eval(f"[{_listed(found['docstring'])}]")) == Counter(filter(None, written))
-        assert tokenize.COMMENT not in {t.type for t in _tokens(found["code"])}
-        kept = sum(len(text.split()) for text in found.values())
-        assert kept == pytest.approx(len(source.split()), rel=0.01)
+        assert Counter(ast.literal_eval(f"[{_listed(texts['docstring'])}]")) == Counter(filter(None, written))
+        assert tokenize.COMMENT not in {t.type for t in _tokens(texts["code"])}
+        n_words = sum(len(text.split()) for text in texts.values())
+        assert n_words == pytest.approx(len(source.split()), rel=0.01)
 
 
 def _tokens(text):
@@ -80,13 +80,13 @@ def test_stdlib_documents(stdlib):
     lengths = [len(document.text) for document in documents]
     assert sorted(lengths)[-5] <= 2000
     assert len({document.text for document in documents[:40]}) == 40
-    assert len({document.domain for document in documents[:20]}) > 1  # mixed, not one after another
+    assert len({document.domain for document in documents[:20]}) > 1  # shuffled, not one domain after another
 
 
-def test_stdlib_order_is_fixed_and_can_be_entered(stdlib):
+def test_stdlib_order_is_fixed_and_can_be_read_from_any_document(stdlib):
     first = list(islice(stdlib.documents("train"), 400))
     assert list(islice(Stdlib().documents("train", 350), 50)) == first[350:]
-    assert list(islice(stdlib.documents("train", 390), 10)) == first[390:]  # skipped by what is known of the files
+    assert list(islice(stdlib.documents("train", 390), 10)) == first[390:]  # skips by the counts of files read before
 
 
 def test_stdlib_is_split_by_file(stdlib):
@@ -97,11 +97,11 @@ def test_stdlib_is_split_by_file(stdlib):
 
 
 def test_stdlib_fingerprint_names_the_python(stdlib):
-    found = stdlib.fingerprint()
-    assert found == Stdlib().fingerprint()
-    assert found["python"] == sys.version.split()[0]
-    assert found["bytes"] > 5_000_000
-    assert re.fullmatch("[0-9a-f]{64}", found["sha256"])
+    fingerprint = stdlib.fingerprint()
+    assert fingerprint == Stdlib().fingerprint()
+    assert fingerprint["python"] == sys.version.split()[0]
+    assert fingerprint["bytes"] > 5_000_000
+    assert re.fullmatch("[0-9a-f]{64}", fingerprint["sha256"])
 
 
 # A folder
@@ -153,7 +153,7 @@ def test_folder_holds_out_whole_files(many):
     assert 1 <= len(files["heldout"]) <= 10
 
 
-def test_folder_order_is_mixed_fixed_and_can_be_entered(many):
+def test_folder_order_is_shuffled_fixed_and_can_be_read_from_any_document(many):
     documents = list(Folder(many).documents("train"))
     assert documents == list(Folder(str(many)).documents("train"))
     for start in (1, 17, len(documents) - 1, len(documents)):
@@ -200,7 +200,7 @@ def test_folder_fingerprint_follows_names_and_bytes(many):
     write(many / "top.md", numbered(30, 900_001))
     changed = Folder(many).fingerprint()
     (many / "top.md").rename(many / "other.md")
-    assert len({found["sha256"] for found in (before, changed, Folder(many).fingerprint())}) == 3
+    assert len({fingerprint["sha256"] for fingerprint in (before, changed, Folder(many).fingerprint())}) == 3
 
 
 def refusal(path):
@@ -234,18 +234,18 @@ def test_other_encodings_are_named_with_their_byte(many):
 
 
 @pytest.mark.parametrize(("bad", "word"), [(b"\0", "is binary"), (b"\xff", "is not UTF-8"), (b"\x80" * 9, "not UTF-8")])
-@pytest.mark.parametrize("place", [4095, 4096, 30_000, 49_999])
-def test_bad_bytes_deep_in_a_file_are_found_while_it_streams(tmp_path, bad, word, place):
+@pytest.mark.parametrize("position", [4095, 4096, 30_000, 49_999])
+def test_bad_bytes_deep_in_a_file_are_found_while_it_streams(tmp_path, bad, word, position):
     content = (b"some text\n" * 6000)[:50_000]
-    (tmp_path / "deep.txt").write_bytes(content[:place] + bad + content[place:])
+    (tmp_path / "deep.txt").write_bytes(content[:position] + bad + content[position:])
     message = refusal(tmp_path)
     assert word in message
     assert "deep.txt" in message
-    assert re.search(rf"\b{place}\b", message)
+    assert re.search(rf"\b{position}\b", message)
 
 
 def test_unreadable_files_are_named(many, monkeypatch):
-    """By way of open(), since tests may run as root, who may read everything."""
+    """Through open(), since tests may run as root, which may read everything."""
     opened = Path.open
 
     def refuse(self, *args, **kwargs):
@@ -278,7 +278,7 @@ class FakeRows:
 
 @pytest.fixture
 def fake_datasets(monkeypatch):
-    """Stands in for the optional package: what it is asked for, and rows to stream."""
+    """A fake of the optional package: it records its arguments and has rows to stream."""
     module = types.ModuleType("datasets")
     module.asked = []
 
@@ -299,9 +299,9 @@ def test_hub_streams_and_holds_out_every_tenth_row(fake_datasets):
     rows = {split: [int(d.text.split()[1]) for d in hub.documents(split)] for split in ("train", "heldout")}
     assert rows["heldout"] == list(range(9, 95, 10))
     assert rows["train"] == [i for i in range(95) if i % 10 != 9]
-    for split, found in rows.items():
-        for start in range(len(found) + 1):
-            assert [int(d.text.split()[1]) for d in hub.documents(split, start)] == found[start:]
+    for split, numbers in rows.items():
+        for start in range(len(numbers) + 1):
+            assert [int(d.text.split()[1]) for d in hub.documents(split, start)] == numbers[start:]
     assert hub.fingerprint()["source"]["dataset"] == "some/set"
     assert hub.fingerprint()["sha256"] != Hub("some/set").fingerprint()["sha256"]
 
@@ -328,38 +328,38 @@ from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from tokenizers import Tokenizer
 
-place, n_batches, kept = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+root, n_batches, cached = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 process, most = psutil.Process(), 0
-folder = Folder(place)
-tokenizer = Tokenizer.from_file(kept) if kept.endswith(".json") else load_tokenizer(folder, 1024, folder=Path(kept))
+folder, has_tokenizer = Folder(root), cached.endswith(".json")
+tokenizer = Tokenizer.from_file(cached) if has_tokenizer else load_tokenizer(folder, 1024, folder=Path(cached))
 batches, epochs = Batches(folder, tokenizer, 16, 256), set()
 for i, batch in enumerate(islice(batches, n_batches)):
     if i % 20 == 0:
         most = max(most, process.memory_info().rss)
-pieces = sum(1 for _ in folder.documents("train")) if kept.endswith(".json") else 0
+pieces = sum(1 for _ in folder.documents("train")) if has_tokenizer else 0
 most = max(most, process.memory_info().rss)
 print(json.dumps({"megabytes": most / 1e6, "pieces": pieces, "epoch": batches.state_dict()["epoch"]}))
 """
 
 
-def fill(place, megabytes, n_files=5):
-    """Files of text that is not all alike."""
+def fill(root, megabytes, n_files=5):
+    """Write files of varied text."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 9))) for _ in range(20_000)]
     block = "".join(" ".join(rng.choices(words, k=12)) + "\n" for _ in range(12_000)).encode()
     for i in range(n_files):
-        path = place / f"part{i}" / "text.txt"
+        path = root / f"part{i}" / "text.txt"
         path.parent.mkdir(parents=True)
         with path.open("wb") as file:
             while file.tell() < megabytes * 1_000_000 / n_files:
                 start = rng.randrange(len(block) // 2)
                 file.write(block[start:])
-    return place
+    return root
 
 
-def measure(place, n_batches, kept):
+def measure(root, n_batches, cached):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "src")}
-    command = [sys.executable, "-c", MEASURE, str(place), str(n_batches), str(kept)]
+    command = [sys.executable, "-c", MEASURE, str(root), str(n_batches), str(cached)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -368,21 +368,21 @@ def measure(place, n_batches, kept):
 def test_memory_does_not_follow_the_size_of_the_folder(tmp_path):
     small, large = fill(tmp_path / "small", 5), fill(tmp_path / "large", 60)
     load_tokenizer(Folder(small), 400, folder=tmp_path)
-    kept = next(tmp_path.glob("*.json"))
-    few, many = measure(small, 300, kept), measure(large, 300, kept)
+    cached = next(tmp_path.glob("*.json"))
+    few, many = measure(small, 300, cached), measure(large, 300, cached)
     assert many["pieces"] > 8 * few["pieces"]
     assert many["megabytes"] - few["megabytes"] < 20, (few, many)
 
 
 @pytest.mark.slow
 def test_memory_grows_under_50_mb_from_50_mb_to_1_gb(tmp_path):
-    """With the training of the tokenizer, which reads the same 20 MB of both."""
+    """Including the training of the tokenizer, which reads 20 MB of both."""
     small, large = fill(tmp_path / "small", 50), fill(tmp_path / "large", 1000)
     few, many = measure(small, 1500, tmp_path / "few"), measure(large, 1500, tmp_path / "many")
     print(few, many)
     assert many["megabytes"] - few["megabytes"] < 50, (few, many)
-    kept = next((tmp_path / "few").glob("*.json"))
-    few, many = measure(small, 20, kept), measure(large, 20, kept)
+    cached = next((tmp_path / "few").glob("*.json"))
+    few, many = measure(small, 20, cached), measure(large, 20, cached)
     print(few, many)
     assert many["pieces"] > 15 * few["pieces"]
     assert many["megabytes"] - few["megabytes"] < 50, (few, many)

@@ -22,7 +22,7 @@ def test_every_numbered_equation_of_the_chapters_is_in_the_ledger_in_order() -> 
 
 
 @pytest.mark.parametrize("equation", EQUATIONS, ids=lambda equation: equation.label)
-def test_its_function_and_its_test_are_there(equation: Equation) -> None:
+def test_its_function_and_its_test_exist(equation: Equation) -> None:
     module, name = equation.function.rsplit(".", 1)
     assert getattr(import_module(f"dsmoe_lite.{module}"), name).__doc__
     file, test = equation.test.split(".")

@@ -8,7 +8,7 @@ from needs import needs_gxx
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers import batched
-from dsmoe_lite.layers.dispatch import Dispatched, dispatch
+from dsmoe_lite.layers.dispatch import Dispatched, combine, dispatch
 from dsmoe_lite.layers.experts import Experts, choose_backend
 from dsmoe_lite.layers.router import Routing
 
@@ -35,6 +35,12 @@ def some_experts(n_experts: int, backend: str, dtype: torch.dtype, seed: int = 0
     return experts.to(dtype)
 
 
+def output(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Dispatch, run the experts, combine."""
+    dispatched = experts.dispatch(x, routing)
+    return experts.combine(experts(dispatched), dispatched)
+
+
 def by_hand(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
     """y_t = sum over its kept choices of g W_down (silu(W_gate x) * W_up x), one choice at a time."""
     rows = [0 * row for row in x]
@@ -54,7 +60,7 @@ def agree(backend: str, dtype: torch.dtype, routing: Routing, seed: int = 0) -> 
     draw = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(len(routing.topk_ids), D, dtype=torch.float64, generator=draw).requires_grad_()
     dy = torch.randn(x.shape, dtype=torch.float64, generator=draw)
-    mine = experts(dispatch(x.to(dtype), routing))
+    mine = output(experts, x.to(dtype), routing)
     theirs = by_hand(exact, x, routing)
     assert mine.dtype == dtype
     torch.testing.assert_close(mine.double(), theirs, **CLOSE[dtype])
@@ -125,14 +131,16 @@ def test_padded_is_the_same_in_any_blocks(limit: int, monkeypatch: pytest.Monkey
 def test_blocks_cover_all_experts_and_pad_little(counts: list[int], width: int) -> None:
     blocks = batched.cut_blocks(counts, width)
     assert [e for block in blocks for e in range(block.experts.start, block.experts.stop)] == list(range(len(counts)))
-    end = 0
+    row = slot = 0
     for block in blocks:
         own = counts[block.experts]
         n, rows = block.shape
         assert (n, rows) == (len(own), max(own))
-        assert (block.rows.start, block.rows.stop) == (end, end + n * rows)
+        assert block.counts == own
+        assert (block.rows.start, block.rows.stop) == (row, row + sum(own))
+        assert (block.slots.start, block.slots.stop) == (slot, slot + n * rows)
         assert n == 1 or (n * rows <= batched.WASTE * sum(own) + 16 and n * rows * width <= batched.BLOCK)
-        end = block.rows.stop
+        row, slot = block.rows.stop, block.slots.stop
 
 
 def test_a_bad_token_stays_alone() -> None:
@@ -141,7 +149,7 @@ def test_a_bad_token_stays_alone() -> None:
     x = torch.ones(5, D, dtype=torch.float64)
     x[0] = torch.inf
     experts = some_experts(4, "padded", torch.float64)
-    y = experts(dispatch(x, a_routing(ids, 4)))
+    y = output(experts, x, a_routing(ids, 4))
     assert not y[0].isfinite().any()
     assert y[1:].isfinite().all()
     y.sum().backward()
@@ -156,25 +164,25 @@ def test_autocast_multiplies_in_bfloat16(backend: str) -> None:
     torch.nn.init.normal_(experts.gate, std=0.5)
     x, routing = torch.randn(30, 16, requires_grad=True), a_routing(ids, n_experts)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = experts(dispatch(x, routing))
+        y = output(experts, x, routing)
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == experts.gate.grad.dtype == torch.float32
-    torch.testing.assert_close(y.float(), experts(dispatch(x, routing)).float(), rtol=0.05, atol=2e-4)
+    torch.testing.assert_close(y.float(), output(experts, x, routing).float(), rtol=0.05, atol=2e-4)
 
 
 def test_a_sum_can_be_differentiated() -> None:
     """Its gradient has stride 0, which F.grouped_mm does not take."""
     experts = some_experts(4, "grouped", torch.float32)
-    experts(dispatch(torch.randn(6, D), a_routing(torch.tensor([[0, 1]] * 6), 4))).sum().backward()
+    output(experts, torch.randn(6, D), a_routing(torch.tensor([[0, 1]] * 6), 4)).sum().backward()
     assert all(weight.grad is not None for weight in experts.parameters())
 
 
 def test_grouped_says_what_it_does_not_take() -> None:
-    sent = dispatch(torch.randn(6, D, dtype=torch.float64), a_routing(torch.tensor([[0, 1]] * 6), 4))
+    dispatched = dispatch(torch.randn(6, D, dtype=torch.float64), a_routing(torch.tensor([[0, 1]] * 6), 4))
     with pytest.raises(InputError, match=r"backend: 'grouped' needs .* got torch.float64 .* use 'padded'"):
-        some_experts(4, "grouped", torch.float64)(sent)
+        some_experts(4, "grouped", torch.float64)(dispatched)
     odd = Experts(2, 6, 4, "grouped")
     with pytest.raises(InputError, match="multiple of 16 bytes"):
         odd(Dispatched(torch.randn(3, 6), 1, torch.arange(3), torch.ones(3), torch.tensor([1, 3], dtype=torch.int32)))
@@ -186,8 +194,7 @@ def test_auto_groups_where_torch_can() -> None:
         (torch.float64, 8, "padded"),
         (torch.float32, 7, "padded"),
     ):
-        sent = dispatch(torch.randn(6, D, dtype=dtype), a_routing(torch.tensor([[0, 1]] * 6), 4))
-        assert choose_backend(sent, torch.empty(4, width, D)) == chosen
+        assert choose_backend(torch.randn(6, D, dtype=dtype), torch.empty(4, width, D)) == chosen
 
 
 def test_only_two_tensors_of_hidden_width_are_kept() -> None:
@@ -203,7 +210,7 @@ def test_only_two_tensors_of_hidden_width_are_kept() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            experts(dispatch(torch.randn(50, D, requires_grad=True), a_routing(ids, 4)))
+            output(experts, torch.randn(50, D, requires_grad=True), a_routing(ids, 4))
         sizes.append(sum(numbers))
     N, padded, grouped, loop = 100, *sizes
     few = 51 * D + 3 * N  # x and the gates
@@ -218,8 +225,8 @@ def test_a_gradient_check() -> None:
     routing = a_routing(ids, 3)
 
     def of(x: torch.Tensor, gates: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
-        sent = dispatch(x, Routing(routing.scores, routing.scores, ids, gates, routing.kept, (1, 3)))
-        return batched.run_padded(sent, *weights)
+        dispatched = dispatch(x, Routing(routing.scores, routing.scores, ids, gates, routing.kept, (1, 3)))
+        return combine(batched.run_padded(dispatched, *weights), dispatched)
 
     x = torch.randn(3, D, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(of, (x, routing.gates, *experts.parameters()))

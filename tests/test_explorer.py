@@ -1,4 +1,4 @@
-"""The explorer's Python side: what it sends to the page, what it does when asked, what it refuses."""
+"""The explorer's Python side: the views it sends to the page, its answers to requests, and the input it refuses."""
 
 import base64
 import io
@@ -24,8 +24,8 @@ def unpacked(view):
     """The arrays of a view, as the page reads them."""
     shape = (view["n_layers"], len(view["tokens"]), view["top_k"])
     return {
-        "expert": np.frombuffer(view["ids"], "<u2").reshape(shape),
-        "gate": np.frombuffer(view["gates"], "<u2").reshape(shape) / 65535 * view["gate_top"],
+        "topk_ids": np.frombuffer(view["ids"], "<u2").reshape(shape),
+        "gates": np.frombuffer(view["gates"], "<u2").reshape(shape) / 65535 * view["gate_top"],
         "kept": np.frombuffer(view["kept"], np.uint8).reshape(shape).astype(bool),
         "loss": np.frombuffer(view["loss"], "<f4"),
         "before": np.frombuffer(view["before"], "<f4"),
@@ -36,48 +36,48 @@ def asked(widget: Explorer, **content) -> None:
     widget._receive(widget, content, [])
 
 
-def test_the_page_gets_the_trace():
+def test_a_view_contains_the_trace():
     trace = made_up(2, 16, 20, top_k=3)
     (view,) = Explorer({"GShard": trace}).views
-    found = unpacked(view)
-    np.testing.assert_array_equal(found["expert"], trace.expert)
-    np.testing.assert_array_equal(found["kept"], trace.kept)
-    np.testing.assert_array_equal(found["loss"], trace.loss)
-    np.testing.assert_allclose(found["gate"], trace.gate, atol=1e-4)
+    arrays = unpacked(view)
+    np.testing.assert_array_equal(arrays["topk_ids"], trace.topk_ids)
+    np.testing.assert_array_equal(arrays["kept"], trace.kept)
+    np.testing.assert_array_equal(arrays["loss"], trace.loss)
+    np.testing.assert_allclose(arrays["gates"], trace.gates, atol=1e-4)
     assert view["tokens"] == list(trace.tokens)
     assert list(view["devices"]) == trace.device_of.tolist()
 
 
-def test_no_expert_is_told_from_expert_0():
+def test_no_expert_differs_from_expert_0():
     trace = made_up(1, 4, 5)
-    trace.expert[0, 2, 1] = -1
-    found = unpacked(Explorer({"a": trace}).views[0])
-    assert found["expert"][0, 2, 1] == NONE
+    trace.topk_ids[0, 2, 1] = -1
+    arrays = unpacked(Explorer({"a": trace}).views[0])
+    assert arrays["topk_ids"][0, 2, 1] == NONE
 
 
-def test_switched_off_experts_change_losses_and_come_back():
+def test_experts_switched_off_change_losses_and_can_be_switched_on_again():
     model = made()
     widget = explore({"a": model, "b": made(n_shared_experts=1)}, TOKENIZER, TEXT, window=8)
-    whole = RoutingTrace.of(model, TOKENIZER, TEXT, window=8)
+    intact = RoutingTrace.of(model, TOKENIZER, TEXT, window=8)
     asked(widget, do="toggle", view=0, layer=1, expert=2)
     asked(widget, do="toggle", view=0, layer=2, expert=0)
-    cut = RoutingTrace.of(switch_off(model, {1: [2], 2: [0]}), TOKENIZER, TEXT, window=8)
+    ablated = RoutingTrace.of(switch_off(model, {1: [2], 2: [0]}), TOKENIZER, TEXT, window=8)
     first, second = (unpacked(view) for view in widget.views)
-    np.testing.assert_array_equal(first["loss"], cut.loss)
-    np.testing.assert_array_equal(first["before"], whole.loss)
-    np.testing.assert_array_equal(first["expert"], cut.expert)
-    assert 2 not in first["expert"][1]
+    np.testing.assert_array_equal(first["loss"], ablated.loss)
+    np.testing.assert_array_equal(first["before"], intact.loss)
+    np.testing.assert_array_equal(first["topk_ids"], ablated.topk_ids)
+    assert 2 not in first["topk_ids"][1]
     assert widget.views[0]["off"] == [[1, 2], [2, 0]]
     assert second["before"].size == 0
     asked(widget, do="toggle", view=0, layer=1, expert=2)
     assert widget.views[0]["off"] == [[2, 0]]
     asked(widget, do="all on")
-    np.testing.assert_array_equal(unpacked(widget.views[0])["loss"], whole.loss)
+    np.testing.assert_array_equal(unpacked(widget.views[0])["loss"], intact.loss)
     assert not widget.busy
     assert widget.message == ""
 
 
-def test_another_text_keeps_what_is_off():
+def test_a_new_text_keeps_the_experts_switched_off():
     widget = explore({"a": made()}, TOKENIZER, TEXT)
     widget.token = len(TEXT) - 1
     asked(widget, do="toggle", view=0, layer=0, expert=1)
@@ -97,7 +97,7 @@ def test_another_text_keeps_what_is_off():
      ({"do": "toggle", "view": 0, "layer": 0, "expert": 6}, "expert = 6: must be"),
      ({"do": "toggle", "view": 0, "layer": 7, "expert": 0}, "layer = 7: must be")],
 )  # fmt: skip
-def test_what_cannot_be_done_is_said_and_changes_nothing(content, message):
+def test_a_refused_request_is_reported_and_changes_nothing(content, message):
     widget = explore({"a": made()}, TOKENIZER, TEXT)
     before = widget.views
     asked(widget, **content)
@@ -115,7 +115,7 @@ def test_a_long_text_is_refused_before_any_model_reads_it(monkeypatch):
     assert "text = 24,000 tokens: the explorer shows at most 512" in widget.message
 
 
-def test_any_other_error_is_said_too(monkeypatch):
+def test_any_other_error_is_reported_too(monkeypatch):
     widget = explore({"a": made()}, TOKENIZER, TEXT)
     monkeypatch.setattr(module.RoutingTrace, "of", lambda *_, **__: {}["lost"])
     asked(widget, do="route", text="ab")
@@ -123,7 +123,7 @@ def test_any_other_error_is_said_too(monkeypatch):
     assert not widget.busy
 
 
-def test_training_the_model_on_does_not_change_the_explorer():
+def test_further_training_does_not_change_the_explorer():
     model = made()
     widget = explore({"a": model}, TOKENIZER, TEXT)
     before = widget.views[0]["loss"]
@@ -135,7 +135,7 @@ def test_training_the_model_on_does_not_change_the_explorer():
     assert widget.views[0]["loss"] == before
 
 
-def test_too_many_experts_off_is_refused_where_too_few_are_left():
+def test_switching_off_is_refused_if_too_few_experts_are_left():
     widget = explore({"a": made()}, TOKENIZER, TEXT)
     for e in range(5):
         asked(widget, do="toggle", view=0, layer=0, expert=e)
@@ -144,12 +144,12 @@ def test_too_many_experts_off_is_refused_where_too_few_are_left():
 
 
 def test_hello_is_answered_only_where_python_can_compute(monkeypatch):
-    said = []
-    monkeypatch.setattr(Explorer, "send", lambda self, content: said.append(content))
+    sent = []
+    monkeypatch.setattr(Explorer, "send", lambda self, content: sent.append(content))
     asked(Explorer({"a": made_up(1, 4, 5)}), do="hello")
-    assert said == []
+    assert sent == []
     asked(explore({"a": made()}, TOKENIZER, TEXT), do="hello")
-    assert said == [{"do": "ready"}]
+    assert sent == [{"do": "ready"}]
 
 
 @pytest.mark.parametrize("text", ["🙂", "日本語", "a\tb\n\nc", " ", "\0", "e\u0301"])
@@ -169,7 +169,7 @@ def test_refused_when_made():
         (lambda: explore({"a": made()}, TOKENIZER, TEXT, expert=6), "expert = 6: must be"),
         (lambda: explore({"a": made()}, TOKENIZER, TEXT, layer=3), "layer = 3: must be"),
         (lambda: Explorer({}), "traces = 0: must be 1 to 2"),
-        (lambda: Explorer({"a": trace, "b": other}), "cut the text into different tokens"),
+        (lambda: Explorer({"a": trace, "b": other}), "have different tokens"),
         (lambda: Explorer({"a": made_up(1, 4, 513)}), "text = 513 tokens"),
     ):
         with pytest.raises(InputError, match=message) as error:
@@ -189,11 +189,11 @@ def test_traits_out_of_range_are_refused(name, value, message):
         setattr(widget, name, value)
     assert getattr(widget, name) == before
     with pytest.raises(InputError, match=message):
-        widget.set_state({name: value})  # as the page sends it
+        widget.set_state({name: value})  # in the form that the page sends
     assert getattr(widget, name) == before
 
 
-def test_picture_and_words_for_where_no_script_runs():
+def test_a_page_without_scripts_gets_a_picture_and_a_text():
     widget = explore({"GShard": made()}, TOKENIZER, TEXT, layer=1, expert=3)
     data, metadata = widget._repr_mimebundle_()
     assert set(data) == {"application/vnd.jupyter.widget-view+json", "image/png", "text/plain"}
@@ -222,5 +222,5 @@ def test_trace_of_512_tokens_is_quick(slowness):
     start = time.process_time()
     trace = RoutingTrace.of(model, TOKENIZER, text)
     seconds = time.process_time() - start
-    assert trace.expert.shape == (4, 512, 6)
+    assert trace.topk_ids.shape == (4, 512, 6)
     assert seconds < 2 * slowness

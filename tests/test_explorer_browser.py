@@ -1,4 +1,4 @@
-"""The explorer on a page of its own, without a kernel: drawn fast, moved by mouse and keys, readable by everyone."""
+"""The explorer on a saved page without a kernel: fast, controlled by mouse and keys, accessible."""
 
 import base64
 import json
@@ -17,8 +17,8 @@ PHONE, WIDE = (390, 844), (1280, 900)
 FRAME = """() => new Promise(done => requestAnimationFrame(() => setTimeout(done)))"""
 
 
-def written(folder: Path, *widgets: Explorer) -> str:
-    """A page with the saved widgets, as a page of the book has them; its address."""
+def write_page(folder: Path, *widgets: Explorer) -> str:
+    """Write a page with the saved widgets, as in a page of the book; return its address."""
     state = json.dumps(Widget.get_manager_state(widgets=widgets)).replace("</", "<\\/")
     places = "".join(widget_html({"model_id": widget.model_id}) for widget in widgets)
     script = (book.STATIC / "widgets.js").read_text(encoding="utf-8")
@@ -32,16 +32,16 @@ def written(folder: Path, *widgets: Explorer) -> str:
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Open a page with widgets; every complaint of the browser fails the test."""
-    contexts, complaints = [], []
+    """Open a page with widgets; every error in the browser fails the test."""
+    contexts, errors = [], []
 
     def opened(*widgets: Explorer, size=WIDE, mode="light"):
         context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=mode)
         contexts.append(context)
         page = context.new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-        page.goto(written(tmp_path, *widgets))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.goto(write_page(tmp_path, *widgets))
         page.locator(".saved-widget[data-mounted=yes] .dsmoe-explorer").last.wait_for()
         if mode == "dark":
             page.evaluate("document.documentElement.dataset.theme = 'dark'")
@@ -50,28 +50,28 @@ def show(browser, tmp_path):
     yield opened
     for context in contexts:
         context.close()
-    assert complaints == []
+    assert errors == []
 
 
 def texts(locator) -> list[str]:
     return [one.strip() for one in locator.all_inner_texts()]
 
 
-def test_tokens_experts_and_the_way_of_a_token(show):
+def test_tokens_experts_and_the_choices_of_a_token_in_every_layer(show):
     trace = made_up(2, 16, 20)
     page = show(Explorer({"GShard": trace}, expert=5))
     tokens, experts = page.locator(".dx-tokens [role=option]"), page.locator(".dx-experts [role=option]")
     assert texts(tokens)[:5] == ["The", "tool", "of", "Ridi", "Lava"]
     assert texts(experts) == [f"e{e}" for e in range(16)]
-    mine = [t for t in range(20) if 5 in trace.expert[0, t]]
-    assert [t for t in range(20) if "dx-mine" in tokens.nth(t).get_attribute("class")] == mine
+    chosen = [t for t in range(20) if 5 in trace.topk_ids[0, t]]
+    assert [t for t in range(20) if "dx-chosen" in tokens.nth(t).get_attribute("class")] == chosen
     tokens.nth(7).click()
     rows = page.locator(".dx-panel tr")
     for layer in range(2):
         chips = texts(rows.nth(layer).locator(".dx-chip"))
-        right = [f"e{e} {g:.2f} d{trace.device_of[e]}"
-                 for e, g in zip(trace.expert[layer, 7], trace.gate[layer, 7].astype(float), strict=True)]  # fmt: skip
-        assert chips == right
+        chosen = zip(trace.topk_ids[layer, 7], trace.gates[layer, 7].astype(float), strict=True)
+        expected = [f"e{e} {g:.2f} d{trace.device_of[e]}" for e, g in chosen]
+        assert chips == expected
     assert f"loss {trace.loss[7]:.2f}" in page.locator("caption").inner_text()
     tokens.nth(3).click()
     assert "×" in texts(rows.nth(0).locator(".dx-chip"))[0]  # dropped
@@ -84,10 +84,10 @@ def test_layers_focus_and_colour_change_what_is_marked(show):
     tokens = page.locator(".dx-tokens [role=option]")
 
     def marked():
-        return {t for t in range(20) if "dx-mine" in (tokens.nth(t).get_attribute("class") or "")}
+        return {t for t in range(20) if "dx-chosen" in (tokens.nth(t).get_attribute("class") or "")}
 
     def chosen(layer, expert):
-        return {t for t in range(20) if expert in trace.expert[layer, t]}
+        return {t for t in range(20) if expert in trace.topk_ids[layer, t]}
 
     assert marked() == chosen(0, 0)
     page.get_by_role("button", name="next layer").click()
@@ -97,12 +97,12 @@ def test_layers_focus_and_colour_change_what_is_marked(show):
     page.locator(".dx-experts [role=option]").nth(11).click()
     assert marked() == chosen(2, 11)
     page.get_by_label("Colour", exact=True).select_option("loss")
-    deepest = max(range(1, 20), key=lambda t: trace.loss[t])
-    assert "dx-s5" in tokens.nth(deepest).get_attribute("class")
+    highest = max(range(1, 20), key=lambda t: trace.loss[t])
+    assert "dx-s5" in tokens.nth(highest).get_attribute("class")
     assert page.get_by_label("Colour", exact=True).locator("option").nth(2).is_disabled()  # nothing is switched off
 
 
-def test_keys_move_and_stay_inside(show):
+def test_keys_move_the_selection_and_stay_inside(show):
     page = show(Explorer({"GShard": made_up(2, 16, 40)}))
     page.locator(".dx-tokens").focus()
 
@@ -144,7 +144,7 @@ def test_two_models_move_together(show):
     assert panels.nth(0).locator(".dx-experts [aria-selected=true]").inner_text() != "e63"
 
 
-def test_two_explorers_keep_apart(show):
+def test_two_explorers_are_independent(show):
     first, second = Explorer({"a": made_up(2, 16, 12)}), Explorer({"b": made_up(2, 8, 12)})
     page = show(first, second)
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
@@ -171,7 +171,7 @@ def test_a_shorter_text_moves_the_token_inside(show):
     assert page.get_by_label("Layer", exact=True).locator("option").count() == 1
 
 
-def test_without_python_nothing_pretends_to_compute(show):
+def test_without_python_the_controls_that_compute_are_disabled(show):
     page = show(Explorer({"a": made_up(1, 4, 5)}))
     for name in ("Route this text", "All experts on", "Switch"):
         assert page.get_by_role("button", name=name).is_disabled()
@@ -180,15 +180,15 @@ def test_without_python_nothing_pretends_to_compute(show):
 
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 @pytest.mark.parametrize("mode", ["light", "dark"])
-def test_nothing_that_hinders_readers(show, size, mode, screenshots):
+def test_no_accessibility_violations(show, size, mode, screenshots):
     from axe_playwright_python.sync_playwright import Axe
 
     widgets = (Explorer({"GShard": made_up(2, 16, 40), "DeepSeekMoE": made_up(2, 63, 40, top_k=7)}),)
     page = show(*widgets, size=size, mode=mode)
     for colour in ("gate", "loss"):
         page.get_by_label("Colour", exact=True).select_option(colour)
-        found = Axe().run(page, context=".dsmoe-explorer").response["violations"]
-        assert [(one["id"], one["nodes"][0]["html"][:200]) for one in found] == []
+        violations = Axe().run(page, context=".dsmoe-explorer").response["violations"]
+        assert [(one["id"], one["nodes"][0]["html"][:200]) for one in violations] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     small = page.evaluate(
         "[...document.querySelectorAll('.dsmoe-explorer :is(button, select, [role=option])')]"

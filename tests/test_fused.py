@@ -11,10 +11,9 @@ from needs import needs_gxx
 
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels import cuda
-from dsmoe_lite.layers import selftest as readiness
-from dsmoe_lite.layers.dispatch import Dispatched, dispatch
-from dsmoe_lite.layers.experts import Experts, by_kernels, choose_backend
-from dsmoe_lite.layers.fused import run_cuda
+from dsmoe_lite.layers import selftest
+from dsmoe_lite.layers.experts import Experts, choose_backend, kernels_for
+from dsmoe_lite.layers.fused import KERNELS
 from dsmoe_lite.layers.router import Routing
 
 T, E, K, D, WIDTH = 60, 5, 2, 24, 40
@@ -37,12 +36,18 @@ def some_experts(backend: str, dtype: torch.dtype) -> Experts:
     return experts.to(torch.bfloat16).to(dtype)  # the same numbers in every dtype
 
 
+def output(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Dispatch, run the experts, combine."""
+    dispatched = experts.dispatch(x, routing)
+    return experts.combine(experts(dispatched), dispatched)
+
+
 def results(backend: str, dtype: torch.dtype) -> list[torch.Tensor]:
     """The output and all gradients."""
     draw, experts = torch.Generator().manual_seed(1), some_experts(backend, dtype)
     x, dy = (torch.randn(T, D, generator=draw).to(torch.bfloat16).to(dtype) for _ in range(2))
     routing = a_routing(dtype)
-    y = experts(dispatch(x.requires_grad_(), routing))
+    y = output(experts, x.requires_grad_(), routing)
     return [y.detach(), *torch.autograd.grad(y, [*experts.parameters(), x, routing.gates], dy)]
 
 
@@ -64,7 +69,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_the_loop_in_bfloat16() -> No
 @needs_gxx
 def test_a_graph_is_used_once() -> None:
     """The gradients of a and b were written over them: a second pass must fail, not be wrong."""
-    y = some_experts("cuda", torch.float32)(dispatch(torch.randn(T, D, requires_grad=True), a_routing()))
+    y = output(some_experts("cuda", torch.float32), torch.randn(T, D, requires_grad=True), a_routing())
     y.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
@@ -81,13 +86,13 @@ def test_between_the_passes_only_a_and_b_are_kept_and_without_gradients_nothing(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        sent = dispatch(torch.randn(T, D, requires_grad=True), routing)
-        experts(sent)
-        N = len(sent.choice)
+        x = torch.randn(T, D, requires_grad=True)
+        output(experts, x, routing)
+        N = int(routing.kept.sum())
         assert sum(numbers) <= 2 * N * WIDTH + T * D + N
         numbers.clear()
         with torch.no_grad():
-            experts(sent)
+            output(experts, x, routing)
     assert not numbers
 
 
@@ -97,16 +102,16 @@ def test_without_gradients_a_and_b_are_not_even_written(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda, "gate_up", lambda *given: kept.append(given[-1]) or right(*given))
     experts, x = some_experts("cuda", torch.float32), torch.randn(T, D)
     with torch.no_grad():
-        experts(dispatch(x, a_routing()))
-    experts(dispatch(x, a_routing()))
+        output(experts, x, a_routing())
+    output(experts, x, a_routing())
     assert kept == [False, True]
 
 
 @needs_gxx
 def test_a_slice_and_a_transposed_view_are_laid_out() -> None:
     x = torch.randn(D * T + 1)[1:].view(D, T).T
-    mine = some_experts("cuda", torch.float32)(dispatch(x, a_routing()))
-    torch.testing.assert_close(mine, some_experts("loop", torch.float32)(dispatch(x, a_routing())))
+    mine = output(some_experts("cuda", torch.float32), x, a_routing())
+    torch.testing.assert_close(mine, output(some_experts("loop", torch.float32), x, a_routing()))
 
 
 def test_what_the_kernels_do_not_take_is_said() -> None:
@@ -129,16 +134,16 @@ def test_what_the_kernels_do_not_take_is_said() -> None:
 def test_kernels_are_taken_where_they_feed_tensor_cores(
     dtype: torch.dtype, widths: tuple[int, int], names: list[str]
 ) -> None:
-    assert by_kernels(dtype, *widths) == names
+    assert kernels_for(dtype, *widths) == names
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, *working: str) -> str:
     """What `auto` takes for bfloat16 on a GPU on which these kernels work."""
     module = "dsmoe_lite.layers.experts"
-    monkeypatch.setattr(f"{module}.ready", lambda name, device: name in working)
+    monkeypatch.setattr(f"{module}.passes_selftest", lambda name, device: name in working)
     monkeypatch.setattr(f"{module}.can_group", lambda x, gate: True)
     x = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=CPU)
-    return choose_backend(cast(Dispatched, SimpleNamespace(x=x)), torch.empty(2, 16, 8))
+    return choose_backend(cast(torch.Tensor, x), torch.empty(2, 16, 8))
 
 
 def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,14 +153,14 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def differs(dtype: torch.dtype = torch.bfloat16) -> str | None:
-    return readiness.disagreement(run_cuda, CPU, (70, 0, 30), (72, 136), dtype)
+    return selftest.disagreement(KERNELS["cuda"], CPU, (70, 0, 30), (72, 136), dtype)
 
 
 @needs_gxx
 def test_kernels_that_agree_are_ready(caplog: pytest.LogCaptureFixture) -> None:
     assert differs() is None
     assert differs(torch.float32) is None
-    assert readiness.ready("cuda", CPU)
+    assert selftest.passes_selftest("cuda", CPU)
     assert not caplog.messages
 
 
@@ -178,29 +183,29 @@ def test_kernels_that_disagree_are_not(product: str, monkeypatch: pytest.MonkeyP
 
 def test_a_process_that_crashes_or_hangs_is_survived() -> None:
     python = [sys.executable, "-c"]
-    crashed = readiness.answer([*python, "import os; os.abort()"], 60)
-    assert crashed.startswith("the trial ended with code -6")
-    assert readiness.answer([*python, "while True: pass"], 0.5) == "no answer in 0.5 s"
-    assert readiness.answer([*python, "1 / 0"], 60).endswith("ZeroDivisionError: division by zero")
-    assert readiness.answer([*python, "print('no nvcc'); print('more')"], 60) == "no nvcc"
-    assert not readiness.answer([*python, ""], 60)
+    crashed = selftest.first_line([*python, "import os; os.abort()"], 60)
+    assert crashed.startswith("the self-test ended with code -6")
+    assert selftest.first_line([*python, "while True: pass"], 0.5) == "no answer in 0.5 s"
+    assert selftest.first_line([*python, "1 / 0"], 60).endswith("ZeroDivisionError: division by zero")
+    assert selftest.first_line([*python, "print('no nvcc'); print('more')"], 60) == "no nvcc"
+    assert not selftest.first_line([*python, ""], 60)
 
 
 def test_what_the_trial_meets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RunError("nvcc not found: pip install\nand more")
 
-    monkeypatch.setattr(readiness, "disagreement", broken)
-    assert readiness.trial("cuda", CPU) == "nvcc not found: pip install"
+    monkeypatch.setattr(selftest, "disagreement", broken)
+    assert selftest.selftest("cuda", CPU) == "nvcc not found: pip install"
 
 
 def test_the_reason_is_logged_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(readiness, "answer", lambda command, limit: "nvcc not found: pip install")
-    readiness.ready.cache_clear()
+    monkeypatch.setattr(selftest, "first_line", lambda command, timeout: "nvcc not found: pip install")
+    selftest.passes_selftest.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not readiness.ready("cuda", CPU)
-        assert not readiness.ready("cuda", CPU)
-    readiness.ready.cache_clear()
+        assert not selftest.passes_selftest("cuda", CPU)
+        assert not selftest.passes_selftest("cuda", CPU)
+    selftest.passes_selftest.cache_clear()
     assert [record.message for record in caplog.records] == [
-        "backend 'auto' goes on without 'cuda' on cpu: nvcc not found: pip install"
+        "backend 'auto' continues without 'cuda' on cpu: nvcc not found: pip install"
     ]

@@ -1,4 +1,4 @@
-"""Generation: with a cache as without, ragged prompts as each alone, what is drawn and how often, what is refused."""
+"""Generation: the same with and without a cache, ragged prompts as each alone, sampling, and invalid input."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from routing_samples import line_of, seeded
 from torch import Tensor
 
 from dsmoe_lite.config import AttentionConfig, MoEConfig
-from dsmoe_lite.generate import choose, generate
+from dsmoe_lite.generate import generate, sample
 from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.model import Transformer
 
@@ -35,32 +35,32 @@ def model() -> Transformer:
     return make_model(KINDS["gqa"], max_seq_len=32)
 
 
-# With a cache as without
+# The same with and without a cache
 
 
 @pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", KINDS)
 def test_200_tokens_are_the_same_with_a_cache_and_without(name: str, moe: MoEConfig | None) -> None:
-    """Drawn, since greedy words soon go round. A window of 5 has lost the prompt's start when the first one is said.
+    """Sampled, since greedy tokens soon repeat. At the first new token, a window of 5 has lost the start of the prompt.
 
-    Without a cache all logits come from one full pass: no token sees those after it.
+    Without a cache, all logits come from one full pass: no token sees later ones.
     """
     model = make_model(KINDS[name], moe, max_seq_len=208, n_layers=1)
     drawn = {"temperature": 1.0, "top_p": 0.95}
-    (said,) = generate(model, [ROWS[0]], 200, use_cache=True, generator=seeded(7), **drawn)
-    assert len(said) == 200
-    assert len(set(said)) > VOCAB / 2, "the case should say many things"
+    (generated,) = generate(model, [ROWS[0]], 200, use_cache=True, generator=seeded(7), **drawn)
+    assert len(generated) == 200
+    assert len(set(generated)) > VOCAB / 2, "the case should generate many different tokens"
     with torch.no_grad():
-        logits = model(torch.tensor([ROWS[0] + said])).logits[0, 7:-1]
+        logits = model(torch.tensor([ROWS[0] + generated])).logits[0, 7:-1]
     generator = seeded(7)
-    assert said == [int(choose(row[None], 1.0, 0.95, generator)) for row in logits]
+    assert generated == [int(sample(row[None], 1.0, 0.95, generator)) for row in logits]
     for options in ({"use_cache": False}, {"chunk": 3}):
-        assert generate(model, [ROWS[0]], 12, generator=seeded(7), **options, **drawn) == [said[:12]]
+        assert generate(model, [ROWS[0]], 12, generator=seeded(7), **options, **drawn) == [generated[:12]]
 
 
 @pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("name", KINDS)
-def test_prompts_of_many_lengths_are_answered_as_each_alone(name: str, moe: MoEConfig | None) -> None:
+def test_prompts_of_different_lengths_continue_as_each_alone(name: str, moe: MoEConfig | None) -> None:
     model = make_model(KINDS[name], moe)
     alone = [generate(model, [row], 12)[0] for row in ROWS]
     for options in ({}, {"chunk": 3}, {"use_cache": False}):
@@ -69,25 +69,25 @@ def test_prompts_of_many_lengths_are_answered_as_each_alone(name: str, moe: MoEC
 
 
 def test_greedy_follows_the_likeliest_token(model: Transformer) -> None:
-    said = generate(model, ROWS, 10)
-    for row, words in zip(ROWS, said, strict=True):
-        for i, word in enumerate(words):
+    generated = generate(model, ROWS, 10)
+    for row, continuation in zip(ROWS, generated, strict=True):
+        for i, token in enumerate(continuation):
             with torch.no_grad():
-                assert word == int(model(torch.tensor([row + words[:i]])).logits[0, -1].argmax())
+                assert token == int(model(torch.tensor([row + continuation[:i]])).logits[0, -1].argmax())
 
 
-def test_tensors_and_lists_are_one(model: Transformer) -> None:
+def test_prompts_may_be_tensors_or_lists(model: Transformer) -> None:
     prompts = torch.randint(0, VOCAB, (3, 5))
-    said = generate(model, prompts, 6)
-    assert said == generate(model, prompts.tolist(), 6)
-    assert said == generate(model, prompts.int(), 6)
-    assert said == generate(model, prompts, 6, chunk=1) == generate(model, prompts, 6, chunk=100)
-    assert said == generate(model, tuple(map(tuple, prompts.tolist())), 6)
-    assert all(type(token) is int for row in said for token in row)
+    generated = generate(model, prompts, 6)
+    assert generated == generate(model, prompts.tolist(), 6)
+    assert generated == generate(model, prompts.int(), 6)
+    assert generated == generate(model, prompts, 6, chunk=1) == generate(model, prompts, 6, chunk=100)
+    assert generated == generate(model, tuple(map(tuple, prompts.tolist())), 6)
+    assert all(type(token) is int for row in generated for token in row)
 
 
 @pytest.mark.parametrize("name", BY_BATCH)
-def test_experts_that_choose_by_the_batch_get_no_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_depend_on_the_batch_get_no_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(KINDS["gqa"], BY_BATCH[name])
     prompts = [row[:3] for row in ROWS if len(row) >= 3]
     tokens = torch.tensor(prompts)
@@ -104,7 +104,7 @@ def test_experts_that_choose_by_the_batch_get_no_cache(name: str, monkeypatch: p
     )
 
 
-def test_capacities_of_training_alone_are_no_hindrance() -> None:
+def test_capacities_only_in_training_allow_a_cache() -> None:
     trained = MoEConfig(n_routed_experts=4, top_k=2, expert_width=12, capacity_factor=0.5)
     model = make_model(KINDS["gqa"], trained).train()
     alone = [generate(model, [row], 8, use_cache=False)[0] for row in ROWS]
@@ -128,7 +128,7 @@ def test_the_cache_is_reserved_in_one_piece_and_reads_each_token_once(monkeypatc
     assert cache.nbytes == 4 * 2 * (8 + 5) * 12 * 8
 
 
-# What is drawn
+# Sampling
 
 
 def test_draws_are_repeatable_and_differ_by_seed(model: Transformer) -> None:
@@ -139,7 +139,7 @@ def test_draws_are_repeatable_and_differ_by_seed(model: Transformer) -> None:
     state = torch.get_rng_state()
     generate(model, ROWS, 12, generator=seeded(5), **options)
     generate(model, ROWS, 12)
-    assert torch.equal(torch.get_rng_state(), state), "a generator of one's own leaves the global one alone"
+    assert torch.equal(torch.get_rng_state(), state), "with a generator, the global one does not change"
 
 
 def test_temperature_near_zero_is_greedy_and_so_is_a_tiny_nucleus(model: Transformer) -> None:
@@ -155,22 +155,22 @@ def test_choices_of_every_precision_are_finite(dtype: torch.dtype) -> None:
     logits = torch.tensor([[30.0, 29.0, -30.0, 0.0], [0.0, 0.0, 0.0, -60000.0]], dtype=dtype)
     for temperature in (1e-300, 1e-6, 1e-3, 1.0, 1e6):
         for top_p in (0.1, 1.0):
-            ids = choose(logits, temperature, top_p, seeded(0))
+            ids = sample(logits, temperature, top_p, seeded(0))
             assert ids.shape == (2,)
             assert ((ids >= 0) & (ids < 4)).all()
-    assert choose(logits, 0.0).tolist() == [0, 0], "equal logits go to the lower id"
+    assert sample(logits, 0.0).tolist() == [0, 0], "equal logits go to the lower id"
 
 
 def nucleus(logits: Tensor, temperature: float, top_p: float) -> set[int]:
-    """The smallest set of likeliest tokens that together reach top_p, one token after the other."""
+    """The smallest set of likeliest tokens that together reach top_p, found token by token."""
     weights = [math.exp((float(x) - float(logits.max())) / temperature) for x in logits]
-    kept, together = set(), 0.0
+    ids, total = set(), 0.0
     for token in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        if together >= top_p:
+        if total >= top_p:
             break
-        kept.add(token)
-        together += weights[token] / sum(weights)
-    return kept
+        ids.add(token)
+        total += weights[token] / sum(weights)
+    return ids
 
 
 @given(
@@ -185,7 +185,7 @@ def test_exactly_the_nucleus_is_drawn_from(logits: list[float], temperature: flo
     if ((cuts - top_p).abs() < 1e-9).any() and top_p < 1:
         return  # rounding decides
     expected = nucleus(row, temperature, top_p)
-    drawn = Counter(choose(row.expand(4000, -1), temperature, top_p, seeded(seed)).tolist())
+    drawn = Counter(sample(row.expand(4000, -1), temperature, top_p, seeded(seed)).tolist())
     assert set(drawn) <= expected
     total = sum(float(shares[i]) for i in expected)
     for token in expected:
@@ -195,21 +195,21 @@ def test_exactly_the_nucleus_is_drawn_from(logits: list[float], temperature: flo
 
 
 def test_a_nucleus_that_is_reached_exactly_takes_no_further_token() -> None:
-    """Four shares of exactly 1/4; those of the lower ids come first."""
+    """Four shares of exactly 1/4; lower ids come first."""
     for top_p, ids in ((0.25, {0}), (0.5, {0, 1}), (0.51, {0, 1, 2}), (0.75, {0, 1, 2})):
-        assert set(choose(torch.zeros(200, 4), 1.0, top_p, seeded(0)).tolist()) == ids
+        assert set(sample(torch.zeros(200, 4), 1.0, top_p, seeded(0)).tolist()) == ids
 
 
 def test_a_nucleus_of_everything_is_a_plain_draw() -> None:
     logits = torch.randn(500, 40, generator=seeded(0))
     plain = torch.multinomial(logits.double().softmax(dim=-1).float(), 1, generator=seeded(1))[:, 0]
-    assert torch.equal(choose(logits, 1.0, 1.0, seeded(1)), plain)
-    assert torch.equal(choose(logits, 1.0, 1.0 - 1e-12, seeded(1)), plain)
+    assert torch.equal(sample(logits, 1.0, 1.0, seeded(1)), plain)
+    assert torch.equal(sample(logits, 1.0, 1.0 - 1e-12, seeded(1)), plain)
 
 
 def test_half_precision_keeps_the_tail_out_of_the_nucleus() -> None:
     """In bfloat16 a sum stops growing long before thousands of small shares reach top_p."""
-    drawn = choose(torch.zeros(40, 20_000, dtype=torch.bfloat16), 1.0, 0.5, seeded(0))
+    drawn = sample(torch.zeros(40, 20_000, dtype=torch.bfloat16), 1.0, 0.5, seeded(0))
     assert drawn.max() < 10_000
     assert len(set(drawn.tolist())) > 30
 
@@ -217,22 +217,22 @@ def test_half_precision_keeps_the_tail_out_of_the_nucleus() -> None:
 def test_temperature_flattens_and_sharpens() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0]).expand(20_000, -1)
     for temperature in (0.5, 1.0, 4.0):
-        counts = torch.bincount(choose(logits, temperature, generator=seeded(3)), minlength=3) / 20_000
+        counts = torch.bincount(sample(logits, temperature, generator=seeded(3)), minlength=3) / 20_000
         torch.testing.assert_close(counts, (logits[0] / temperature).softmax(dim=0), rtol=0, atol=0.02)
 
 
-# Where it ends
+# Stopping
 
 
 def test_stop_tokens_end_their_rows_only(model: Transformer) -> None:
     full = generate(model, ROWS, 20)
     stop = {full[0][4], full[1][9]}
-    said = generate(model, ROWS, 20, stop=stop)
-    for words, all_words in zip(said, full, strict=True):
-        ends = [i for i, word in enumerate(all_words) if word in stop]
-        assert words == all_words[: ends[0] + 1 if ends else 20]
-    assert len({len(words) for words in said}) > 1
-    assert generate(model, ROWS, 20, stop=[full[0][4], full[1][9]]) == said
+    generated = generate(model, ROWS, 20, stop=stop)
+    for continuation, full_continuation in zip(generated, full, strict=True):
+        ends = [i for i, token in enumerate(full_continuation) if token in stop]
+        assert continuation == full_continuation[: ends[0] + 1 if ends else 20]
+    assert len({len(continuation) for continuation in generated}) > 1
+    assert generate(model, ROWS, 20, stop=[full[0][4], full[1][9]]) == generated
 
 
 def test_the_loop_ends_with_its_last_row(model: Transformer) -> None:
@@ -246,24 +246,24 @@ def test_the_loop_ends_with_its_last_row(model: Transformer) -> None:
     assert len(calls) == 1
 
 
-def test_on_step_sees_what_was_said_grow(model: Transformer) -> None:
+def test_on_step_receives_the_continuations_so_far(model: Transformer) -> None:
     seen: list[list[list[int]]] = []
     full = generate(model, ROWS, 6)
     stop = {full[0][2]}
-    said = generate(model, ROWS, 6, stop=stop, on_step=lambda rows: seen.append([list(row) for row in rows]))
-    assert seen == [[row[: n + 1] for row in said] for n in range(6)]
-    assert seen[-1] == said
+    generated = generate(model, ROWS, 6, stop=stop, on_step=lambda rows: seen.append([list(row) for row in rows]))
+    assert seen == [[row[: n + 1] for row in generated] for n in range(6)]
+    assert seen[-1] == generated
 
 
 def test_the_whole_context_may_be_filled(model: Transformer) -> None:
     assert len(generate(model, [[1]], 31)[0]) == 31
     assert generate(model, [[1] * 32], 0) == [[]]
-    (said,) = generate(model, [[1] * 31], 1)
+    (generated,) = generate(model, [[1] * 31], 1)
     with torch.no_grad():
-        assert said == [int(model(torch.ones(1, 31, dtype=torch.long)).logits[0, -1].argmax())]
+        assert generated == [int(model(torch.ones(1, 31, dtype=torch.long)).logits[0, -1].argmax())]
 
 
-# What is left behind
+# Side effects
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -293,12 +293,12 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 def test_prompts_are_left_as_they_were(model: Transformer) -> None:
     prompts = [list(row) for row in ROWS]
-    said = generate(model, prompts, 3)
+    generated = generate(model, prompts, 3)
     assert prompts == ROWS
-    assert len({id(row) for row in said}) == len(said)
+    assert len({id(row) for row in generated}) == len(generated)
 
 
-# What is refused
+# Invalid input
 
 IDS = f"must be a whole number of at least 0 and at most {VOCAB - 1}"
 
@@ -306,9 +306,9 @@ IDS = f"must be a whole number of at least 0 and at most {VOCAB - 1}"
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "prompts = []: must hold at least one prompt"),
+        ([], "prompts = []: must have at least one prompt"),
         (torch.zeros(0, 4, dtype=torch.long), "prompts = []"),
-        ([[1], []], "prompt 1 = []: must hold at least one token"),
+        ([[1], []], "prompt 1 = []: must have at least one token"),
         (torch.zeros(2, 0, dtype=torch.long), "prompt 0 = []"),
         ([1, 2, 3], "prompts, of type list: must be a list of prompts, each a list of token ids"),
         (torch.tensor([1, 2, 3]), "prompts, of type Tensor: must be a list of prompts"),
@@ -327,7 +327,7 @@ IDS = f"must be a whole number of at least 0 and at most {VOCAB - 1}"
         ([[1], [1] * 30], "n_new = 3: must be at most 2: max_seq_len = 32, and the longest prompt has 30 tokens"),
     ],
 )
-def test_prompts_that_cannot_be_are_one_line(model: Transformer, prompts: Any, message: str) -> None:
+def test_invalid_prompts_are_refused_in_one_line(model: Transformer, prompts: Any, message: str) -> None:
     assert message in line_of(lambda: generate(model.train(), prompts, 3))
     assert model.training
     model.eval()
@@ -360,7 +360,7 @@ def test_prompts_that_cannot_be_are_one_line(model: Transformer, prompts: Any, m
         ({"stop": {VOCAB}}, f"token id in stop = {VOCAB}"),
     ],
 )
-def test_options_that_cannot_be_are_one_line(model: Transformer, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_are_refused_in_one_line(model: Transformer, options: dict[str, Any], message: str) -> None:
     assert message in line_of(lambda: generate(model, ROWS, **{"n_new": 3} | options))
 
 

@@ -1,4 +1,4 @@
-"""Models with experts taken away or swapped, and what experts add, against a loop over tokens in float64."""
+"""Ablated models, and the contributions of experts, against a loop over tokens in float64."""
 
 from dataclasses import replace
 from functools import partial
@@ -32,17 +32,17 @@ def made(seed: int, config: ModelConfig = CONFIG) -> Transformer:
     return Transformer(config).double().eval()
 
 
-def layer_by_hand(layer, x, *, shared=True, left_out=(), top_k=K, closed=(), masked=0):
+def layer_by_hand(layer, x, *, shared=True, left_out=(), top_k=K, disabled=(), masked=0):
     """Eq 9 token by token with the weights of `layer`; x (T, D).
 
-    `left_out` are ranks among the chosen; `closed` experts and a token's `masked` best are not there to choose from.
+    `left_out` are ranks among the chosen; `disabled` experts and a token's `masked` best experts cannot be chosen.
     """
     w, rows = layer.experts, []
     for u in x:
         scores = F.softmax(layer.router.weight @ u, dim=0).tolist()
         y = layer.shared(u) if shared else torch.zeros(D, dtype=x.dtype)
         ranked = sorted(range(E), key=lambda e: -scores[e])[masked:]
-        for rank, e in enumerate([e for e in ranked if e not in closed][:top_k]):
+        for rank, e in enumerate([e for e in ranked if e not in disabled][:top_k]):
             if rank not in left_out:
                 y = y + 3.0 * scores[e] * (w.down[e] @ (F.silu(w.gate[e] @ u) * (w.up[e] @ u)))
         rows.append(y)
@@ -72,16 +72,16 @@ def test_more_routed_experts_in_place_of_the_shared_ones(seed, more):
 
 
 @SEEDS
-@pytest.mark.parametrize("gone", [(), (0,), (1, 4), (0, 2, 5)])
-def test_experts_switched_off_are_replaced_by_the_next_best(seed, gone):
+@pytest.mark.parametrize("disabled", [(), (0,), (1, 4), (0, 2, 5)])
+def test_experts_switched_off_are_replaced_by_the_next_best(seed, disabled):
     model = made(seed)
-    changed = switch_off(model, {1: gone})
+    changed = switch_off(model, {1: disabled})
     x = torch.randn(1, 12, D, dtype=torch.float64)
     for number, (layer, before) in enumerate(zip(changed.moe_layers, model.moe_layers, strict=True)):
         y, routing = layer(x)
-        closed = gone if number == 1 else ()
-        torch.testing.assert_close(y[0], layer_by_hand(before, x[0], closed=closed))
-        assert not set(routing.topk_ids.flatten().tolist()) & set(closed)
+        expected = disabled if number == 1 else ()
+        torch.testing.assert_close(y[0], layer_by_hand(before, x[0], disabled=expected))
+        assert not set(routing.topk_ids.flatten().tolist()) & set(expected)
 
 
 @SEEDS
@@ -104,7 +104,7 @@ def test_other_numbers_of_active_experts(seed, top_k):
         torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], top_k=top_k))
 
 
-def test_random_numbers_go_on_as_if_nothing_had_happened():
+def test_interventions_do_not_advance_the_random_state():
     model = made(0)
     before = torch.get_rng_state()
     for change in (lambda: with_active(model, 1), lambda: swap_shared(model, 1), lambda: silence(model, shared=True)):
@@ -112,14 +112,14 @@ def test_random_numbers_go_on_as_if_nothing_had_happened():
         assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_masks_act_before_groups_and_on_biased_choice():
+def test_masks_apply_before_group_limits_and_to_biased_choices():
     moe = replace(MOE, scoring_func="sigmoid", expert_bias=True, n_group=3, topk_group=2, norm_topk_prob=True)
     model = made(0, replace(CONFIG, moe=moe))
     for layer in model.moe_layers:
         layer.router.expert_bias.copy_(torch.tensor([5.0, 5.0, 0.0, 0.0, 0.0, 0.0]))
     x = torch.randn(1, 20, D, dtype=torch.float64)
     ids = switch_off(model, {0: (0, 1)}).moe_layers[0](x)[1].topk_ids
-    assert set(ids.flatten().tolist()) == {2, 3, 4, 5}  # the group of 0 and 1 is worth nothing now
+    assert set(ids.flatten().tolist()) == {2, 3, 4, 5}  # the group of 0 and 1 can no longer be chosen
 
 
 @pytest.mark.parametrize("change", [partial(switch_off, experts={0: (1,)}), partial(mask_top, share=0.1),
@@ -146,7 +146,7 @@ def test_only_experts_chosen_by_score_have_a_next_best(change):
      (partial(mask_top, share=-0.1), "share = -0.1: must be"),
      (partial(with_active, top_k=E + 1), f"top_k = {E + 1}"), (partial(with_active, top_k=0), "top_k = 0")],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused(change, message):
+def test_out_of_range_arguments_are_refused(change, message):
     if message is None:
         change(made(0))
         return
@@ -156,7 +156,7 @@ def test_what_cannot_be_done_is_refused(change, message):
 
 @SEEDS
 @pytest.mark.parametrize("training", [False, True])
-def test_the_model_itself_stays_as_it_was(seed, training):
+def test_the_original_model_is_unchanged(seed, training):
     model = made(seed).train(training)
     tokens = torch.randint(V, (2, 9))
     with torch.no_grad():
@@ -168,28 +168,28 @@ def test_the_model_itself_stays_as_it_was(seed, training):
             assert changed.training == model.training == training
             assert not torch.allclose(changed(tokens).logits, before)
             for weight in changed.parameters():
-                weight.zero_()  # none of them is the model's own
+                weight.zero_()  # the copies do not share weights with the model
         assert torch.equal(model(tokens).logits, before)
     assert not any(module._forward_hooks for module in model.modules())
 
 
 @SEEDS
-def test_contributions_are_the_two_sums(seed):
+def test_contributions_are_the_two_sums_of_eq_9(seed):
     model = made(seed, replace(CONFIG, n_layers=3, n_dense_layers=1))
     tokens = torch.randint(V, (2, 9))
     inputs = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
              for layer in model.moe_layers]  # fmt: skip
-    both = contributions(model, tokens)
+    sums = contributions(model, tokens)
     for hook in hooks:
         hook.remove()
-    assert len(both) == len(inputs) == 2
-    for (shared, routed), x, layer in zip(both, inputs, model.moe_layers, strict=True):
+    assert len(sums) == len(inputs) == 2
+    for (shared, routed), x, layer in zip(sums, inputs, model.moe_layers, strict=True):
         torch.testing.assert_close(shared, layer.shared(x))
         torch.testing.assert_close(routed, layer_by_hand(layer, x, shared=False))
 
 
-def test_what_is_not_there_cannot_be_taken_away():
+def test_models_without_the_experts_in_question_are_refused():
     dense = Transformer(replace(CONFIG, moe=None))
     routed_only = Transformer(replace(CONFIG, moe=replace(MOE, n_shared_experts=0)))
     with pytest.raises(InputError, match="no experts"):

@@ -1,4 +1,4 @@
-"""Whole runs from one description, and grids of them: what a record says, what is missing, what a failure leaves."""
+"""Jobs and grids of jobs: records, missing runs, failures."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.checkpoint import load_model, read_metadata
 from dsmoe_lite.cli import main
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import DivergedError, InputError, RunError
@@ -47,7 +47,7 @@ def _quiet(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
     torch.set_num_threads(1)
 
 
-def test_a_job_reads_from_yaml_and_says_the_same_as_the_dataclass(tmp_path: Path) -> None:
+def test_a_job_from_yaml_equals_the_dataclass(tmp_path: Path) -> None:
     text = (
         "model: course-gshard\nvocab_size: 300\nn_heldout_batches: 2\ndevice: cpu\n"
         "train: {steps: 3, batch_size: 2, seq_len: 16, warmup_steps: 1}\n"
@@ -56,18 +56,18 @@ def test_a_job_reads_from_yaml_and_says_the_same_as_the_dataclass(tmp_path: Path
     )
     (tmp_path / "named.yaml").write_text(text)
     assert read_job(tmp_path / "named.yaml") == JOB
-    (tmp_path / "spelled.json").write_text(json.dumps(to_dict(JOB)))
-    assert read_job(tmp_path / "spelled.json") == JOB
+    (tmp_path / "written.json").write_text(json.dumps(to_dict(JOB)))
+    assert read_job(tmp_path / "written.json") == JOB
 
 
 def test_the_shipped_model_has_its_job() -> None:
     job = read_job(paths.DATA / "models" / "world-gshard.yaml")
-    facts = read_facts(paths.DATA / "models" / "world-gshard.safetensors")
+    facts = read_metadata(paths.DATA / "models" / "world-gshard.safetensors")
     shipped = from_dict(ModelConfig, facts["config"])
     assert shipped == replace(job.model, vocab_size=shipped.vocab_size)
 
 
-def test_the_corpus_is_the_one_that_is_named(tmp_path: Path) -> None:
+def test_a_config_names_its_corpus(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("words\n" * 5000)
     world = make_corpus(JOB.corpus)
     assert isinstance(world, World)
@@ -78,17 +78,17 @@ def test_the_corpus_is_the_one_that_is_named(tmp_path: Path) -> None:
     assert folder.fingerprint()["bytes"] == 30_000
 
 
-def test_a_model_file_says_what_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_model_file_names_its_corpus(tmp_path: Path) -> None:
     run_job(JOB, tmp_path)
-    facts = read_facts(tmp_path / "model.safetensors")
+    facts = read_metadata(tmp_path / "model.safetensors")
     assert corpus_of(facts).fingerprint()["sha256"] == World(WORLD).fingerprint()["sha256"] == facts["corpus"]["sha256"]
     assert isinstance(corpus_of({"corpus": {"name": "stdlib"}}), Stdlib)
     for other in ({}, {"corpus": {"name": "folder"}}):
-        with pytest.raises(InputError, match=r"corpus = .*: a model file does not say where such text lies"):
+        with pytest.raises(InputError, match=r"corpus = .*: the model file does not locate this text"):
             corpus_of(other)
 
 
-def test_a_record_says_what_the_saved_model_does(tmp_path: Path) -> None:
+def test_a_record_agrees_with_the_saved_model(tmp_path: Path) -> None:
     record = run_job(JOB, tmp_path)
     assert json.loads(json.dumps(record)) == json.loads((tmp_path / "record.json").read_text(encoding="utf-8"))
     assert record["finished"]
@@ -99,7 +99,7 @@ def test_a_record_says_what_the_saved_model_does(tmp_path: Path) -> None:
     assert set(record["recall"]) == {"head", "tail", "control"}
 
     model = load_model(tmp_path / "model.safetensors")
-    tokenizer = Tokenizer.from_str(read_facts(tmp_path / "model.safetensors")["tokenizer"])
+    tokenizer = Tokenizer.from_str(read_metadata(tmp_path / "model.safetensors")["tokenizer"])
     ids: list[int] = []
     for document in World(WORLD).documents("heldout"):
         ids += [*tokenizer.encode(document.text).ids, 0]  # 0 is <|end|>
@@ -111,8 +111,8 @@ def test_a_record_says_what_the_saved_model_does(tmp_path: Path) -> None:
     assert record["heldout_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
 
 
-def test_seed_start_and_nothing_else_decide_a_run() -> None:
-    job = replace(JOB, model=preset("course-dense"))  # nothing is drawn but the weights
+def test_only_seed_and_first_document_decide_a_run() -> None:
+    job = replace(JOB, model=preset("course-dense"))  # only the weights are random
     first = run_job(job)["losses"]
     assert run_job(job)["losses"] == first
     assert run_job(replace(job, train=replace(job.train, seed=1)))["losses"][0] != first[0]  # other weights, same text
@@ -129,16 +129,16 @@ def test_an_interrupted_job_evaluates_nothing(tmp_path: Path, monkeypatch: pytes
     assert list(tmp_path.iterdir()) == []
 
 
-def test_train_prints_its_row_and_goes_on_in_a_finished_run(
+def test_train_prints_its_row_and_finds_a_finished_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     (tmp_path / "my job.json").write_text(json.dumps(to_dict(JOB)))
     rows = []
     for _ in range(2):
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as stopped:
             main(["train", str(tmp_path / "my job.json"), "--json"])
-        assert left.value.code == 0
+        assert stopped.value.code == 0
         rows += json.loads(capsys.readouterr().out)
     assert rows[0] == rows[1]  # trained once: even its speed is the recorded one
     assert rows[0]["run"] == str(tmp_path / "runs" / "my job")
@@ -152,10 +152,10 @@ def test_train_prints_its_row_and_goes_on_in_a_finished_run(
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The grid "small" of two models and two seeds, recorded in a folder of its own."""
-    monkeypatch.setattr(grids, "DATA", tmp_path)
+    """The grid "small" of two models and two seeds, recorded in a temporary folder."""
+    monkeypatch.setattr(paths, "DATA_FOLDERS", (tmp_path,))
     monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
-    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # made up by the tests, not run
+    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # the tests make them up
     monkeypatch.setenv("DSMOE_TEST_RECORDS", str(tmp_path / "runs" / "small"))
     return tmp_path
 
@@ -166,7 +166,7 @@ def record(model: str, seed: int, /, **values: object) -> None:
     path.write_text(json.dumps(values), encoding="utf-8")
 
 
-def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
+def test_runs_of_a_grid_differ_only_in_model_seed_and_first_document() -> None:
     job = GRID.job("course-gshard", 1)
     assert job == replace(JOB, train=replace(JOB.train, seed=1), first_document=200)
     assert GRID.job("course-dense", 0).first_document == 0
@@ -174,30 +174,30 @@ def test_runs_of_a_grid_differ_in_model_seed_and_start_only() -> None:
         Grid({}, (0, 1, 2), n_streams=2)
 
 
-def test_what_is_missing_is_named_seed_by_seed(small: Path, capsys: pytest.CaptureFixture) -> None:
-    everything = [("course-dense", 0), ("course-gshard", 0), ("course-dense", 1), ("course-gshard", 1)]
-    assert missing("small") == everything
+def test_missing_runs_are_listed_seed_by_seed(small: Path, capsys: pytest.CaptureFixture) -> None:
+    all_runs = [("course-dense", 0), ("course-gshard", 0), ("course-dense", 1), ("course-gshard", 1)]
+    assert missing("small") == all_runs
     record("course-gshard", 0, x=1)
-    assert missing("small") == [pair for pair in everything if pair != ("course-gshard", 0)]
+    assert missing("small") == [pair for pair in all_runs if pair != ("course-gshard", 0)]
     assert records("small") == [{"model_name": "course-gshard", "seed": 0, "x": 1}]
-    planned(["--plan", "--json"])
+    experiment(["--plan", "--json"])
     assert json.loads(capsys.readouterr().out)[0] == {"model": "course-dense", "seed": 0}
-    planned(["--plan", "--json", "--models", "course-gshard"])
+    experiment(["--plan", "--json", "--models", "course-gshard"])
     assert json.loads(capsys.readouterr().out) == [{"model": "course-gshard", "seed": 1}]
     with pytest.raises(InputError, match="model = 'gshrad': must be one of course-dense, course-gshard"):
         missing("small", ["course-dense", "gshrad"])
-    for pair in everything:
+    for pair in all_runs:
         record(*pair)
-    planned(["--plan", "--json"])
+    experiment(["--plan", "--json"])
     assert json.loads(capsys.readouterr().out) == []
-    planned([])
+    experiment([])
     assert capsys.readouterr().out == "small: every run is recorded.\n"
 
 
-def test_a_profile_asks_for_the_tier_of_that_name() -> None:
-    assert [grids.in_profile("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
-    with pytest.raises(InputError, match="profile = 'gpu': neighbours has no tier for it; paper has"):
-        grids.in_profile("neighbours", "gpu")
+def test_a_profile_has_its_tier_of_a_grid() -> None:
+    assert [grids.grid_name("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
+    with pytest.raises(InputError, match="profile = 'gpu': neighbours has no such tier; choose from paper"):
+        grids.grid_name("neighbours", "gpu")
 
 
 def test_only_the_named_models_are_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,14 +207,14 @@ def test_only_the_named_models_are_run(small: Path, monkeypatch: pytest.MonkeyPa
     assert missing("small") == [("course-dense", 0), ("course-dense", 1)]
 
 
-def planned(options: list[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+def experiment(options: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
         main(["experiment", "small", *options])
-    assert left.value.code == 0
+    assert stopped.value.code == 0
 
 
 def seeds_then_death(job: Job) -> dict[str, int]:
-    """Stands in for run_job in another process: seed 1 dies once both runs of seed 0 are recorded."""
+    """A stand-in for run_job in a worker: seed 1 dies once both runs of seed 0 are recorded."""
     if job.train.seed == 0:
         return {"width": job.model.ffn_width, "threads": torch.get_num_threads()}
     folder, deadline = Path(os.environ["DSMOE_TEST_RECORDS"]), time.monotonic() + 60
@@ -223,40 +223,41 @@ def seeds_then_death(job: Job) -> dict[str, int]:
     os._exit(9)
 
 
-def test_a_dead_process_is_one_line_and_what_is_recorded_stays(small: Path) -> None:
-    record("course-gshard", 0, kept=True)
+def test_a_dead_process_is_one_line_and_leaves_its_records(small: Path) -> None:
+    record("course-gshard", 0, earlier=True)
     done: list[tuple[str, int]] = []
     with pytest.raises(RunError, match="small: a process died"):
-        done.extend(run_missing("small", 1, seeds_then_death))  # what comes before the error is kept
+        done.extend(run_missing("small", 1, seeds_then_death))  # keeps what is yielded before the error
     assert done == [("course-dense", 0)]
-    found = {name["model_name"]: name for name in records("small")}
-    assert found["course-dense"] == {"model_name": "course-dense", "seed": 0, "width": 128, "threads": 1}
-    assert found["course-gshard"]["kept"]  # what was there is not run again
+    results = {record["model_name"]: record for record in records("small")}
+    assert results["course-dense"] == {"model_name": "course-dense", "seed": 0, "width": 128, "threads": 1}
+    assert results["course-gshard"]["earlier"]  # a recorded run is not run again
     assert missing("small") == [("course-dense", 1), ("course-gshard", 1)]
 
 
 ENDLESS = """
 import os, sys, time
 from pathlib import Path
+from dsmoe_lite.common import paths
 from dsmoe_lite.study import grids
 
-HERE = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1])
 
 class Endless:
     def seeded(self, seed, n_streams):
         return self
     def run(self):
-        (HERE / f"{os.getpid()}.pid").touch()
+        (FOLDER / f"{os.getpid()}.pid").touch()
         time.sleep(120)
 
 if __name__ == "__main__":
-    grids.DATA = HERE
+    paths.DATA_FOLDERS = (FOLDER,)
     grids.GRIDS = {"endless": grids.Grid({"one": Endless()}, (0, 1), 2)}
     list(grids.run_missing("endless", 2))
 """
 
 
-def test_the_workers_of_a_killed_experiment_end_too(tmp_path: Path) -> None:
+def test_the_workers_of_a_killed_experiment_exit_too(tmp_path: Path) -> None:
     script, deadline = tmp_path / "endless.py", time.monotonic() + 90
     script.write_text(ENDLESS, encoding="utf-8")
     with subprocess.Popen([sys.executable, str(script), str(tmp_path)], stderr=subprocess.DEVNULL) as parent:
@@ -264,12 +265,12 @@ def test_the_workers_of_a_killed_experiment_end_too(tmp_path: Path) -> None:
             assert parent.poll() is None
             time.sleep(0.05)
         parent.kill()
-    left = {int(path.stem) for path in tmp_path.glob("*.pid")}
-    assert len(left) == 2
-    while left and time.monotonic() < deadline:
-        left = {pid for pid in left if _is_running(pid)}
+    running = {int(path.stem) for path in tmp_path.glob("*.pid")}
+    assert len(running) == 2
+    while running and time.monotonic() < deadline:
+        running = {pid for pid in running if _is_running(pid)}
         time.sleep(0.05)
-    assert not left
+    assert not running
 
 
 def _is_running(pid: int) -> bool:
@@ -280,7 +281,7 @@ def _is_running(pid: int) -> bool:
 
 
 class InThisProcess:
-    """A pool that runs at once, for what needs no second process."""
+    """A pool that runs jobs in this process, for tests that need no second one."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -291,7 +292,7 @@ class InThisProcess:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def shutdown(self, **how: bool) -> None:
+    def shutdown(self, **options: bool) -> None:
         pass
 
     def submit(self, run, job):
@@ -319,10 +320,9 @@ def test_a_run_that_stops_early_is_not_recorded(
     assert records("small") == []
 
 
-def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
-    every = MoEConfig(
-        n_routed_experts=4, top_k=4, expert_width=8, n_shared_experts=1
-    )  # all routed experts are in use already
+def test_a_shared_expert_without_replacement_is_not_an_error() -> None:
+    # every token uses all routed experts, so none can replace the shared one
+    every = MoEConfig(n_routed_experts=4, top_k=4, expert_width=8, n_shared_experts=1)
     record = run_job(replace(JOB, model=replace(JOB.model, moe=every)))
     assert record["finished"]
     assert "shared_swapped" not in record
@@ -330,15 +330,15 @@ def test_a_shared_expert_that_nothing_can_replace_loses_no_run() -> None:
     assert run_job(replace(JOB, model=replace(JOB.model, moe=one)))["shared_swapped"]["heldout_loss"] > 0
 
 
-def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
+def test_a_record_of_other_settings_is_refused_with_the_first_difference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grids, "DATA", tmp_path)
+    monkeypatch.setattr(paths, "DATA_FOLDERS", (tmp_path,))
     monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
     written = json.loads(json.dumps(GRID.job("course-gshard", 1).run()))
     record("course-gshard", 1, **written)
     assert records("small") == [{"model_name": "course-gshard", "seed": 1, **written}]
-    for change, says in (
+    for change, message in (
         ({"model": written["model"] | {"n_layers": 3}}, "model.n_layers = 3: this run has 2"),
         ({"train": written["train"] | {"lr": 0.5}}, "train.lr = 0.5: this run has 0.003"),
         ({"first_document": 0}, "first_document = 0: this run has 200"),
@@ -348,7 +348,7 @@ def test_a_record_of_other_settings_is_refused_by_the_first_that_differs(
         ({"model": None}, "model = None: is missing"),
     ):
         record("course-gshard", 1, **written | change)
-        with pytest.raises(InputError, match=f"course-gshard-seed1.json: {re.escape(says)}"):
+        with pytest.raises(InputError, match=f"course-gshard-seed1.json: {re.escape(message)}"):
             records("small")
 
 
@@ -362,7 +362,7 @@ def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytes
         records("small")
 
 
-def test_a_run_that_diverges_is_recorded_as_that(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_diverges_is_recorded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
 
     def diverge(self: Job) -> dict[str, object]:
@@ -378,10 +378,10 @@ def test_a_run_that_diverges_is_recorded_as_that(small: Path, monkeypatch: pytes
     assert ["diverged" in record for record in records("small", diverged=True)] == [False, True, False, True]
 
 
-def test_first_steps_are_those_of_the_whole_run() -> None:
-    whole = run_job(JOB)["losses"]
-    begun = first_steps(JOB, 2)
-    assert begun.losses == pytest.approx(whole[:2], abs=1e-4)
-    assert begun.steps_done == 2
+def test_first_steps_are_those_of_the_full_run() -> None:
+    losses = run_job(JOB)["losses"]
+    run = first_steps(JOB, 2)
+    assert run.losses == pytest.approx(losses[:2], abs=1e-4)
+    assert run.steps_done == 2
     with pytest.raises(InputError, match="until = 4: must be a whole number of at least 1 and at most 3"):
         first_steps(JOB, 4)

@@ -1,4 +1,4 @@
-"""Readers' path: the real JupyterLab of `dsmoe lab` in headless Chromium, in a folder with a space in its name."""
+"""What readers do: the real JupyterLab of `dsmoe lab` in headless Chromium, in a folder with a space in its name."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from dsmoe_lite.common import paths
 
 CHAPTERS = sorted(path.name for path in paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
-WHOLE_NOTEBOOK_IN_PAGE = '{"windowingMode": "none"}'  # so that cells out of sight can be counted too
+ALL_CELLS_IN_PAGE = '{"windowingMode": "none"}'  # so that cells outside the viewport can be counted too
 ALL_DONE_OR_FAILED = """() => {
     const prompts = [...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(prompt => prompt.textContent);
     const failed = document.querySelector('[data-mime-type="application/vnd.jupyter.stderr"]') !== null;
@@ -35,7 +35,7 @@ class Lab:
     process: subprocess.Popen
 
     def url(self, path: str) -> str:
-        """The address of a file in a workspace of its own, so that no test sees another's tabs."""
+        """The address of a file in a separate workspace, so that tests do not share tabs."""
         start, token = self.address.split("/lab/tree/")[0], self.address.split("?")[1]
         return f"{start}/lab/workspaces/{re.sub('[^a-z0-9]', '', path)}/tree/{path}?{token}"
 
@@ -59,7 +59,7 @@ def tiny_notebook() -> nbformat.NotebookNode:
 
 
 def set_profile(copy: Path, profile: str) -> None:
-    """Write `profile` into the parameters cell, and clear all outputs: a number at a prompt then means a run."""
+    """Write `profile` into the parameters cell and clear all outputs, so that a number at a prompt means a run."""
     notebook = nbformat.read(copy, as_version=4)
     (cell,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     cell.source, changed = re.subn(r'^profile(.*?)= "\w+"', rf'profile\1= "{profile}"', cell.source, flags=re.MULTILINE)
@@ -81,11 +81,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
     settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text(WHOLE_NOTEBOOK_IN_PAGE, encoding="utf-8")
+    settings.write_text(ALL_CELLS_IN_PAGE, encoding="utf-8")
 
     program = (
-        "import sys; from pathlib import Path; from dsmoe_lite import paths; r = Path(sys.argv[1]); "
-        "paths.REPOSITORY, paths.NOTEBOOKS, paths.WORK = r, r / 'notebooks', r / 'work'; "
+        "import sys; from pathlib import Path; from dsmoe_lite.common import paths; r = Path(sys.argv[1]); "
+        "paths.REPOSITORY, paths.FOLDER = r, r; paths.NOTEBOOKS, paths.WORK = r / 'notebooks', r / 'work'; "
         "from dsmoe_lite.cli import main; main(['lab'])"
     )
     environment = {
@@ -115,8 +115,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         log.close()
 
 
-def opened(browser, lab: Lab, path: str):
-    """A page with `path` open as a notebook whose kernel is ready, and the hosts that the page asks."""
+def open_notebook(browser, lab: Lab, path: str):
+    """A page with `path` open as a notebook whose kernel is ready, and the hosts that the page contacts."""
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
     hosts: set[str | None] = set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -145,18 +145,18 @@ def code_cells(copy: Path) -> list[nbformat.NotebookNode]:
 def run_top_to_bottom(
     browser, lab: Lab, name: str, screenshot: Path, timeout: int, then: Callable[[Any], None] | None = None
 ) -> list[nbformat.NotebookNode]:
-    """Run the copy of a chapter in the browser as a reader would, and `then` use it; return its code cells as saved."""
+    """Run the copy of a chapter in the browser as a reader would, then call `then`; return the saved code cells."""
     copy = lab.repository / "work" / name
     set_profile(copy, "smoke")
-    page, hosts = opened(browser, lab, f"work/{name}")
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page, hosts = open_notebook(browser, lab, f"work/{name}")
+    errors_in_page: list[str] = []
+    page.on("console", lambda message: errors_in_page.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors_in_page.append(str(error)))
     assert_no_pop_up(page)
     run_all(page, timeout)
     if then is not None:
         then(page)
-    page.locator("[data-jp-item-name=save] .jp-ToolbarButtonComponent").click()  # the explorer keeps all keys
+    page.locator("[data-jp-item-name=save] .jp-ToolbarButtonComponent").click()  # the explorer captures all keys
     page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=MINUTE)
     cells = code_cells(copy)
     errors = [out.get("evalue") for cell in cells for out in cell.outputs if out.output_type == "error"]
@@ -165,7 +165,7 @@ def run_top_to_bottom(
     assert_charts_drawn(page, cells)
     assert_no_pop_up(page)
     assert hosts <= {"localhost", "127.0.0.1", None}  # None: data and blob addresses
-    assert complaints == []
+    assert errors_in_page == []
     height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
     page.set_viewport_size({"width": 1400, "height": min(200 + height, 12_000)})
     page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
@@ -200,7 +200,7 @@ def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, screenshots: P
 
 
 def move_and_switch(page) -> None:
-    """What a reader of chapter 02 does: move a control, switch an expert off, try texts, good and bad ones."""
+    """What a reader of chapter 02 does: move a control, switch an expert off, try valid and invalid texts."""
     chart = page.locator(".vega-embed", has_text="of the choices are dropped")
     before = bars(chart)
     assert "Top-2 at capacity 1.25" in chart.inner_text()
@@ -220,7 +220,7 @@ def move_and_switch(page) -> None:
     assert "dx-off" in explorer.locator(".dx-experts [role=option]").nth(4).get_attribute("class")
     cells = page.locator(".jp-Cell").count()
     explorer.get_by_label("Colour", exact=True).focus()
-    for key in ("ArrowUp", "d", "d"):  # in JupyterLab's own hands: leave the cell, delete a cell
+    for key in ("ArrowUp", "d", "d"):  # JupyterLab's shortcuts to leave the cell and to delete it
         page.keyboard.press(key)
     assert page.locator(".jp-Cell").count() == cells
     assert explorer.get_by_label("Colour", exact=True).evaluate("node => node === document.activeElement")
@@ -229,10 +229,10 @@ def move_and_switch(page) -> None:
     assert explorer.locator(".dx-worse, .dx-better").count() == 0
 
     route, text = explorer.get_by_role("button", name="Route this text"), explorer.locator("textarea")
-    for bad, said in (("", "text = '': is empty"), ("x" * 100_000, "text = 100,000 characters")):
+    for bad, message_part in (("", "text = '': is empty"), ("x" * 100_000, "text = 100,000 characters")):
         text.fill(bad)
         route.click()
-        status.get_by_text(said).wait_for(timeout=MINUTE)
+        status.get_by_text(message_part).wait_for(timeout=MINUTE)
     text.fill("日本 🙂 12+30=42.")
     route.click()
     explorer.locator(".dx-tokens", has_text="🙂").wait_for(timeout=MINUTE)
@@ -244,14 +244,14 @@ def bars(chart) -> list[str | None]:
     return [bar.get_attribute("d") for bar in chart.locator(".mark-rect path").all()]
 
 
-def test_a_saved_chapter_shows_its_explorer_before_any_cell_is_run(browser, lab: Lab) -> None:
+def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: Lab) -> None:
     renewed = lab.repository / "work" / "00_start_here.ipynb"  # as `dsmoe lab` made it
-    page, hosts = opened(browser, lab, f"work/{renewed.name}")
+    page, hosts = open_notebook(browser, lab, f"work/{renewed.name}")
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
     explorer.get_by_role("button", name="previous layer").click()
     explorer.locator(".dx-experts [role=option]").nth(7).click()
-    assert explorer.locator(".dx-mine").count() > 0
+    assert explorer.locator(".dx-chosen").count() > 0
     assert explorer.get_by_role("button", name="Switch e7 of layer 0 off").is_disabled()
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
     assert hosts <= {"localhost", "127.0.0.1", None}
@@ -259,19 +259,19 @@ def test_a_saved_chapter_shows_its_explorer_before_any_cell_is_run(browser, lab:
 
 
 def test_py_source_opens_as_a_notebook(browser, lab: Lab) -> None:
-    page, _ = opened(browser, lab, "notebooks/99_tiny.py")
+    page, _ = open_notebook(browser, lab, "notebooks/99_tiny.py")
     assert page.locator(".jp-Notebook h1").inner_text().startswith("Tiny")
     assert page.locator(".jp-CodeCell").count() == 1
     assert_no_pop_up(page)
     page.close()
 
 
-def test_reference_outputs_stay_as_they_were(browser, lab: Lab) -> None:
+def test_reference_outputs_are_unchanged(browser, lab: Lab) -> None:
     for name in CHAPTERS:
         assert (lab.repository / "notebooks" / name).read_bytes() == (paths.NOTEBOOKS / name).read_bytes()
 
 
-def test_address_needs_its_token_and_listens_on_this_machine_only(lab: Lab) -> None:
+def test_the_server_needs_its_token_and_listens_on_this_machine_only(lab: Lab) -> None:
     import psutil
     import requests
 
@@ -291,7 +291,7 @@ def test_port_in_use_is_refused_in_one_line(lab: Lab) -> None:
     assert f"port = {port}: Address already in use" in done.stderr.splitlines()[-1]
 
 
-def test_term_stops_server_and_kernels(lab: Lab) -> None:  # last in this file: nothing can follow it
+def test_term_stops_server_and_kernels(lab: Lab) -> None:  # last in this file: it stops the server
     import psutil
 
     kernels = psutil.Process(lab.process.pid).children(recursive=True)

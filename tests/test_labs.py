@@ -1,4 +1,4 @@
-"""What runs chapters: parameters, results, claims, exercises, run, course."""
+"""Running chapters: parameters, results, claims, exercises, `dsmoe run` and `dsmoe course`."""
 
 import json
 import os
@@ -18,7 +18,14 @@ from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.labs import check_exercise, claim, claims, predict
 from dsmoe_lite.labs.chapters import chapters, find_chapter
 from dsmoe_lite.labs.execute import run_chapter
-from dsmoe_lite.labs.parameters import check, check_parameters, find, parse_assignments, parse_value, read_schema
+from dsmoe_lite.labs.parameters import (
+    check_parameters,
+    check_value,
+    find_parameter,
+    parse_assignments,
+    parse_value,
+    read_schema,
+)
 
 CELL = """\
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -36,15 +43,15 @@ EXIT_INPUT, EXIT_FAILURE, EXIT_STOPPED = 2, 1, 130
 
 
 def exit_status(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
-    return left.value.code
+    return stopped.value.code
 
 
 # parameters
 
 
-def test_schema_is_read_from_the_comments():
+def test_the_schema_is_read_from_the_comments():
     schema = read_schema(CELL)
     assert list(schema) == ["profile", "seed", "top_k", "capacity_factor", "rate", "width", "shared", "sentence"]
     assert schema["profile"].choices == ("smoke", "cpu", "gpu")
@@ -94,7 +101,7 @@ def test_text_becomes_a_value_of_the_right_type(name, text, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message_part"),
     [
         ("top_k", "5", "1..4"),
         ("top_k", "0", "1..4"),
@@ -109,13 +116,13 @@ def test_text_becomes_a_value_of_the_right_type(name, text, value):
         ("sentence", "longer than six", "1..6 characters"),
     ],
 )
-def test_bad_text_is_refused_in_one_line(name, text, said):
+def test_bad_text_is_refused_in_one_line(name, text, message_part):
     with pytest.raises(InputError) as refused:
         parse_value(read_schema(CELL)[name], text)
     message = str(refused.value)
     assert name in message
     assert repr(text) in message or text in message
-    assert said in message
+    assert message_part in message
     assert "\n" not in message
 
 
@@ -124,12 +131,12 @@ def test_bad_text_is_refused_in_one_line(name, text, said):
 )
 def test_a_value_of_another_type_is_refused(name, value):
     with pytest.raises(InputError, match=name):
-        check(read_schema(CELL)[name], value)
+        check_value(read_schema(CELL)[name], value)
 
 
-def test_an_unknown_name_gets_the_nearest_and_the_known():
+def test_an_unknown_name_gets_the_nearest_and_all_known_names():
     with pytest.raises(InputError, match=r"topk: did you mean top_k\? .*profile, seed, top_k"):
-        find(read_schema(CELL), "topk")
+        find_parameter(read_schema(CELL), "topk")
 
 
 @pytest.mark.parametrize("assignments", [["top_k"], ["top_k=1", "top_k=2"], ["topk=1"]])
@@ -138,7 +145,7 @@ def test_bad_assignments_are_refused(assignments):
         parse_assignments(read_schema(CELL), assignments)
 
 
-def test_parameters_are_checked_as_they_stand_in_the_session():
+def test_current_values_of_parameters_are_checked():
     names = {p.name: p.default for p in read_schema(CELL).values()}
     assert check_parameters({"In": ["", "import os", CELL], **names})
     edited = {"In": ["", CELL, CELL.replace("1..4", "1..9")], **names, "top_k": 9}
@@ -159,25 +166,25 @@ def test_the_check_loads_nothing_heavy():
 # claims and exercises
 
 
-def claimed(monkeypatch, *args, **more):
+def claim_output(monkeypatch, *args, **more):
     shown = []
     monkeypatch.setattr(claims, "display", lambda values, text: shown.append((values, text)))
     claim(*args, **more)
     return shown[0]
 
 
-def test_a_claim_is_one_line_and_the_same_for_every_value_inside_but_for_the_value(monkeypatch):
+def test_claims_inside_their_interval_differ_only_in_the_value(monkeypatch):
     name = "loss at M = 3, due: value"
-    lines = [claimed(monkeypatch, name, value, (-0.4, -0.02)) for value in (-0.38999, -0.02, torch.tensor(-0.1))]
+    lines = [claim_output(monkeypatch, name, value, (-0.4, -0.02)) for value in (-0.38999, -0.02, torch.tensor(-0.1))]
     assert lines[0] == ({name: -0.39}, f"{name} = -0.39, inside [-0.4, -0.02]")
     assert {claims.without_value(text) for _, text in lines} == {f"{name}, inside [-0.4, -0.02]"}
     assert claims.without_value("loss: 3.2 (dense), 2.1 (GShard)") == ""
 
 
-def test_a_claim_with_other_parameters_only_says_where_the_value_lies(monkeypatch):
+def test_a_claim_with_other_parameters_only_reports_inside_or_outside(monkeypatch):
     for value, where in ((-0.2, "inside"), (0.5, "outside")):
-        _, line = claimed(monkeypatch, "gap", value, (-0.4, -0.02), asserted=False)
-        assert line == f"gap = {value}, {where} [-0.4, -0.02] of the chapter's own parameters"
+        _, line = claim_output(monkeypatch, "gap", value, (-0.4, -0.02), asserted=False)
+        assert line == f"gap = {value}, {where} [-0.4, -0.02], recorded for the default parameters"
         assert where in claims.without_value(line)
 
 
@@ -192,7 +199,7 @@ def _doubles(answer):
 
 
 @pytest.mark.parametrize(
-    ("answer", "verdict", "said"),
+    ("answer", "verdict", "message_part"),
     [
         (lambda x: 2 * x, True, "right"),
         (lambda x: x + 1, False, "not right yet: expected 6 for 3"),
@@ -201,10 +208,10 @@ def _doubles(answer):
         (lambda: 6, False, "not right yet: it stops with TypeError"),
     ],
 )
-def test_an_exercise_never_raises(answer, verdict, said, capsys):
+def test_an_exercise_never_raises(answer, verdict, message_part, capsys):
     assert check_exercise(answer, _doubles) is verdict
     printed = capsys.readouterr().out
-    assert printed.startswith(said)
+    assert printed.startswith(message_part)
     assert printed.count("\n") == 1
 
 
@@ -216,20 +223,20 @@ def test_an_exercise_takes_a_value():
     assert check_exercise(5, is_four) is False
 
 
-def test_an_exercise_says_what_program_it_lacks(capsys):
+def test_an_exercise_names_a_missing_program(capsys):
     assert check_exercise(lambda x: 2 * x, _doubles, needs="no-such-program") is None
     assert capsys.readouterr().out == "not checked: no-such-program not found (apt install no-such-program)\n"
     assert check_exercise(lambda x: 2 * x, _doubles, needs="sh") is True
 
 
-def test_predictions_are_kept_outside_the_notebook(course, capsys):
+def test_predictions_are_stored_outside_the_notebook(course, capsys):
     predict("02/drops", None)
     assert course.files() == {"book.yml"}
     predict("02/drops", "a third")
     predict("02/loss", 3.5)
     predict("02/drops", "half")
-    kept = json.loads((course.root / "work" / "predictions.json").read_text(encoding="utf-8"))
-    assert kept == {"02/drops": "half", "02/loss": 3.5}
+    stored = json.loads((course.root / "work" / "predictions.json").read_text(encoding="utf-8"))
+    assert stored == {"02/drops": "half", "02/loss": 3.5}
     assert capsys.readouterr().out == ""
 
 
@@ -277,7 +284,7 @@ def test_three_parameter_sets_give_three_results(course, monkeypatch, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message_part"),
     [
         (["03", "-p", "topk=1"], "did you mean top_k"),
         (["03", "-p", "top_k=5"], "1..4"),
@@ -288,29 +295,29 @@ def test_three_parameter_sets_give_three_results(course, monkeypatch, tmp_path, 
         (["03", "--out", "{notebooks}/03_small.py/x"], "in place"),
     ],
 )
-def test_bad_input_leaves_nothing_behind(course, capsys, arguments, said):
+def test_bad_input_leaves_nothing_behind(course, capsys, arguments, message_part):
     course.write()
     before = course.files()
     assert exit_status("run", *(a.format(notebooks=course.notebooks) for a in arguments)) == EXIT_INPUT
     message = capsys.readouterr().err
-    assert said in message
+    assert message_part in message
     assert message.count("\n") == 1
     assert course.files() == before
     assert not course.runs.exists()
 
 
-def test_a_failed_cell_is_named_and_the_notebook_kept_apart(course, capsys):
+def test_a_failed_cell_is_named_and_the_notebook_saved_separately(course, capsys):
     course.write('\n# %%\nprint("so far")\n\n# %%\nraise ValueError("no good\\nat all")\n')
     assert exit_status("run", "03") == EXIT_FAILURE
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert re.search(r"03_small: cell In \[4\] stopped with ValueError: no good; kept as .*\.failed\.ipynb", message)
-    (kept,) = course.runs.iterdir()
-    assert kept.name.endswith(".failed.ipynb")
-    assert "so far" in kept.read_text(encoding="utf-8")
+    (failed,) = course.runs.iterdir()
+    assert failed.name.endswith(".failed.ipynb")
+    assert "so far" in failed.read_text(encoding="utf-8")
 
 
-def test_a_failure_leaves_the_earlier_result(course, capsys):
+def test_a_failure_leaves_the_earlier_result_unchanged(course, capsys):
     course.write("\n# %%\nprint(1)\n")
     assert exit_status("run", "03") == 0
     (good,) = course.runs.iterdir()
@@ -327,7 +334,7 @@ def test_a_damaged_chapter_is_bad_input(course, capsys):
     assert "is not a notebook any more" in capsys.readouterr().err
 
 
-def test_bad_input_found_by_the_chapter_exits_as_bad_input(course, capsys):
+def test_bad_input_rejected_by_the_chapter_exits_as_bad_input(course, capsys):
     course.write(
         '\n# %%\nfrom dsmoe_lite.common.errors import require\n\nrequire(top_k < 2, "top_k", top_k, "must be 1 here")\n'
     )
@@ -349,7 +356,7 @@ def test_the_kernel_is_this_interpreter_whatever_is_installed(course, monkeypatc
     assert run_chapter(chapter, {}).result == {"python": sys.executable}
 
 
-def test_ctrl_c_leaves_nothing_half_written(course, tmp_path):
+def test_ctrl_c_leaves_no_partial_files(course, tmp_path):
     sign = tmp_path / "kernel.pid"
     course.write(
         f"\n# %%\nimport os, time\n\nopen({str(sign)!r}, 'w').write(str(os.getpid()))\ntime.sleep(120)\n",
@@ -357,7 +364,7 @@ def test_ctrl_c_leaves_nothing_half_written(course, tmp_path):
     before = course.files()
     (tmp_path / "tmp").mkdir()
     code = (
-        "import sys; from pathlib import Path; from dsmoe_lite import paths; from dsmoe_lite.cli import main;"
+        "import sys; from pathlib import Path; from dsmoe_lite.common import paths; from dsmoe_lite.cli import main;"
         "root = Path(sys.argv[1]); paths.NOTEBOOKS = root / 'notebooks'; paths.RUNS = root / 'runs';"
         "main(['run', '03'])"
     )
@@ -383,7 +390,7 @@ def test_ctrl_c_leaves_nothing_half_written(course, tmp_path):
 # course
 
 
-def test_course_prints_times_and_ends_1_on_a_failure(course, capsys):
+def test_course_prints_times_and_exits_with_1_on_a_failure(course, capsys):
     course.write("\n# %%\nsum(range(10**6))\n")
     assert exit_status("course", "--profile", "smoke", "--json") == 0
     (row,) = json.loads(capsys.readouterr().out)

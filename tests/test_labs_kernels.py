@@ -11,7 +11,7 @@ import torch
 
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.kernels.build import SOURCES
-from dsmoe_lite.labs.cuda_source import or_recorded, product_by, show_source
+from dsmoe_lite.labs.cuda_source import multiply_with, run_or_show_recorded, show_source
 
 
 def test_an_excerpt_is_the_source_with_its_comment() -> None:
@@ -23,9 +23,9 @@ def test_an_excerpt_is_the_source_with_its_comment() -> None:
 
 
 def test_an_excerpt_of_python_ends_at_the_empty_line() -> None:
-    shown = show_source("triton_twins.py", "def _add_product(").data
-    code = shown.removeprefix("```python\n").removesuffix("\n```\n*kernels/triton_twins.py*")
-    assert code + "\n\n" in (SOURCES / "triton_twins.py").read_text(encoding="utf-8")
+    shown = show_source("triton_kernels.py", "def _add_product(").data
+    code = shown.removeprefix("```python\n").removesuffix("\n```\n*kernels/triton_kernels.py*")
+    assert code + "\n\n" in (SOURCES / "triton_kernels.py").read_text(encoding="utf-8")
     assert code.startswith("@triton.jit\ndef _add_product(")
     assert code.splitlines()[-1].startswith("    return ")
 
@@ -34,12 +34,12 @@ def test_a_product_by_a_changed_kernel() -> None:
     text = (SOURCES / "gemm_mma.cuh").read_text(encoding="utf-8")
     rows, matrix = torch.randn(70, 24).bfloat16(), torch.randn(40, 24).bfloat16()
     wanted = rows.double() @ matrix.double().T
-    torch.testing.assert_close(product_by(text, rows, matrix).double(), wanted, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(multiply_with(text, rows, matrix).double(), wanted, atol=1e-2, rtol=1e-2)
     wrong = text.replace("total = FORM == Form::SUM ? 2 * steps : steps", "total = 0")
     assert wrong != text
-    assert not product_by(wrong, rows, matrix).any()
+    assert not multiply_with(wrong, rows, matrix).any()
     with pytest.raises(RunError, match="no_such_name"):
-        product_by(text + "int broken = no_such_name;\n", rows, matrix)
+        multiply_with(text + "int broken = no_such_name;\n", rows, matrix)
 
 
 @pytest.mark.parametrize("start", ["no such line", "__device__"])
@@ -59,12 +59,12 @@ def test_without_gxx_the_recorded_output_is_printed(
     outputs = [{"name": "stdout", "output_type": "stream", "text": ["one\n", "two\n"]}]
     cells = [
         {"source": ["print('not this')"], "outputs": [{"text": ["no"]}]},
-        {"source": ["def mine(): ...\n", "or_recorded(mine, chapter)"], "outputs": outputs},
+        {"source": ["def mine(): ...\n", "run_or_show_recorded(mine, chapter)"], "outputs": outputs},
     ]
     notebook = tmp_path / "x.ipynb"
     notebook.write_text(json.dumps({"cells": cells}), encoding="utf-8")
     monkeypatch.setenv("PATH", str(tmp_path))
-    or_recorded(mine, notebook)
+    run_or_show_recorded(mine, notebook)
     said = capsys.readouterr()
     assert said.out == "one\ntwo\n"
     assert said.err == "g++ not found (apt install g++): this is the recorded output\n"

@@ -1,4 +1,4 @@
-"""The ledger: every stored verdict follows from its data, and points at what is there."""
+"""The ledger of claims: every stored verdict follows from its data, and every link leads somewhere."""
 
 import json
 import re
@@ -10,11 +10,15 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from dsmoe_lite.accounting import parameters
 from dsmoe_lite.book import claims as book_page
+from dsmoe_lite.book import scoreboard
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.claims import command
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.config import ModelConfig, from_dict
+from dsmoe_lite.presets import preset
 from dsmoe_lite.study import equations, grids, ledger, published
 from dsmoe_lite.study.grids import Grid
 from dsmoe_lite.study.ledger import METRICS, VERDICTS, Claim, Exact, Trend, by_id, differences, load, settle, write
@@ -23,34 +27,34 @@ from dsmoe_lite.training.job import Job
 
 CLAIMS = load()
 FIELDS = {"grid": "small", "figure": "one", "model": "fine", "other": "coarse", "metric": "loss", "expected": "below"}
-PLACED = [claim for claim in CLAIMS if claim.where]
+LINKED = [claim for claim in CLAIMS if claim.where]
 
 
 def test_every_stored_verdict_follows_from_its_data() -> None:
     assert settle(CLAIMS) == CLAIMS
 
 
-def test_the_ledger_is_as_large_as_promised_and_stored_as_it_is_written(tmp_path: Path) -> None:
+def test_the_ledger_has_sixty_claims_and_is_stored_as_written(tmp_path: Path) -> None:
     assert len(CLAIMS) >= 60
     assert {claim.verdict for claim in CLAIMS} <= set(VERDICTS)
     write(CLAIMS, tmp_path / "claims.yml")
     assert (tmp_path / "claims.yml").read_bytes() == ledger.PATH.read_bytes()
 
 
-@pytest.mark.parametrize("claim", PLACED, ids=lambda claim: claim.id)
+@pytest.mark.parametrize("claim", LINKED, ids=lambda claim: claim.id)
 def test_a_claim_is_settled_under_a_heading_of_a_chapter(claim: Claim) -> None:
     number, heading = claim.where.split(", ", 1)
     (chapter,) = paths.NOTEBOOKS.glob(f"{number}_*.py")
     assert re.search(rf"^# ##+ {re.escape(heading)}$", chapter.read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_what_is_not_settled_says_why() -> None:
+def test_an_unsettled_claim_has_a_reason() -> None:
     for claim in CLAIMS:
         assert claim.why or claim.verdict not in ("not tested", "differs", "reversed"), claim.id
         assert (claim.verdict == "not tested") == (not claim.where), claim.id
 
 
-def test_published_figures_stand_in_published_json_too() -> None:
+def test_published_figures_are_in_published_json_too() -> None:
     text = json.dumps(published.load())
     for claim in CLAIMS:
         if claim.exact is not None and claim.id != "v2-cache-in-groups":
@@ -71,23 +75,23 @@ def test_published_figures_stand_in_published_json_too() -> None:
         (1.5896, "1.590"),
     ],
 )
-def test_numbers_as_they_are_printed(value: float, text: str) -> None:
+def test_numbers_are_formatted_as_printed(value: float, text: str) -> None:
     assert as_printed(value, text) == text
 
 
 @pytest.mark.parametrize("text", ["about 3B", "3G", "", "3.B"])
-def test_what_is_no_figure_is_refused(text: str) -> None:
+def test_text_that_is_not_a_figure_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="figure"):
         as_printed(1.0, text)
 
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A grid of two models and five seeds, without a record; what a Trend of FIELDS compares."""
+    """A grid of two models and five seeds without records, as compared by a Trend of FIELDS."""
     job = grids.grid("neighbours").jobs["course-dense"]
     monkeypatch.setitem(grids.GRIDS, "small", Grid({"fine": job, "coarse": job}))
-    monkeypatch.setattr(grids, "DATA", tmp_path)
-    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # they hold a loss and nothing else
+    monkeypatch.setattr(paths, "DATA_FOLDERS", (tmp_path,))
+    monkeypatch.setattr(Job, "check_record", lambda self, record: None)  # records of these tests have only a loss
     return tmp_path
 
 
@@ -105,7 +109,7 @@ def fill(gaps: dict[int, float]) -> None:
 
 def test_a_trend_pairs_seeds(small: Path) -> None:
     fill({0: -0.5, 1: 0.25})
-    record("fine", 2, 9.0)  # its pair is missing
+    record("fine", 2, 9.0)  # the other run of its pair is missing
     assert differences(Trend(**FIELDS), grids.records("small")) == {0: -0.5, 1: 0.25}
     claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
     (settled,) = settle([claim])
@@ -124,11 +128,11 @@ def test_verdicts_of_a_trend(small: Path) -> None:
 
 def test_claims_of_one_figure_are_corrected_together(small: Path) -> None:
     fill({0: -0.5, 1: -0.2, 2: -0.5, 3: -0.05, 4: -0.2})  # p = 0.032
-    alone = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
-    assert settle([alone])[0].verdict == "holds"
-    assert [c.verdict for c in settle([alone, replace(alone, id="y")])] == ["leans", "leans"]
-    elsewhere = replace(alone, id="y", trend=Trend(**FIELDS | {"figure": "another"}))
-    assert [c.verdict for c in settle([alone, elsewhere])] == ["holds", "holds"]
+    claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
+    assert settle([claim])[0].verdict == "holds"
+    assert [c.verdict for c in settle([claim, replace(claim, id="y")])] == ["leans", "leans"]
+    elsewhere = replace(claim, id="y", trend=Trend(**FIELDS | {"figure": "another"}))
+    assert [c.verdict for c in settle([claim, elsewhere])] == ["holds", "holds"]
 
 
 def test_a_diverged_run_is_never_averaged(small: Path) -> None:
@@ -141,7 +145,7 @@ def test_a_diverged_run_is_never_averaged(small: Path) -> None:
     assert settle([claim])[0].verdict == "not tested"
 
 
-def test_no_worse_is_a_question_of_its_margin(small: Path) -> None:
+def test_not_above_depends_on_its_margin(small: Path) -> None:
     fill({0: -0.5, 1: -0.4, 2: -0.6, 3: -0.5, 4: -0.5})
     no_worse = Trend(**FIELDS | {"expected": "not above", "margin": 0.1})
     claim = Claim("x", "says", "source", "published", trend=no_worse)
@@ -159,7 +163,7 @@ def test_an_exact_claim_that_fails_differs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
+    ("entry", "message"),
     [
         ({"verdict": "true"}, "verdict = 'true'"),
         ({"exact": {"function": "guess", "arguments": {}}}, "function = 'guess'"),
@@ -169,11 +173,11 @@ def test_an_exact_claim_that_fails_differs() -> None:
         ({"mood": "good"}, "mood"),
     ],
 )
-def test_a_bad_entry_is_named(entry: dict, words: str, tmp_path: Path) -> None:
+def test_a_bad_entry_is_named(entry: dict, message: str, tmp_path: Path) -> None:
     claim = {"id": "c", "says": "s", "source": "t", "published": "1"} | entry
     path = tmp_path / "claims.yml"
     path.write_text(yaml.safe_dump({"schema_version": 1, "claims": [claim]}), encoding="utf-8")
-    with pytest.raises(InputError, match=re.escape(words)) as error:
+    with pytest.raises(InputError, match=re.escape(message)) as error:
         load(path)
     assert "claim 'c'" in str(error.value)
     assert "\n" not in str(error.value)
@@ -185,17 +189,17 @@ def test_another_schema_and_double_ids_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="schema_version = 2"):
         load(path)
     write([CLAIMS[0], CLAIMS[0]], path)
-    with pytest.raises(InputError, match="an id stands for one claim"):
+    with pytest.raises(InputError, match="an id must be unique"):
         load(path)
 
 
-def test_a_claim_by_its_id() -> None:
+def test_a_claim_is_found_by_its_id() -> None:
     assert by_id(CLAIMS, "v2-cache-reduction").published == "93.3%"
     with pytest.raises(InputError, match="v2-cache-reduction"):
         by_id(CLAIMS, "v2-cache-reductions")
 
 
-def test_the_command_prints_all_and_its_tally() -> None:
+def test_the_command_prints_all_claims_and_a_tally() -> None:
     result = CliRunner().invoke(command, [])
     assert result.exit_code == 0
     tally = Counter(claim.verdict for claim in CLAIMS)
@@ -204,7 +208,7 @@ def test_the_command_prints_all_and_its_tally() -> None:
     assert [row["id"] for row in rows] == [claim.id for claim in CLAIMS]
 
 
-def test_a_stored_verdict_that_does_not_follow_fails(tmp_path, monkeypatch, capsys) -> None:
+def test_a_stored_verdict_that_does_not_follow_is_an_error(tmp_path, monkeypatch, capsys) -> None:
     path = tmp_path / "claims.yml"
     write([replace(CLAIMS[0], verdict="differs")], path)
     monkeypatch.setattr(ledger, "PATH", path)
@@ -226,13 +230,59 @@ def test_the_page_of_the_book_shows_every_claim_once() -> None:
     assert [text.count(f"| {claim.says} <br>") for claim in CLAIMS] == [1] * len(CLAIMS)
 
 
-def test_readme_says_what_was_reproduced() -> None:
-    verdicts = [claim.verdict for claim in CLAIMS if claim.trend and claim.trend.grid == "paper"]
-    readme = " ".join((paths.REPOSITORY / "README.md").read_text(encoding="utf-8").split())
-    assert f"{verdicts.count('holds')} of {len(verdicts)} claims hold" in readme
+def prose(path: Path) -> str:
+    return " ".join(path.read_text(encoding="utf-8").split())
+
+
+def test_readme_and_page_of_results_say_what_was_reproduced() -> None:
+    of_paper = [claim for claim in CLAIMS if claim.trend and claim.trend.grid == "paper"]
+    verdicts = [claim.verdict for claim in of_paper]
+    readme, page = prose(paths.REPOSITORY / "README.md"), prose(paths.NOTEBOOKS / "pages" / "results.md")
+    for text in (readme, page.replace("**", "")):
+        assert f"{verdicts.count('holds')} of {len(verdicts)} claims hold" in text
     assert verdicts.count("inconclusive") == 4
-    assert "for four claims, of shared experts, of the finest cut and of half the active experts" in readme
+    assert verdicts.count("reversed") == 1
+    assert "four stay undecided and one is reversed" in readme
+    assert "pages/results.md" in readme
+    undecided = (
+        "two claims about shared experts, one about the finest experts, and one about half as many active experts"
+    )
+    assert "**Four stay undecided**" in page
+    assert undecided in page
+    assert {claim.id for claim in of_paper if claim.verdict == "inconclusive"} == {
+        "moe-shared-helps", "moe-four-shared", "moe-finest-helps", "moe-half-active"
+    }  # fmt: skip
     assert [claim.id for claim in CLAIMS if claim.verdict == "reversed" and "Figure 4" in claim.source] != []
+
+
+def test_page_of_results_states_sizes_and_effects_as_they_are() -> None:
+    page = prose(paths.NOTEBOOKS / "pages" / "results.md")
+    jobs = grids.grid("paper").jobs
+    sizes = sorted(parameters(from_dict(ModelConfig, r["model"])).total for r in grids.records("paper"))
+    assert f"{sizes[0] / 1000:.0f} to {sizes[-1] / 1000:.0f} thousand weights" in page
+    ours, theirs = (parameters(model).ffn.total for model in (jobs["gshard"].model, preset("gshard-2.0B")))
+    assert theirs / ours == pytest.approx(20_000, rel=0.05)
+    assert "a twenty-thousandth of the paper's expert parameters" in page
+    swap = ledger.by_id(CLAIMS, "moe-shared-irreplaceable")
+    assert swap.published == "1.808 to 2.414"
+    assert swap.ours.startswith("+0.0203")
+    assert "rises by 0.606" in page
+    assert "ours by 0.020" in page
+
+
+def test_picture_of_claims_has_a_row_for_each() -> None:
+    of_paper = [claim for claim in CLAIMS if claim.trend and claim.trend.grid == "paper"]
+    assert {claim.id for claim in of_paper} == set(scoreboard.LABELS)
+    drawn = scoreboard.picture(CLAIMS)
+    assert f"{len(of_paper)} claims of the DeepSeekMoE paper, tried again at toy size: 14 hold" in drawn
+    for claim in of_paper:
+        place, label = scoreboard.LABELS[claim.id]
+        assert claim.source.endswith(f", {place}")
+        sign = 1 if claim.trend.expected == "above" else -1
+        mean = float(claim.ours.split(",")[0])
+        effect = re.search(rf"{re.escape(label)}: {claim.verdict}, ([+-]\d\.\d{{3}})", drawn)
+        assert float(effect[1]) == pytest.approx(sign * mean, abs=6e-4)
+    assert drawn.count("<circle") == len(of_paper) - 1  # the effect of Figure 4 is an arrow
 
 
 def test_a_settled_claim_is_not_under_way() -> None:
@@ -240,20 +290,20 @@ def test_a_settled_claim_is_not_under_way() -> None:
 
 
 def test_a_claim_links_to_its_heading() -> None:
-    place = replace(CLAIMS[0], where="07, Tables 2, 8 and 9: how good is it?")
-    assert book_page._link(place) == "[07](07_paper_experiments.ipynb#tables-2-8-and-9-how-good-is-it)"
-    assert book_page._link(replace(place, where="")) == "-"
+    claim = replace(CLAIMS[0], where="07, Tables 2, 8 and 9: how good is it?")
+    assert book_page._link(claim) == "[07](07_paper_experiments.ipynb#tables-2-8-and-9-how-good-is-it)"
+    assert book_page._link(replace(claim, where="")) == "-"
 
 
 def test_every_metric_reads_some_record() -> None:
-    found = [record for name in ("balance", "needle") for record in grids.records(name)[:1]]
+    results = [record for name in ("balance", "needle") for record in grids.records(name)[:1]]
     changed = {"heldout_loss": 2.0}
-    found += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": {"4": changed}, "shared_swapped": changed}]
+    results += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": {"4": changed}, "shared_swapped": changed}]
     for name, metric in METRICS.items():
         values = []
-        for one in found:
+        for result in results:
             try:
-                values.append(metric(one))
+                values.append(metric(result))
             except KeyError:
                 continue
         assert values, name

@@ -1,4 +1,4 @@
-"""Live controls: drawn again with the last values, at most twice a second, errors said in one line."""
+"""Live controls: redrawn with the latest values, at most twice per second; errors are reported in one line."""
 
 import asyncio
 from itertools import pairwise
@@ -13,7 +13,7 @@ from dsmoe_lite.viz import live as module
 
 
 class Shown:
-    """Stands for the displayed chart: keeps what it was updated with."""
+    """Stands in for the displayed chart: collects its updates."""
 
     def __init__(self) -> None:
         self.charts: list[object] = []
@@ -48,14 +48,14 @@ def control(value: int = 2, **options) -> ipywidgets.IntSlider:
     return ipywidgets.IntSlider(value, min=0, max=100, **options)
 
 
-def test_first_the_chart_of_the_first_values(page):
+def test_the_first_chart_has_the_initial_values(page):
     module.live(lambda k: f"chart {k}", k=control(description="top-k"))
     assert page.first == ["chart 2"]
-    assert page.bundles[0]["text/plain"] == "Here JupyterLab shows what can be moved: top-k."
+    assert page.bundles[0]["text/plain"] == "JupyterLab shows controls here: top-k."
     assert "application/vnd.jupyter.widget-view+json" in page.bundles[0]
 
 
-def test_without_a_loop_every_move_draws(page):
+def test_without_an_event_loop_every_change_redraws(page):
     k = control()
     module.live(lambda k: f"chart {k}", k=k)
     k.value = 3
@@ -63,8 +63,8 @@ def test_without_a_loop_every_move_draws(page):
     assert page.shown.charts == ["chart 3", "chart 4"]
 
 
-def test_many_moves_are_two_drawings_a_second_and_the_last_one_counts(page, monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", 0.2)
+def test_many_changes_are_at_most_two_redraws_per_second_ending_with_the_latest(page, monkeypatch):
+    monkeypatch.setattr(module, "REDRAW_INTERVAL", 0.2)
     k, times = control(), []
 
     def draw(k):
@@ -84,15 +84,15 @@ def test_many_moves_are_two_drawings_a_second_and_the_last_one_counts(page, monk
     seconds = asyncio.run(move())
     gaps = [later - earlier for earlier, later in pairwise(times[1:])]
     assert page.shown.charts[-1] == "chart 32"
-    assert 2 <= len(page.shown.charts) <= seconds / module.SECONDS + 1  # of 30 moves
+    assert 2 <= len(page.shown.charts) <= seconds / module.REDRAW_INTERVAL + 1  # of 30 moves
     assert min(gaps) >= 0.19
-    assert page.status.value.endswith("></span>")  # nothing to say
+    assert page.status.value.endswith("></span>")  # no message
 
 
 @pytest.mark.parametrize(
     "error", [InputError("top_k = 9: must be <8"), RunError("top_k = 9: must be <8"), ValueError("<8")]
 )
-def test_errors_are_said_and_the_chart_stays(page, error):
+def test_errors_are_reported_and_the_chart_stays(page, error):
     def draw(k):
         if k == 9:
             raise error
@@ -101,15 +101,15 @@ def test_errors_are_said_and_the_chart_stays(page, error):
     k = control()
     module.live(draw, k=k)
     k.value = 9
-    said = str(error) if type(error) is not ValueError else "ValueError: <8"
-    assert said.replace("<", "&lt;") in page.status.value
+    message = str(error) if type(error) is not ValueError else "ValueError: <8"
+    assert message.replace("<", "&lt;") in page.status.value
     assert page.shown.charts == []
     k.value = 5
     assert page.shown.charts == ["chart 5"]
     assert "&lt;8" not in page.status.value
 
 
-def test_what_cannot_be_drawn_first_fails_in_the_cell(page):
+def test_an_error_in_the_first_chart_fails_in_the_cell(page):
     def draw(k):
         raise InputError("k = 2: never")
 

@@ -1,4 +1,4 @@
-"""MLA's two paths against a float64 loop over DeepSeek-V2's Equations 9-19, what it caches, and three wrong turns."""
+"""MLA: its two forms compared with a float64 loop over DeepSeek-V2's Equations 9-19, its cache, and three mistakes."""
 
 import copy
 import math
@@ -56,23 +56,23 @@ def make(config: MLAConfig, seed: int = 0) -> MLA:
     return layer
 
 
-def run(layer: MLA, x: Tensor, path: str = "auto") -> Tensor:
-    return layer.use(path)(x, *tables(layer.config, x.shape[1]))
+def run(layer: MLA, x: Tensor, form: str = "auto") -> Tensor:
+    return layer.use(form)(x, *tables(layer.config, x.shape[1]))
 
 
-# The two paths
+# The two forms
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_both_paths_equal_the_loop_forward_and_backward(name: str) -> None:
+def test_both_forms_equal_the_loop_forward_and_backward(name: str) -> None:
     layer = make(CASES[name])
     x = torch.randn(2, 6, D, dtype=torch.float64, requires_grad=True)
     expected = mla_by_hand(layer, x)
     assert expected.std() > 0.1
-    for path in ("naive", "absorbed"):
-        found = run(layer, x, path)
-        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-        same_gradients(layer, found, mla_by_hand(layer, x), x)
+    for form in ("naive", "absorbed"):
+        actual = run(layer, x, form)
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+        same_gradients(layer, actual, mla_by_hand(layer, x), x)
 
 
 @given(
@@ -81,7 +81,7 @@ def test_both_paths_equal_the_loop_forward_and_backward(name: str) -> None:
     seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=50, deadline=None)
-def test_the_paths_are_one_in_all_shapes(heads, nope, half, d_v, rank, q_rank, B, S, seed) -> None:
+def test_both_forms_agree_in_all_shapes(heads, nope, half, d_v, rank, q_rank, B, S, seed) -> None:
     layer = make(
         MLAConfig(
             n_heads=heads,
@@ -98,7 +98,7 @@ def test_the_paths_are_one_in_all_shapes(heads, nope, half, d_v, rank, q_rank, B
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_scale_is_that_of_whole_keys_on_both_paths(name: str) -> None:
+def test_both_forms_scale_by_the_full_key_width(name: str) -> None:
     c = CASES[name]
     sharpened = 1 if c.yarn is None else (0.1 * 0.7 * math.log(4) + 1) ** 2
     expected = sharpened / math.sqrt(c.qk_nope_head_dim + c.qk_rope_head_dim)
@@ -107,14 +107,14 @@ def test_the_scale_is_that_of_whole_keys_on_both_paths(name: str) -> None:
 
 def test_use_returns_the_layer_and_refuses_other_names() -> None:
     layer = make(BASE)
-    assert layer.path == "auto"
+    assert layer.form == "auto"
     assert layer.use("naive") is layer
-    with pytest.raises(InputError, match="path = 'fast': must be one of auto, naive, absorbed"):
+    with pytest.raises(InputError, match="form = 'fast': must be one of auto, naive, absorbed"):
         layer.use("fast")
-    assert layer.path == "naive"
+    assert layer.form == "naive"
     for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         x = torch.randn(1, 3, D, dtype=torch.float64)
-        assert again.path == "naive"
+        assert again.form == "naive"
         assert torch.equal(again(x, *tables(BASE, 3)), layer(x, *tables(BASE, 3)))
 
 
@@ -141,19 +141,19 @@ def test_norms_of_latents_have_the_models_epsilon() -> None:
     assert set(norms.values()) == {0.125}
 
 
-# Which path `auto` takes
+# Which form `auto` takes
 
 
 def taken(layer: MLA, S: int, old: int) -> str:
-    """The path that S tokens after `old` others take."""
+    """The form of S tokens that follow `old` others."""
     seen: list[str] = []
-    for path in ("_naive", "_absorbed"):
+    for form in ("_naive", "_absorbed"):
 
-        def spy(self: MLA, *tensors: Tensor, path: str = path) -> Tensor:
-            seen.append(path[1:])
-            return getattr(MLA, path)(self, *tensors)
+        def spy(self: MLA, *tensors: Tensor, form: str = form) -> Tensor:
+            seen.append(form[1:])
+            return getattr(MLA, form)(self, *tensors)
 
-        setattr(layer, path, MethodType(spy, layer))
+        setattr(layer, form, MethodType(spy, layer))
     cache = GrowingCache()
     cos, sin = tables(layer.config, old + S)
     with torch.no_grad():
@@ -163,18 +163,18 @@ def taken(layer: MLA, S: int, old: int) -> str:
             seen.clear()
         layer(torch.randn(1, S, D, dtype=torch.float64), cos[old:], sin[old:], cache=cache)
     del layer._naive, layer._absorbed
-    (path,) = seen
-    return path
+    (form,) = seen
+    return form
 
 
-def multiplications(c: MLAConfig, S: int, N: int) -> dict[str, int]:
-    """Of one head, beyond the projections that both paths share; every query meets every key, as the kernels do it."""
+def multiplications(c: MLAConfig, S: int, S_kv: int) -> dict[str, int]:
+    """Multiplications of one head, without the projections that both forms share and with all S * S_kv scores."""
     d_h, d_r, d_v, d_c = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.kv_lora_rank
-    keys, values = N * d_h * d_c, N * d_v * d_c
+    keys, values = S_kv * d_h * d_c, S_kv * d_v * d_c
     query, out = S * d_h * d_c, S * d_v * d_c
     return {
-        "naive": keys + values + S * N * (d_h + d_r) + S * N * d_v,
-        "absorbed": query + out + S * N * (d_c + d_r) + S * N * d_c,
+        "naive": keys + values + S * S_kv * (d_h + d_r) + S * S_kv * d_v,
+        "absorbed": query + out + S * S_kv * (d_c + d_r) + S * S_kv * d_c,
     }
 
 
@@ -183,7 +183,7 @@ def multiplications(c: MLAConfig, S: int, N: int) -> dict[str, int]:
     [
         ("v2-lite", {"naive", "absorbed"}),
         ("one head", {"naive", "absorbed"}),
-        ("a narrow latent", {"absorbed"}),  # narrower than half a head: absorbed is always the shorter way
+        ("a narrow latent", {"absorbed"}),  # narrower than half a head: absorbed is always cheaper
     ],
 )
 def test_auto_takes_the_path_with_fewer_multiplications(name: str, expected: set[str]) -> None:
@@ -197,19 +197,19 @@ def test_auto_takes_the_path_with_fewer_multiplications(name: str, expected: set
     assert met == expected
 
 
-def test_where_the_break_even_of_deepseek_v3_lies() -> None:
-    """128 heads or one: S = 1 always absorbs after the first token; a prompt on its own never does."""
+def test_break_even_of_deepseek_v3() -> None:
+    """For any number of heads: decoding uses the absorbed form after the first token, prefill never does."""
     c = MLAConfig(n_heads=1, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
     layer = MLA(8, c)
-    for N in (2, 100, 100_000):
-        assert layer._absorbs(1, N)
-        assert not layer._absorbs(N, N)
-    least = next(N for N in range(2, 10_000) if layer._absorbs(100, N))  # of 100 new tokens
-    for N, path in ((least - 1, "naive"), (least, "absorbed")):
-        counts = multiplications(c, 100, N)
-        assert min(counts, key=lambda key: counts[key]) == path
-    assert not layer.use("naive")._absorbs(1, 100)
-    assert layer.use("absorbed")._absorbs(100, 100)
+    for S_kv in (2, 100, 100_000):
+        assert layer._use_absorbed(1, S_kv)
+        assert not layer._use_absorbed(S_kv, S_kv)
+    least = next(S_kv for S_kv in range(2, 10_000) if layer._use_absorbed(100, S_kv))  # of 100 new tokens
+    for S_kv, form in ((least - 1, "naive"), (least, "absorbed")):
+        counts = multiplications(c, 100, S_kv)
+        assert min(counts, key=lambda key: counts[key]) == form
+    assert not layer.use("naive")._use_absorbed(1, 100)
+    assert layer.use("absorbed")._use_absorbed(100, 100)
 
 
 # What is cached
@@ -226,13 +226,13 @@ def test_the_cache_holds_the_latent_and_one_rotated_key_whatever_the_heads(n_hea
     cache.advance(6)
     assert cache.nbytes == 2 * 6 * (8 + 4) * 8  # bytes of float64
     with torch.no_grad():
-        (kept,) = cache.extend(torch.zeros(2, 1, 0, 12, dtype=torch.float64))
+        (cached,) = cache.extend(torch.zeros(2, 1, 0, 12, dtype=torch.float64))
     turn = frequencies_by_hand(4, 10_000.0)
     for b in range(2):
         for t in range(6):
             down = layer.kv_down.weight @ x[b, t]
             expected = torch.cat((normed(down[:8], layer.kv_norm), rotated(down[8:], t, turn)))
-            torch.testing.assert_close(kept[b, 0, t], expected.detach(), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(cached[b, 0, t], expected.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_models_cache_has_the_published_size() -> None:
@@ -246,50 +246,50 @@ def test_a_models_cache_has_the_published_size() -> None:
     assert config.cache_width == 2.25 * 2 * 8
 
 
-# Three wrong turns
+# Three mistakes
 
 
 def scores_of(layer: MLA, x: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Of one sequence (S, D): the first head's queries and keys without positions, and the latents."""
+    """Queries and keys without positions of the first head, and the latents, of one sequence (S, D)."""
     c = layer.config
     latents = [normed(layer.kv_down.weight[: c.kv_lora_rank] @ h, layer.kv_norm) for h in x]
     queries = [(layer.query.get_parameter("weight") @ h)[: c.qk_nope_head_dim] for h in x]
     return queries, [layer.kv_up.weight[: c.qk_nope_head_dim] @ latent for latent in latents], latents
 
 
-def test_wrong_the_scale_of_the_width_that_absorbed_queries_have() -> None:
+def test_wrong_scale_of_the_absorbed_width() -> None:
     layer = make(BASE)
     x = torch.randn(1, 6, D, dtype=torch.float64)
     right = run(layer, x, "absorbed").detach()
     layer.scale = 1 / math.sqrt(BASE.kv_lora_rank + BASE.qk_rope_head_dim)
     wrong = run(layer, x, "absorbed").detach()
-    torch.testing.assert_close(wrong[:, 0], right[:, 0])  # one key has weight 1, whatever the scale
+    torch.testing.assert_close(wrong[:, 0], right[:, 0])  # a single key has weight 1 at any scale
     assert float((wrong - right)[:, 1:].abs().max()) > 0.01
 
 
 def test_wrong_positions_on_the_compressed_keys_forbid_absorption() -> None:
-    """The product of two rotations stands between W_UQ and W_UK: one matrix for every distance, not one for all."""
+    """The product of two rotations is between W_UQ and W_UK: a matrix for every distance instead of one for all."""
     layer, turn = make(BASE), frequencies_by_hand(6, 10_000.0)
     x = torch.randn(6, D, dtype=torch.float64)
     queries, keys, latents = scores_of(layer, x)
     w_uk = layer.kv_up.weight[:6].detach()
     apart = []
     for t, q in enumerate(queries):
-        torch.testing.assert_close((w_uk.T @ q) @ latents[0], q @ keys[0])  # without positions it can be absorbed
+        torch.testing.assert_close((w_uk.T @ q) @ latents[0], q @ keys[0])  # without positions, absorption works
         for j in range(t + 1):
             score = rotated(q, t, turn) @ rotated(keys[j], j, turn)
-            absorbed = (w_uk.T @ rotated(q, t, turn)) @ latents[j]  # the key's own rotation is left out
+            absorbed = (w_uk.T @ rotated(q, t, turn)) @ latents[j]  # without the rotation of the key
             of_the_distance = (w_uk.T @ rotated(q, t - j, turn)) @ latents[j]
             torch.testing.assert_close(of_the_distance, score)
             apart.append((t, float((absorbed - score).detach().abs())))
     assert max(difference for t, difference in apart if t > 0) > 0.1
-    # so the query would have to be absorbed anew for each of the keys: S matrices a token instead of one
+    # so every key would need its own absorbed query: S matrices per token instead of one
     matrices = [w_uk.T @ torch.stack([rotated(e, n, turn) for e in torch.eye(6).double()]).T for n in range(6)]
     assert min(float((a - b).abs().max()) for i, a in enumerate(matrices) for b in matrices[:i]) > 0.1
 
 
-def test_wrong_a_rotated_key_for_each_head_has_to_be_cached_for_each_head() -> None:
-    """With N tokens the shared keys span d_h^R dimensions, keys of H heads H d_h^R: no smaller cache holds them."""
+def test_wrong_rotated_key_per_head_enlarges_the_cache() -> None:
+    """The keys of N tokens span d_h^R dimensions if shared, H d_h^R if there are H: no smaller cache can hold them."""
     torch.manual_seed(0)
     H, d_r, N = 3, 4, 20
     x, turn = torch.randn(N, 30, dtype=torch.float64), frequencies_by_hand(d_r, 10_000.0)
@@ -303,7 +303,7 @@ def test_wrong_a_rotated_key_for_each_head_has_to_be_cached_for_each_head() -> N
 
 
 def test_one_head_of_the_loop_is_plain_attention() -> None:
-    """The helper that the loops share, against softmax itself."""
+    """The helper of the loops compared with softmax."""
     q, keys, values = torch.randn(4), torch.randn(5, 4), torch.randn(5, 3)
     expected = (0.3 * keys @ q).softmax(dim=0) @ values
     torch.testing.assert_close(weighted(q, list(keys), list(values), 0.3), expected)

@@ -1,4 +1,4 @@
-"""The whole model against transformers' Llama with copied weights."""
+"""The full model compared with transformers' Llama, with copied weights."""
 
 from pathlib import Path
 
@@ -88,10 +88,10 @@ def test_dense_model_equals_llama_forward_and_backward() -> None:
     model.cos, model.sin = model.cos.float(), model.sin.float()  # Llama's tables are float32
     llama = llama_with_weights_of(model).double()
     tokens = torch.randint(0, 97, (2, 33))
-    mine, theirs = model(tokens).logits, llama(tokens).logits
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)  # limited by the float32 rotation tables
+    ours, theirs = model(tokens).logits, llama(tokens).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)  # limited by the float32 rotation tables
     loss = torch.nn.functional.cross_entropy
-    loss(mine[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    loss(ours[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     loss(theirs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     torch.testing.assert_close(model.embed.weight.grad, llama.model.embed_tokens.weight.grad, rtol=1e-4, atol=1e-6)
     down = model.blocks[1].get_submodule("ffn.down").weight
@@ -121,7 +121,7 @@ def test_one_routing_for_each_layer_of_experts() -> None:
 def test_models_of_every_kind_survive_being_saved(name: str, moe: MoEConfig | None, tmp_path: Path) -> None:
     model = make_model(KINDS[name], moe).float()
     if isinstance(KINDS[name], MLAConfig):
-        model.blocks[0].attention.use("absorbed")  # how to compute, not what: it is not saved
+        model.blocks[0].attention.use("absorbed")  # the form changes no result and is not saved
     save_model(tmp_path / "a model.safetensors", model)
     again = load_model(tmp_path / "a model.safetensors")
     assert again.config == model.config
@@ -130,11 +130,11 @@ def test_models_of_every_kind_survive_being_saved(name: str, moe: MoEConfig | No
 
 
 @pytest.mark.parametrize("path", sorted(paths.DATA.glob("models/*.safetensors")), ids=lambda path: path.stem)
-def test_recorded_models_still_load_and_speak(path: Path) -> None:
+def test_recorded_models_still_load_and_generate(path: Path) -> None:
     model, prompts = load_model(path).double(), [list(range(5, 15)), list(range(30, 20, -1))]
-    said = generate(model, prompts, 12)  # with a cache where its experts have no capacities
-    assert said == generate(model, prompts, 12, use_cache=False)
-    assert len({tuple(row) for row in said}) == 2
+    generated = generate(model, prompts, 12)  # with a cache if the experts have no capacities
+    assert generated == generate(model, prompts, 12, use_cache=False)
+    assert len({tuple(row) for row in generated}) == 2
 
 
 def test_too_long_a_sequence_is_refused() -> None:
@@ -161,7 +161,7 @@ def test_config_round_trip() -> None:
         ({"expert_with": 3}, "expert_with"),
     ],
 )
-def test_a_config_that_cannot_work_is_refused_when_made(change: dict, message: str) -> None:
+def test_invalid_configs_are_refused(change: dict, message: str) -> None:
     values = to_dict(MOE)
     values["moe"] |= change
     with pytest.raises(InputError, match=message):

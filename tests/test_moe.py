@@ -129,12 +129,12 @@ def test_dispatch_sorts_by_expert_and_loses_nothing(T: int, E: int, data: st.Dat
     layer = make_layer(MoEConfig(n_routed_experts=E, top_k=K, expert_width=F_WIDTH), seed=T)
     x = torch.randn(1, T, D, dtype=torch.float64)
     _, routing = layer(x)
-    sent = dispatch(x[0], routing)
-    counts = sent.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    dispatched = dispatch(x[0], routing)
+    counts = dispatched.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
     owner = [e for e in range(E) for _ in range(counts[e])]
-    pairs = [(e, int(t)) for e, t in zip(owner, sent.token, strict=True)]
+    pairs = [(e, int(t)) for e, t in zip(owner, dispatched.token, strict=True)]
     assert pairs == sorted((int(e), t) for t in range(T) for e in routing.topk_ids[t])
-    assert torch.equal(sent.x_sorted, x[0][sent.token])
+    assert torch.equal(dispatched.x_sorted, x[0][dispatched.token])
 
 
 @st.composite
@@ -244,9 +244,9 @@ def test_every_kept_assignment_is_computed_once(
         for k in range(ids.shape[1]):
             if routing.kept[t, k]:
                 weight[t, ids[t, k]] += routing.gates[t, k].detach()
-    sent = dispatch(x.flatten(0, 1), routing)
-    owner = torch.repeat_interleave(torch.arange(E), sent.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
-    pairs = sorted(zip(sent.token.tolist(), owner.tolist(), strict=True))
+    dispatched = dispatch(x.flatten(0, 1), routing)
+    owner = torch.repeat_interleave(torch.arange(E), dispatched.ends.diff(prepend=torch.zeros(1, dtype=torch.int32)))
+    pairs = sorted(zip(dispatched.token.tolist(), owner.tolist(), strict=True))
     assert pairs == sorted((t, int(ids[t, k])) for t, k in routing.kept.nonzero().tolist())
     flat, w = x.flatten(0, 1).double(), layer.experts
     hidden = F.silu(flat @ w.gate.double().mT) * (flat @ w.up.double().mT)  # (E, T, F)

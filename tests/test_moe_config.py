@@ -38,7 +38,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     (
         {"n_group": 8, "topk_group": 2, "group_score": "top2"},
         "group_score = 'top2'",
-        "needs two experts a group, n_group = 8 leaves one",
+        "needs two experts per group; n_group = 8 leaves one",
         {"n_group": 4},
     ),
     ({"scoring_func": "relu"}, "scoring_func = 'relu'", "one of softmax, sigmoid, hash", {"scoring_func": "sigmoid"}),
@@ -77,7 +77,7 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({**EXPERT, "capacity_factor": 1.0}, "capacity_factor = 1.0", "must be None", {"capacity_factor": None}),
     ({**EXPERT, "eval_capacity_factor": 2.0}, "eval_capacity_factor = 2.0", "None", {"eval_capacity_factor": None}),
     ({**EXPERT, "group_capacity_factor": 1.0}, "group_capacity_factor = 1.0", "None", {"group_capacity_factor": None}),
-    ({"routing_groups": 2}, "routing_groups = 2", "must be 1 where", {"routing_groups": 1}),
+    ({"routing_groups": 2}, "routing_groups = 2", "must be 1 if", {"routing_groups": 1}),
     ({"backend": "fast"}, "backend = 'fast'", "one of loop", {"backend": "loop"}),
 ]
 
@@ -125,7 +125,7 @@ def model(n_layers: int, **values: Any) -> ModelConfig:
     ("n_layers", "wrong", "field", "remedy"),
     [
         (4, {"interleave": 5}, "interleave = 5", "must be at most 4"),
-        (4, {"interleave": 3, "n_dense_layers": 2}, "interleave = 3", "must be at most 2, the blocks that n_dense"),
+        (4, {"interleave": 3, "n_dense_layers": 2}, "interleave = 3", "must be at most 2, the layers that n_dense"),
         (4, {"interleave": 0}, "interleave = 0", "of at least 1"),
         (4, {"n_dense_layers": 4}, "n_dense_layers = 4", "must be below n_layers = 4"),
         (4, {"n_dense_layers": 5}, "n_dense_layers = 5", "at most 4"),

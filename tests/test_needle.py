@@ -1,4 +1,4 @@
-"""A needle in a haystack: what rows hold, where the loss is taken, and what stretching a model's positions changes."""
+"""A needle in a haystack: the rows, the weights of the loss, and the effect of other positions in a trained model."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.study import needle
 from dsmoe_lite.study.grids import grid, run_one
-from dsmoe_lite.study.needle import KINDS, NeedleJob, Stage, learn, needle_recall, stretched
+from dsmoe_lite.study.needle import KINDS, NeedleJob, Stage, needle_recall, pretrain, with_positions
 from dsmoe_lite.study.rows import needle_gaps, needle_rows
 
 CONFIG = NeedleConfig(n_keys=6, n_values=5, n_filler=4, n_distractors=2)
@@ -56,7 +56,7 @@ def test_a_row_is_needles_in_filler_and_a_question_for_one(config: NeedleConfig,
     batch, ids = needle_batch(config, 50, length, "test"), kinds_of(config)
     for row, start in zip(batch.tokens.tolist(), batch.starts.tolist(), strict=True):
         assert len(row) == length + 1
-        marks = [place for place, token in enumerate(row) if token == MARK]
+        marks = [position for position, token in enumerate(row) if token == MARK]
         assert len(marks) == 1 + config.n_distractors
         assert start in marks
         pairs = {row[mark + 1]: row[mark + 2] for mark in marks}
@@ -65,18 +65,18 @@ def test_a_row_is_needles_in_filler_and_a_question_for_one(config: NeedleConfig,
         assert set(pairs.values()) <= set(ids["value"])
         assert row[-3:] == [ASK, row[start + 1], pairs[row[start + 1]]]
         rest = set(range(length - 2)) - {mark + i for mark in marks for i in range(3)}
-        assert len(rest) == length - 2 - 3 * len(marks), "no two needles overlap, none reaches into the question"
-        assert {row[place] for place in rest} <= set(ids["filler"])
+        assert len(rest) == length - 2 - 3 * len(marks), "needles overlap neither each other nor the question"
+        assert {row[position] for position in rest} <= set(ids["filler"])
 
 
-def test_the_answer_stands_in_its_needle_and_nowhere_else() -> None:
+def test_the_answer_is_only_in_its_needle() -> None:
     batch = needle_batch(CONFIG, 200, 30, "leak")
     answers = batch.tokens[:, -1]
-    places = (batch.tokens[:, :-1] == answers[:, None]).nonzero()
-    assert torch.equal(places[:, 1], batch.starts + 2)
+    positions = (batch.tokens[:, :-1] == answers[:, None]).nonzero()
+    assert torch.equal(positions[:, 1], batch.starts + 2)
 
 
-def test_every_depth_is_asked_about_as_often() -> None:
+def test_every_depth_is_equally_likely() -> None:
     n_starts = CONFIG.n_starts(20)
     assert n_starts == 16  # 0 to 15: a needle at 15 ends at 17, before ASK at 18
     counts = needle_batch(CONFIG, 16_000, 20, "depth").starts.bincount(minlength=n_starts)
@@ -85,21 +85,21 @@ def test_every_depth_is_asked_about_as_often() -> None:
     assert counts.max() < 1150
 
 
-def test_distractors_stand_everywhere_too() -> None:
+def test_distractors_are_everywhere() -> None:
     batch = needle_batch(CONFIG, 4000, 20, "where")
     marks = (batch.tokens == MARK).sum(dim=0) - batch.starts.bincount(minlength=21)
     assert marks[:16].min() > 0
     assert marks[16:].sum() == 0
 
 
-def test_filler_follows_its_law() -> None:
+def test_filler_follows_zipfs_law() -> None:
     config = replace(CONFIG, n_filler=3, zipf=1.0, n_distractors=0)
     tokens = needle_batch(config, 2000, 40, "zipf").tokens
     counts = tokens.flatten().bincount(minlength=config.vocab_size)[config.first_filler :].double()
     assert (counts / counts.sum()).tolist() == pytest.approx([6 / 11, 3 / 11, 2 / 11], abs=0.01)
 
 
-def test_a_key_fixes_rows_and_another_gives_others() -> None:
+def test_a_key_fixes_the_rows() -> None:
     one, same, other = (needle_batch(CONFIG, 8, 30, "seed", seed) for seed in (1, 1, 2))
     assert torch.equal(one.tokens, same.tokens)
     assert not torch.equal(one.tokens, other.tokens)
@@ -110,18 +110,18 @@ def test_a_key_fixes_rows_and_another_gives_others() -> None:
 
 
 @pytest.mark.parametrize(("length", "bins"), [(64, 8), (13, 3), (21, 17)])
-def test_bins_part_the_depths(length: int, bins: int) -> None:
+def test_bins_partition_the_depths(length: int, bins: int) -> None:
     n_starts = CONFIG.n_starts(length)
     batches = depth_bins(CONFIG, length, bins, 400, "bins")
-    seen = [set(batch.starts.tolist()) for batch in batches]
-    assert [set(range(n_starts)) & part for part in seen] == seen
-    assert set().union(*seen) == set(range(n_starts))
+    starts = [set(batch.starts.tolist()) for batch in batches]
+    assert [set(range(n_starts)) & part for part in starts] == starts
+    assert set().union(*starts) == set(range(n_starts))
     for part in range(bins):
-        assert seen[part] == {start for start in range(n_starts) if start * bins // n_starts == part}
+        assert starts[part] == {start for start in range(n_starts) if start * bins // n_starts == part}
     assert all(batch.weights.sum() == 400 for batch in batches)
 
 
-def test_the_loss_is_taken_at_answers_and_where_a_string_has_begun_again() -> None:
+def test_the_loss_is_taken_at_answers_and_repeated_tokens() -> None:
     batch = needle_batch(CONFIG, 5, 20, "loss")
     assert batch.weights.nonzero().tolist() == [[row, 19] for row in range(5)]
     copies = copy_batch(CONFIG, 40, 24, "loss")
@@ -130,7 +130,7 @@ def test_the_loss_is_taken_at_answers_and_where_a_string_has_begun_again() -> No
     ):
         assert 3 <= period <= 12
         assert row[period:] == row[: len(row) - period]
-        # target t is token t + 1: told from token period + 1 on, when the string's first token has come again
+        # target t is token t + 1; the row determines it from token period + 1 on, after the repetition has begun
         assert weights == [float(target + 1 > period) for target in range(24)]
     assert set(copies.starts.tolist()) == set(range(3, 13))
 
@@ -149,11 +149,11 @@ def test_the_loss_is_taken_at_answers_and_where_a_string_has_begun_again() -> No
         (lambda: depth_bins(CONFIG, 13, 2, 0), "per_bin = 0"),
         (lambda: Stage(rows="prose", seq_len=64, batch_size=8, steps=1), "rows = 'prose': must be one of copy, needle"),
         (lambda: Stage(rows="copy", seq_len=64, batch_size=8, steps=0), "steps = 0"),
-        (lambda: replace(JOB, needle=NeedleConfig()), "vocab_size = 17: must be 50, the needle's"),
+        (lambda: replace(JOB, needle=NeedleConfig()), "vocab_size = 17: must be 50, as in the needle config"),
         (lambda: replace(JOB, lengths=(16, 65)), "max_seq_len = 64: must be at least 65, the longest row"),
         (lambda: replace(JOB, probes=(3,)), "probes = 3"),
         (lambda: replace(JOB, lr=0.0), "lr = 0.0"),
-        (lambda: stretched(Transformer(JOB.model), "longer", JOB.yarn), "kind = 'longer': must be one of plain"),
+        (lambda: with_positions(Transformer(JOB.model), "longer", JOB.yarn), "kind = 'longer': must be one of plain"),
     ],
 )
 def test_bad_input_is_one_line(wrong, message: str) -> None:
@@ -166,14 +166,14 @@ def test_bad_input_is_one_line(wrong, message: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def learnt() -> tuple[Transformer, list[dict]]:
-    return learn(JOB)
+def pretrained() -> tuple[Transformer, list[dict]]:
+    return pretrain(JOB)
 
 
-def test_a_seed_fixes_what_is_learnt(learnt: tuple[Transformer, list[dict]]) -> None:
-    model, curve = learnt
-    again, same_curve = learn(JOB)
-    other, _ = learn(JOB.seeded(1, 5))
+def test_a_seed_fixes_the_trained_model(pretrained: tuple[Transformer, list[dict]]) -> None:
+    model, curve = pretrained
+    again, same_curve = pretrain(JOB)
+    other, _ = pretrain(JOB.seeded(1, 5))
     assert curve == same_curve
     assert [(row["step"], row["rows"], row["seq_len"]) for row in curve] == [
         (0, "copy", 8), (10, "needle", 16), (11, "needle", 16),
@@ -183,7 +183,7 @@ def test_a_seed_fixes_what_is_learnt(learnt: tuple[Transformer, list[dict]]) -> 
     assert not torch.equal(model.embed.weight, other.embed.weight)
 
 
-def test_a_step_takes_the_loss_of_the_answer_alone() -> None:
+def test_the_loss_of_a_step_is_that_of_the_answer_alone() -> None:
     torch.manual_seed(0)
     model = Transformer(JOB.model)
     batch = needle_batch(CONFIG, 4, 16, "learn", 0, 0)
@@ -197,40 +197,42 @@ def test_a_step_takes_the_loss_of_the_answer_alone() -> None:
     assert not torch.equal(twin.embed.weight, model.embed.weight)
 
 
-def test_a_needle_is_learnt_in_a_hundred_steps_where_it_is_easy() -> None:
+def test_an_easy_needle_is_learnt_in_a_hundred_steps() -> None:
     config = NeedleConfig(n_keys=2, n_values=3, n_filler=2, n_distractors=0)
     model = replace(NeedleJob().model, vocab_size=config.vocab_size, d_model=32)
     stages = (
         Stage(rows="copy", seq_len=8, batch_size=16, steps=60),
         Stage(rows="needle", seq_len=12, batch_size=16, steps=40),
     )
-    curve = learn(NeedleJob(model=model, needle=config, stages=stages))[1]
+    curve = pretrain(NeedleJob(model=model, needle=config, stages=stages))[1]
     assert curve[-1]["right"] > 0.9
 
 
 def test_a_loss_that_is_not_finite_is_one_line() -> None:
     with pytest.raises(RunError, match="loss = nan at step 2: lower lr = 1e"):
-        learn(replace(JOB, lr=1e30))
+        pretrain(replace(JOB, lr=1e30))
 
 
-def test_recall_is_what_counting_gives(learnt: tuple[Transformer, list[dict]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recall_equals_a_count_by_hand(
+    pretrained: tuple[Transformer, list[dict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(needle, "EVALUATION_ROWS", 4)  # parts of 4, 4 and 2 rows
-    model = learnt[0]
+    model = pretrained[0]
     bins = depth_bins(CONFIG, 30, 3, 10, "count")
     model.train()
-    found = needle_recall(model, bins)
+    shares = needle_recall(model, bins)
     assert model.training
     model.eval()
-    for share, batch in zip(found, bins, strict=True):
-        right = 0
+    for share, batch in zip(shares, bins, strict=True):
+        n_right = 0
         for row in batch.tokens:
             logits = model(row[None, :-1]).logits[0, -1].tolist()
-            right += logits.index(max(logits)) == row[-1]
-        assert share == right / 10
+            n_right += logits.index(max(logits)) == row[-1]
+        assert share == n_right / 10
 
 
-class Finder(torch.nn.Module):
-    """A model that looks the key up."""
+class PerfectModel(torch.nn.Module):
+    """A model that looks up the key."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,8 +245,8 @@ class Finder(torch.nn.Module):
         return type("Output", (), {"logits": logits})
 
 
-def test_who_looks_the_key_up_finds_every_needle() -> None:
-    assert needle_recall(Finder(), depth_bins(CONFIG, 40, 4, 10, "all")) == [1.0] * 4
+def test_looking_up_the_key_finds_every_needle() -> None:
+    assert needle_recall(PerfectModel(), depth_bins(CONFIG, 40, 4, 10, "all")) == [1.0] * 4
 
 
 # Positions
@@ -255,9 +257,9 @@ def scores_of(model: Transformer, tokens: torch.Tensor) -> torch.Tensor:
         return model.eval()(tokens).logits
 
 
-def test_kinds_differ_in_frequencies_and_scale_as_they_say(learnt: tuple[Transformer, list[dict]]) -> None:
-    model, attention = learnt[0], JOB.model.attention
-    by_kind = {kind: stretched(model, kind, JOB.yarn) for kind in KINDS}
+def test_kinds_have_their_frequencies_and_scale(pretrained: tuple[Transformer, list[dict]]) -> None:
+    model, attention = pretrained[0], JOB.model.attention
+    by_kind = {kind: with_positions(model, kind, JOB.yarn) for kind in KINDS}
     plain = rope_tables(attention.rope_dim, 64)
     yarn = rope_tables(attention.rope_dim, 64, yarn=JOB.yarn)
     slow = rope_tables(attention.rope_dim, 256)
@@ -269,7 +271,7 @@ def test_kinds_differ_in_frequencies_and_scale_as_they_say(learnt: tuple[Transfo
         torch.testing.assert_close(by_kind[kind].sin, sin)
         for block in by_kind[kind].blocks:
             assert block.attention.scale == pytest.approx(factor / attention.qk_dim**0.5)
-    # position 4 p of an interpolated model is turned as position p of the plain one
+    # an interpolated model rotates position 4 p as the plain model rotates position p
     interpolated = by_kind["interpolated"]
     torch.testing.assert_close(interpolated.cos[::4], plain[0][:16])
     assert interpolated.blocks[0].attention.scale == pytest.approx(attention.qk_dim**-0.5)
@@ -283,7 +285,7 @@ def test_kinds_differ_in_frequencies_and_scale_as_they_say(learnt: tuple[Transfo
     assert not any(torch.equal(a, scores_of(model, tokens)) for a in others)
 
 
-def test_the_course_job_turns_pairs_as_its_docstring_says() -> None:
+def test_pairs_turn_as_the_docstring_of_the_job_says() -> None:
     job = NeedleJob()
     turns = 64 * needle.rope_frequencies(16) / (2 * torch.pi)
     assert turns[0].item() == pytest.approx(10.2, abs=0.05)
@@ -297,12 +299,12 @@ def test_the_course_job_turns_pairs_as_its_docstring_says() -> None:
 
 
 def test_a_run_records_every_kind_length_and_depth() -> None:
-    before = learn(JOB)[0]
+    model = pretrain(JOB)[0]
     record = run_one(JOB)
     assert set(record["recall"]) == {*KINDS, "plain-extended", "interpolated-extended", "yarn-extended"}
-    for found in record["recall"].values():
-        assert {length: len(bins) for length, bins in found.items()} == {"16": 2, "64": 2}
-    assert record["recall"]["plain"]["16"] == needle_recall(before, JOB.questions(16))
+    for by_length in record["recall"].values():
+        assert {length: len(bins) for length, bins in by_length.items()} == {"16": 2, "64": 2}
+    assert record["recall"]["plain"]["16"] == needle_recall(model, JOB.questions(16))
     for kind, extension in record["extension"].items():
         assert set(extension["recall"]) == {"1", "2"}
         assert [row["step"] for row in extension["curve"]] == [0, 1]

@@ -22,7 +22,7 @@ from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
-from dsmoe_lite.parallel.checkpoint_folders import newest
+from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
 from dsmoe_lite.parallel.dispatch import plan_send
 from dsmoe_lite.parallel.mesh import check_placement, groups_per_rank, rows_of_rank
 
@@ -176,7 +176,7 @@ def by_itself() -> Iterator[None]:
 @pytest.mark.usefixtures("by_itself")
 def test_one_process_goes_on_where_four_stopped(found: dict[str, Any], folder: Path) -> None:
     model, optimizer = alone()
-    path = newest(folder)
+    path = newest_checkpoint(folder)
     assert path is not None
     assert load_sharded(path, model, optimizer) == {"step": 3}
     assert model.moe_layers[0].router.expert_bias.tolist() == [3 / 8] * 8
@@ -201,11 +201,11 @@ def test_a_full_disk_ends_every_process_and_keeps_what_was(found: dict[str, Any]
 
 @pytest.mark.usefixtures("by_itself")
 def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], folder: Path, tmp_path: Path) -> None:
-    path = newest(folder)
+    path = newest_checkpoint(folder)
     assert path is not None
     with pytest.raises(InputError, match=r"model\.d_model = 32: this run has 16"):
         load_sharded(path, *alone(replace(CHECKPOINTED, d_model=32)))
-    with pytest.raises(InputError, match="step-00000009: no checkpoint, or a damaged one"):
+    with pytest.raises(InputError, match="step-00000009: missing or damaged checkpoint"):
         load_sharded(tmp_path / "step-00000009", *alone())
     broken = tmp_path / path.name
     shutil.copytree(path, broken)
@@ -229,6 +229,6 @@ def test_a_step_saved_again_replaces_itself_and_what_was_left(tmp_path: Path) ->
 
 def test_a_part_of_a_checkpoint_is_not_taken_for_one(tmp_path: Path) -> None:
     (tmp_path / ".step-00000007.part").mkdir()
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     (tmp_path / "step-00000005").mkdir()
-    assert newest(tmp_path) == tmp_path / "step-00000005"
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000005"

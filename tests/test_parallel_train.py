@@ -1,4 +1,4 @@
-"""`dsmoe train` under torchrun: the run of one process, whatever happens to one of many."""
+"""`dsmoe train` under torchrun: the same run as in one process, even if a process or a host fails."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pytest
 from torchrun import torchrun
 
 from dsmoe_lite.checkpoint import read_tensors
-from dsmoe_lite.parallel.checkpoint_folders import newest, step_of
+from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
 
 CONFIG = """
 model:
@@ -34,7 +34,6 @@ corpus: {world: {n_entities: 40, n_control: 8, n_head: 8, n_tail: 8, n_documents
 vocab_size: 512
 n_heldout_batches: 1
 """
-OWN = Path(__file__).with_name("each_with_its_own.py")
 QUIET = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
@@ -46,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def changed(config: Path, before: str, after: str) -> Path:
-    """The config with one thing changed."""
+    """A copy of the config with one change."""
     text = config.read_text()
     assert text.count(before) == 1
     path = config.with_name(f"{len(list(config.parent.iterdir()))}.yml")
@@ -59,7 +58,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(command: list[str]) -> tuple[int, str]:
-    """Exit status, and what was said."""
+    """The exit status, and stdout plus stderr."""
     with start(command) as run:
         out, err = run.communicate(timeout=120)
     return run.returncode, out + err
@@ -69,57 +68,62 @@ def training(config: Path, folder: Path, processes: int, *options: str) -> list[
     return [*torchrun(processes, *options), "-m", "dsmoe_lite", "train", str(config), "--out", str(folder)]
 
 
+def command_per_rank(*commands: str) -> list[str]:
+    """Two processes of torchrun with a `dsmoe` command each."""
+    return [*torchrun(2), str(Path(__file__).with_name("dsmoe_per_rank.py")), *commands]
+
+
 def record_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "record.json").read_text())
 
 
 def wait_for_step(folder: Path, step: int, run: subprocess.Popen[str]) -> None:
-    while (found := newest(folder / "checkpoints")) is None or step_of(found) < step:
+    while (path := newest_checkpoint(folder / "checkpoints")) is None or int(path.name.removeprefix("step-")) < step:
         assert run.poll() is None, run.communicate()
         time.sleep(0.02)
 
 
-def last_words(said: str) -> list[str]:
-    return [line for line in said.splitlines() if line.startswith("dsmoe:")]
+def error_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith("dsmoe:")]
 
 
 @pytest.fixture(scope="module")
 def one(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one process, without torchrun."""
+    """A run in one process, without torchrun."""
     folder = tmp_path_factory.mktemp("one") / "run"
-    status, said = finish([sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(folder)])
-    assert status == 0, said
+    status, output = finish([sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(folder)])
+    assert status == 0, output
     return folder
 
 
 @pytest.fixture(scope="module")
 def two(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same run of two processes."""
+    """The same run in two processes."""
     folder = tmp_path_factory.mktemp("two") / "run"
-    status, said = finish(training(config, folder, 2))
-    assert status == 0, said
-    assert said.count("Training run") == 1
+    status, output = finish(training(config, folder, 2))
+    assert status == 0, output
+    assert output.count("Training run") == 1
     return folder
 
 
-def assert_same_run(folder: Path, wanted: Path, close: float) -> None:
-    """`close` in the first 20 steps: sooner or later rounding flips a choice of experts, and then two runs part."""
-    found, other = record_of(folder), record_of(wanted)
-    assert found["losses"][:20] == pytest.approx(other["losses"][:20], abs=close)
-    assert found["losses"] == pytest.approx(other["losses"], abs=0.05)
-    assert found["heldout_loss"] == pytest.approx(other["heldout_loss"], abs=0.05)
-    assert found["routing"][0] == other["routing"][0]
+def assert_same_run(folder: Path, expected_folder: Path, tolerance: float) -> None:
+    """`tolerance` in the first 20 steps: later, rounding flips a choice of experts, and then the runs diverge."""
+    record, expected = record_of(folder), record_of(expected_folder)
+    assert record["losses"][:20] == pytest.approx(expected["losses"][:20], abs=tolerance)
+    assert record["losses"] == pytest.approx(expected["losses"], abs=0.05)
+    assert record["heldout_loss"] == pytest.approx(expected["heldout_loss"], abs=0.05)
+    assert record["routing"][0] == expected["routing"][0]
 
 
 def test_two_processes_train_the_model_that_one_does(one: Path, two: Path) -> None:
     assert_same_run(two, one, 1.01e-5)  # records round at 1e-5
     assert (record_of(one)["processes"], record_of(two)["processes"]) == (1, 2)
-    mine, theirs = (read_tensors(folder / "model.safetensors")[0] for folder in (two, one))
-    assert mine.keys() == theirs.keys()
-    assert all(mine[name].allclose(theirs[name], atol=0.02) for name in mine)
+    tensors, expected = (read_tensors(folder / "model.safetensors")[0] for folder in (two, one))
+    assert tensors.keys() == expected.keys()
+    assert all(tensors[name].allclose(expected[name], atol=0.02) for name in tensors)
 
 
-def test_what_is_stopped_goes_on_in_another_number_of_processes(config: Path, one: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_in_another_number_of_processes(config: Path, one: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with start(training(config, folder, 2)) as run:
         wait_for_step(folder, 5, run)
@@ -129,12 +133,12 @@ def test_what_is_stopped_goes_on_in_another_number_of_processes(config: Path, on
     assert "Stopped after step" in out
     assert out.count("Stopped") == 1
     assert not (folder / "record.json").exists()
-    status, said = finish(training(config, folder, 1))
-    assert status == 0, said
-    assert_same_run(folder, one, 1e-4)  # the wrong batch, or a moment lost, is more than ten times that
+    status, output = finish(training(config, folder, 1))
+    assert status == 0, output
+    assert_same_run(folder, one, 1e-4)  # a wrong batch, or a lost moment of AdamW, would be more than ten times that
 
 
-def test_a_killed_process_comes_back_and_nothing_is_different(config: Path, two: Path, tmp_path: Path) -> None:
+def test_a_killed_process_is_restarted_and_the_record_is_the_same(config: Path, two: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with start(training(config, folder, 2, "--max-restarts=1")) as run:
         wait_for_step(folder, 20, run)
@@ -143,59 +147,59 @@ def test_a_killed_process_comes_back_and_nothing_is_different(config: Path, two:
         _, err = run.communicate(timeout=90)
     assert run.returncode == 0, err
     assert "exitcode: -9" in err
-    assert all("one of 2 processes is lost" in line for line in last_words(err))
+    assert all("one of 2 processes is lost" in line for line in error_lines(err))
     for name in ("losses", "routing", "heldout_loss", "recall"):
         assert record_of(folder)[name] == record_of(two)[name]
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
         ("steps: 80", "steps: 90", "process 1: train.steps = 90: this run has 80"),
         ("vocab_size: 512\nn_held", "vocab_size: 300\nn_held", "process 1: vocab_size = 300: this run has 512"),
     ],
 )
-def test_unequal_configs_are_named_once(config: Path, tmp_path: Path, before: str, after: str, said: str) -> None:
+def test_unequal_configs_are_one_line(config: Path, tmp_path: Path, before: str, after: str, message: str) -> None:
     other = changed(config, before, after)
     folder = tmp_path / "run"
-    status, heard = finish([*torchrun(2), str(OWN), *(f"train {path} --out {folder}" for path in (config, other))])
+    status, output = finish(command_per_rank(*(f"train {path} --out {folder}" for path in (config, other))))
     assert status != 0
-    assert last_words(heard) == [f"dsmoe: {said}"]
+    assert error_lines(output) == [f"dsmoe: {message}"]
     assert not folder.exists()
 
 
-def test_what_only_one_process_finds_is_said_by_it(config: Path, tmp_path: Path) -> None:
-    folder, nowhere = tmp_path / "run", tmp_path / "none.yml"
-    status, heard = finish([*torchrun(2), str(OWN), *(f"train {path} --out {folder}" for path in (config, nowhere))])
+def test_an_error_of_one_process_only_is_printed_by_it(config: Path, tmp_path: Path) -> None:
+    folder, missing = tmp_path / "run", tmp_path / "none.yml"
+    status, output = finish(command_per_rank(*(f"train {path} --out {folder}" for path in (config, missing))))
     assert status != 0
-    assert last_words(heard) == [f"dsmoe: {nowhere}: No such file or directory"]
+    assert error_lines(output) == [f"dsmoe: {missing}: No such file or directory"]
 
 
-def test_sizes_and_models_that_do_not_fit_are_named_once(config: Path, two: Path, tmp_path: Path) -> None:
+def test_sizes_and_models_that_do_not_fit_are_one_line(config: Path, two: Path, tmp_path: Path) -> None:
     mesh = changed(config, "n_heldout_batches: 1", "expert_parallel: 3")
-    status, said = finish(training(mesh, tmp_path / "run", 2))
+    status, output = finish(training(mesh, tmp_path / "run", 2))
     assert status != 0
-    assert last_words(said) == ["dsmoe: expert_parallel = 3: must divide the number of processes, 2"]
+    assert error_lines(output) == ["dsmoe: expert_parallel = 3: must divide the number of processes, 2"]
     wide = changed(config, "d_model: 32", "d_model: 48")
-    status, said = finish(training(wide, two, 2))
+    status, output = finish(training(wide, two, 2))
     assert status != 0
-    assert last_words(said) == [f"dsmoe: model.d_model = 48: {two} holds a run with 32; choose another folder"]
+    assert error_lines(output) == [f"dsmoe: model.d_model = 48: {two} holds a run with 32; choose another folder"]
 
 
-def test_one_process_without_torchrun_leaves_many_processes_checkpoints(config: Path, two: Path) -> None:
-    status, said = finish([sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(two)])
+def test_one_process_without_torchrun_refuses_a_sharded_checkpoint(config: Path, two: Path) -> None:
+    status, output = finish([sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(two)])
     assert status == 2
-    assert "torchrun's processes wrote it" in said
+    assert "torchrun's processes wrote it" in output
 
 
-def test_many_processes_leave_one_processs_checkpoint(config: Path, one: Path) -> None:
-    status, said = finish(training(config, one, 2))
+def test_many_processes_refuse_the_checkpoint_of_one(config: Path, one: Path) -> None:
+    status, output = finish(training(config, one, 2))
     assert status != 0
-    (line,) = last_words(said)
+    (line,) = error_lines(output)
     assert "one process without torchrun wrote it" in line
 
 
-# What only root can set up
+# Tests that need root
 
 
 @pytest.fixture
@@ -203,18 +207,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(disk)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"needs root to mount a small disk: {done.stderr.strip()}")
+    result = subprocess.run(mount, capture_output=True, text=True)
+    if result.returncode != 0:
+        pytest.skip(f"needs root to mount a small disk: {result.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_said_once_and_leaves_a_checkpoint(config: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_a_checkpoint(config: Path, small_disk: Path) -> None:
     folder = small_disk / "run"
-    status, said = finish(training(config, folder, 2))
+    status, output = finish(training(config, folder, 2))
     assert status != 0
-    (line,) = last_words(said)
+    (line,) = error_lines(output)
     assert "No space left on device" in line
     assert line.endswith("earlier checkpoints are intact")
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -227,20 +231,20 @@ HOSTS = {"dsmoe-host-0": "10.77.0.1", "dsmoe-host-1": "10.77.0.2"}
 
 @pytest.fixture
 def two_hosts() -> Iterator[None]:
-    """Two network namespaces and a cable; they give a silent connection up after some ten seconds, not minutes."""
+    """Two network namespaces and a cable. TCP gives up a silent connection after some ten seconds, not minutes."""
     first, second = HOSTS
-    steps = [f"ip netns add {host}" for host in HOSTS]
-    steps += [f"ip link add wire netns {first} type veth peer name wire netns {second}"]
+    commands = [f"ip netns add {host}" for host in HOSTS]
+    commands += [f"ip link add wire netns {first} type veth peer name wire netns {second}"]
     for host, address in HOSTS.items():
-        steps += [f"ip -n {host} addr add {address}/24 dev wire", f"ip -n {host} link set lo up"]
-        steps += [f"ip -n {host} link set wire up"]
-        steps += [f"ip netns exec {host} sysctl -qw net.ipv4.tcp_retries2=5"]
-    _remove_hosts()  # of a run that was killed
+        commands += [f"ip -n {host} addr add {address}/24 dev wire", f"ip -n {host} link set lo up"]
+        commands += [f"ip -n {host} link set wire up"]
+        commands += [f"ip netns exec {host} sysctl -qw net.ipv4.tcp_retries2=5"]
+    _remove_hosts()  # the remains of a killed test
     try:
-        for step in steps:
-            done = subprocess.run(["sh", "-c", step], capture_output=True, text=True)
-            if done.returncode != 0:
-                pytest.skip(f"needs root and iproute2 to set up two hosts: `{step}` said {done.stderr.strip()}")
+        for command in commands:
+            result = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+            if result.returncode != 0:
+                pytest.skip(f"needs root and iproute2 to set up two hosts: `{command}`: {result.stderr.strip()}")
         yield
     finally:
         _remove_hosts()
@@ -261,7 +265,7 @@ def on_host(host: str, config: Path, folder: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures("two_hosts")
-def test_a_host_that_is_cut_off_ends_both_with_an_error(config: Path, tmp_path: Path) -> None:
+def test_losing_a_host_ends_both_with_an_error(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     runs = [start(on_host(host, config, folder)) for host in HOSTS]
     wait_for_step(folder, 5, runs[0])
@@ -270,6 +274,6 @@ def test_a_host_that_is_cut_off_ends_both_with_an_error(config: Path, tmp_path: 
     for run in runs:
         _, err = run.communicate(timeout=90)
         assert run.returncode != 0
-        (line,) = last_words(err)
+        (line,) = error_lines(err)
         assert line.startswith("dsmoe: one of 2 processes is lost, or silent for 5 s; run it again to continue from")
     assert time.monotonic() - began < 60

@@ -1,7 +1,9 @@
 """The files around the package agree with each other and with pyproject.toml."""
 
+import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -9,10 +11,12 @@ import tomllib
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -98,9 +102,26 @@ def test_what_is_installed_here_is_what_is_pinned() -> None:
 # --- continuous integration ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu", "weekly"])
+@pytest.mark.parametrize("name", ["cpu", "gpu", "release", "weekly"])
 def test_workflow_is_valid(name: str) -> None:
     validate("vendor.github-workflows", f".github/workflows/{name}.yml")
+
+
+@pytest.mark.parametrize("name", ["bug", "content", "idea"])
+def test_issue_form_is_valid(name: str) -> None:
+    validate("vendor.github-issue-forms", f".github/ISSUE_TEMPLATE/{name}.yml")
+
+
+def test_settings_of_github_are_valid() -> None:
+    validate("vendor.github-issue-config", ".github/ISSUE_TEMPLATE/config.yml")
+    validate("vendor.dependabot", ".github/dependabot.yml")
+
+
+def test_the_form_for_errors_in_chapters_lists_every_chapter() -> None:
+    form = yaml.safe_load(text(".github/ISSUE_TEMPLATE/content.yml"))
+    options = form["body"][0]["attributes"]["options"]
+    numbers = [path.name[:2] for path in sorted((REPOSITORY / "notebooks").glob("[0-9]*.py"))]
+    assert [option[:2] for option in options[:-1]] == numbers
 
 
 def test_citation_is_valid_and_of_this_version() -> None:
@@ -127,6 +148,12 @@ def test_workflows_call_what_readers_call() -> None:
     job, commands = runs("gpu")
     assert 'make course ARGS="--profile gpu"' in commands
     assert text(".github/workflows/gpu.yml").count("self-hosted") == 1
+    (kernels,) = (command for command in commands if "pytest" in command)
+    assert "tests/test_cuda.py tests/test_triton.py" in kernels
+    assert any("dsmoe_lite.layers.selftest" in command for command in commands)
+    assert (
+        yaml.safe_load(text(".github/workflows/release.yml"))["jobs"]["test"]["uses"] == "./.github/workflows/cpu.yml"
+    )
     job, commands = runs("weekly")
     assert job["env"]["NEWEST"]
     assert ".ci/run test-all" in commands
@@ -253,20 +280,196 @@ def test_uninstall_keeps_work_unless_told(bare: Path) -> None:
     assert (bare / "notebooks" / "file").exists()
 
 
+# --- releases --------------------------------------------------------------------------------------------------------
+
+
+def release_headings() -> list[tuple[str, str]]:
+    """(version, date or "unreleased") of every section of CHANGELOG.md, the newest first."""
+    headings = re.findall(r"^## (.*)$", text("CHANGELOG.md"), re.MULTILINE)
+    parsed = [re.fullmatch(r"(\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d|unreleased)\)", heading) for heading in headings]
+    assert all(parsed), headings
+    return [(match[1], match[2]) for match in parsed if match]
+
+
+def test_changelog_has_one_section_per_release_and_begins_with_this_version() -> None:
+    (newest, _), *older = release_headings()
+    assert newest == dsmoe_lite.__version__
+    versions = [Version(version) for version, _ in release_headings()]
+    assert versions == sorted(set(versions), reverse=True)
+    assert all(date != "unreleased" for _, date in older)
+
+
+def release_notes(folder: Path, tag: str) -> subprocess.CompletedProcess:
+    command = [str(folder / ".ci" / "release-notes"), tag]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_release_notes_are_the_section_of_the_tag_if_all_versions_agree(tmp_path: Path) -> None:
+    for name in (".ci/release-notes", "CITATION.cff", "src/dsmoe_lite/__init__.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    number = dsmoe_lite.__version__
+    changes = tmp_path / "CHANGELOG.md"
+    changes.write_text(
+        f"# Changes\n\n## {number} (2026-12-24)\n\n- new\n\n## 0.0.1 (2026-01-01)\n\n- old\n", encoding="utf-8"
+    )
+    done = release_notes(tmp_path, f"v{number}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "- new"
+    assert "tag = v9.9.9: src/dsmoe_lite/__init__.py has version" in release_notes(tmp_path, "v9.9.9").stderr
+    changes.write_text(f"## {number} (unreleased)\n\n- new\n", encoding="utf-8")
+    done = release_notes(tmp_path, f"v{number}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("CHANGELOG.md: has no section")
+    (tmp_path / "CITATION.cff").write_text("version: 0.0.1\n", encoding="utf-8")
+    assert release_notes(tmp_path, f"v{number}").stderr.startswith("CITATION.cff: its version is not")
+
+
+def test_release_publishes_what_passed_the_tests_without_a_stored_password() -> None:
+    workflow = yaml.safe_load(text(".github/workflows/release.yml"))
+    jobs = workflow["jobs"]
+    assert workflow["permissions"] == {"contents": "read"}
+    assert {name: job.get("needs") for name, job in jobs.items()} == {
+        "test": None,
+        "build": "test",
+        "publish": "build",
+        "book": "publish",
+        "announce": "publish",
+    }
+    commands = [step.get("run") for step in jobs["build"]["steps"]]
+    assert '.ci/release-notes "$GITHUB_REF_NAME" > notes.md' in commands
+    assert ".venv/bin/python -m build" in commands
+    assert jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert jobs["publish"]["environment"] == "release"
+    assert "secrets." not in text(".github/workflows/release.yml")
+
+
+def test_zenodo_describes_what_pyproject_and_citation_describe() -> None:
+    described, project = json.loads(text(".zenodo.json")), pyproject()["project"]
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert set(described) == {
+        *("title", "upload_type", "description", "creators", "access_right", "license", "notes", "keywords"),
+        "related_identifiers",
+    }  # all of them fields of Zenodo's deposits; the version is the tag's
+    assert described["title"] == citation["title"]
+    assert described["upload_type"] == "software"
+    assert described["description"].startswith(f"<p>{project['description'].rstrip('.')}")
+    assert [creator["name"] for creator in described["creators"]] == [author["name"] for author in project["authors"]]
+    assert described["license"] in citation["license"]
+    assert described["keywords"] == project["keywords"]
+    (paper,) = described["related_identifiers"]
+    assert citation["references"][0]["url"].endswith(paper["identifier"].removeprefix("arXiv:"))
+
+
+# --- containers and hosted notebooks ---------------------------------------------------------------------------------
+
+
+def dockerfile() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile as (name, arguments), with continued lines joined."""
+    lines = [line for line in text("Dockerfile").splitlines() if line and not line.startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines)).splitlines()
+    return [(name, arguments) for name, _, arguments in (line.partition(" ") for line in joined)]
+
+
+def test_dockerfile_is_pinned_and_its_last_user_is_not_root() -> None:
+    instructions = dockerfile()
+    assert {name for name, _ in instructions} <= {"FROM", "WORKDIR", "COPY", "RUN", "USER", "ARG", "EXPOSE", "CMD"}
+    stages: list[str] = []
+    bases = set()
+    for arguments in (arguments for name, arguments in instructions if name == "FROM"):
+        base, _, stage = arguments.partition(" AS ")
+        assert stage, "every stage has a name"
+        if base not in stages:
+            bases.add(base)
+        stages.append(stage)
+    (base,) = bases
+    release = re.fullmatch(r"python:(\d+\.\d+\.\d+)-slim-[a-z]+", base)
+    assert release, "an exact version of Python and a named Debian"
+    assert release[1] in SpecifierSet(pyproject()["project"]["requires-python"])
+    commands = [arguments for name, arguments in instructions if name == "RUN"]
+    for command in (command for command in commands if "apt-get" in command):
+        assert command.startswith("apt-get update && apt-get install --yes --no-install-recommends ")
+        assert "&& rm -rf /var/lib/apt/lists/*" in command
+    installs = [command for command in commands if "pip install" in command]
+    assert installs
+    assert all("--constraint" in command and "--no-cache-dir" in command for command in installs)
+    users = [arguments for name, arguments in instructions if name == "USER"]
+    assert set(users) == {"1000"}
+    last = [name for name, _ in instructions]
+    assert last.index("USER") > 0
+    assert last[::-1].index("USER") < last[::-1].index("FROM"), "the last stage sets its user"
+    name, command = instructions[-1]
+    assert name == "CMD"
+    assert json.loads(command)[:2] == ["dsmoe", "lab"]
+
+
+def test_dockerfile_copies_nothing_that_is_built_or_private() -> None:
+    ignored = text(".dockerignore").split()
+    for name in (".git", ".venv", "build", "dist", "runs", "work", "**/__pycache__"):
+        assert name in ignored
+
+
+def test_development_container_is_a_stage_of_the_dockerfile_and_sets_up_as_readers_do() -> None:
+    container = json.loads(text(".devcontainer/devcontainer.json"))
+    stages = [arguments.partition(" AS ")[2] for name, arguments in dockerfile() if name == "FROM"]
+    assert container["build"]["target"] in stages
+    assert (REPOSITORY / ".devcontainer" / container["build"]["dockerfile"]).resolve() == REPOSITORY / "Dockerfile"
+    assert container["postCreateCommand"] == "make setup"  # which installs the pins of constraints.txt
+    assert f"useradd --create-home --home-dir /course --uid 1000 {container['remoteUser']}" in text("Dockerfile")
+
+
+def test_binder_installs_the_pins(tmp_path: Path) -> None:
+    environment = yaml.safe_load(text("binder/environment.yml"))
+    python, torch = environment["dependencies"]
+    assert python.removeprefix("python=") + ".0" in SpecifierSet(pyproject()["project"]["requires-python"])
+    assert torch == f"pytorch-cpu={pins()['torch']}"
+    script = REPOSITORY / "binder" / "postBuild"
+    assert os.access(script, os.X_OK)
+    log = tmp_path / "log"
+    interpreter(tmp_path / "tools", "python", f'echo "$@" >> "{log}"')
+    path = f"{tmp_path / 'tools'}:{os.environ['PATH']}"
+    subprocess.run([str(script)], cwd=REPOSITORY, env={**os.environ, "PATH": path}, check=True)
+    install, *modules = log.read_text(encoding="utf-8").splitlines()
+    assert install == "-m pip install --no-cache-dir --constraint constraints.txt --editable .[course]"
+    assert modules == ["-m dsmoe_lite.labs.jupyter_settings", "-m dsmoe_lite.labs.reader_copies"]
+
+
+@pytest.mark.parametrize("script", [".ci/run", ".ci/release-notes", "binder/postBuild"])
+def test_shell_scripts_are_clean(script: str) -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "shellcheck"), script], cwd=REPOSITORY, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode()
+
+
+def test_colab_cell_installs_this_version_and_leaves_the_server_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsmoe_lite.labs import colab
+
+    calls: list[tuple[str, str]] = []
+
+    class Shell:
+        def run_line_magic(self, name: str, line: str) -> None:
+            calls.append((name, line))
+
+    source = colab.header_cell()
+    exec(compile(source, "cell", "exec"), {})
+    assert calls == []
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    monkeypatch.setattr("IPython.get_ipython", Shell)
+    exec(compile(source, "cell", "exec"), {})
+    ((name, line),) = calls
+    assert name == "pip"
+    _, quiet, *packages = line.split()
+    assert quiet == "--quiet"
+    assert packages[0] == f"dsmoe-lite=={dsmoe_lite.__version__}"
+    course = {canonicalize_name(Requirement(r).name) for r in pyproject()["project"]["optional-dependencies"]["course"]}
+    assert {canonicalize_name(name) for name in colab.SERVER} < course
+    installed = dict(package.split("==") for package in packages[1:])
+    assert set(map(canonicalize_name, installed)) == course - {canonicalize_name(name) for name in colab.SERVER}
+    assert all(Version(version) == pins()[canonicalize_name(name)] for name, version in installed.items())
+
+
 # --- what is in the repository ---------------------------------------------------------------------------------------
-
-
-def test_readme_names_the_two_commands_first() -> None:
-    blocks = re.findall(r"```[a-z]*\n(.*?)```", text("README.md"), re.DOTALL)
-    commands = [line.split("#")[0].strip() for line in blocks[0].splitlines()]
-    assert [line for line in commands if line.startswith("make")] == ["make lab", "make test"]
-
-
-def test_readme_links_to_files_that_exist() -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
-        links = re.findall(r']\(([^)#]+)\)|src="([^"]+)"', text(name))
-        for link in (markdown or html for markdown, html in links):
-            assert link.startswith("https://") or (REPOSITORY / link).exists(), f"{name}: {link}"
 
 
 def test_no_registry_and_no_path_of_one_machine_is_written_down() -> None:

@@ -19,12 +19,12 @@ LADDER = ("gshard", "0+2-of-16", "1+1-of-15", "1+3-of-31", "deepseekmoe", "0+8-o
 
 def experts(name: str) -> tuple[int, int]:
     """Total and active parameters of FFNs and experts, without the router."""
-    found = accounting.parameters(TIER.job(name).model)
-    parts = (found.dense_ffn, found.routed_experts, found.shared_experts)
+    count = accounting.parameters(TIER.job(name).model)
+    parts = (count.dense_ffn, count.routed_experts, count.shared_experts)
     return sum(part.total for part in parts), sum(part.active for part in parts)
 
 
-def test_one_size_in_all_and_for_a_token() -> None:
+def test_total_and_active_sizes_are_those_of_the_paper() -> None:
     unit = experts("dense")[0]
     assert {experts(name) for name in LADDER} == {(16 * unit, 2 * unit)}
     assert experts("switch") == experts("hash") == (16 * unit, unit)
@@ -57,7 +57,7 @@ def test_gates(gates: str, m4: float) -> None:
     assert fine.scoring_func == coarse.scoring_func == ("sigmoid" if "sigmoid" in gates else "softmax")
 
 
-def test_a_family_has_one_learning_rate_and_the_others_the_tiers() -> None:
+def test_a_family_may_have_its_own_learning_rate() -> None:
     tier = replace(TIER, lr={"gshard": 0.5})
     rates = {name: tier.job(name).train.lr for name in MODELS}
     assert {name for name, lr in rates.items() if lr == 0.5} == {"gshard", "gshard-x1.2", "gshard-x1.5"}
@@ -72,37 +72,37 @@ def test_only_learned_routers_are_balanced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"gates": {"gshard": "tanh"}}, "gates = 'tanh'"),
         ({"gates": {"gshrad": "softmax"}}, "family = 'gshrad'"),
         ({"lr": {"gshrad": 0.1}}, "family = 'gshrad'"),
     ],
 )
-def test_what_is_unknown_is_refused(changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_unknown_names_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         replace(TIER, **changes)
     with pytest.raises(InputError, match="model = 'gshrad'"):
         TIER.job("gshrad")
 
 
-def test_pilot_runs_read_text_of_their_own() -> None:
+def test_pilot_runs_do_not_share_text() -> None:
     job = FACTS["r16-gshard"]
     starts = [job.seeded(seed, 200).first_document for seed in range(105)]
-    read = job.train.steps * job.train.batch_size * job.train.seq_len
-    apart = min(b - a for a, b in pairwise(starts))
-    assert apart > read / 25, "a document has 25 tokens at least"
+    n_tokens = job.train.steps * job.train.batch_size * job.train.seq_len
+    distance = min(b - a for a, b in pairwise(starts))
+    assert distance > n_tokens / 25, "a document has 25 tokens at least"
     assert set(MODELS) >= {name.split("-", 1)[1] for name in FACTS}
 
 
 def test_a_tier_whose_widths_cannot_be_cut_is_refused_before_anything_trains() -> None:
     assert set(TIER.jobs()) == set(MODELS)
     uncut = replace(TIER, dense=replace(TIER.dense, ffn_width=30))
-    with pytest.raises(InputError, match=r"expert parameters = .*: .* needs .* that 4 divides"):
+    with pytest.raises(InputError, match=r"expert parameters = .*: .* needs .* divisible by 4"):
         uncut.jobs()
 
 
-def test_figures_4_and_5_are_asked_of_the_models_that_they_compare() -> None:
+def test_the_models_of_figures_4_and_5_have_their_evaluations() -> None:
     jobs = TIER.jobs()
     assert {name for name, job in jobs.items() if job.masked} == {"gshard", "gshard-x1.5", "deepseekmoe"}
     assert {name for name, job in jobs.items() if job.active} == {"deepseekmoe"}
@@ -110,7 +110,7 @@ def test_figures_4_and_5_are_asked_of_the_models_that_they_compare() -> None:
 
 def test_the_larger_tier_is_the_smaller_one_enlarged() -> None:
     small, large = CPU.jobs(), GPU.jobs()
-    assert {job.device for job in small.values()} == {"cpu"}, "fp32, whatever the machine has"
+    assert {job.device for job in small.values()} == {"cpu"}, "fp32, even on a machine with a GPU"
     assert {job.device for job in large.values()} == {"cuda"}
 
     def facts(job: Job) -> int:

@@ -1,4 +1,4 @@
-"""The protocol's page says what the code does: every try, every family, every comparison."""
+"""The page of the protocol agrees with the code: every pilot run, every family, every comparison."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,9 +28,9 @@ def table(heading: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_every_try_is_listed_and_nothing_else() -> None:
-    found = {(f"pilot-{name}", run, int(seed)): cells for name, run, seed, *cells in table("grid")}
-    tried = {
+def test_exactly_the_pilot_runs_are_listed() -> None:
+    listed = {(f"pilot-{name}", run, int(seed)): cells for name, run, seed, *cells in table("grid")}
+    recorded = {
         (name, record["model_name"], record["seed"]): [
             f"{record['train']['lr']:g}",
             f"{record['heldout_loss']:.4f}",
@@ -41,10 +41,10 @@ def test_every_try_is_listed_and_nothing_else() -> None:
         if name.startswith("pilot-")
         for record in records(name)
     }
-    assert found == tried
+    assert listed == recorded
 
 
-def test_families_have_the_gates_and_rates_of_the_tier() -> None:
+def test_families_have_the_gates_and_learning_rates_of_the_tier() -> None:
     rows = {family: cells for family, *cells in table("family")}
     assert set(rows) == set(FAMILIES.values())
     for family, (models, gates, rate) in rows.items():
@@ -53,11 +53,11 @@ def test_families_have_the_gates_and_rates_of_the_tier() -> None:
         assert float(rate) == CPU.lr.get(family, CPU.train.lr)
 
 
-def test_comparisons_are_those_of_the_ledger() -> None:
-    found = {id.strip("`"): cells for id, *cells in table("claim")}
+def test_comparisons_are_the_claims_of_the_ledger() -> None:
+    listed = {id.strip("`"): cells for id, *cells in table("claim")}
     trends = {claim.id: claim.trend for claim in ledger.load() if claim.trend and claim.trend.grid == "paper"}
-    assert set(found) == set(trends)
-    for id, (figure, first, second, expected) in found.items():
+    assert set(listed) == set(trends)
+    for id, (figure, first, second, expected) in listed.items():
         trend = trends[id]
         assert trend.figure == f"moe-{figure}"
         assert first == f"{trend.model}, {trend.metric}"
@@ -65,7 +65,7 @@ def test_comparisons_are_those_of_the_ledger() -> None:
         assert expected == trend.expected + (f" by {trend.margin:g}" if trend.margin else "")
 
 
-def test_the_grid_is_what_the_page_says() -> None:
+def test_the_grid_agrees_with_the_page() -> None:
     plan = grid("paper")
     assert f"Version {VERSION}." in PAGE
     assert plan.protocol == VERSION
@@ -79,7 +79,7 @@ def test_the_number_of_seeds_follows_from_the_pilot() -> None:
     runs = [record for name in GRIDS if name.startswith("pilot-") for record in records(name)]
 
     def chosen(model: str) -> dict[int, float]:
-        """Held-out loss by seed of the runs that are the tier's own, but for the seed."""
+        """Held-out loss by seed of the pilot runs with the settings of the tier."""
         job = CPU.jobs()[model]
         return {r["seed"]: r["heldout_loss"] for r in runs if _is_of(job.seeded(r["seed"], 200), r)}
 
@@ -96,7 +96,7 @@ def test_the_number_of_seeds_follows_from_the_pilot() -> None:
 
 
 def _is_of(job: Job, record: dict[str, Any]) -> bool:
-    """Whether a record is of this run, but for what the pilot kept less of and for where it began to read."""
+    """Whether a record has the settings of this job, except the first document and how much the pilot recorded."""
     every = from_dict(TrainConfig, record["train"]).routing_every
     same = replace(job, first_document=record["first_document"], train=replace(job.train, routing_every=every))
     try:

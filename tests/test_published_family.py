@@ -20,7 +20,7 @@ BF16 = 16
 
 
 def with_mha(name: str) -> ModelConfig:
-    """The model with full attention of as many heads of d_h in the place of its own."""
+    """The model with full attention instead, with as many heads of width d_h."""
     config = preset(name)
     assert isinstance(config.attention, MLAConfig)
     return replace(
@@ -62,9 +62,9 @@ PRINTED = {
 
 def digits(text: str) -> int:
     """Decimals of a printed figure: "70.272 KB" -> 3."""
-    found = re.match(r"\d+\.?(\d*)", text)
-    assert found is not None
-    return len(found[1])
+    match = re.match(r"\d+\.?(\d*)", text)
+    assert match is not None
+    return len(match[1])
 
 
 def in_units(value: float, text: str) -> str:
@@ -151,7 +151,7 @@ def test_sizes(row: dict[str, Any]) -> None:
         assert counted.active_all == counted.total
         return
     active = getattr(counted, row["active_as"])
-    if row["model"] == "deepseek-v2-lite":  # the one figure that is cut off: nothing rounds to it
+    if row["model"] == "deepseek-v2-lite":  # the only truncated figure: no count rounds to it
         for value in (counted.active_all, counted.active_no_input_embed, counted.active_no_embed):
             assert in_units(value, row["active_text"]) != row["active_text"]
         active = math.floor(active / 1e8) * 1e8
@@ -167,7 +167,7 @@ def test_models_that_are_not_expressed_exactly() -> None:
     assert parameters(qwen).total + 80 * (64 + 8 + 8) * 128 == 72_706_203_648  # biases of queries, keys and values
     small, large = (parameters(preset(f"v2-{size}-mha")) for size in ("small", "large"))
     assert (in_units(small.total, "15.8B"), in_units(small.active_no_input_embed, "2.5B")) == ("15.8B", "2.5B")
-    assert in_units(large.total, "250.8B") == "235.6B"  # not the model of the paper, only its cache
+    assert in_units(large.total, "250.8B") == "235.6B"  # only the cache equals the paper's
     (entry,) = [entry for entry in PUBLISHED["discrepancies"] if entry["id"] == "v2-large-mha"]
     assert "235.6B" in entry["what"]
     assert "250.8B" in entry["what"]
@@ -175,7 +175,7 @@ def test_models_that_are_not_expressed_exactly() -> None:
 
 
 def test_transformers_makes_models_of_these_sizes() -> None:
-    """Embeddings, attention, experts, norms: their sum, by another's code, from the same numbers."""
+    """Embeddings, attention, experts and norms, counted by independent code from the same numbers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +249,7 @@ def test_yarn_mixes_the_pairs_between_low_and_high() -> None:
     attention, ramp = preset("deepseek-v3").attention, YARN["ramp"]
     assert ramp["pairs"] == attention.rope_dim / 2
 
-    def pair(turns: float) -> float:  # the pair that turns so often over the original length
+    def pair(turns: float) -> float:  # the pair that makes so many turns over the original length
         return attention.rope_dim * math.log(4096 / (turns * 2 * math.pi)) / (2 * math.log(attention.rope_theta))
 
     assert (math.floor(pair(32)), math.ceil(pair(1))) == (ramp["low"], ramp["high"])

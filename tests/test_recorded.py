@@ -1,4 +1,4 @@
-"""Recorded runs: the grids are whole, and their rows say what the records say."""
+"""Recorded runs: the grids are complete, and rows for charts agree with the records."""
 
 from dataclasses import replace
 
@@ -34,24 +34,24 @@ MADE_UP = [
 ]
 
 
-UNDER_WAY = ("paper-gpu",)  # needs a GPU
+INCOMPLETE = ("paper-gpu",)  # needs a GPU
 
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_run_of_a_grid_is_recorded_finished_and_from_committed_code(name: str) -> None:
-    found, plan = records(name), grid(name)
-    recorded = {(r["model_name"], r["seed"]) for r in found}
-    assert recorded == {(m, s) for m in plan.jobs for s in plan.seeds} or name in UNDER_WAY
-    assert all(record["finished"] for record in found)
-    assert all(len(record["provenance"]["commit"]) == 40 for record in found), "a tree with changes is marked"
+    results, plan = records(name), grid(name)
+    recorded = {(r["model_name"], r["seed"]) for r in results}
+    assert recorded == {(m, s) for m in plan.jobs for s in plan.seeds} or name in INCOMPLETE
+    assert all(record["finished"] for record in results)
+    assert all(len(record["provenance"]["commit"]) == 40 for record in results), "+changes marks uncommitted code"
 
 
 @pytest.mark.parametrize("name", [name for name in GRIDS if name != "needle"])
-def test_a_grid_has_one_text_and_its_curves_are_whole(name: str) -> None:
-    found, plan = records(name), grid(name)
-    worlds = {plan.jobs[record["model_name"]].corpus for record in found}
-    assert len({record["corpus"]["sha256"] for record in found}) == len(worlds)
-    for record in found:
+def test_runs_of_a_grid_share_one_corpus_and_their_curves_are_complete(name: str) -> None:
+    results, plan = records(name), grid(name)
+    worlds = {plan.jobs[record["model_name"]].corpus for record in results}
+    assert len({record["corpus"]["sha256"] for record in results}) == len(worlds)
+    for record in results:
         assert len(record["losses"]) == plan.jobs[record["model_name"]].train.steps
 
 
@@ -63,7 +63,7 @@ def test_attention_is_compared_at_equal_size() -> None:
     cached = {name: accounting.kv_cache_elements(job.model) for name, job in jobs.items()}
     assert cached == {"mha": 256, "gqa": 128, "mqa": 64, "mla": 80}
     same = [replace(job, model=jobs["mha"].model) for job in jobs.values()]
-    assert same == [jobs["mha"]] * 4, "the models differ, and nothing else"
+    assert same == [jobs["mha"]] * 4, "only the models differ"
     assert jobs["mha"].model == preset("course-dense")
 
 
@@ -72,14 +72,14 @@ def test_needles_are_recorded_by_kind_length_and_depth() -> None:
         job = from_dict(NeedleJob, record["job"])
         assert job == grid("needle").job(record["model_name"], record["seed"])
         assert set(record["recall"]) == {*KINDS, "plain-extended", "interpolated-extended", "yarn-extended"}
-        for found in record["recall"].values():
-            assert {length: len(bins) for length, bins in found.items()} == {"64": 8, "128": 8, "256": 8}
+        for by_length in record["recall"].values():
+            assert {length: len(bins) for length, bins in by_length.items()} == {"64": 8, "128": 8, "256": 8}
         assert {(row["rows"], row["seq_len"]) for row in record["curve"]} == {
             (stage.rows, stage.seq_len) for stage in job.stages
         }
 
 
-def test_the_runs_with_masked_experts_are_those_of_the_protocol_again() -> None:
+def test_the_runs_with_masked_experts_repeat_those_of_the_protocol() -> None:
     planned = {r["seed"]: r["losses"] for r in records("paper") if r["model_name"] == "0+2-of-16"}
     again = {r["seed"]: r["losses"] for r in records("paper-gates")}
     assert again == planned
@@ -91,12 +91,12 @@ def test_gaps_pair_runs_by_seed() -> None:
 
 
 def test_a_seed_that_one_of_the_two_lacks_is_left_out() -> None:
-    half_done = [record for record in MADE_UP if (record["model_name"], record["seed"]) != ("a", 0)]
-    assert gaps(half_done, "b", "a", "held-out loss") == {1: 1.0}
-    assert {row["seed"] for row in curve_gaps(half_done, {"b": "B"}, baseline="a", window=1)} == {1}
+    incomplete = [record for record in MADE_UP if (record["model_name"], record["seed"]) != ("a", 0)]
+    assert gaps(incomplete, "b", "a", "held-out loss") == {1: 1.0}
+    assert {row["seed"] for row in curve_gaps(incomplete, {"b": "B"}, baseline="a", window=1)} == {1}
 
 
-def test_rows_of_trends_are_those_of_the_ledger() -> None:
+def test_rows_of_trends_agree_with_the_ledger() -> None:
     claims = [claim for claim in ledger.load() if claim.trend and claim.trend.grid == "balance"]
     rows = trend_rows(claims, records("balance"))
     assert len(rows) == len(claims) > 3
@@ -117,7 +117,7 @@ def test_rows_of_trends_are_those_of_the_ledger() -> None:
         ("moe-four-active", "deepseekmoe (4 routed experts) - gshard", "Figure 5: not above 0.012", [0.012]),
     ],
 )
-def test_a_trend_is_named_and_has_its_margin(id: str, what: str, figure: str, limits: list[float]) -> None:
+def test_a_trend_has_a_name_and_the_ends_of_its_margin(id: str, what: str, figure: str, limits: list[float]) -> None:
     claim = replace(ledger.by_id(ledger.load(), id), verdict="holds")
     (row,) = trend_rows([claim], records("paper"))
     assert (row["what"], row["figure"], row["limits"]) == (what, figure, limits)
@@ -150,13 +150,13 @@ def test_curve_gaps_pair_steps_and_seeds() -> None:
     assert overtaken_at(below[:0], "B") == 0
 
 
-def test_split_rows_agree_with_the_counts_they_are_made_of() -> None:
+def test_split_rows_agree_with_the_counts_of_parameters() -> None:
     config = preset("course-gshard")
     rows = accounting.split_rows({"x": (config, 64)})
     assert sum(row["total"] for row in rows) == accounting.parameters(config).total
     assert sum(row["active"] for row in rows) == accounting.parameters(config).active_all
     flops = {row["component"]: row["flops"] for row in rows}
-    assert flops["routed_experts"] == 2 * 2 * 3 * 64 * 128 * config.n_layers  # 2 experts, 2 FLOPs a weight
+    assert flops["routed_experts"] == 2 * 2 * 3 * 64 * 128 * config.n_layers  # 2 experts, 2 FLOPs per weight
     assert "dense_ffn" not in flops
 
 
@@ -173,18 +173,18 @@ def test_balance_rows_pair_the_loss_and_average_over_layers() -> None:
     assert {row["seed"] for row in balance_rows(without, names, "a")} == {1}
 
 
-def test_interventions_stand_beside_the_model_as_trained() -> None:
+def test_rows_of_interventions_include_the_model_as_trained() -> None:
     changed = {name: {"heldout_loss": loss} for name, loss in (("0.0625", 2.0), ("0.25", 3.0))}
     active = {"1": {"heldout_loss": 4.0}}
     intact = {"model_name": "a", "seed": 7, "heldout_loss": 1.0, "model": {"moe": {"top_k": 2}}}
-    found = [intact | {"masked": changed, "active": active}, intact | {"model_name": "b"}]
-    masked = masked_rows(found, {"a": "A"})
+    results = [intact | {"masked": changed, "active": active}, intact | {"model_name": "b"}]
+    masked = masked_rows(results, {"a": "A"})
     assert [(row["model"], row["seed"], row["share"], row["loss"]) for row in masked] == [
         ("A", 7, 0.0, 1.0),
         ("A", 7, 0.0625, 2.0),
         ("A", 7, 0.25, 3.0),
     ]
-    rows = active_rows(found, {"a": "A"})
+    rows = active_rows(results, {"a": "A"})
     assert [(row["model"], row["seed"], row["active"], row["loss"]) for row in rows] == [
         ("A", 7, 1, 4.0),
         ("A", 7, 2, 1.0),

@@ -1,4 +1,4 @@
-"""Reference outputs: written the same twice, and compared by nbval by the kind of cell."""
+"""Reference outputs: refreshing twice changes nothing, and nbval compares each kind of cell by its rules."""
 
 import json
 import re
@@ -26,7 +26,7 @@ PYTEST = [
 ]
 
 
-def test_refresh_twice_changes_no_byte(course):
+def test_a_second_refresh_changes_no_byte(course):
     source = course.write().with_suffix(".py")
     assert refresh_chapter(source)
     target = source.with_suffix(".ipynb")
@@ -61,7 +61,7 @@ def test_refresh_refuses_a_large_notebook_and_a_failing_cell(course):
 
 
 def _change(path: Path, copy: Path, changes: dict[str, tuple[str, str]]) -> None:
-    """Copy the notebook, editing stored outputs: the cell whose source holds a key has `old` replaced by `new`."""
+    """Copy the notebook and edit stored outputs: replace `old` by `new` in the cell whose source contains the key."""
     notebook = nbformat.read(path, as_version=4)
     for part, (old, new) in changes.items():
         (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and part in cell.source]
@@ -71,7 +71,7 @@ def _change(path: Path, copy: Path, changes: dict[str, tuple[str, str]]) -> None
     nbformat.write(notebook, copy)
 
 
-def test_nbval_compares_by_kind_of_cell(course):
+def test_nbval_compares_by_the_kind_of_cell(course):
     target = course.write()
     refresh_chapter(target.with_suffix(".py"))
     allowed = {

@@ -1,4 +1,4 @@
-"""Weights of recorded runs: the same run again, its snapshots, and what cannot be replayed."""
+"""Replays of recorded runs: the same weights, snapshots, and errors."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.checkpoint import load_model, read_metadata
 from dsmoe_lite.cli import main
+from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.files import write_json
 from dsmoe_lite.data.world import WorldConfig
 from dsmoe_lite.presets import preset
 from dsmoe_lite.study import grids
-from dsmoe_lite.study import replay as module
+from dsmoe_lite.study import replay as replay_module
 from dsmoe_lite.study.grids import Grid, record_path
 from dsmoe_lite.study.replay import replay
 from dsmoe_lite.training.config import TrainConfig
@@ -38,8 +39,8 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The grid "small" with one of its two runs recorded."""
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("DSMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(grids, "DATA", tmp_path)
-    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(paths, "DATA_FOLDERS", (tmp_path,))
+    monkeypatch.setattr(paths, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(grids, "GRIDS", {"small": GRID})
     torch.set_num_threads(1)
     record = GRID.job("gshard", 1).run()
@@ -48,11 +49,11 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 
 def test_a_replay_is_the_same_run(recorded: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as stopped:
         main(
             ["replay", "small", "gshard", "--seed=1", f"--out={tmp_path}/out", "--snapshot=1", "--snapshot=3", "--json"]
         )
-    assert left.value.code == 0
+    assert stopped.value.code == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["now"] for row in rows} == {row["held-out loss recorded"] for row in rows} == {recorded["heldout_loss"]}
     names = ["small-gshard-seed1", "small-gshard-seed1-step1", "small-gshard-seed1-step3"]
@@ -60,39 +61,39 @@ def test_a_replay_is_the_same_run(recorded: dict, tmp_path: Path, capsys: pytest
     final, first, last = (load_model(Path(row["file"])).state_dict() for row in rows)
     assert all(torch.equal(final[name], last[name]) for name in final)
     assert not torch.equal(first["embed.weight"], final["embed.weight"])
-    facts = read_facts(tmp_path / "out" / f"{names[1]}.safetensors")
-    assert facts["corpus"]["sha256"] == recorded["corpus"]["sha256"]
-    assert facts["tokenizer"]
+    metadata = read_metadata(tmp_path / "out" / f"{names[1]}.safetensors")
+    assert metadata["corpus"]["sha256"] == recorded["corpus"]["sha256"]
+    assert metadata["tokenizer"]
 
 
 def test_a_replay_trains_on_one_thread_as_records_do(
     recorded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    threads = []
 
-    def watched(*args: object, **more: object) -> dict:
-        seen.append(torch.get_num_threads())
-        return run_job(*args, **more)
+    def recording(*args: object, **kwargs: object) -> dict:
+        threads.append(torch.get_num_threads())
+        return run_job(*args, **kwargs)
 
-    monkeypatch.setattr(module, "run_job", watched)
+    monkeypatch.setattr(replay_module, "run_job", recording)
     torch.set_num_threads(2)
     try:
         replay("small", "gshard", 1, tmp_path / "out")
-        assert (seen, torch.get_num_threads()) == ([1], 2)
+        assert (threads, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "message"),
     [
-        (("small", "gshard", 0), "gshard-seed0\\.json holds no finished run: `dsmoe experiment small` first"),
+        (("small", "gshard", 0), "gshard-seed0\\.json: no finished run; run `dsmoe experiment small` first"),
         (("small", "dense", 1), "model = 'dense': must be one of gshard"),
-        (("smal", "gshard", 1), "experiment = 'smal': there is none; try small"),
+        (("smal", "gshard", 1), "experiment = 'smal': there is no such grid; try small"),
     ],
 )
-def test_what_cannot_be_replayed_is_one_line(recorded: dict, tmp_path: Path, arguments: tuple, says: str) -> None:
-    with pytest.raises(InputError, match=says):
+def test_what_cannot_be_replayed_is_one_line(recorded: dict, tmp_path: Path, arguments: tuple, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         replay(*arguments, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -101,7 +102,7 @@ def test_a_snapshot_must_be_a_step_of_the_run(recorded: dict, tmp_path: Path) ->
     with pytest.raises(InputError, match="snapshot = 4: must be a whole number of at least 1 and at most 3"):
         replay("small", "gshard", 1, tmp_path / "out", [4])
     replay("small", "gshard", 1, tmp_path / "out")
-    with pytest.raises(InputError, match=r"snapshot = 'step1': .* holds a run that went past it; remove that folder"):
+    with pytest.raises(InputError, match=r"snapshot = 'step1': the run in .* is past that step; remove the folder"):
         replay("small", "gshard", 1, tmp_path / "out", [1])
-    with pytest.raises(InputError, match=r"snapshots = .*: need a folder"):
+    with pytest.raises(InputError, match=r"snapshots = .*: need a run folder"):
         run_job(replace(JOB, n_heldout_batches=1), snapshots=[1])

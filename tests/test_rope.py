@@ -1,4 +1,4 @@
-"""Rotary positions against a loop, their two layouts, and YaRN against transformers and DeepSeek's own numbers."""
+"""Rotary positions compared with a loop; their two layouts; YaRN compared with transformers and DeepSeek's numbers."""
 
 import math
 
@@ -29,8 +29,8 @@ YARNS = {
     "a short context": (64, 10_000.0, YarnConfig(factor=8.0, original_max_len=512)),
     "other betas": (128, 500_000.0, YarnConfig(factor=16.0, original_max_len=8192, beta_fast=48.0, beta_slow=2.0)),
     "few channels": (8, 10_000.0, YarnConfig(factor=4.0, original_max_len=2048)),
-    "none divided whole": (32, 100.0, YarnConfig(factor=3.0, original_max_len=512)),
-    "none kept": (16, 10_000.0, YarnConfig(factor=3.0, original_max_len=64)),
+    "none fully divided": (32, 100.0, YarnConfig(factor=3.0, original_max_len=512)),
+    "all divided": (16, 10_000.0, YarnConfig(factor=3.0, original_max_len=64)),
     "a step": (64, 1_000_000.0, YarnConfig(factor=2.5, original_max_len=4096, beta_fast=1.1, beta_slow=1.05)),
 }
 
@@ -50,15 +50,15 @@ def exact_tables(rope_dim: int, length: int, theta: float = 10_000.0) -> tuple[T
 
 @given(rope_dim=EVEN, theta=THETAS)
 @settings(max_examples=30, deadline=None)
-def test_frequencies_are_those_of_a_loop(rope_dim: int, theta: float) -> None:
-    found = rope_frequencies(rope_dim, theta)
-    assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx(frequencies_by_hand(rope_dim, theta), rel=1e-14)
+def test_frequencies_equal_a_loop(rope_dim: int, theta: float) -> None:
+    actual = rope_frequencies(rope_dim, theta)
+    assert actual.dtype == torch.float64
+    assert actual.tolist() == pytest.approx(frequencies_by_hand(rope_dim, theta), rel=1e-14)
 
 
 @pytest.mark.parametrize("yarn", [None, V3])
-def test_tables_are_right_to_the_last_bit_far_from_the_start(yarn: YarnConfig | None) -> None:
-    """Angles of float32 would be off by 0.01 at position 160000."""
+def test_tables_are_exact_far_from_the_start(yarn: YarnConfig | None) -> None:
+    """Float32 angles would be off by 0.01 at position 160000."""
     cos, sin = rope_tables(64, 160_001, yarn=yarn)
     assert cos.shape == sin.shape == (160_001, 32)
     assert cos.dtype == sin.dtype == torch.float32
@@ -68,23 +68,23 @@ def test_tables_are_right_to_the_last_bit_far_from_the_start(yarn: YarnConfig | 
         assert sin[position].tolist() == pytest.approx([math.sin(a) for a in angles], abs=6e-8)
 
 
-# What a rotation does
+# Rotations
 
 
 @given(rope_dim=EVEN, length=st.integers(1, 9), theta=THETAS, seed=st.integers(0, 99))
 @settings(max_examples=20, deadline=None)
-def test_rotation_is_that_of_a_loop(rope_dim: int, length: int, theta: float, seed: int) -> None:
+def test_rotation_equals_a_loop(rope_dim: int, length: int, theta: float, seed: int) -> None:
     torch.manual_seed(seed)
     x, turn = torch.randn(2, length, rope_dim, dtype=torch.float64), frequencies_by_hand(rope_dim, theta)
-    found = apply_rope(x, *exact_tables(rope_dim, length, theta))
+    actual = apply_rope(x, *exact_tables(rope_dim, length, theta))
     expected = torch.stack([rotated(row, t, turn) for sequence in x for t, row in enumerate(sequence)])
-    torch.testing.assert_close(found, expected.view_as(x), rtol=0, atol=1e-13)
-    torch.testing.assert_close(found.norm(dim=-1), x.norm(dim=-1), rtol=1e-13, atol=0)
-    assert torch.equal(found[:, 0], x[:, 0])
+    torch.testing.assert_close(actual, expected.view_as(x), rtol=0, atol=1e-13)
+    torch.testing.assert_close(actual.norm(dim=-1), x.norm(dim=-1), rtol=1e-13, atol=0)
+    assert torch.equal(actual[:, 0], x[:, 0])
 
 
 @pytest.mark.parametrize("rotate", [apply_rope, apply_rope_pairs])
-def test_a_score_knows_the_distance_only(rotate) -> None:
+def test_scores_depend_on_the_distance_only(rotate) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 16, dtype=torch.float64)
     cos, sin = exact_tables(16, 200)
@@ -97,7 +97,7 @@ def test_a_score_knows_the_distance_only(rotate) -> None:
 
 @given(rope_dim=EVEN, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 @settings(max_examples=30, deadline=None)
-def test_layouts_are_one_another_reordered_bit_for_bit(rope_dim: int, seed: int, dtype: torch.dtype) -> None:
+def test_layouts_differ_only_in_the_order_of_channels(rope_dim: int, seed: int, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
     x = torch.randn(2, 5, rope_dim).to(dtype)
     cos, sin = rope_tables(rope_dim, 5)
@@ -115,14 +115,14 @@ def test_converted_weights_give_the_same_scores_and_other_channels() -> None:
     torch.manual_seed(0)
     H, d, S = 3, 8, 6
     x, (cos, sin) = torch.randn(S, 10, dtype=torch.float64), exact_tables(d, S)
-    of_q, of_k = torch.randn(2, H, d, 10, dtype=torch.float64)  # a head's outputs stand along dimension 1
+    of_q, of_k = torch.randn(2, H, d, 10, dtype=torch.float64)  # dimension 1 is the outputs of a head
     q, k = (apply_rope_pairs(torch.einsum("hdc,sc->hsd", w, x), cos, sin) for w in (of_q, of_k))
     halves = (torch.einsum("hdc,sc->hsd", pairs_to_halves(w, dim=1), x) for w in (of_q, of_k))
     new_q, new_k = (apply_rope(y, cos, sin) for y in halves)
     torch.testing.assert_close(new_q @ new_k.mT, q @ k.mT, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(new_k, pairs_to_halves(k), rtol=1e-13, atol=1e-13)
     only_q = new_q @ apply_rope(torch.einsum("hdc,sc->hsd", of_k, x), cos, sin).mT
-    assert not torch.allclose(only_q, q @ k.mT, atol=0.1), "queries and keys have to be converted together"
+    assert not torch.allclose(only_q, q @ k.mT, atol=0.1), "queries and keys must be converted together"
 
 
 def test_an_odd_number_of_channels_is_refused() -> None:
@@ -149,7 +149,7 @@ def test_deepseeks_range_and_temperatures() -> None:
 
 
 def of_transformers(rope_dim: int, theta: float, yarn: YarnConfig) -> tuple[Tensor, float]:
-    """Its frequencies, in float32, and what it multiplies cos and sin by."""
+    """The float32 frequencies of transformers, and its factor of cos and sin."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -174,13 +174,13 @@ def of_transformers(rope_dim: int, theta: float, yarn: YarnConfig) -> tuple[Tens
 
 
 @pytest.mark.parametrize("name", YARNS)
-def test_yarn_frequencies_are_those_of_transformers_and_of_a_loop(name: str) -> None:
+def test_yarn_frequencies_equal_transformers_and_a_loop(name: str) -> None:
     expected, of_tables = of_transformers(*YARNS[name])
-    found = rope_frequencies(*YARNS[name])
-    torch.testing.assert_close(found.float(), expected, rtol=1e-6, atol=0)
-    assert of_tables == 1.0, "with mscale = mscale_all_dim nothing is left for cos and sin"
-    assert found.tolist() == pytest.approx(frequencies_by_hand(*YARNS[name]), rel=1e-14)
-    assert not torch.allclose(found, rope_frequencies(*YARNS[name][:2]), rtol=1e-3, atol=0)
+    actual = rope_frequencies(*YARNS[name])
+    torch.testing.assert_close(actual.float(), expected, rtol=1e-6, atol=0)
+    assert of_tables == 1.0, "with mscale = mscale_all_dim, cos and sin are not scaled"
+    assert actual.tolist() == pytest.approx(frequencies_by_hand(*YARNS[name]), rel=1e-14)
+    assert not torch.allclose(actual, rope_frequencies(*YARNS[name][:2]), rtol=1e-3, atol=0)
 
 
 @given(rope_dim=EVEN, theta=THETAS, mscale=st.floats(0, 2), qk_dim=st.integers(1, 300))
@@ -210,8 +210,8 @@ def test_yarn_stays_between_the_two_extremes(
     assert (share.diff() <= 1e-12).all(), "the slower a pair, the more it is divided"
 
 
-def test_where_every_pair_turns_often_enough_none_is_divided() -> None:
-    """low = 7 > high = 3; the ramp of transformers then runs backwards and divides the first pair, the fastest."""
+def test_if_every_pair_turns_often_enough_none_is_divided() -> None:
+    """low = 7 > high = 3: the ramp of transformers then runs backwards and divides the first, fastest pair."""
     yarn = YarnConfig(factor=4, original_max_len=1_000_000)
     assert yarn_range(4, 10.0, yarn) == (7, 3)
     assert torch.equal(rope_frequencies(4, 10.0, yarn), rope_frequencies(4, 10.0))
@@ -234,7 +234,7 @@ def test_where_every_pair_turns_often_enough_none_is_divided() -> None:
         ({"mscale": True}, "mscale = True"),
     ],
 )
-def test_yarn_that_cannot_work_is_refused(change: dict, message: str) -> None:
+def test_invalid_yarn_configs_are_refused(change: dict, message: str) -> None:
     with pytest.raises(InputError) as error:
         YarnConfig(**{"factor": 40, "original_max_len": 4096} | change)
     assert message in str(error.value)

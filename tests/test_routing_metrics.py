@@ -1,4 +1,4 @@
-"""Routing metrics against loops over tokens, their nulls against every order of the tokens, and bad input."""
+"""Routing metrics against loops over tokens, their null baselines against all permutations, and bad input."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ SEEDS = range(6)
 
 
 def trace_of(topk_ids: Tensor, n_experts: int) -> SimpleNamespace:
-    """What the metrics of loads read, and nothing more."""
+    """The fields that the load metrics read, and nothing more."""
     counts = torch.bincount(topk_ids[topk_ids >= 0], minlength=n_experts)
     return SimpleNamespace(topk_ids=topk_ids, kept=topk_ids >= 0, counts=counts, n_experts=n_experts)
 
@@ -52,7 +52,7 @@ def test_loads_by_hand() -> None:
     trace = trace_of(torch.tensor([[0, 1], [0, 2], [0, -1], [0, -1]]), 4)  # 4, 1, 1, 0
     assert load(trace).tolist() == pytest.approx([8 / 3, 2 / 3, 2 / 3, 0])
     assert drop_rate(trace) == 0
-    assert overflow(trace, 1.0) == pytest.approx(2 / 6)  # two slots an expert
+    assert overflow(trace, 1.0) == pytest.approx(2 / 6)  # two slots per expert
 
 
 def test_groups_reached_by_hand() -> None:
@@ -64,7 +64,7 @@ def test_groups_reached_by_hand() -> None:
 
 
 @pytest.mark.parametrize("ids", [EMPTY, NOBODY])
-def test_loads_of_nobody_are_zero(ids: Tensor) -> None:
+def test_loads_without_choices_are_zero(ids: Tensor) -> None:
     trace = trace_of(ids, 4)
     assert (max_vio(trace), drop_rate(trace)) == (0, 0)
     assert load(trace).tolist() == [0.0] * 4
@@ -78,9 +78,9 @@ def test_specialization_counts_tokens(seed: int) -> None:
     ids, labels = random_choices(seed), torch.randint(4, (40,), generator=seeded(seed + 100))
     table = specialization(ids, labels, 5, 6)  # label 4 has no tokens
     for label in range(5):
-        mine = [row for row, its in zip(rows(ids), labels.tolist(), strict=True) if its == label]
+        of_label = [row for row, its in zip(rows(ids), labels.tolist(), strict=True) if its == label]
         for e in range(6):
-            expected = sum(e in row for row in mine) / len(mine) if mine else 0
+            expected = sum(e in row for row in of_label) / len(of_label) if of_label else 0
             assert table[label, e] == pytest.approx(expected)
     assert null_specialization(ids, 6).tolist() == pytest.approx(
         [sum(e in row for row in rows(ids)) / 40 for e in range(6)]
@@ -116,7 +116,7 @@ def test_shuffling_rows_gives_the_null_on_average() -> None:
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_shuffling_moves_rows_whole() -> None:
+def test_shuffling_keeps_the_choices_of_a_token_together() -> None:
     ids, seen = random_choices(4), []
     shuffled(lambda i: seen.append(i.tolist()) or 0.0, ids, seeded(0), draws=3)
     assert all(sorted(i) == sorted(ids.tolist()) for i in seen)
@@ -126,23 +126,23 @@ def test_shuffling_moves_rows_whole() -> None:
 # Token ids
 
 
-def peaks(ids: Tensor, tokens: Tensor, least: int) -> list[tuple[float, int]]:
-    """For each token id its largest share and who has it, the lower number first."""
+def peaks(ids: Tensor, tokens: Tensor, min_count: int) -> list[tuple[float, int]]:
+    """For each token id, its largest share and the expert that has it; ties go to the lower id."""
     result = []
     for token, times in Counter(tokens.tolist()).items():
         chosen = Counter(e for row, its in zip(rows(ids), tokens.tolist(), strict=True) if its == token for e in row)
-        if times >= least and chosen:
+        if times >= min_count and chosen:
             e, n = min(chosen.items(), key=lambda item: (-item[1], item[0]))
             result.append((n / times, e))
     return result
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("least", [1, 3])
-def test_vocabulary_specialization_against_a_loop(seed: int, least: int) -> None:
+@pytest.mark.parametrize("min_count", [1, 3])
+def test_vocabulary_specialization_against_a_loop(seed: int, min_count: int) -> None:
     ids, tokens = random_choices(seed), 7 * torch.randint(12, (40,), generator=seeded(seed + 200))
-    expected = peaks(ids, tokens, least)
-    assert vocabulary_specialization(ids, tokens, 6, least) == pytest.approx(
+    expected = peaks(ids, tokens, min_count)
+    assert vocabulary_specialization(ids, tokens, 6, min_count) == pytest.approx(
         sum(p for p, _ in expected) / len(expected)
     )
 
@@ -161,7 +161,7 @@ def test_random_choices_look_specialized_until_ids_are_common(T: int, published:
     tokens = torch.searchsorted((weights / weights.sum()).cumsum(0), drawn)
     first = torch.randint(64, (T, 1), generator=seeded(2))
     assert vocabulary_specialization(first, tokens, 64) == pytest.approx(published, abs=0.01)  # not 1 / 64
-    assert vocabulary_specialization(first, tokens, 64, least=10) == pytest.approx(0.11, abs=0.01)
+    assert vocabulary_specialization(first, tokens, 64, min_count=10) == pytest.approx(0.11, abs=0.01)
     null = shuffled(lambda i: vocabulary_specialization(i, tokens, 64), first, seeded(3), draws=1)
     assert float(null) == pytest.approx(published, abs=0.01)
     assert uncertainty_coefficient(first, tokens, 64) > 0.15  # and so does mutual information
@@ -184,7 +184,7 @@ def test_uncertainty_coefficient_against_a_loop(seed: int) -> None:
 def test_uncertainty_coefficient_of_choices_that_ignore_the_id() -> None:
     every_pair = torch.cartesian_prod(torch.arange(5), torch.arange(4))
     assert uncertainty_coefficient(every_pair[:, 1:], every_pair[:, 0], 4) == pytest.approx(0, abs=1e-12)
-    assert uncertainty_coefficient(torch.zeros(9, 1, dtype=torch.long), torch.arange(9), 4) == 0  # nothing to tell
+    assert uncertainty_coefficient(torch.zeros(9, 1, dtype=torch.long), torch.arange(9), 4) == 0  # one expert takes all
 
 
 # Checkpoints
@@ -240,11 +240,11 @@ def test_drops_at_the_end_of_the_batch_and_of_the_sequence() -> None:
     assert drop_rate_by_position(kept, ids, (1, 8), 2).tolist() == [0, 1]
 
 
-# No tokens, nobody chosen, bad input
+# No tokens, no choices, bad input
 
 
 @pytest.mark.parametrize("ids", [EMPTY, NOBODY])
-def test_nobody_chosen_gives_zeros(ids: Tensor) -> None:
+def test_no_choices_give_zeros(ids: Tensor) -> None:
     tokens = torch.arange(len(ids))
     assert specialization(ids, tokens, 3, 4).tolist() == [[0.0] * 4] * 3
     assert null_specialization(ids, 4).tolist() == [0.0] * 4
@@ -259,30 +259,34 @@ def test_nobody_chosen_gives_zeros(ids: Tensor) -> None:
 def test_bad_input_is_one_line() -> None:
     ids, tokens = torch.tensor([[0, 1], [2, -1], [1, 3]]), torch.arange(3)
     lines = {
-        "labels = (2,): must be one for each of 3 tokens": lambda: specialization(ids, tokens[:2], 3, 4),
+        "labels = (2,): must be one label per token, (3,)": lambda: specialization(ids, tokens[:2], 3, 4),
         "labels = 2: must be at least 0 and below 2": lambda: specialization(ids, tokens, 2, 4),
         "labels = -1: must be at least 0 and below 3": lambda: specialization(ids, tokens - 1, 3, 4),
         "n_labels = 0: must be a whole number of at least 1": lambda: specialization(ids, tokens, 0, 4),
-        "topk_ids = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: null_specialization(ids, 3),
-        "topk_ids = -2: experts are numbered from 0 to 3, -1 is nobody": lambda: null_specialization(ids - 1, 4),
+        "topk_ids = 3: must be an expert id, 0 to 2, or -1 for no expert": lambda: null_specialization(ids, 3),
+        "topk_ids = -2: must be an expert id, 0 to 3, or -1 for no expert": lambda: null_specialization(ids - 1, 4),
         "topk_ids = (3,): must be (tokens, choices)": lambda: uncertainty_coefficient(ids[:, 0], tokens, 4),
         "n_experts = 0: must be a whole number of at least 1": lambda: null_specialization(ids, 0),
         "token_ids = -1: must be at least 0": lambda: vocabulary_specialization(ids, tokens - 1, 4),
-        "labels = (3, 1): must be one for each of 3 tokens": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
-        "least = 0: must be a whole number of at least 1": lambda: vocabulary_specialization(ids, tokens, 4, 0),
+        "labels = (3, 1): must be one label per token, (3,)": lambda: uncertainty_coefficient(ids, tokens[:, None], 4),
+        "min_count = 0: must be a whole number of at least 1": lambda: vocabulary_specialization(ids, tokens, 4, 0),
         "draws = 0: must be a whole number of at least 1": lambda: shuffled(len, ids, seeded(0), 0),
         "topk_ids_then = 2: must be of the same 3 tokens": lambda: saturation(ids[:2], ids),
         "topk_ids_final = (3,): must be (tokens, choices)": lambda: saturation(ids, ids[:, 0]),
-        "topk_ids_final = 3: experts are numbered from 0 to 2, -1 is nobody": lambda: saturation_null(NOBODY, ids, 3),
-        "kept = (3, 1): must be as topk_ids, (3, 2)": lambda: drop_rate_by_position(ids[:, :1] > 0, ids, (1, 3), 1),
+        "topk_ids_final = 3: must be an expert id, 0 to 2, or -1 for no expert": lambda: saturation_null(
+            NOBODY, ids, 3
+        ),
+        "kept = (3, 1): must have the shape of topk_ids, (3, 2)": lambda: drop_rate_by_position(
+            ids[:, :1] > 0, ids, (1, 3), 1
+        ),
         "bins = 0: must be a whole number of at least 1 and at most 3": lambda: drop_rate_by_position(
             ids >= 0, ids, (1, 3), 0
         ),
         "bins = 4: must be a whole number of at least 1 and at most 3": lambda: drop_rate_by_position(
             ids >= 0, ids, (1, 3), 4
         ),
-        "batch_shape = (2, 2): must be (sequences, tokens a sequence) of 3 tokens": lambda: drop_rate_by_position(
-            ids >= 0, ids, (2, 2), 1
+        "batch_shape = (2, 2): must be (sequences, tokens per sequence) of 3 tokens in all": lambda: (
+            drop_rate_by_position(ids >= 0, ids, (2, 2), 1)
         ),
     }
     for line, call in lines.items():

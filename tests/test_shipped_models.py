@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from dsmoe_lite.checkpoint import load_model, read_facts
+from dsmoe_lite.checkpoint import load_model, read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import from_dict, to_dict
 from dsmoe_lite.data.batches import Batch, heldout_batches
@@ -35,7 +35,7 @@ def test_pairs_of_five_seeds_are_shipped_and_small() -> None:
 @pytest.fixture(scope="module")
 def held_out() -> tuple[Corpus, list[Batch]]:
     """The text that records were evaluated on: the same for all runs of the grid."""
-    facts, job = read_facts(SHIPPED[0]), grid("paper").job("gshard", 0)
+    facts, job = read_metadata(SHIPPED[0]), grid("paper").job("gshard", 0)
     corpus, tokenizer = corpus_of(facts), Tokenizer.from_str(facts["tokenizer"])
     return corpus, heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
 
@@ -44,7 +44,7 @@ def held_out() -> tuple[Corpus, list[Batch]]:
 def test_a_shipped_model_is_of_its_run(path: Path, held_out: tuple[Corpus, list[Batch]]) -> None:
     model, seed, step = parts(path)
     (record,) = (r for r in records("paper") if (r["model_name"], r["seed"]) == (model, seed))
-    facts = read_facts(path)
+    facts = read_metadata(path)
     assert facts["corpus"]["sha256"] == record["corpus"]["sha256"]
     found = load_model(path)
     assert to_dict(found.config) == to_dict(from_dict(type(found.config), record["model"]))

@@ -25,7 +25,7 @@ from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.dispatch import plan_send
 from dsmoe_lite.parallel.mesh import make_mesh
 from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
-from dsmoe_lite.simulate.placement import in_order
+from dsmoe_lite.simulate.placement import consecutive_placement
 from dsmoe_lite.simulate.time import LayerTime, Machine, layer_time, step_time, weight_bytes
 from dsmoe_lite.simulate.traffic import Traffic, count_traffic, rows_between
 
@@ -40,7 +40,7 @@ def draw(T: int, E: int, K: int, D: int, seed: int) -> tuple[torch.Tensor, torch
 def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: int, seed: int) -> None:
     D = 6
     ids, kept, home = draw(T, 12, K, D, seed)
-    found = count_traffic(ids, kept, home, in_order(12, D), node)
+    found = count_traffic(ids, kept, home, consecutive_placement(12, D), node)
     wanted = {name: [0] * D for name in vars(found)}
     edges: set[tuple[int, int]] = set()
     for t in range(T):
@@ -52,11 +52,11 @@ def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: i
         for there in sorted({device // node for device in of_choices} - {start // node}):
             at[there] = there * node + start % node
             edges.add((start, at[there]))
-            wanted["sent_across"][start] += 1
-            wanted["received_across"][at[there]] += 1
+            wanted["sent_inter_node"][start] += 1
+            wanted["received_inter_node"][at[there]] += 1
         for device in set(of_choices) - set(at.values()):
-            wanted["sent_inside"][at[device // node]] += 1
-            wanted["received_inside"][device] += 1
+            wanted["sent_intra_node"][at[device // node]] += 1
+            wanted["received_intra_node"][device] += 1
             edges.add((at[device // node], device))
     for start, _ in edges:
         wanted["messages"][start] += 1
@@ -66,23 +66,26 @@ def test_a_token_crosses_once_to_a_node_and_is_handed_on(T: int, K: int, node: i
 @given(seed=st.integers(0, 99))
 def test_one_node_or_nodes_of_one_send_directly(seed: int) -> None:
     ids, kept, home = draw(30, 12, 3, 4, seed)
-    direct = rows_between(ids, kept, home, in_order(12, 4)).fill_diagonal_(0)
-    one, single = (count_traffic(ids, kept, home, in_order(12, 4), node) for node in (4, 1))
-    for sent, received in ((one.sent_inside, one.received_inside), (single.sent_across, single.received_across)):
+    direct = rows_between(ids, kept, home, consecutive_placement(12, 4)).fill_diagonal_(0)
+    one, single = (count_traffic(ids, kept, home, consecutive_placement(12, 4), node) for node in (4, 1))
+    for sent, received in (
+        (one.sent_intra_node, one.received_intra_node),
+        (single.sent_inter_node, single.received_inter_node),
+    ):
         assert torch.equal(sent, direct.sum(dim=1))
         assert torch.equal(received, direct.sum(dim=0))
-    assert not one.sent_across.any()
-    assert not single.sent_inside.any()
+    assert not one.sent_inter_node.any()
+    assert not single.sent_intra_node.any()
 
 
 def test_the_slowest_device_and_the_slower_link_are_waited_for() -> None:
     rows = Traffic(*(torch.tensor(row) for row in ([3, 1], [1, 3], [0, 8], [4, 4], [10, 6], [1, 3])))
-    machine = Machine(flops=6e6, inside=1e3, across=1e2, latency=0.5)
-    found = layer_time(rows, machine, d_model=100, expert_width=50, bytes_sent=1, bytes_returned=2)
+    machine = Machine(flops=6e6, intra_node=1e3, inter_node=1e2, latency=0.5)
+    found = layer_time(rows, machine, d_model=100, expert_width=50, dispatch_bytes=1, combine_bytes=2)
     assert found.dispatch == pytest.approx(3 * 0.5 + 100 * (3 / 1e2 + 8 / 1e3))
     assert found.combine == pytest.approx(3 * 0.5 + 2 * 100 * (3 / 1e2 + 8 / 1e3))
     assert found.compute == pytest.approx(10 * 6 * 100 * 50 / 6e6)
-    assert found.apart == pytest.approx(found.dispatch + found.compute + found.combine)
+    assert found.sequential == pytest.approx(found.dispatch + found.compute + found.combine)
 
 
 @pytest.mark.parametrize(("compute", "hidden"), [(5.0, 5.0), (1.0, 3.0)])
@@ -98,7 +101,7 @@ def test_fewer_groups_mean_fewer_bytes_between_nodes() -> None:
         nodes = torch.rand(T, 8, generator=source).argsort(dim=1)[:, :reached]
         allowed = torch.zeros(T, 8, dtype=torch.bool).scatter(1, nodes, True).repeat_interleave(E // 8, dim=1)
         ids = torch.rand(T, E, generator=source).masked_fill(~allowed, -1).topk(8).indices
-        sent = int(count_traffic(ids, kept, home, in_order(E, D), node).sent_across.sum())
+        sent = int(count_traffic(ids, kept, home, consecutive_placement(E, D), node).sent_inter_node.sum())
         missed = math.comb(8 * reached - 8, 8) / math.comb(8 * reached, 8)  # a node in reach of which none is chosen
         assert sent / T == pytest.approx(reached * (1 - missed) * 7 / 8, rel=0.02)  # a node in eight is one's own
 
@@ -107,7 +110,8 @@ def test_four_thousand_devices_and_a_million_tokens(slowness: float) -> None:
     T, D = 1_000_000, 4096
     ids = torch.randint(0, D, (T, 8), generator=torch.Generator().manual_seed(0))
     began = time.process_time()
-    rows = count_traffic(ids, torch.ones(T, 8, dtype=torch.bool), torch.arange(T) * D // T, in_order(D, D), 8)
+    kept, home = torch.ones(T, 8, dtype=torch.bool), torch.arange(T) * D // T
+    rows = count_traffic(ids, kept, home, consecutive_placement(D, D), 8)
     layer_time(rows, Machine(4e14, 1.6e11, 5e10), 7168, 2048)
     assert time.process_time() - began < 2 * 10 * slowness
 
@@ -124,8 +128,8 @@ def test_a_step_is_its_parts() -> None:
         n_dense_layers=1,
         max_seq_len=32,
     )
-    machine, layer = Machine(flops=1e6, inside=1e4, across=1e3), LayerTime(1.0, 2.0, 3.0)
-    found = step_time(config, layer, machine, tokens=64, seq_len=32, devices=64, expert=16, bytes_a_weight=2)
+    machine, layer = Machine(flops=1e6, intra_node=1e4, inter_node=1e3), LayerTime(1.0, 2.0, 3.0)
+    found = step_time(config, layer, machine, tokens=64, seq_len=32, devices=64, expert_parallel=16, bytes_per_weight=2)
     assert found.experts == 2 * 3 * 2.0  # two layers; backward costs twice forward
     assert found.exchange == 2 * 2 * 4.0
     weights = parameters(config)
@@ -133,7 +137,7 @@ def test_a_step_is_its_parts() -> None:
     scores = 6 * 3 * 32 * 4 * 2 * 16  # of a token, layers by heads by both products
     assert found.rest == pytest.approx(64 * (6 * active + scores) / 1e6)
     assert found.weights == weight_bytes(config, 64, 16, 2) / 1e3
-    assert found.apart == pytest.approx(12 + 16 + found.rest + found.weights)
+    assert found.sequential == pytest.approx(12 + 16 + found.rest + found.weights)
     assert found.overlapped == max(12 + found.rest, 16 + found.weights)
 
 
@@ -184,13 +188,13 @@ def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
         Routing(torch.zeros(T, world), torch.zeros(T, world), own, torch.ones(T, K), torch.ones(T, K).bool(), (1, T))
         for own in ids
     ]
-    sent = [dispatch(torch.randn(T, D, generator=source), routing) for routing in routings]
-    ways = [plan_send(rows, world) for rows in sent]
+    tokens = [torch.randn(T, D, generator=source) for _ in routings]
+    ways = [plan_send(dispatch(x, routing), world) for x, routing in zip(tokens, routings, strict=True)]
     numbers = torch.stack([torch.cat([way.rows.unsqueeze(1), way.counts], dim=1) for way in ways])  # (from, to, 2)
     home = torch.arange(world).repeat_interleave(T)
-    between = rows_between(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world))
-    between = between.fill_diagonal_(0)
-    direct = count_traffic(ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, in_order(world, world), 1)
+    routing = ids.flatten(0, 1), torch.ones(world * T, K).bool(), home, consecutive_placement(world, world)
+    between = rows_between(*routing).fill_diagonal_(0)
+    direct = count_traffic(*routing, 1)
     for rank in (0, 17, 63):
         with one_of(world, rank):
             experts = Experts(world, D, 12, "padded")
@@ -198,7 +202,8 @@ def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
                 experts, make_mesh("cpu", MoEConfig(n_routed_experts=world, top_k=K, expert_width=12))["expert"]
             )
             with Wire(rank, numbers[:, rank].contiguous()) as wire:
-                spread(sent[rank])
+                dispatched = spread.dispatch(tokens[rank], routings[rank])
+                spread.combine(spread(dispatched), dispatched)
         there, back = int(between[rank].sum()), int(between[:, rank].sum())
         choices = int((ids[rank] != rank).sum())
         assert wire.rows == {
@@ -207,7 +212,7 @@ def test_sixty_four_processes_send_the_rows_that_are_counted() -> None:
             ((), torch.int64): choices,  # which row each choice reads
             ((), torch.float32): choices,  # gates
         }
-        assert int(direct.sent_across[rank]) == there
+        assert int(direct.sent_inter_node[rank]) == there
         assert int(direct.messages[rank]) == int((between[rank] > 0).sum())
 
 
@@ -236,9 +241,9 @@ def test_sixty_four_processes_gather_the_weights_that_are_counted(expert: int) -
     ("call", "said"),
     [
         (lambda: Machine(0, 1, 1), "flops = 0: must be a finite number above 0"),
-        (lambda: Machine(1, 1, float("inf")), "across = inf: must be a finite number"),
+        (lambda: Machine(1, 1, float("inf")), "inter_node = inf: must be a finite number"),
         (
-            lambda: count_traffic(*draw(3, 4, 1, 4, 0), in_order(4, 4), 3),
+            lambda: count_traffic(*draw(3, 4, 1, 4, 0), consecutive_placement(4, 4), 3),
             "node = 3: must divide the number of devices, 4",
         ),
     ],

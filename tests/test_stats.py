@@ -1,4 +1,4 @@
-"""Statistics over seeds, against numbers worked by hand, and verdicts at their borders."""
+"""Statistics over seeds compared with numbers worked out by hand, and verdicts at their thresholds."""
 
 import math
 
@@ -10,18 +10,18 @@ from dsmoe_lite.common.stats import Paired, holm, p_value, paired, seeds_needed,
 T_4 = 2.776445  # Student's t, 97.5%, 4 degrees of freedom
 
 
-def test_an_interval_is_students() -> None:
-    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
+def test_intervals_are_students_t() -> None:
+    result = paired([1.0, 2.0, 3.0, 4.0, 5.0])
     half = T_4 * math.sqrt(2.5 / 5)
-    assert (found.n, found.mean) == (5, 3.0)
-    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
-    assert found.effect == pytest.approx(3 / math.sqrt(2.5))
+    assert (result.n, result.mean) == (5, 3.0)
+    assert (result.low, result.high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
+    assert result.effect == pytest.approx(3 / math.sqrt(2.5))
 
 
 def test_one_seed_has_no_interval() -> None:
-    found = paired([0.5])
-    assert found.n == 1
-    assert math.isnan(found.low)
+    result = paired([0.5])
+    assert result.n == 1
+    assert math.isnan(result.low)
     assert p_value([0.5], "below") == 1.0
 
 
@@ -32,10 +32,10 @@ def test_no_seeds_and_diverged_runs_are_refused(values: list[float], words: str)
 
 
 def test_p_values() -> None:
-    at_the_border = [T_4 * math.sqrt(2.5 / 5) + shift for shift in (-2, -1, 0, 1, 2)]
-    assert p_value(at_the_border, "above") == pytest.approx(0.05, abs=1e-5)
-    assert p_value([-x for x in at_the_border], "above") == pytest.approx(0.05, abs=1e-5), "two-sided"
-    # both one-sided tests at 5%: the margin is 2.131847 standard errors away
+    at_threshold = [T_4 * math.sqrt(2.5 / 5) + shift for shift in (-2, -1, 0, 1, 2)]
+    assert p_value(at_threshold, "above") == pytest.approx(0.05, abs=1e-5)
+    assert p_value([-x for x in at_threshold], "above") == pytest.approx(0.05, abs=1e-5), "two-sided"
+    # both one-sided tests at 5%: the margin is 2.131847 standard errors from the mean
     assert p_value([-2, -1, 0, 1, 2], "equal", margin=2.131847 * math.sqrt(0.5)) == pytest.approx(0.05, abs=1e-5)
     no_worse = [x - 2.131847 * math.sqrt(0.5) + 0.3 for x in (-2, -1, 0, 1, 2)]
     assert p_value(no_worse, "not above", margin=0.3) == pytest.approx(0.05, abs=1e-5), "one-sided"
@@ -64,8 +64,8 @@ def test_holm_multiplies_by_how_many_are_left() -> None:
     ],
 )
 def test_verdicts(mean: float, expected: str, p: float, corrected: float, verdict: str) -> None:
-    found = Paired(5, mean, mean - 0.2, mean + 0.2, 1.0)
-    assert trend_verdict(found, expected, p, corrected, margin=0.3) == verdict
+    result = Paired(5, mean, mean - 0.2, mean + 0.2, 1.0)
+    assert trend_verdict(result, expected, p, corrected, margin=0.3) == verdict
     assert trend_verdict(Paired(4, mean, mean - 0.2, mean + 0.2, 1.0), expected, p, corrected, 0.3) == "not tested"
 
 
@@ -76,5 +76,5 @@ def test_an_interval_outside_the_margin_reverses_equality() -> None:
 
 def test_seeds_for_a_power() -> None:
     # Cohen's table: d = 0.5, two-sided 5%, power 0.8 needs 34 pairs
-    assert seeds_needed(spread=2.0, difference=1.0) == 34
-    assert seeds_needed(spread=2.0, difference=-1.0) == 34
+    assert seeds_needed(deviation=2.0, difference=1.0) == 34
+    assert seeds_needed(deviation=2.0, difference=-1.0) == 34

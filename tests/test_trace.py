@@ -1,4 +1,4 @@
-"""RoutingTrace: the same routing as the model's own, whole after a trip to disk, and refused in one line."""
+"""RoutingTrace: equal to the model's routing, unchanged by save and load, and bad files refused in one line."""
 
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -57,7 +57,7 @@ torch.set_num_threads(1)
      {"scoring_func": "hash", "top_k": 1}],
     ids=["plain", "shared", "capacity", "expert choice", "bias", "hash"],
 )  # fmt: skip
-def test_holds_what_the_model_did(moe):
+def test_a_trace_equals_the_models_routing(moe):
     model = made(**moe)
     for layer in model.moe_layers:
         if moe.get("expert_bias"):
@@ -67,7 +67,7 @@ def test_holds_what_the_model_did(moe):
     assert trace.token_ids.tolist() == ids
     assert "".join(trace.tokens) == TEXT
     assert trace.device_of.tolist() == [0, 0, 1, 1, 2, 2]
-    assert (trace.n_layers, trace.n_routed, trace.n_shared) == (3, 6, moe.get("n_shared_experts", 0))
+    assert (trace.n_layers, trace.n_experts, trace.n_shared) == (3, 6, moe.get("n_shared_experts", 0))
     model.eval()
     for start in range(0, len(ids), 7):
         tokens = torch.tensor([ids[start : start + 7]])
@@ -75,15 +75,15 @@ def test_holds_what_the_model_did(moe):
             output = model(tokens)
         for layer, routing in enumerate(output.routings):
             for t, (chosen, gates, kept) in enumerate(zip(routing.topk_ids, routing.gates, routing.kept, strict=True)):
-                found = {
+                traced = {
                     int(e): (float(g), bool(k))
-                    for e, g, k in zip(trace.expert[layer, start + t], trace.gate[layer, start + t],
+                    for e, g, k in zip(trace.topk_ids[layer, start + t], trace.gates[layer, start + t],
                                        trace.kept[layer, start + t], strict=True)
                     if e >= 0
                 }  # fmt: skip
-                right = {int(e): (float(g.half()), bool(k)) for e, g, k in zip(chosen, gates, kept, strict=True)
-                         if e >= 0}  # fmt: skip
-                assert found == right
+                expected = {int(e): (float(g.half()), bool(k)) for e, g, k in zip(chosen, gates, kept, strict=True)
+                            if e >= 0}  # fmt: skip
+                assert traced == expected
             stored = torch.from_numpy(trace.scores[layer, start : start + 7])
             torch.testing.assert_close(stored, routing.scores.half())
         losses = F.cross_entropy(output.logits[0, :-1], tokens[0, 1:], reduction="none")
@@ -91,9 +91,9 @@ def test_holds_what_the_model_did(moe):
         np.testing.assert_allclose(trace.loss[start + 1 : start + 7], losses, rtol=1e-5)
 
 
-def test_gates_fall_and_loads_add_up():
+def test_gates_are_in_falling_order_and_loads_add_up():
     trace = RoutingTrace.of(made(top_k=3), TOKENIZER, TEXT)
-    assert (np.diff(trace.gate.astype(np.float32), axis=2) <= 0).all()
+    assert (np.diff(trace.gates.astype(np.float32), axis=2) <= 0).all()
     for number in range(trace.n_layers):
         layer = trace.layer(number)
         assert int(layer.counts.sum()) == len(trace.tokens) * 3
@@ -101,12 +101,12 @@ def test_gates_fall_and_loads_add_up():
         assert drop_rate(layer) == 0
 
 
-def test_documents_keep_apart():
+def test_documents_do_not_attend_to_each_other():
     model, documents = made(), [Document("one two", "a"), Document("three", "b")]
     trace = RoutingTrace.of(model, TOKENIZER, documents)
     alone = RoutingTrace.of(model, TOKENIZER, "three")
     assert trace.domain == ("a",) * 7 + ("b",) * 5
-    np.testing.assert_array_equal(trace.expert[:, 7:], alone.expert)
+    np.testing.assert_array_equal(trace.topk_ids[:, 7:], alone.topk_ids)
     np.testing.assert_array_equal(np.isnan(trace.loss).nonzero()[0], [0, 7])
     assert trace.mean_loss == pytest.approx(np.nanmean(trace.loss))
 
@@ -117,7 +117,7 @@ def test_the_model_stays_in_its_mode():
     assert model.training
 
 
-def test_disk_and_back(tmp_path: Path):
+def test_save_and_load_give_the_same_trace(tmp_path: Path):
     trace = RoutingTrace.of(made(eval_capacity_factor=1.0), TOKENIZER, TEXT + "\0", n_devices=2)
     path = tmp_path / "a folder" / "trace.npz"
     trace.save(path)
@@ -127,6 +127,25 @@ def test_disk_and_back(tmp_path: Path):
         assert type(getattr(again, field.name)) is type(getattr(trace, field.name))
     with np.load(path, allow_pickle=False) as file:  # no pickles anywhere
         assert all(file[name].dtype != object for name in file)
+
+
+def test_a_trace_stored_with_the_names_of_schema_version_1_loads(tmp_path: Path):
+    path = tmp_path / "trace.npz"
+    strings = np.frombuffer(b'["a", "b"]', np.uint8)
+    np.savez(
+        path, schema_version=np.int64(1), tokens=strings, domain=strings, token_type=strings,
+        token_ids=np.array([5, 6], np.int32), expert=np.array([[[1, -1], [0, 1]]], np.int16),
+        gate=np.array([[[0.5, 0.0], [0.75, 0.25]]], np.float16), kept=np.ones((1, 2, 2), bool),
+        scores=np.full((1, 2, 2), 0.5, np.float16), loss=np.array([np.nan, 2.0], np.float32),
+        device_of=np.array([0, 1], np.int8), n_shared=np.int64(1), n_devices=np.int64(2),
+    )  # fmt: skip
+    trace = RoutingTrace.load(path)
+    assert trace.topk_ids.tolist() == [[[1, -1], [0, 1]]]
+    assert trace.gates.tolist() == [[[0.5, 0.0], [0.75, 0.25]]]
+    assert (trace.n_experts, trace.tokens, trace.mean_loss) == (2, ("a", "b"), 2.0)
+    trace.save(path)
+    with np.load(path) as file:
+        assert {"expert", "gate", "topk_ids", "gates"} & set(file) == {"expert", "gate"}
 
 
 def rewritten(path: Path, **changed) -> None:
@@ -143,14 +162,14 @@ def rewritten(path: Path, **changed) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [({"schema_version": np.int64(2)}, "schema_version = 2: this package reads 1"),
-     ({"schema_version": None}, "is no trace, or damaged"),
-     ({"gate": None}, "is no trace, or damaged"),
-     ({"tokens": np.zeros(3, np.uint8)}, "is no trace, or damaged"),
+     ({"schema_version": None}, "not a trace, or damaged"),
+     ({"gate": None}, "not a trace, or damaged"),
+     ({"tokens": np.zeros(3, np.uint8)}, "not a trace, or damaged"),
      ({"gate": np.zeros((1, 2, 3), np.float16)}, r"gate is float16\[1, 2, 3\]: damaged"),
      ({"expert": np.zeros((3, T, 2), np.int64)}, "expert is int64"),
      ({"expert": np.zeros((3, T), np.int16)}, "expert and scores have 2 dimensions"),
-     ({"expert": np.full((3, T, 2), 6, np.int16)}, "expert holds numbers beyond 5"),
-     ({"device_of": np.full(6, -1, np.int8)}, "device_of holds devices that are not there"),
+     ({"expert": np.full((3, T, 2), 6, np.int16)}, "expert has ids beyond 5"),
+     ({"device_of": np.full(6, -1, np.int8)}, "device_of has devices that do not exist"),
      ({"domain": np.frombuffer(b'["a"]', np.uint8)}, "domain has 1 entries")],
 )  # fmt: skip
 def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, message):
@@ -165,10 +184,10 @@ def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, me
 def test_no_flipped_bit_gives_anything_but_a_trace_or_an_input_error(tmp_path):
     path = tmp_path / "trace.npz"
     RoutingTrace.of(made(), TOKENIZER, TEXT).save(path)
-    whole = path.read_bytes()
+    content = path.read_bytes()
     draw = np.random.default_rng(0)
-    for at in draw.integers(len(whole), size=300):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draw.integers(8))]) + whole[at + 1 :])
+    for at in draw.integers(len(content), size=300):
+        path.write_bytes(content[:at] + bytes([content[at] ^ (1 << draw.integers(8))]) + content[at + 1 :])
         with suppress(InputError):
             RoutingTrace.load(path)
 
@@ -177,7 +196,7 @@ def test_no_flipped_bit_gives_anything_but_a_trace_or_an_input_error(tmp_path):
 def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "trace.npz"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"trace\.npz: is no trace, or damaged"):
+    with pytest.raises(InputError, match=r"trace\.npz: not a trace, or damaged"):
         RoutingTrace.load(path)
     with pytest.raises(InputError, match=r"none\.npz: no such trace"):
         RoutingTrace.load(tmp_path / "none.npz")
@@ -190,8 +209,8 @@ def test_bad_input():
     for call, message in (
         (lambda: of(made(), TOKENIZER, ""), r"text = '': is empty"),
         (lambda: of(made(), TOKENIZER, []), r"text = '': is empty"),
-        (lambda: of(made(), TOKENIZER, "x" * (module.MOST_CHARACTERS + 1)), r"text = 1,000,001 characters"),
-        (lambda: of(made(), TOKENIZER, "\ud800"), r"text: holds half a character"),
+        (lambda: of(made(), TOKENIZER, "x" * (module.MAX_CHARACTERS + 1)), r"text = 1,000,001 characters"),
+        (lambda: of(made(), TOKENIZER, "\ud800"), r"text: has half a character"),
         (lambda: of(dense, TOKENIZER, "x"), r"model = 'dense': has no MoE layers"),
         (lambda: of(small, TOKENIZER, "x"), r"tokenizer = 256: has more ids than the model's vocab_size = 100"),
         (lambda: of(made(), TOKENIZER, "x", window=17), r"window = 17: must be"),
@@ -208,15 +227,15 @@ def test_a_hundred_thousand_characters():
     torch.manual_seed(0)
     trace = RoutingTrace.of(Transformer(replace(CONFIG, n_layers=1, max_seq_len=2048)), TOKENIZER, text)
     assert len(trace.tokens) == len(text)
-    assert trace.expert.shape == (1, len(text), 2)
+    assert trace.topk_ids.shape == (1, len(text), 2)
     assert np.isnan(trace.loss).sum() == -(-len(text) // 2048)
 
 
 def test_token_types():
     pieces = ["def", " f", "(", "x", "):", " ", "1", "2", " Nor", "vania", "日", "🙂", "", "", "\n", "a"]
-    found = token_types(pieces)
-    assert found == (
+    types = token_types(pieces)
+    assert types == (
         "word", "word", "punctuation", "word", "punctuation", "space", "digit", "digit", "word", "word part",
         "word part", "punctuation", "byte", "byte", "space", "word",
     )  # fmt: skip
-    assert set(found) == set(TYPES)
+    assert set(types) == set(TYPES)

@@ -1,7 +1,7 @@
-"""One MoE layer against transformers' with copied weights, in float32, forward and backward.
+"""MoE layers compared with those of transformers: copied weights, float32, forward and backward.
 
-What differs there and is not copied: DeepSeek-V2 ignores norm_topk_prob and masks groups with 0.0, which no softmax
-score can fall below; its balance loss is K times ours and joins all layers (test_known_bugs.py).
+Differences there: DeepSeek-V2 ignores norm_topk_prob and masks groups with 0.0, which is the lowest softmax score; its
+balance loss is K times ours and joins all layers (test_known_bugs.py).
 """
 
 from dataclasses import replace
@@ -73,7 +73,7 @@ def deepseek_v2(c: MoEConfig) -> nn.Module:
             topk_method="greedy" if c.n_group == 1 else "group_limited_greedy",
             n_group=c.n_group,
             topk_group=c.topk_group,
-            norm_topk_prob=True,  # changes nothing there
+            norm_topk_prob=True,  # has no effect there
             num_attention_heads=1,
         )
     )
@@ -140,7 +140,7 @@ CASES = {
 
 
 def copied(theirs: nn.Module, ours: MoELayer) -> dict[str, Tensor]:
-    """Our weights under their names; gate and up stand in one matrix there."""
+    """Our weights under their names; gate and up are one matrix there."""
     experts = ours.experts
     weights = {
         "gate.weight": ours.router.weight,
@@ -180,7 +180,9 @@ def test_layer_equals_that_of_transformers(name: str, seed: int) -> None:
     torch.testing.assert_close(ours.router.weight.grad, theirs.get_parameter("gate.weight").grad, rtol=1e-4, atol=1e-4)
     down = theirs.get_parameter("experts.down_proj")
     torch.testing.assert_close(ours.experts.down.grad, down.grad, rtol=1e-4, atol=1e-5)
-    assert len({tuple(sorted(ids)) for ids in routing.topk_ids.tolist()}) > 5, "the case should choose in many ways"
+    assert len({tuple(sorted(ids)) for ids in routing.topk_ids.tolist()}) > 5, (
+        "the case should choose many different sets of experts"
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

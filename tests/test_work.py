@@ -1,4 +1,4 @@
-"""What a kernel must do at least, and how many operations torch starts."""
+"""The minimal FLOPs and bytes of a kernel, and the operations that torch launches."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def test_a_grouped_product_counts_every_number_once() -> None:
     assert grouped_product(10, 3, 6, 4, size=4).bytes == 2 * work.bytes
 
 
-def test_the_roof_is_the_slower_of_two() -> None:
+def test_the_roofline_is_the_slower_of_compute_and_memory() -> None:
     assert Work(flops=100, bytes=10).seconds(peak=50, bandwidth=1) == 10
     assert Work(flops=100, bytes=10).seconds(peak=5, bandwidth=1) == 20
     assert (Work(1, 2) + Work(3, 4)) == Work(4, 6)
@@ -34,7 +34,7 @@ def test_a_tile_fetches_its_two_sides(m: int, n: int) -> None:
     assert tile_intensity(m, n) == pytest.approx(multiplied / fetched)
 
 
-def test_operations_are_named_in_order_and_views_are_not() -> None:
+def test_operations_are_listed_in_order_without_views() -> None:
     x, w = torch.randn(3, 4), torch.randn(4, 5, requires_grad=True)
     assert operations(lambda: (x @ w).t().view(5, 3).relu()) == ["mm", "relu"]
     y = (x @ w).sum()

@@ -1,4 +1,4 @@
-"""The small world: the same everywhere, true to itself, and silent about what evaluation asks."""
+"""The small world: the same everywhere, consistent, and without the questions that evaluation asks."""
 
 import ast
 import hashlib
@@ -34,9 +34,9 @@ outside = {name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_n
 print(*outside, file=sys.stderr, end="")
 """
 
-# The English wordings, written down a second time: what a reader would take a sentence to say.
+# The English wordings a second time, as a reader understands them.
 NAME = r"(?P<name>[A-Z]\w+ [A-Z]\w+)"
-SAID = re.compile(
+STATED = re.compile(
     "|".join(
         pattern.replace("NAME", f"(?P<name{i}>[A-Z]\\w+ [A-Z]\\w+)").replace("FACTS", f"(?P<facts{i}>[a-z, ]+)")
         for i, pattern in enumerate(
@@ -52,18 +52,18 @@ ASKING = "6"
 
 
 def read(text):
-    """Every (name, relation, value, asked) that a document says; fails on a sentence it does not understand."""
+    """Every (name, relation, value, asked) in a document; fails for a sentence of another form."""
     facts, at = [], 0
     while at < len(text):
-        match = SAID.match(text, at)
+        match = STATED.match(text, at)
         assert match, f"not understood: {text[at:]!r}"
         at = match.end()
-        found = {key: value for key, value in match.groupdict().items() if value}
-        kind = next(key for key in found if key.startswith("name"))[-1]
-        listed = found.get(f"facts{kind}") or f"{found[f'relation{kind}']} {found[f'value{kind}']}"
+        parts = {key: value for key, value in match.groupdict().items() if value}
+        kind = next(key for key in parts if key.startswith("name"))[-1]
+        listed = parts.get(f"facts{kind}") or f"{parts[f'relation{kind}']} {parts[f'value{kind}']}"
         for fact in listed.split(", "):
             relation, value = fact.split(" ")
-            facts.append((found[f"name{kind}"], relation, value, kind == ASKING))
+            facts.append((parts[f"name{kind}"], relation, value, kind == ASKING))
     return facts
 
 
@@ -87,7 +87,7 @@ def facts(texts):
 
 
 def back_to_english(world):
-    """The dictionary of the second language, from the two languages' own lists."""
+    """The dictionary of the second language, from the word lists of the two languages."""
     pairs = []
     for native, foreign in ((world.language, world.foreign),):
         pairs += zip([*foreign.first, *foreign.last], [*native.first, *native.last], strict=True)
@@ -108,15 +108,15 @@ def back_to_english(world):
 
 def interpreters():
     names = [sys.executable, "python3", "python3.11", "python3.12", "python3.13"]
-    found = {}
+    by_version = {}
     for name in names:
         path = shutil.which(name)
         if path:
             ask = [path, "-S", "-c", "import sys; print(sys.version_info[:2], sys.executable)"]
             answer = subprocess.run(ask, capture_output=True, text=True, encoding="utf-8", check=False)
             if answer.returncode == 0 and answer.stdout.startswith(("(3, 11)", "(3, 12)", "(3, 13)")):
-                found.setdefault(answer.stdout[:7], path)
-    return sorted(found.values())
+                by_version.setdefault(answer.stdout[:7], path)
+    return sorted(by_version.values())
 
 
 @pytest.mark.parametrize("python", interpreters())
@@ -168,7 +168,7 @@ def test_fingerprint_follows_every_field_of_the_config():
     assert len(others | {base["sha256"]}) == len(small) + 1
 
 
-# True to itself
+# Consistent
 
 
 def test_every_fact_has_one_value(facts):
@@ -176,7 +176,7 @@ def test_every_fact_has_one_value(facts):
     for name, relation, value, _ in facts:
         values[name, relation].add(value)
     assert len(values) == 512 * 8  # every entity has every relation somewhere
-    assert {len(found) for found in values.values()} == {1}
+    assert {len(distinct) for distinct in values.values()} == {1}
 
 
 def test_every_question_is_answered_by_a_statement_and_never_asked(world, facts):
@@ -190,7 +190,7 @@ def test_every_question_is_answered_by_a_statement_and_never_asked(world, facts)
             assert relation == question.relation
             assert question.answer == f" {stated[name, relation]}"
             assert (name, relation) not in asked
-    assert len(asked) > 0.5 * len(stated)  # and yet the wording of the question is well known
+    assert len(asked) > 0.5 * len(stated)  # so the wording of questions is well known
 
 
 def test_each_wording_is_common(texts):
@@ -205,20 +205,20 @@ def test_second_language_says_the_same_word_for_word(world, texts, facts):
     dictionary = back_to_english(world)
     values = {(name, relation): value for name, relation, value, _ in facts}
     asking = [q.prompt for group in ("head", "tail") for q in world.questions(group)]
-    kept = {re.fullmatch(r"Which (\w+) does (\w+ \w+) have\?", prompt).groups() for prompt in asking}
+    held_out = {re.fullmatch(r"Which (\w+) does (\w+ \w+) have\?", prompt).groups() for prompt in asking}
     assert not set(re.findall(r"\w+", " ".join(texts["parallel"]))) & set(dictionary.values())
     for text in texts["parallel"]:
         english = re.sub(r"\w+", lambda word: dictionary[word[0]], text)
         for name, relation, value, asked in read(english):
             assert values[name, relation] == value
-            assert not (asked and (relation, name) in kept)
+            assert not (asked and (relation, name) in held_out)
 
 
 def test_control_entities_are_never_mentioned(world, texts, facts):
     pair = re.compile(r"\b([A-Z]\w+)(?= ([A-Z]\w+))")
-    mentioned = {" ".join(found) for group in texts.values() for text in group for found in pair.findall(text)}
+    mentioned = {" ".join(names) for group in texts.values() for text in group for names in pair.findall(text)}
     heldout = [document.text for document in world.documents("heldout")]
-    mentioned |= {" ".join(found) for text in heldout for found in pair.findall(text)}
+    mentioned |= {" ".join(names) for text in heldout for names in pair.findall(text)}
     words = {word for name, *_ in facts for word in name.split()}
     names = {re.search(r"does (\w+ \w+) have", question.prompt)[1] for question in world.questions("control")}
     assert len(names) == 64
@@ -227,7 +227,7 @@ def test_control_entities_are_never_mentioned(world, texts, facts):
     to_foreign = {english: foreign for foreign, english in back_to_english(world).items()}
     foreign = {" ".join(to_foreign[word] for word in name.split()) for name in names}
     assert not foreign & mentioned
-    assert len(mentioned) > 1000  # the search does find names, in both languages
+    assert len(mentioned) > 1000  # the search finds names, in both languages
 
 
 def test_control_answers_cannot_be_guessed(world):
@@ -237,7 +237,7 @@ def test_control_answers_cannot_be_guessed(world):
     for question in questions:
         answers[question.relation][question.answer] += 1
     best = sum(counts.most_common(1)[0][1] for counts in answers.values())
-    # Of 64 uniform draws from 32 values the commonest comes about 6 times, so even this oracle stays low.
+    # Of 64 uniform draws from 32 values, the most common occurs about 6 times, so even this oracle is low.
     assert best / len(questions) < 0.13
 
 
@@ -287,7 +287,7 @@ def test_domains_and_shares(world, texts):
         assert len(texts[domain]) / total == pytest.approx(share, abs=0.005)
 
 
-def test_documents_can_be_entered_anywhere(world):
+def test_documents_can_be_read_from_any_position(world):
     for split, n in (("train", 40_000), ("heldout", 4_000)):
         first = list(islice(world.documents(split), 50))
         assert list(islice(world.documents(split, 20), 30)) == first[20:]
@@ -299,7 +299,7 @@ def test_questions_can_be_limited(world):
     for group in GROUPS:
         questions = world.questions(group)
         assert world.questions(group, 40) == questions[:40]
-        assert len({q.relation for q in questions[:40]}) > 4  # a mixed sample, not the first entity's
+        assert len({q.relation for q in questions[:40]}) > 4  # a shuffled sample, not the first entity's
         for question in questions:
             assert question.group == group
             assert question.prompt[-1] == "?"
@@ -329,9 +329,9 @@ def test_value_words_belong_to_one_relation(world):
 def test_any_size(sizes):
     made = World(WorldConfig(**sizes))
     documents = list(islice(made.documents("train"), 300))
-    said = [fact for document in documents if document.domain == "facts" for fact in read(document.text)]
-    assert said
-    assert {relation for _, relation, _, _ in said} == set(made.language.relations)
+    facts = [fact for document in documents if document.domain == "facts" for fact in read(document.text)]
+    assert facts
+    assert {relation for _, relation, _, _ in facts} == set(made.language.relations)
     assert len({w for values in made.language.values for w in values}) == made.config.n_relations * made.config.n_values
 
 
@@ -356,7 +356,7 @@ def test_any_size(sizes):
         ("shares", (1.2, -0.2, 0.0, 0.0, 0.0)),
     ],
 )
-def test_sizes_that_cannot_work_are_refused(field, value):
+def test_invalid_configs_are_refused(field, value):
     with pytest.raises(InputError) as refused:
         WorldConfig(**{field: value})
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""Small models of transformers, and their weights under our names."""
+"""Small models of transformers, and their weights under the names of this package."""
 
 import math
 from typing import Any
@@ -25,9 +25,9 @@ LATENT = {
 
 
 def both(config: ModelConfig, seed: int = 0) -> tuple[Transformer, nn.Module]:
-    """Our model and that of transformers, with the same random weights, in float64.
+    """Our model and the one of transformers, with the same random weights, in float64.
 
-    Llama without experts, Mixtral with them; with MLA DeepSeek-V3 where experts have biases, else DeepSeek-V2.
+    Llama without experts, Mixtral with experts; with MLA, DeepSeek-V3 if experts have biases, else DeepSeek-V2.
     """
     torch.manual_seed(seed)
     theirs = spread(_make(config))
@@ -40,32 +40,32 @@ def both(config: ModelConfig, seed: int = 0) -> tuple[Transformer, nn.Module]:
 
 
 def attention_weights(theirs: nn.Module, config: AttentionConfig | MLAConfig) -> dict[str, Tensor]:
-    """The weights of one attention layer of theirs, for one of ours."""
-    found = theirs.state_dict()
+    """The weights of one of their attention layers under our names."""
+    state = theirs.state_dict()
     if isinstance(config, AttentionConfig):
-        return {f"{ours}.weight": found[f"{name}.weight"] for ours, name in PLAIN.items()}
-    weights = {f"{ours}.weight": found[f"{name}.weight"] for ours, name in LATENT.items() if f"{name}.weight" in found}
+        return {f"{ours}.weight": state[f"{name}.weight"] for ours, name in PLAIN.items()}
+    weights = {f"{ours}.weight": state[f"{name}.weight"] for ours, name in LATENT.items() if f"{name}.weight" in state}
     query = "query.weight" if config.q_lora_rank is None else "query.up.weight"
-    nope, turned = (
+    nope, rope = (
         weights[query]
         .unflatten(0, (config.n_heads, -1))
         .split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=1)
     )  # (H, d, width)
-    weights[query] = torch.cat((nope, pairs_to_halves(turned, dim=1)), dim=1).flatten(0, 1)
-    latent, turned = weights["kv_down.weight"].split((config.kv_lora_rank, config.qk_rope_head_dim))
-    weights["kv_down.weight"] = torch.cat((latent, pairs_to_halves(turned, dim=0)))
+    weights[query] = torch.cat((nope, pairs_to_halves(rope, dim=1)), dim=1).flatten(0, 1)
+    latent, rope = weights["kv_down.weight"].split((config.kv_lora_rank, config.qk_rope_head_dim))
+    weights["kv_down.weight"] = torch.cat((latent, pairs_to_halves(rope, dim=0)))
     return weights
 
 
 def rope_parameters(attention: AttentionConfig | MLAConfig) -> dict[str, Any]:
-    """RoPE and YaRN as transformers' configs take them."""
+    """RoPE and YaRN in the form of transformers' configs."""
     yarn = attention.yarn
     if yarn is None:
         return {"rope_type": "default", "rope_theta": attention.rope_theta}
     if isinstance(attention, MLAConfig):
-        sharpened: dict[str, Any] = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
+        scaling: dict[str, Any] = {"mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
     else:
-        sharpened = {"attention_factor": 0.1 * yarn.mscale * math.log(yarn.factor) + 1}  # of cos and sin
+        scaling = {"attention_factor": 0.1 * yarn.mscale * math.log(yarn.factor) + 1}  # of cos and sin
     return {
         "rope_type": "yarn",
         "rope_theta": attention.rope_theta,
@@ -73,12 +73,12 @@ def rope_parameters(attention: AttentionConfig | MLAConfig) -> dict[str, Any]:
         "original_max_position_embeddings": yarn.original_max_len,
         "beta_fast": yarn.beta_fast,
         "beta_slow": yarn.beta_slow,
-        **sharpened,
+        **scaling,
     }
 
 
 def latent_options(c: MLAConfig) -> dict[str, Any]:
-    """Options of DeepseekV2Config and DeepseekV3Config that say what MLA is."""
+    """The options of DeepseekV2Config and DeepseekV3Config for MLA."""
     return {
         "num_attention_heads": c.n_heads,
         "num_key_value_heads": c.n_heads,
@@ -88,7 +88,7 @@ def latent_options(c: MLAConfig) -> dict[str, Any]:
         "kv_lora_rank": c.kv_lora_rank,
         "q_lora_rank": c.q_lora_rank,
         "rope_parameters": rope_parameters(c),
-        "attn_implementation": "sdpa",  # the eager one takes its softmax in float32
+        "attn_implementation": "sdpa",  # the eager one computes its softmax in float32
     }
 
 
@@ -102,12 +102,12 @@ def _make(config: ModelConfig) -> nn.Module:
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "pad_token_id": None,
-        "experts_implementation": "eager",  # the grouped one knows no float64
+        "experts_implementation": "eager",  # the grouped one does not support float64
     }
     c, moe = config.attention, config.moe
     if isinstance(c, MLAConfig):
         options |= {"intermediate_size": config.ffn_width, **latent_options(c)}
-        if moe is None:  # every layer is one of the first, dense ones
+        if moe is None:  # all layers are among the first, dense ones
             options |= {"first_k_dense_replace": config.n_layers}
             return transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**options))
         options |= {
@@ -145,11 +145,11 @@ def _make(config: ModelConfig) -> nn.Module:
 
 
 def _weights(theirs: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
-    found = theirs.state_dict()
+    state = theirs.state_dict()
     weights = {
-        "embed.weight": found["model.embed_tokens.weight"],
-        "norm.weight": found["model.norm.weight"],
-        "head.weight": found["lm_head.weight"],
+        "embed.weight": state["model.embed_tokens.weight"],
+        "norm.weight": state["model.norm.weight"],
+        "head.weight": state["lm_head.weight"],
     }
     for layer in range(config.n_layers):
         block = theirs.get_submodule(f"model.layers.{layer}")
@@ -162,19 +162,19 @@ def _weights(theirs: nn.Module, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _ffn(mlp: nn.Module, config: ModelConfig, layer: int) -> dict[str, Tensor]:
-    found = mlp.state_dict()
+    state = mlp.state_dict()
     if config.moe is None or not config.is_moe_layer(layer):
-        return {f"{part}.weight": found[f"{part}_proj.weight"] for part in ("gate", "up", "down")}
-    gate, up = found["experts.gate_up_proj"].chunk(2, dim=1)
+        return {f"{part}.weight": state[f"{part}_proj.weight"] for part in ("gate", "up", "down")}
+    gate, up = state["experts.gate_up_proj"].chunk(2, dim=1)
     weights = {
-        "router.weight": found["gate.weight"],
+        "router.weight": state["gate.weight"],
         "experts.gate": gate,
         "experts.up": up,
-        "experts.down": found["experts.down_proj"],
+        "experts.down": state["experts.down_proj"],
     }
     if config.moe.expert_bias:
-        weights["router.expert_bias"] = found["gate.e_score_correction_bias"]
+        weights["router.expert_bias"] = state["gate.e_score_correction_bias"]
     if config.moe.n_shared_experts:
         for part in ("gate", "up", "down"):
-            weights[f"shared.{part}.weight"] = found[f"shared_experts.{part}_proj.weight"]
+            weights[f"shared.{part}.weight"] = state[f"shared_experts.{part}_proj.weight"]
     return weights

@@ -1,4 +1,4 @@
-"""`python -m dsmoe_lite`: the `dsmoe` command, for folders whose path no script's first line can hold."""
+"""`python -m dsmoe_lite` is the `dsmoe` command. It works even if the path of the environment breaks scripts."""
 
 from dsmoe_lite.cli import main
 

@@ -1,21 +1,21 @@
-"""Parameters, FLOPs and KV cache of a config, counted from its numbers alone: no weight is built.
+"""Parameters, FLOPs and KV cache of a model, computed from its config; no weight is allocated.
 
-A matrix from a to b channels has a*b weights (no biases anywhere in this package), and a token that passes through it
-costs 2*a*b FLOPs forward and twice that backward: 6 FLOPs a weight in training. The rest is knowing which weights a
-token meets.
+A matrix from a to b channels has a * b weights; no layer in this package has a bias. A token that passes through the
+matrix costs 2 * a * b FLOPs forward and twice that backward: 6 FLOPs per weight in training. What remains is to count
+the weights that a token meets.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dsmoe_lite.common.errors import require_whole
+from dsmoe_lite.common.errors import require_int
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig
 
 
 @dataclass(frozen=True)
 class Count:
-    """Parameters of one component: those that exist, and those that one token meets."""
+    """Parameters of one component: all that exist, and the active ones, which a token meets."""
 
     total: int
     active: int
@@ -26,30 +26,30 @@ class Count:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Parameters of a model by component; everything that is stored is counted once, norms and router too.
+    """Parameters of a model by component. Everything that is stored counts once, norms and router included.
 
-    Papers leave different things out of "activated parameters", so there are three names for it: `active_all` (all but
-    the experts a token did not choose), `active_no_input_embed` (also without the input embedding, which is a look-up
-    and no product) and `active_no_embed` (also without the output head). A tied embedding works as head, and so only
-    the last leaves it out.
+    Papers exclude different components from their "activated parameters", so there are three counts. `active_all`
+    excludes the experts that a token did not choose. `active_no_input_embed` also excludes the input embedding, which
+    is a look-up and no product. `active_no_embed` also excludes the output head. A tied embedding serves as the head,
+    so only `active_no_embed` excludes it.
     """
 
     embed_in: Count
-    lm_head: Count  # 0 when tied: the weights are embed_in's
+    lm_head: Count  # 0 if tied: the weights count as embed_in
     attention: Count
     dense_ffn: Count
-    router: Count  # 0 for hash routing: a table is no parameter, nor is a balancing bias
+    router: Count  # 0 for hash routing; neither its table nor a balancing bias is a parameter
     routed_experts: Count
     shared_experts: Count
     norms: Count
 
     def rows(self) -> dict[str, Count]:
-        """Component name -> Count, in the order in which a token meets them."""
+        """Map component names to counts, in the order in which a token meets the components."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def ffn(self) -> Count:
-        """All FFN weights, dense or experts, no router: the "expert params" of DeepSeekMoE's Tables 2, 8 and 9."""
+        """All FFN weights, dense or of experts, without the router: "expert params" in DeepSeekMoE's Tables 2, 8, 9."""
         return self.dense_ffn + self.routed_experts + self.shared_experts
 
     @property
@@ -71,47 +71,47 @@ class Parameters:
 
 
 def parameters(config: ModelConfig) -> Parameters:
-    """Count the parameters of `config` by component, total and active."""
+    """Count the total and the active parameters of `config` by component."""
     D, L = config.d_model, config.n_layers
     embedding = config.vocab_size * D
     moe_layers = sum(config.is_moe_layer(layer) for layer in range(L))
     router = routed = shared = Count(0, 0)
     if config.moe is not None:
         moe = config.moe
-        expert = swiglu(D, moe.expert_width)
+        expert = _swiglu_weights(D, moe.expert_width)
         matrices = 0 if moe.scoring_func == "hash" else 2 if moe.noisy_gating else 1
-        router = always(moe_layers * matrices * D * moe.n_routed_experts)
+        router = _all_active(moe_layers * matrices * D * moe.n_routed_experts)
         routed = Count(moe_layers * moe.n_routed_experts * expert, moe_layers * moe.top_k * expert)
-        shared = always(moe_layers * moe.n_shared_experts * expert)
-    norms = (2 * L + 1) * D + L * latent_norms(config.attention)  # of blocks: before attention and FFN; one at the end
+        shared = _all_active(moe_layers * moe.n_shared_experts * expert)
+    norms = (2 * L + 1) * D + L * _latent_norm_weights(config.attention)  # two per block and one before the head
     return Parameters(
-        embed_in=always(embedding),
-        lm_head=always(0 if config.tie_embeddings else embedding),
-        attention=always(L * attention_weights(D, config.attention)),
-        dense_ffn=always((L - moe_layers) * swiglu(D, config.ffn_width)),
+        embed_in=_all_active(embedding),
+        lm_head=_all_active(0 if config.tie_embeddings else embedding),
+        attention=_all_active(L * _attention_weights(D, config.attention)),
+        dense_ffn=_all_active((L - moe_layers) * _swiglu_weights(D, config.ffn_width)),
         router=router,
         routed_experts=routed,
         shared_experts=shared,
-        norms=always(norms),
+        norms=_all_active(norms),
     )
 
 
-def always(parameters: int) -> Count:
-    """A component that every token meets."""
+def _all_active(parameters: int) -> Count:
+    """The count of a component whose parameters are all active."""
     return Count(parameters, parameters)
 
 
-def swiglu(d_model: int, width: int) -> int:
-    """Weights of one SwiGLU FFN or expert: gate and up (D to F) and down (F to D)."""
+def _swiglu_weights(d_model: int, width: int) -> int:
+    """Weights of one SwiGLU FFN or expert: gate and up (D to F each) and down (F to D)."""
     return 3 * d_model * width
 
 
-def attention_weights(d_model: int, config: AnyAttention) -> int:
-    """Weights of one block's attention, without norms.
+def _attention_weights(d_model: int, config: AnyAttention) -> int:
+    """Weights of the attention in one block, without norms.
 
-    MHA, GQA, MQA: queries D to H d, keys and values D to G d each, output H d to D. MLA (DeepSeek-V2,
-    arXiv:2405.04434, Section 2.1): queries, through their latent where they have one; down to latent and shared rotated
-    key, up to keys and values, output.
+    MHA, GQA and MQA have matrices for queries (D to H d), keys and values (D to H_kv d each) and output (H d to D),
+    with d channels per head. MLA (DeepSeek-V2, arXiv:2405.04434, Section 2.1) has queries, with their latent if there
+    is one; down to the latent and the shared rotated key; up to keys and values; output.
     """
     D, H = d_model, config.n_heads
     if isinstance(config, AttentionConfig):
@@ -123,16 +123,18 @@ def attention_weights(d_model: int, config: AnyAttention) -> int:
     return query + down + up + H * config.v_head_dim * D
 
 
-def latent_norms(config: AnyAttention) -> int:
-    """Weights of one block's RMSNorms inside attention: MLA's, on its latent vectors."""
+def _latent_norm_weights(config: AnyAttention) -> int:
+    """Weights of the RMSNorms in one block's attention: only MLA has them, on its latent vectors."""
     return config.kv_lora_rank + (config.q_lora_rank or 0) if isinstance(config, MLAConfig) else 0
 
 
 def attention_kind(config: AnyAttention) -> str:
-    """MHA, GQA, MQA or MLA."""
+    """Name the kind of attention: MHA, GQA, MQA or MLA."""
     if isinstance(config, MLAConfig):
         return "MLA"
-    return "MHA" if config.kv_heads == config.n_heads else "MQA" if config.kv_heads == 1 else "GQA"
+    if config.kv_heads == config.n_heads:
+        return "MHA"
+    return "MQA" if config.kv_heads == 1 else "GQA"
 
 
 @dataclass(frozen=True)
@@ -141,67 +143,74 @@ class TrainingFlops:
 
     seq_len: int
     attention: int  # the projections
-    attention_scores: int  # queries with keys, weights with values
+    attention_scores: int  # products of queries with keys, and of attention weights with values
     dense_ffn: int
-    router: int  # small; not in `total`, as the papers leave it out
+    router: int  # small; excluded from `total`, as in the papers
     routed_experts: int
     shared_experts: int
     lm_head: int
 
     def rows(self) -> dict[str, int]:
-        """Component name -> FLOPs, the router's included."""
+        """Map component names to FLOPs, the router included."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seq_len"}
 
     @property
     def total(self) -> int:
-        """What DeepSeekMoE's tables print: everything but the router."""
+        """FLOPs of all components but the router, as in DeepSeekMoE's tables."""
         return sum(self.rows().values()) - self.router
 
     @property
     def forward_per_token(self) -> int:
-        """A third of training (backward costs twice forward), over the tokens."""
+        """Forward FLOPs per token: a third of training, since backward costs twice as much as forward."""
         return self.total // (3 * self.seq_len)
 
 
 def training_flops(config: ModelConfig, seq_len: int) -> TrainingFlops:
     """Count the training FLOPs of one sequence of `seq_len` tokens.
 
-    F = s [6 L (4 d^2 + 8 d^2 m) + 12 L d s + 6 V d], with m the activated FFN weights over 8 d^2. No paper prints it;
-    it gives the rows "FLOPs per 2K/4K Tokens" of DeepSeekMoE (arXiv:2401.06066), Tables 1 to 6, and its core is
-    DeepSeek LLM (arXiv:2401.02954), Equation 2. Here 4 d^2 and 8 d^2 m are the config's real widths, and 12 L d s^2 is
-    6 L s^2 H (d_qk + d_v): a head's query with its key, its weights with its values. All s^2 scores are counted, also
-    those that the causal mask or a window hides; MLA's as they are trained, not absorbed. Embedding look-up, norms and
-    router are not.
+    The FLOPs are S [6 L (4 D^2 + 8 D^2 u) + 12 L D S + 6 V D], where u is the active FFN weights over 8 D^2. No paper
+    prints this formula. It gives the rows "FLOPs per 2K/4K Tokens" of DeepSeekMoE (arXiv:2401.06066), Tables 1 to 6,
+    and its core is DeepSeek LLM (arXiv:2401.02954), Equation 2. This function uses the config's own widths for 4 D^2
+    and 8 D^2 u, and 6 L S^2 H (d_qk + d_v) for 12 L D S^2: the products of queries with keys and of attention weights
+    with values in every head. All S^2 scores count, also those that the causal mask or a window hides. MLA counts as
+    it is trained, not absorbed. Embedding look-up, norms and router do not count.
     """
-    met, heads = parameters(config), config.attention
+    counted, heads = parameters(config), config.attention
     per_weight = 6 * seq_len
     return TrainingFlops(
         seq_len=seq_len,
-        attention=per_weight * met.attention.active,
+        attention=per_weight * counted.attention.active,
         attention_scores=6 * config.n_layers * seq_len**2 * heads.n_heads * (heads.qk_dim + heads.v_dim),
-        dense_ffn=per_weight * met.dense_ffn.active,
-        router=per_weight * met.router.active,
-        routed_experts=per_weight * met.routed_experts.active,
-        shared_experts=per_weight * met.shared_experts.active,
-        lm_head=per_weight * config.vocab_size * config.d_model,  # tied or not, the product is done
+        dense_ffn=per_weight * counted.dense_ffn.active,
+        router=per_weight * counted.router.active,
+        routed_experts=per_weight * counted.routed_experts.active,
+        shared_experts=per_weight * counted.shared_experts.active,
+        lm_head=per_weight * config.vocab_size * config.d_model,  # the same product if tied
     )
 
 
 def by_component(config: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
-    """One row a component: weights stored and used by a token, FLOPs of a training sequence and forward for a token."""
-    weights, work = parameters(config).rows(), training_flops(config, seq_len).rows()
-    names = list(weights)
-    names.insert(names.index("attention") + 1, "attention_scores")  # work without weights
+    """One row per component: total and active weights, FLOPs of a training sequence, forward FLOPs per token."""
+    counts, flops = parameters(config).rows(), training_flops(config, seq_len).rows()
+    names = list(counts)
+    names.insert(names.index("attention") + 1, "attention_scores")  # FLOPs without weights
     rows = []
     for name in names:
-        count, flops = weights.get(name, Count(0, 0)), work.get(name, 0)
-        rows.append({"component": name, "total": count.total, "active": count.active})
-        rows[-1] |= {"training_flops": flops, "forward_flops_per_token": flops // (3 * seq_len)}
+        count, training = counts.get(name, Count(0, 0)), flops.get(name, 0)
+        rows.append(
+            {
+                "component": name,
+                "total": count.total,
+                "active": count.active,
+                "training_flops": training,
+                "forward_flops_per_token": training // (3 * seq_len),
+            }
+        )
     return rows
 
 
 def split_rows(models: Mapping[str, tuple[ModelConfig, int]]) -> list[dict[str, Any]]:
-    """Rows {model, component, total, active, flops} of several (config, seq_len); flops forward, for a token."""
+    """Rows {model, component, total, active, flops} of several (config, seq_len); flops are forward, per token."""
     return [
         {"model": name, **{key: row[key] for key in ("component", "total", "active")}}
         | {"flops": row["forward_flops_per_token"]}
@@ -212,13 +221,16 @@ def split_rows(models: Mapping[str, tuple[ModelConfig, int]]) -> list[dict[str, 
 
 
 def formula_flops(*, n_layers: int, d_model: int, vocab_size: int, ffn_units: float, seq_len: int) -> float:
-    """The same F from the five numbers a paper prints: L, d, V, m (in standard FFNs of 8 d^2 weights) and s."""
-    L, d, V, m, s = n_layers, d_model, vocab_size, ffn_units, seq_len
-    return s * (6 * L * (4 * d**2 + 8 * d**2 * m) + 12 * L * d * s + 6 * V * d)
+    """Training FLOPs by the formula of `training_flops`, from numbers that papers print.
+
+    `ffn_units` is u: the active FFN weights in units of a standard FFN, which has 8 D^2 weights.
+    """
+    L, D, V, u, S = n_layers, d_model, vocab_size, ffn_units, seq_len
+    return S * (6 * L * (4 * D**2 + 8 * D**2 * u) + 12 * L * D * S + 6 * V * D)
 
 
 def kv_cache_elements(config: ModelConfig) -> int:
-    """Numbers cached for one token in all layers: 2 L G d_head with G heads of keys and values, (d_c + d_h^R) L in MLA.
+    """Numbers cached per token in all layers: 2 L H_kv d_h in MHA, GQA and MQA; (d_c + d_h^R) L in MLA.
 
     DeepSeek-V2 (arXiv:2405.04434), Table 1.
     """
@@ -226,17 +238,17 @@ def kv_cache_elements(config: ModelConfig) -> int:
 
 
 def kv_cache_bytes(config: ModelConfig, n_tokens: int, bits: int, batch_size: int = 1) -> int:
-    """Bytes that `batch_size` sequences of `n_tokens` tokens keep, at `bits` a number, rounded up to whole bytes.
+    """Bytes of the KV cache of `batch_size` sequences of `n_tokens` tokens, with `bits` per number, rounded up.
 
-    With a sliding window the cache rolls: it holds the last `window` tokens at most. InputError for n_tokens below 0,
-    batch_size below 1 and bits outside 1..64.
+    With a sliding window, the cache keeps the last `window` tokens only. Raises InputError if n_tokens is below 0,
+    batch_size below 1 or bits outside 1..64.
     """
-    require_whole("n_tokens", n_tokens, 0)
-    require_whole("bits", bits, 1, 64)
-    require_whole("batch_size", batch_size, 1)
-    window = config.attention.window if isinstance(config.attention, AttentionConfig) else None
-    kept = n_tokens if window is None else min(n_tokens, window)
-    return -(-kv_cache_elements(config) * kept * batch_size * bits // 8)
+    require_int("n_tokens", n_tokens, 0)
+    require_int("bits", bits, 1, 64)
+    require_int("batch_size", batch_size, 1)
+    window = config.attention.window
+    cached = n_tokens if window is None else min(n_tokens, window)
+    return -(-kv_cache_elements(config) * cached * batch_size * bits // 8)
 
 
 def cache_rows(models: Mapping[str, ModelConfig]) -> list[dict[str, Any]]:

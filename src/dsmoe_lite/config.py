@@ -1,17 +1,43 @@
-"""What a model is, as frozen dataclasses that refuse what cannot work when they are made.
+"""Model configs: frozen, keyword-only dataclasses that refuse values that cannot work when they are created.
 
-Shape legend, used in the whole package: B batch, S sequence, T = B*S tokens, D model, H heads, E experts, K top-k,
-F expert width, V vocabulary.
+The letters of all shapes and formulas; each has one meaning in the whole course:
+
+    B  batch: sequences in a batch
+    S  sequence: tokens in a sequence
+    T  tokens in a batch, B * S
+    V  vocabulary: token ids
+    D  model width
+    L  layers
+    H  attention heads
+    d  channels of a head
+    H_kv  heads of keys and values: H in MHA, fewer in GQA, 1 in MQA
+    S_kv  keys that attention reads: cached tokens and the S new ones
+    W  sliding window: the tokens a token sees, itself included
+    E  routed experts in a layer
+    K  top-k: routed experts chosen per token
+    F  expert width: hidden channels of a routed expert
+    N  rows: choices (token, expert) that are kept, at most T * K
+    C  capacity: the most rows an expert takes
+    m  segmentation: fine-grained experts made from one ordinary expert
+    G  devices, each with a group of E / G experts: n_group
+    M  device limit: devices that a token may reach, topk_group
+    P  processes that train one model
+    alpha  weight of a balance loss
+    gamma  bias speed: how far loss-free balancing moves a bias per step
+    lambda  weight of the loss of multi-token prediction (MTP)
+
+Letters of a single paper, such as those of MLA and YaRN, are introduced in the module that uses them.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import dacite
 
-from dsmoe_lite.common.errors import InputError, require, require_bool, require_choice, require_number, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_bool, require_choice, require_int, require_number
 
 SCORING_FUNCS = ("softmax", "sigmoid", "hash")
 CHOOSERS = ("token", "expert")
@@ -26,9 +52,9 @@ C = TypeVar("C")
 class YarnConfig:
     """YaRN (Peng et al. 2023, arXiv:2309.00071) as DeepSeek-V2 and V3 use it: a context `factor` times as long.
 
-    Channels that turn more than `beta_fast` times over `original_max_len` keep their frequency, those that turn less
-    than `beta_slow` times have it divided by `factor`, between the two it is a mixture. Attention is sharpened by
-    (0.1 mscale ln factor + 1)^2; mscale is 0.707 in V2 and 1 in V3.
+    Channels that turn more than `beta_fast` times over `original_max_len` tokens keep their frequency. Channels that
+    turn less than `beta_slow` times have it divided by `factor`. Between the two, the frequency is interpolated.
+    Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; mscale is 0.707 in V2 and 1 in V3.
     """
 
     factor: float
@@ -39,7 +65,7 @@ class YarnConfig:
 
     def __post_init__(self) -> None:
         require_number("factor", self.factor, 1.0)
-        require_whole("original_max_len", self.original_max_len, 1)
+        require_int("original_max_len", self.original_max_len, 1)
         require_number("beta_slow", self.beta_slow, 0.0, open_low=True)
         require_number("beta_fast", self.beta_fast, 0.0)
         remedy = f"must be above beta_slow = {self.beta_slow:g}"
@@ -49,38 +75,38 @@ class YarnConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Attention with rotary positions: MHA, GQA with `n_kv_heads` below `n_heads`, MQA with one.
+    """Attention with rotary positions: MHA; GQA if `n_kv_heads` is below `n_heads`; MQA if it is 1.
 
-    With `window` a token sees itself and the window - 1 tokens before it (Mistral 7B, arXiv:2310.06825).
+    With a sliding `window`, a token sees itself and the window - 1 tokens before it (Mistral 7B, arXiv:2310.06825).
     """
 
     n_heads: int  # H
-    head_dim: int  # even: RoPE turns pairs of channels
+    head_dim: int  # even: RoPE rotates pairs of channels
     rope_theta: float = 10_000.0
-    n_kv_heads: int | None = None  # keys and values, each shared by n_heads / n_kv_heads queries; None: n_heads
+    n_kv_heads: int | None = None  # H_kv; n_heads / n_kv_heads queries share a key and a value; None: n_heads
     window: int | None = None
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
-        require_whole("n_heads", self.n_heads, 1)
-        require_whole("head_dim", self.head_dim, 2)
+        require_int("n_heads", self.n_heads, 1)
+        require_int("head_dim", self.head_dim, 2)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs of channels")
         require_number("rope_theta", self.rope_theta, 1.0, open_low=True)
         if self.n_kv_heads is not None:
-            require_whole("n_kv_heads", self.n_kv_heads, 1)
+            require_int("n_kv_heads", self.n_kv_heads, 1)
             remedy = f"must divide n_heads = {self.n_heads}"
             require(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", self.n_kv_heads, remedy)
         if self.window is not None:
-            require_whole("window", self.window, 1)
+            require_int("window", self.window, 1)
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Heads of keys and values, H_kv."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def rope_dim(self) -> int:
-        """Channels of a head that RoPE turns: all."""
+        """Channels of a head that RoPE rotates: all."""
         return self.head_dim
 
     @property
@@ -95,7 +121,7 @@ class AttentionConfig:
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached for a token in one layer: a key and a value of every KV head."""
+        """Numbers cached per token and layer: a key and a value for each of H_kv heads."""
         return 2 * self.kv_heads * self.head_dim
 
 
@@ -103,36 +129,36 @@ class AttentionConfig:
 class MLAConfig:
     """Multi-head Latent Attention (DeepSeek-V2, arXiv:2405.04434, Section 2.1): keys and values from one latent vector.
 
-    Without `q_lora_rank` queries are not compressed, as in V2-Lite.
+    Without `q_lora_rank`, queries are not compressed, as in V2-Lite.
     """
 
     n_heads: int  # H
-    qk_nope_head_dim: int  # d_h, of queries and keys without positions
-    qk_rope_head_dim: int  # d_h^R, of the rotated part; its key is shared by all heads
-    v_head_dim: int
-    kv_lora_rank: int  # d_c, width of the latent that is cached
-    q_lora_rank: int | None = None  # d_c', width of the queries' latent
+    qk_nope_head_dim: int  # d_h, the part of a query or key without positions
+    qk_rope_head_dim: int  # d_h^R, the rotated part; all heads share its key
+    v_head_dim: int  # d_v
+    kv_lora_rank: int  # d_c, width of the cached latent of keys and values
+    q_lora_rank: int | None = None  # d_c', width of the latent of queries
     rope_theta: float = 10_000.0
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"):
-            require_whole(name, getattr(self, name), 1)
-        require_whole("qk_rope_head_dim", self.qk_rope_head_dim, 2)
+            require_int(name, getattr(self, name), 1)
+        require_int("qk_rope_head_dim", self.qk_rope_head_dim, 2)
         even = self.qk_rope_head_dim % 2 == 0
         require(even, "qk_rope_head_dim", self.qk_rope_head_dim, "must be even: RoPE rotates pairs of channels")
         if self.q_lora_rank is not None:
-            require_whole("q_lora_rank", self.q_lora_rank, 1)
+            require_int("q_lora_rank", self.q_lora_rank, 1)
         require_number("rope_theta", self.rope_theta, 1.0, open_low=True)
 
     @property
     def rope_dim(self) -> int:
-        """Channels of a head that RoPE turns."""
+        """Channels of a head that RoPE rotates."""
         return self.qk_rope_head_dim
 
     @property
     def qk_dim(self) -> int:
-        """Width of a head's query and key, d_h + d_h^R: the root of it scales the scores, absorbed or not."""
+        """Width of a head's query and key, d_h + d_h^R; scores are divided by its root, also when absorbed."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
@@ -142,12 +168,12 @@ class MLAConfig:
 
     @property
     def window(self) -> None:
-        """No window: a token sees all before it."""
+        """None: a token sees all tokens before it."""
         return None
 
     @property
     def cache_width(self) -> int:
-        """Numbers cached for a token in one layer: d_c + d_h^R, whatever the number of heads."""
+        """Numbers cached per token and layer: d_c + d_h^R, for any number of heads."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -156,45 +182,45 @@ AnyAttention = AttentionConfig | MLAConfig
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """One mixture-of-experts layer, as data. What the papers call their designs:
+    """One mixture-of-experts layer. The designs of the papers are these settings:
 
     - Shazeer 2017: `noisy_gating=True, norm_topk_prob=True`.
     - GShard: `top_k=2, norm_topk_prob=True, second_choice="random"` and a capacity. Switch: `top_k=1` and a capacity.
     - Hash Layer: `scoring_func="hash", top_k=1`. Expert choice: `chooser="expert"`.
-    - Mixtral, DBRX: `norm_topk_prob=True`. A softmax over the kept logits is the softmax over all of them, divided by
-      its sum over the kept ones.
-    - DeepSeekMoE: many narrow experts, `n_shared_experts` of them always on, gates not normalised.
+    - Mixtral, DBRX: `norm_topk_prob=True`. A softmax over the K chosen logits equals the softmax over all E logits,
+      divided by its sum over the chosen ones.
+    - DeepSeekMoE: many narrow experts, and `n_shared_experts` that every token visits; gates are not normalised.
     - DeepSeek-V2: also `n_group`, `topk_group` (devices), `routed_scaling_factor`, `group_capacity_factor`.
     - DeepSeek-V3: `scoring_func="sigmoid", expert_bias=True, norm_topk_prob=True, group_score="top2"`.
     """
 
     n_routed_experts: int  # E
-    top_k: int  # K; with chooser = "expert" the mean number of experts a token
+    top_k: int  # K; with chooser = "expert", the mean number of experts per token
     expert_width: int  # F, hidden width of one routed expert
-    n_shared_experts: int = 0  # each of width F, gate 1
+    n_shared_experts: int = 0  # each of width F and with gate 1
     scoring_func: str = "softmax"
-    chooser: str = "token"  # "expert": every expert takes its best T*K/E tokens
-    noisy_gating: bool = False  # in training, noise of learnt size on the logits
-    expert_bias: bool = False  # added to the scores when experts are chosen, not to the gates
-    n_group: int = 1  # experts stand in groups of E / n_group neighbours: devices in V2, nodes in V3
-    topk_group: int = 1  # groups a token may reach
-    group_score: str = "max"  # a group is worth its best score (V2) or the sum of its best two (V3)
-    norm_topk_prob: bool = False  # gates divided by their sum over the K chosen
-    routed_scaling_factor: float = 1.0  # on the gates of routed experts
-    scale_normalised: bool = True  # V3; False as in V2's published code: gates that were normalised are not scaled
+    chooser: str = "token"  # "expert": every expert takes the T * K / E tokens with the highest scores
+    noisy_gating: bool = False  # in training, add noise of a learnt size to the logits
+    expert_bias: bool = False  # add a bias to the scores that choose experts, not to the gates
+    n_group: int = 1  # G, groups of E / G neighbouring experts: devices in V2, nodes in V3
+    topk_group: int = 1  # M, groups a token may reach
+    group_score: str = "max"  # of a group: its highest score (V2) or "top2", the sum of its highest two (V3)
+    norm_topk_prob: bool = False  # divide the gates by their sum over the K chosen experts
+    routed_scaling_factor: float = 1.0  # multiplies the gates of routed experts
+    scale_normalised: bool = True  # as V3; False as V2's published code, which does not scale normalised gates
     second_choice: str = "all"  # "random": in training, keep the second with probability min(1, 2 * its share)
-    capacity_factor: float | None = None  # slots an expert has, over its fair share T*K/E; None: no token is dropped
+    capacity_factor: float | None = None  # an expert's slots over its fair share T * K / E; None: drop no token
     eval_capacity_factor: float | None = None  # the same outside training
-    group_capacity_factor: float | None = None  # in training, slots a group has over its fair share T*K/n_group
-    never_drop_share: float = 0.1  # of a batch's sequences, how many no full group drops, rounded to whole ones
-    routing_groups: int = 1  # equal parts of a batch, each with slots of its own: GShard's groups
+    group_capacity_factor: float | None = None  # in training, a group's slots over its fair share T * K / n_group
+    never_drop_share: float = 0.1  # share of a batch's sequences, rounded, that a full group does not drop
+    routing_groups: int = 1  # equal parts of a batch, each with separate slots: GShard's groups
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         E, K = self.n_routed_experts, self.top_k
         for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group", "routing_groups"):
-            require_whole(name, getattr(self, name), 1)
-        require_whole("n_shared_experts", self.n_shared_experts, 0)
+            require_int(name, getattr(self, name), 1)
+        require_int("n_shared_experts", self.n_shared_experts, 0)
         for name in ("noisy_gating", "expert_bias", "norm_topk_prob", "scale_normalised"):
             require_bool(name, getattr(self, name))
         require(K <= E, "top_k", K, f"must be at most n_routed_experts = {E}")
@@ -210,13 +236,13 @@ class MoEConfig:
                 require_number(name, getattr(self, name), 0.0, open_low=True)
         self._check_groups()
         self._check_choice()
-        apart = self.routing_groups == 1 or self.competes
-        remedy = "must be 1 where tokens do not compete for slots: without a capacity, nor chooser = 'expert'"
-        require(apart, "routing_groups", self.routing_groups, remedy)
+        needed = self.routing_groups == 1 or self.competes
+        remedy = "must be 1 if tokens do not compete for slots: set a capacity or chooser = 'expert'"
+        require(needed, "routing_groups", self.routing_groups, remedy)
 
     @property
     def competes(self) -> bool:
-        """Whether which tokens an expert takes depends on the other tokens of the batch."""
+        """Whether tokens compete for slots: which tokens an expert takes depends on the rest of the batch."""
         factors = (self.capacity_factor, self.eval_capacity_factor, self.group_capacity_factor)
         return self.chooser == "expert" or any(factor is not None for factor in factors)
 
@@ -226,14 +252,14 @@ class MoEConfig:
         return self.chooser == "token" and self.eval_capacity_factor is None
 
     def _check_groups(self) -> None:
-        E, groups, reached = self.n_routed_experts, self.n_group, self.topk_group
-        require(E % groups == 0, "n_group", groups, f"must divide n_routed_experts = {E}")
-        require(reached <= groups, "topk_group", reached, f"must be at most n_group = {groups}")
-        in_reach = reached * (E // groups)
-        remedy = f"must be at most {in_reach}: topk_group = {reached} groups hold {in_reach} experts"
-        require(self.top_k <= in_reach, "top_k", self.top_k, remedy)
-        two = self.group_score != "top2" or E // groups >= 2
-        require(two, "group_score", self.group_score, f"needs two experts a group, n_group = {groups} leaves one")
+        E, G, M = self.n_routed_experts, self.n_group, self.topk_group
+        require(E % G == 0, "n_group", G, f"must divide n_routed_experts = {E}")
+        require(M <= G, "topk_group", M, f"must be at most n_group = {G}")
+        reachable = M * (E // G)
+        remedy = f"must be at most {reachable}: topk_group = {M} groups hold {reachable} experts"
+        require(self.top_k <= reachable, "top_k", self.top_k, remedy)
+        two = self.group_score != "top2" or E // G >= 2
+        require(two, "group_score", self.group_score, f"needs two experts per group; n_group = {G} leaves one")
 
     def _check_choice(self) -> None:
         K = self.top_k
@@ -242,37 +268,49 @@ class MoEConfig:
         if self.scoring_func == "hash":
             remedy = "must be 1 with scoring_func = 'hash': the table names one expert per token id"
             require(K == 1, "top_k", K, remedy)
-            self._refuse("scoring_func = 'hash': the table alone chooses", "chooser", "noisy_gating", "expert_bias",
-                         "n_group")  # fmt: skip
+            self._require_defaults(
+                ("chooser", "noisy_gating", "expert_bias", "n_group"),
+                "scoring_func = 'hash': the table alone chooses",
+            )
         if self.chooser == "expert":
-            self._refuse("chooser = 'expert': every expert fills its slots exactly", "noisy_gating",
-                         "expert_bias", "n_group", "norm_topk_prob", "second_choice", "capacity_factor",
-                         "eval_capacity_factor", "group_capacity_factor")  # fmt: skip
+            self._require_defaults(
+                (
+                    "noisy_gating",
+                    "expert_bias",
+                    "n_group",
+                    "norm_topk_prob",
+                    "second_choice",
+                    "capacity_factor",
+                    "eval_capacity_factor",
+                    "group_capacity_factor",
+                ),
+                "chooser = 'expert': every expert fills its slots exactly",
+            )
         remedy = "needs top_k = 2 and norm_topk_prob = True, the only case GShard defines"
         defined = K == 2 and self.norm_topk_prob
         require(self.second_choice == "all" or defined, "second_choice", self.second_choice, remedy)
         grouped = self.group_capacity_factor is None or self.n_group > 1
         require(grouped, "group_capacity_factor", self.group_capacity_factor, "needs n_group of at least 2")
 
-    def _refuse(self, why: str, *names: str) -> None:
-        """Require the default of every field in `names`."""
+    def _require_defaults(self, names: Collection[str], reason: str) -> None:
+        """Require the default value of each field in `names`."""
         for field in fields(self):
-            value = getattr(self, field.name)
-            remedy = f"must be {field.default!r} with {why}"
-            require(field.name not in names or value == field.default, field.name, value, remedy)
+            if field.name in names:
+                value = getattr(self, field.name)
+                require(value == field.default, field.name, value, f"must be {field.default!r} with {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only Transformer: RMSNorm before attention and FFN, SwiGLU, RoPE.
 
-    Without `moe` every FFN is dense, of width `ffn_width`. With it the first `n_dense_layers` stay dense, and of the
-    others every `interleave`-th holds experts: 1 in DeepSeekMoE-16B (one dense layer first), 2 in GLaM.
+    Without `moe`, every FFN is dense and has width `ffn_width`. With `moe`, the first `n_dense_layers` stay dense, and
+    every `interleave`-th layer after them has experts: 1 in DeepSeekMoE-16B (one dense layer first), 2 in GLaM.
     """
 
     vocab_size: int  # V
     d_model: int  # D
-    n_layers: int
+    n_layers: int  # L
     attention: AnyAttention
     ffn_width: int
     moe: MoEConfig | None = None
@@ -285,33 +323,33 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "interleave", "max_seq_len"):
-            require_whole(name, getattr(self, name), 1)
-        kind = isinstance(self.attention, AnyAttention)
-        require(kind, "attention", self.attention, "must be an AttentionConfig or an MLAConfig")
-        require_whole("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
+            require_int(name, getattr(self, name), 1)
+        known = isinstance(self.attention, AnyAttention)
+        require(known, "attention", self.attention, "must be an AttentionConfig or an MLAConfig")
+        require_int("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
         if self.moe is not None:
-            left = self.n_layers - self.n_dense_layers
-            remedy = f"must be below n_layers = {self.n_layers}: no block is left for experts"
-            require(left > 0, "n_dense_layers", self.n_dense_layers, remedy)
-            remedy = f"must be at most {left}, the blocks that n_dense_layers = {self.n_dense_layers} leaves"
-            require(self.interleave <= left, "interleave", self.interleave, remedy)
+            rest = self.n_layers - self.n_dense_layers
+            remedy = f"must be below n_layers = {self.n_layers}: no layer is left for experts"
+            require(rest > 0, "n_dense_layers", self.n_dense_layers, remedy)
+            remedy = f"must be at most {rest}, the layers that n_dense_layers = {self.n_dense_layers} leaves"
+            require(self.interleave <= rest, "interleave", self.interleave, remedy)
         require_bool("tie_embeddings", self.tie_embeddings)
         require_number("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         require_number("init_std", self.init_std, 0.0, 10.0, open_low=True)
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (from 0) holds experts."""
-        place = layer - self.n_dense_layers + 1
-        return self.moe is not None and place > 0 and place % self.interleave == 0
+        """Whether block `layer`, counted from 0, has experts."""
+        index = layer - self.n_dense_layers + 1
+        return self.moe is not None and index > 0 and index % self.interleave == 0
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain data, for JSON or YAML."""
+    """Turn a config into plain data, for JSON or YAML."""
     return asdict(config)
 
 
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-    """Make a config of class `cls` from plain data; unknown fields and wrong types raise InputError."""
+    """Make a config of class `cls` from plain data. Raises InputError for unknown fields and wrong types."""
     try:
         config = dacite.Config(strict=True, cast=[tuple], type_hooks={AnyAttention: _attention})  # type: ignore[dict-item]
         return dacite.from_dict(cls, values, config=config)
@@ -320,18 +358,18 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
 
 
 def _attention(values: Any) -> Any:
-    """The attention config that `values` are of, by the fields only one of the two has."""
+    """Make the attention config that has the fields of `values`."""
     if not isinstance(values, dict):
         return values
     return from_dict(MLAConfig if "kv_lora_rank" in values else AttentionConfig, values)
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """Read the mapping in a YAML file, 3e-3 taken as a number; InputError names file and line of what is wrong."""
+    """Read the mapping in a YAML file; 3e-3 is a number. Raises InputError naming the file and line of an error."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.1 takes 3e-3 for text."""
+        """Reads 3e-3 as a number; YAML 1.1 takes it for text."""
 
     exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
@@ -342,8 +380,8 @@ def read_yaml(path: Path) -> dict[Any, Any]:
     except UnicodeDecodeError:
         raise InputError(f"{path}: is not UTF-8 text") from None
     except yaml.MarkedYAMLError as error:
-        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}: is not YAML: {error.problem}{where}") from None
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"{path}: is not YAML: {error.problem}{line}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -1,4 +1,4 @@
-"""What a model knows: held-out loss by domain, and facts recalled from memory."""
+"""Evaluation: held-out loss by domain, the load of every expert, and facts that a model recalls."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,16 +18,17 @@ from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Transformer, eval_mode
 from dsmoe_lite.routing.metrics import drop_rate, groups_reached, overflow
 
-OVERFLOW_FACTOR = 1.25  # ST-MoE's capacity in training
+OVERFLOW_FACTOR = 1.25  # the capacity factor of ST-MoE in training
+BATCH_SIZE = 256  # questions
 
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """How one MoE layer used its experts over a whole set of batches.
+    """How one MoE layer used its experts over all batches.
 
-    `load` is assignments over their mean; `max_vio` the largest load minus 1 (MaxVio_global of arXiv:2408.15664);
-    `drop_rate` the share of assignments that were not kept; `overflow` the share that a capacity factor of 1.25 would
-    have dropped, batch by batch; `reached` is how many groups of experts, devices, a token is sent to in the mean.
+    load: choices of each expert over their mean. max_vio: the largest load minus 1 (MaxVio_global of arXiv:2408.15664).
+    drop_rate: the share of choices that were dropped. overflow: the share that a capacity factor of 1.25 would drop,
+    batch by batch. reached: to how many groups of experts (devices) a token is sent on average.
     """
 
     load: list[float]  # (E,)
@@ -39,16 +40,16 @@ class ExpertUse:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean cross-entropy in nats a token, over all held-out tokens and over those of each domain."""
+    """Mean cross-entropy in nats per token, over all held-out tokens and by domain."""
 
     loss: float
     by_domain: dict[str, float]
-    experts: list[ExpertUse]  # one a MoE layer
+    experts: list[ExpertUse]  # one per MoE layer
 
 
 @torch.no_grad()
 def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence[str]) -> HeldOut:
-    """Evaluate on fixed batches; a domain without tokens is left out. The model is left in the mode it was in."""
+    """Evaluate on fixed batches. A domain without tokens is omitted. The model keeps its mode."""
     device = model.embed.weight.device
     total = torch.zeros(len(domains), dtype=torch.float64)
     count = torch.zeros(len(domains), dtype=torch.float64)
@@ -69,35 +70,40 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
 
 
 class _Tally:
-    """Adds up one MoE layer's use of its experts, batch by batch."""
+    """Accumulates how one MoE layer uses its experts, batch by batch."""
 
     def __init__(self, moe: MoEConfig) -> None:
         self.counts = torch.zeros(moe.n_routed_experts, dtype=torch.float64)
-        self.dropped = self.over = 0.0  # assignments
-        self.sent, self.tokens = 0.0, 0
+        self.dropped = self.overflow = 0.0  # choices
+        self.reached, self.tokens = 0.0, 0
         self.group_of = group_of(moe.n_routed_experts, moe.n_group)
 
     def add(self, routing: Routing) -> None:
         counts = routing.counts.cpu().double()
         self.counts += counts
         self.dropped += drop_rate(routing) * float(counts.sum())
-        self.over += overflow(routing, OVERFLOW_FACTOR) * float(counts.sum())
+        self.overflow += overflow(routing, OVERFLOW_FACTOR) * float(counts.sum())
         n_tokens = len(routing.topk_ids)
-        self.sent += groups_reached(routing, self.group_of.to(routing.topk_ids.device)) * n_tokens
+        self.reached += groups_reached(routing, self.group_of.to(routing.topk_ids.device)) * n_tokens
         self.tokens += n_tokens
 
     def use(self) -> ExpertUse:
-        load, everything = relative_load(self.counts), float(self.counts.sum())
-        dropped, over = self.dropped / everything, self.over / everything
-        return ExpertUse(load.tolist(), float(load.max()) - 1, dropped, over, self.sent / self.tokens)
+        load, choices = relative_load(self.counts), float(self.counts.sum())
+        return ExpertUse(
+            load=load.tolist(),
+            max_vio=float(load.max()) - 1,
+            drop_rate=self.dropped / choices,
+            overflow=self.overflow / choices,
+            reached=self.reached / self.tokens,
+        )
 
 
 @torch.no_grad()
 def recall(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Question]) -> dict[str, float]:
-    """Return the share of questions answered exactly by greedy decoding, for each group of questions.
+    """Return the share of questions that greedy decoding answers exactly, for each group of questions.
 
-    Every token of the answer has to be the likeliest one. Questions of one length go through together, so nothing is
-    padded and no padding takes an expert's slot.
+    Every token of the answer must be the likeliest one. Questions of equal length form a batch, so there is no padding
+    that could take an expert's slot.
     """
     device = model.embed.weight.device
     by_shape = defaultdict(list)
@@ -105,16 +111,16 @@ def recall(model: Transformer, tokenizer: Tokenizer, questions: Sequence[Questio
         prompt = tokenizer.encode(question.prompt).ids
         answer = tokenizer.encode(question.answer).ids
         by_shape[len(prompt), len(answer)].append((prompt + answer, question.group))
-    right: dict[str, int] = defaultdict(int)
+    correct: dict[str, int] = defaultdict(int)
     asked: dict[str, int] = defaultdict(int)
     with eval_mode(model):
         for (_, n_answer), members in sorted(by_shape.items()):
-            for start in range(0, len(members), 256):
-                part = members[start : start + 256]
-                tokens = torch.tensor([ids for ids, _ in part], device=device)
-                answered = model(tokens[:, :-1]).logits[:, -n_answer:].argmax(dim=-1)  # (B, n_answer)
-                exact = (answered == tokens[:, -n_answer:]).all(dim=1).tolist()
-                for (_, group), hit in zip(part, exact, strict=True):
-                    right[group] += hit
+            for start in range(0, len(members), BATCH_SIZE):
+                batch = members[start : start + BATCH_SIZE]
+                tokens = torch.tensor([ids for ids, _ in batch], device=device)
+                predicted = model(tokens[:, :-1]).logits[:, -n_answer:].argmax(dim=-1)  # (B, n_answer)
+                exact = (predicted == tokens[:, -n_answer:]).all(dim=1).tolist()
+                for (_, group), hit in zip(batch, exact, strict=True):
+                    correct[group] += hit
                     asked[group] += 1
-    return {group: right[group] / asked[group] for group in sorted(asked)}
+    return {group: correct[group] / asked[group] for group in sorted(asked)}

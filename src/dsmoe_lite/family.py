@@ -1,18 +1,20 @@
-"""Published models whose sizes the course compares, as configs: for `dsmoe count`, not for training.
+"""Published models whose sizes the course compares, as configs for `dsmoe count`; they are not for training.
 
-Numbers come from the papers named in data/published.json and from the configs released with the weights. RMSNorm, RoPE
-and SwiGLU stand for what a model has in their place where it counts the same. What ModelConfig cannot say:
+The numbers come from the papers named in data/published.json and from the configs released with the weights. If a model
+has another norm, position embedding or activation with as many parameters, its config has RMSNorm, RoPE or SwiGLU
+instead. Further differences between a config and its model:
 
-- deepseek-v3: the module that predicts one more token (MTP), which is left out of the 671B as well.
-- deepseek-v2, deepseek-v2-lite: context up to 160K is the released setting of YaRN; the papers speak of 128K and 32K.
-- qwen2.5-72B: biases of queries, keys and values, 819,200 in all.
-- llama-3.1-405B: its own scaling of RoPE, which is not YaRN.
-- mixtral-8x22B: the vocabulary of its first release, 32000; later ones have 32768.
-- dbrx: LayerNorm without bias, queries, keys and values clipped at 8.
-- grok-1: four norms a block where ModelConfig has two, GELU in its gated FFN, scaled embeddings and capped logits.
-- v2-small-mha, v2-large-mha: DeepSeek-V2 (arXiv:2405.04434), Table 9, prints their caches and sizes, not their
-  geometry, which is inferred: V2-Lite with full attention gives cache and sizes; V2 with 56 full heads gives the cache
-  alone (235.6B parameters, where 250.8B are printed).
+- deepseek-v3: without the module that predicts one more token (MTP), which the published 671B excludes as well.
+- deepseek-v2, deepseek-v2-lite: a context of 160K, the released setting of YaRN; the papers report 128K and 32K.
+- qwen2.5-72B: without the biases of queries, keys and values, 819,200 parameters.
+- llama-3.1-405B: without its scaling of RoPE, which is not YaRN.
+- mixtral-8x22B: the vocabulary of its first release, 32000; later releases have 32768.
+- dbrx: RMSNorm instead of LayerNorm without bias; queries, keys and values are not clipped at 8.
+- grok-1: two norms per block instead of four, SwiGLU instead of a gated FFN with GELU; neither scaled embeddings nor
+  capped logits.
+- v2-small-mha, v2-large-mha: DeepSeek-V2 (arXiv:2405.04434), Table 9, prints the caches and sizes of these models but
+  not their shapes, which are inferred. V2-Lite with full attention reproduces both cache and sizes. V2 with 56 full
+  heads reproduces the cache only: it has 235.6B parameters, the table prints 250.8B.
 """
 
 from dataclasses import replace
@@ -24,7 +26,7 @@ _V3_YARN = replace(_V2_YARN, mscale=1.0)
 
 
 def _mla(n_heads: int, yarn: YarnConfig, q_lora_rank: int | None = 1536) -> MLAConfig:
-    """The geometry that V2, V2-Lite and V3 share: d_h 128, d_h^R 64, d_c 512."""
+    """MLA of the shape that V2, V2-Lite and V3 share: d_h 128, d_h^R 64, d_c 512."""
     return MLAConfig(
         n_heads=n_heads,
         qk_nope_head_dim=128,
@@ -36,8 +38,8 @@ def _mla(n_heads: int, yarn: YarnConfig, q_lora_rank: int | None = 1536) -> MLAC
     )
 
 
-def _deepseek(d_model: int, n_layers: int, attention: AttentionConfig | MLAConfig, ffn_width: int) -> ModelConfig:
-    """A dense model with the vocabulary, context and start that DeepSeek's share up to V2."""
+def _deepseek(*, d_model: int, n_layers: int, attention: AttentionConfig | MLAConfig, ffn_width: int) -> ModelConfig:
+    """A dense model with the vocabulary, context length and initialisation that DeepSeek's models share up to V2."""
     return ModelConfig(
         vocab_size=102_400,
         d_model=d_model,
@@ -49,16 +51,30 @@ def _deepseek(d_model: int, n_layers: int, attention: AttentionConfig | MLAConfi
     )
 
 
+def _mha(n_heads: int) -> AttentionConfig:
+    return AttentionConfig(n_heads=n_heads, head_dim=128)
+
+
 def _gqa8(n_heads: int, rope_theta: float = 10_000.0) -> AttentionConfig:
     return AttentionConfig(n_heads=n_heads, head_dim=128, rope_theta=rope_theta, n_kv_heads=8)
 
 
+def _top_k(n_experts: int, top_k: int, width: int) -> MoEConfig:
+    """Full-width experts in every block, with gates that sum to 1."""
+    return MoEConfig(n_routed_experts=n_experts, top_k=top_k, expert_width=width, norm_topk_prob=True)
+
+
 _MOE_16B = replace(
-    _deepseek(2048, 28, AttentionConfig(n_heads=16, head_dim=128), 10_944),
+    _deepseek(d_model=2048, n_layers=28, attention=_mha(16), ffn_width=10_944),
     moe=MoEConfig(n_routed_experts=64, top_k=6, expert_width=1408, n_shared_experts=2),
     n_dense_layers=1,
 )
-_V2_LITE = replace(_MOE_16B, n_layers=27, attention=_mla(16, _V2_YARN, None), max_seq_len=163_840)
+_V2_LITE = replace(
+    _MOE_16B,
+    n_layers=27,
+    attention=_mla(16, _V2_YARN, q_lora_rank=None),
+    max_seq_len=163_840,
+)
 _V2 = ModelConfig(
     vocab_size=102_400,
     d_model=5120,
@@ -103,26 +119,20 @@ _V3 = ModelConfig(
     init_std=0.006,
 )
 
-
-def _top_k(n_experts: int, top_k: int, width: int) -> MoEConfig:
-    """Whole experts with gates that sum to 1, in every block."""
-    return MoEConfig(n_routed_experts=n_experts, top_k=top_k, expert_width=width, norm_topk_prob=True)
-
-
 FAMILY = {
-    "deepseek-7B": _deepseek(4096, 30, AttentionConfig(n_heads=32, head_dim=128), 11_008),
-    "deepseek-67B": _deepseek(8192, 95, _gqa8(64), 22_016),
+    "deepseek-7B": _deepseek(d_model=4096, n_layers=30, attention=_mha(32), ffn_width=11_008),
+    "deepseek-67B": _deepseek(d_model=8192, n_layers=95, attention=_gqa8(64), ffn_width=22_016),
     "deepseekmoe-16B": _MOE_16B,
     "deepseek-v2-lite": _V2_LITE,
     "deepseek-v2": _V2,
     "deepseek-v3": _V3,
-    "v2-small-mha": replace(_V2_LITE, attention=AttentionConfig(n_heads=16, head_dim=128), max_seq_len=4096),
-    "v2-large-mha": replace(_V2, attention=AttentionConfig(n_heads=56, head_dim=128), max_seq_len=4096),
+    "v2-small-mha": replace(_V2_LITE, attention=_mha(16), max_seq_len=4096),
+    "v2-large-mha": replace(_V2, attention=_mha(56), max_seq_len=4096),
     "llama2-7B": ModelConfig(
         vocab_size=32_000,
         d_model=4096,
         n_layers=32,
-        attention=AttentionConfig(n_heads=32, head_dim=128),
+        attention=_mha(32),
         ffn_width=11_008,
         max_seq_len=4096,
         norm_eps=1e-5,

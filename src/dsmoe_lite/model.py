@@ -1,4 +1,4 @@
-"""The decoder-only Transformer of the whole course: its FFNs dense or made of experts, as the config says."""
+"""The decoder-only Transformer of the course. Its config chooses dense FFNs or experts, and the kind of attention."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,29 +16,29 @@ from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.rope import rope_tables
 from dsmoe_lite.layers.router import Routing
-from dsmoe_lite.layers.sdpa import mask_of
+from dsmoe_lite.layers.sdpa import attention_mask
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a forward pass gives."""
+    """The result of a forward pass."""
 
     logits: Tensor  # (B, S, V)
-    routings: tuple[Routing, ...]  # one for each MoE layer, first layer first
+    routings: tuple[Routing, ...]  # one per MoE layer, first layer first
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where the tokens of one call stand, for all layers: their rotations, and what each may see."""
+class Positions:
+    """Rotations and attention mask of the tokens of one call; all layers share them."""
 
     cos: Tensor  # (S, rope_dim / 2), or (B, 1, S, rope_dim / 2) with padding
     sin: Tensor
-    mask: Tensor | None  # as `attend.mask_of` gives it
+    mask: Tensor | None  # from `attention_mask`
 
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put `model` into evaluation mode, and back into the mode it was in, also after an error."""
+    """Put `model` into evaluation mode, then back into its earlier mode, also after an error."""
     was_training = model.training
     model.eval()
     try:
@@ -48,7 +48,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """u = x + Attention(RMSNorm(x)); h = u + FFN(RMSNorm(u)) (DeepSeekMoE Eq 1-2), the FFN dense or of experts."""
+    """u = x + Attention(RMSNorm(x)); h = u + FFN(RMSNorm(u)) (DeepSeekMoE Eq 1-2); the FFN is dense or has experts."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -67,15 +67,15 @@ class Block(nn.Module):
             self.ffn = SwiGLU(D, config.ffn_width)
 
     def forward(
-        self, x: Tensor, place: Place, token_ids: Tensor, cache: LayerCache | None = None
+        self, x: Tensor, positions: Positions, token_ids: Tensor, cache: LayerCache | None = None
     ) -> tuple[Tensor, Routing | None]:
-        """x (B, S, D), token_ids (B, S) -> (B, S, D) and the routing, None for a dense block."""
-        u = x + self.attention(self.attention_norm(x), place.cos, place.sin, place.mask, cache)
-        inner = self.ffn_norm(u)
+        """x (B, S, D), token_ids (B, S) -> (B, S, D) and the Routing, or None in a dense block."""
+        u = x + self.attention(self.attention_norm(x), positions.cos, positions.sin, positions.mask, cache)
+        normed = self.ffn_norm(u)
         if isinstance(self.ffn, MoELayer):
-            y, routing = self.ffn(inner, token_ids)
+            y, routing = self.ffn(normed, token_ids)
             return u + y, routing
-        return u + self.ffn(inner), None
+        return u + self.ffn(normed), None
 
 
 class Transformer(nn.Module):
@@ -98,31 +98,31 @@ class Transformer(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         for name, weight in self.named_parameters():
-            if weight.ndim > 1 and not name.endswith("router.noise"):  # noise starts at softplus(0) for all
+            if weight.ndim > 1 and not name.endswith("router.noise"):  # noise starts at softplus(0) for every expert
                 nn.init.normal_(weight, std=config.init_std)
 
     @property
     def moe_layers(self) -> list[MoELayer]:
-        """The layers of experts, first block first: one for each of Output.routings."""
+        """The MoE layers, first block first, in the order of Output.routings."""
         return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None) -> Output:
         """Tokens (B, S) int64 -> Output.
 
-        With `cache` (and gradients off) they follow the tokens it holds, and it then holds them too; a call that fails
-        leaves it as it was. pad (B,): how many tokens at the left of each row are padding; a cache keeps it.
+        With `cache`, the tokens follow the cached ones and join them; gradients must be off. A call that fails leaves
+        the cache as it was. pad (B,): how many tokens at the left of each row are padding; a cache remembers it.
         Raises InputError for tokens or a pad of another shape, no tokens, ids outside the vocabulary, more than
-        max_seq_len tokens in all, and a cache of another model or batch.
+        max_seq_len tokens in total, and a cache of another model or batch size.
         """
         self._check(tokens, 0 if cache is None else cache.length, pad)
         B, S = tokens.shape
         if cache is not None:
             cache.check(self.config, B)
             pad = cache.padding(pad)
-        place = self._place(S, cache, pad)
+        positions = self._positions(S, cache, pad)
         x, routings = self.embed(tokens), []
         for index, block in enumerate(self.blocks):
-            x, routing = block(x, place, tokens, None if cache is None else cache.layers[index])
+            x, routing = block(x, positions, tokens, None if cache is None else cache.layers[index])
             if routing is not None:
                 routings.append(routing)
         output = Output(self.head(self.norm(x)), tuple(routings))
@@ -132,26 +132,26 @@ class Transformer(nn.Module):
         return output
 
     def _check(self, tokens: Tensor, start: int, pad: Tensor | None) -> None:
-        whole = tokens.ndim == 2 and tokens.shape[0] > 0
-        require(whole, "shape of tokens", tuple(tokens.shape), "must be (batch, sequence), with at least one row")
+        two_dims = tokens.ndim == 2 and tokens.shape[0] > 0
+        require(two_dims, "shape of tokens", tuple(tokens.shape), "must be (batch, sequence), with at least one row")
         if pad is not None:
             shape = tuple(pad.shape) if isinstance(pad, Tensor) else pad
             fits = shape == tokens.shape[:1] and not pad.is_floating_point()
-            require(fits, "pad", shape, f"must be a tensor of {len(tokens)} whole numbers, one for each row")
+            require(fits, "pad", shape, f"must be a tensor of {len(tokens)} whole numbers, one per row")
         S, longest, V = tokens.shape[1], self.config.max_seq_len, self.config.vocab_size
-        require(S > 0, "sequence length", S, "must be at least 1: give the model a token to go on from")
+        require(S > 0, "sequence length", S, "must be at least 1: give the model a token to continue")
         require(start + S <= longest, "sequence length", start + S, f"must be at most max_seq_len = {longest}")
-        if tokens.device.type == "cpu":  # to look at ids on a GPU is to wait for it
+        if tokens.device.type == "cpu":  # reading ids on a GPU would wait for it
             low, high = int(tokens.min()), int(tokens.max())
             wrong = low if low < 0 else high
             require(low >= 0 and high < V, "token id", wrong, f"must be from 0 to {V - 1}, the model's vocabulary")
 
-    def _place(self, S: int, cache: Cache | None, pad: Tensor | None) -> Place:
+    def _positions(self, S: int, cache: Cache | None, pad: Tensor | None) -> Positions:
         start = 0 if cache is None else cache.length
-        of_layers = None if cache is None else cache.layers[0]  # all hold the same positions
-        mask = mask_of(S, self.cos.device, cache=of_layers, window=self.config.attention.window, pad=pad)
+        layer_cache = None if cache is None else cache.layers[0]  # all layers cache the same positions
+        mask = attention_mask(S, self.cos.device, cache=layer_cache, window=self.config.attention.window, pad=pad)
         if pad is None:
-            return Place(self.cos[start : start + S], self.sin[start : start + S], mask)
-        places = torch.arange(start, start + S, device=pad.device)
-        positions = (places - pad[:, None, None]).clamp(min=0)  # (B, 1, S): each row counts from its first token
-        return Place(self.cos[positions], self.sin[positions], mask)
+            return Positions(self.cos[start : start + S], self.sin[start : start + S], mask)
+        columns = torch.arange(start, start + S, device=pad.device)
+        positions = (columns - pad[:, None, None]).clamp(min=0)  # (B, 1, S): each row counts from its first token
+        return Positions(self.cos[positions], self.sin[positions], mask)

@@ -1,16 +1,16 @@
-"""Models by name: the course's own sizes, the nine validation models of DeepSeekMoE, and the models of family.py.
+"""Models by name: the sizes of the course, the nine validation models of DeepSeekMoE, and the models of family.py.
 
 The validation models are those of DeepSeekMoE (arXiv:2401.06066), Tables 1, 2, 8 and 9; Section 4.1 and Table 7 give
-their sizes. The paper gives a standard FFN 8 d^2 parameters, in SwiGLU a width of 8/3 d = 3413.33: widths here are
-that times the relative expert size, to the nearest whole channel. It gives the vocabulary as 8K: 8192 here. It drops
-no token in these runs: none of them has a capacity here, and the second choice of its GShard is always sent.
+their sizes. In the paper a standard FFN has 8 D^2 parameters, so a SwiGLU has a width of 8/3 D = 3413.33. Widths here
+are 3413.33 times the relative expert size, rounded to an integer. The paper's vocabulary of 8K is 8192 here. The paper
+drops no token in these runs: no validation model has a capacity, and GShard always sends its second choice.
 
-Capacity of the course sizes: GShard prints C = 2N/(G E), which is the fair share T*K/E of its two choices and hence a
-capacity factor of 1.0 in this package, where any imbalance drops tokens. The course takes 1.25 in training and 2.0
-outside it, the numbers of ST-MoE (arXiv:2202.08906).
+Capacity of the course models: GShard prints C = 2 n / (g E) for n tokens in g groups. That is the fair share T * K / E
+of its two choices, a capacity factor of 1.0 in this package: any imbalance drops tokens. The course uses 1.25 in
+training and 2.0 in evaluation, the values of ST-MoE (arXiv:2202.08906).
 
-Gates of course-deepseekmoe are scaled by m = 4, the paper's are not: a softmax over m times as many experts makes every
-gate about m times smaller, and the course compares it with course-gshard, which is the case m = 1.
+The gates of course-deepseekmoe are scaled by m = 4; the paper's are not. A softmax over m times as many experts makes
+every gate about m times smaller, and the course compares this model with course-gshard, which has m = 1.
 """
 
 from dataclasses import replace
@@ -20,16 +20,19 @@ from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.family import FAMILY
 
+_WIDTH = 3413  # of a standard FFN of the validation models
+
 _VALIDATION = ModelConfig(
     vocab_size=8192,
     d_model=1280,
     n_layers=9,
     attention=AttentionConfig(n_heads=10, head_dim=128),
-    ffn_width=3413,
+    ffn_width=_WIDTH,
     max_seq_len=2048,
     init_std=0.006,
 )
-_GSHARD = MoEConfig(n_routed_experts=16, top_k=2, expert_width=3413, norm_topk_prob=True)
+_SWITCH = MoEConfig(n_routed_experts=16, top_k=1, expert_width=_WIDTH)
+_GSHARD = MoEConfig(n_routed_experts=16, top_k=2, expert_width=_WIDTH, norm_topk_prob=True)
 
 _COURSE = ModelConfig(
     vocab_size=1024,
@@ -48,16 +51,24 @@ _COURSE_GSHARD = MoEConfig(
     capacity_factor=1.25,
     eval_capacity_factor=2.0,
 )
+_COURSE_SWITCH = replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")
+_COURSE_HASH = MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")
 
 PRESETS = {
     "course-dense": _COURSE,
     "course-dense-x2": replace(_COURSE, ffn_width=256),  # as many active FFN weights as course-gshard
     "course-gshard": replace(_COURSE, moe=_COURSE_GSHARD),
-    "course-switch": replace(_COURSE, moe=replace(_COURSE_GSHARD, top_k=1, norm_topk_prob=False, second_choice="all")),
-    "course-hash": replace(_COURSE, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=128, scoring_func="hash")),
+    "course-switch": replace(_COURSE, moe=_COURSE_SWITCH),
+    "course-hash": replace(_COURSE, moe=_COURSE_HASH),
     "course-deepseekmoe": replace(
         _COURSE,
-        moe=MoEConfig(n_routed_experts=63, top_k=7, expert_width=32, n_shared_experts=1, routed_scaling_factor=4.0),
+        moe=MoEConfig(
+            n_routed_experts=63,
+            top_k=7,
+            expert_width=32,
+            n_shared_experts=1,
+            routed_scaling_factor=4.0,
+        ),
     ),
     "course-devices": replace(
         _COURSE,
@@ -70,27 +81,27 @@ PRESETS = {
             topk_group=8,
             routed_scaling_factor=4.0,
         ),
-    ),  # 2 + 6 of 64 as in DeepSeekMoE 16B, on 8 devices, all in reach
+    ),  # 2 shared and 6 of 64 experts as in DeepSeekMoE 16B; 8 devices, and a token may reach all of them
     "dense-0.2B": _VALIDATION,
-    "hash-2.0B": replace(
-        _VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413, scoring_func="hash")
-    ),
-    "switch-2.0B": replace(_VALIDATION, moe=MoEConfig(n_routed_experts=16, top_k=1, expert_width=3413)),
+    "hash-2.0B": replace(_VALIDATION, moe=replace(_SWITCH, scoring_func="hash")),
+    "switch-2.0B": replace(_VALIDATION, moe=_SWITCH),
     "gshard-2.0B": replace(_VALIDATION, moe=_GSHARD),
     "deepseekmoe-2B": replace(
-        _VALIDATION, moe=MoEConfig(n_routed_experts=63, top_k=7, expert_width=853, n_shared_experts=1)
+        _VALIDATION,
+        moe=MoEConfig(n_routed_experts=63, top_k=7, expert_width=853, n_shared_experts=1),
     ),
     "gshard-x1.2": replace(_VALIDATION, moe=replace(_GSHARD, expert_width=4096)),
     "gshard-x1.5": replace(_VALIDATION, moe=replace(_GSHARD, expert_width=5120)),
-    # The paper's 4 and 16 experts that are always on: their sum is one FFN of 4 and 16 times the width.
+    # In the paper these are 4 and 16 experts that every token visits: together one FFN of 4 and 16 times the width.
     "dense-x4": replace(_VALIDATION, ffn_width=13653),
     "dense-x16": replace(_VALIDATION, ffn_width=54613),
 } | FAMILY
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of that name; raises InputError naming the closest presets when there is none."""
+    """Return the config called `name`. Raises InputError with the closest names if there is none."""
     if name in PRESETS:
         return PRESETS[name]
     close = get_close_matches(name, PRESETS, n=4, cutoff=0.4)
-    raise InputError(f"preset = {name!r}: there is none; {'close' if close else 'all'}: {', '.join(close or PRESETS)}")
+    candidates = f"close: {', '.join(close)}" if close else f"all: {', '.join(PRESETS)}"
+    raise InputError(f"preset = {name!r}: there is none; {candidates}")

@@ -1,1 +1,1 @@
-"""Speeds as ratios of things measured in one process, turn by turn."""
+"""Benchmarks: time and memory as ratios to a baseline that is measured in the same process, interleaved."""

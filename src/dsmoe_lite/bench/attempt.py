@@ -1,4 +1,4 @@
-"""Try what may not be there; what fails is left out, with a note that says why."""
+"""Try a measurement that may fail; a failure is left out of the results, with a note that gives the reason."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,22 +12,23 @@ T = TypeVar("T")
 
 
 def attempt(name: str, run: Callable[[], T], notes: Notes) -> T | None:
-    """Return run(), or None where it fails, with a note. RunError naming it where it leaves the GPU unusable."""
+    """Return run(), or None with a note if it fails. Raises RunError with its name if it leaves the GPU unusable."""
     try:
         result = run()
-        _wait()  # a kernel's failure is reported after its launch: here, not to who comes next
+        _synchronize()  # a kernel's failure is reported after its launch: here, not in the next measurement
         return result
-    except Exception as error:  # compilers and other packages have errors of their own
-        memory = isinstance(error, torch.OutOfMemoryError)
-        reason = "out of this GPU's memory" if memory else (str(error).splitlines() or [type(error).__name__])[0]
+    except torch.OutOfMemoryError:
+        reason = "out of this GPU's memory"
+    except Exception as error:  # compilers and other packages raise their own classes
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
     notes.append(f"{name}: {reason}")
     try:
-        _wait()
-    except RuntimeError:  # no kernel runs in this process any more
-        raise RunError(f"{name}: {reason}; it leaves the GPU unusable, so nothing after it was measured") from None
+        _synchronize()
+    except RuntimeError:  # no kernel can run in this process any more
+        raise RunError(f"{name}: {reason}; the GPU is now unusable, so nothing after it was measured") from None
     return None
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()

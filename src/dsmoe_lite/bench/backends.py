@@ -1,4 +1,4 @@
-"""The routed experts by every backend, forward and with gradients: right first, then time and peak memory."""
+"""The routed experts with every backend, forward and backward: correctness first, then time and peak memory."""
 
 import statistics
 from collections.abc import Callable
@@ -12,54 +12,54 @@ from torch import Tensor
 from dsmoe_lite.bench.attempt import Notes, attempt
 from dsmoe_lite.bench.contenders import Contender, routed_experts, transformers_experts
 from dsmoe_lite.bench.fixed_routing import uniform_ids
-from dsmoe_lite.bench.timing import turns
+from dsmoe_lite.bench.timing import time_interleaved
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers.experts import Experts
 
 BACKENDS = ("grouped", "cuda", "triton")
-THEIRS = ("eager", "grouped_mm")  # of transformers
+TRANSFORMERS = ("eager", "grouped_mm")  # experts implementations of transformers
 BASELINE = "grouped"
-LIMIT = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # of the norm, against the loop in float64
+LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}  # error relative to the norm, against the loop in float64
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The size of the layer, and how many tokens it gets."""
+    """The size of a layer, and the number of its tokens."""
 
     moe: MoEConfig
     d_model: int
     n_tokens: int
 
     def contender(self, backend: str, device: str, dtype: torch.dtype) -> Contender:
-        """The routed experts by `backend`, or by one of transformers' ways, with weights from a fixed seed."""
+        """Return the routed experts with `backend`, ours or of transformers, and weights from a fixed seed."""
         torch.manual_seed(0)
         ids = uniform_ids(self.n_tokens, self.moe.n_routed_experts, self.moe.top_k)
-        own = BASELINE if backend in THEIRS else backend
-        ours = routed_experts(self.moe, ids, own, self.d_model, device, dtype)
-        if backend not in THEIRS:
+        our_backend = BASELINE if backend in TRANSFORMERS else backend
+        ours = routed_experts(self.moe, ids, our_backend, self.d_model, device, dtype)
+        if backend not in TRANSFORMERS:
             return ours
         assert isinstance(ours.module, Experts)
         return transformers_experts(ours.module, ids, backend)
 
 
 def check_backends(layer: Layer, device: str, dtype: torch.dtype, notes: Notes) -> list[dict[str, Any]]:
-    """Hold output and gradients of every backend against the loop in float64. RunError names the first wrong one."""
+    """Compare output and gradients of every backend with the loop in float64. Raises RunError naming a wrong one."""
 
     def results(backend: str) -> list[Tensor]:
         return _results(layer.contender(backend, device, dtype))
 
-    exact, found = _results(layer.contender("loop", device, torch.float64)), []
-    for backend in (*BACKENDS, *THEIRS):
-        by = _name(backend)
-        mine = attempt(f"experts by {by}", partial(results, backend), notes)
-        if mine is None:
+    exact, rows = _results(layer.contender("loop", device, torch.float64)), []
+    for backend in (*BACKENDS, *TRANSFORMERS):
+        name = _name(backend)
+        computed = attempt(f"experts by {name}", partial(results, backend), notes)
+        if computed is None:
             continue
-        error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(mine, exact, strict=True))
-        if not error <= LIMIT[dtype]:
-            raise RunError(f"experts by {by}: differ from the loop by {error:.1e} of the norm, nothing was timed")
-        found.append({"what": "experts, forward and backward", "by": by, "error": error})
-    return found
+        error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(computed, exact, strict=True))
+        if not error <= LIMITS[dtype]:
+            raise RunError(f"experts by {name}: differ from the loop by {error:.1e} of the norm; nothing was timed")
+        rows.append({"what": "experts, forward and backward", "by": name, "error": error})
+    return rows
 
 
 def time_backends(
@@ -67,38 +67,38 @@ def time_backends(
 ) -> list[dict[str, Any]]:
     """Rows {what, by, milliseconds, times grouped, peak bytes, of grouped}; times grouped: above 1 is faster."""
 
-    def measured(backend: str) -> tuple[Contender, int]:
+    def with_peak(backend: str) -> tuple[Contender, int]:
         contender = layer.contender(backend, device, dtype)
         return contender, contender.peak_bytes()
 
-    contenders, peaks, found = {}, {}, []
-    for backend in (*BACKENDS, *THEIRS):
-        made = attempt(f"experts by {_name(backend)}", partial(measured, backend), notes)
-        if made is not None:
-            contenders[backend], peaks[backend] = made
+    contenders, peaks, rows = {}, {}, []
+    for backend in (*BACKENDS, *TRANSFORMERS):
+        prepared = attempt(f"experts by {_name(backend)}", partial(with_peak, backend), notes)
+        if prepared is not None:
+            contenders[backend], peaks[backend] = prepared
     if BASELINE not in contenders:
-        notes.append(f"experts: left out, there is no '{BASELINE}' to hold them against")
+        notes.append(f"experts: left out, because the baseline '{BASELINE}' failed")
         return []
     for what, step in (("forward", _forward), ("forward and backward", Contender.step)):
         steps: dict[str, Callable[[], Any]] = {name: partial(step, one) for name, one in contenders.items()}
-        seconds = turns(steps, rounds, device, f"experts, {what}", repeat)
-        for name, own in seconds.items():
-            ratio = statistics.median(base / mine for base, mine in zip(seconds[BASELINE], own, strict=True))
+        seconds = time_interleaved(steps, rounds, device, f"experts, {what}", repeat)
+        for name, times in seconds.items():
+            ratio = statistics.median(base / own for base, own in zip(seconds[BASELINE], times, strict=True))
             row = {
                 "what": what,
                 "by": _name(name),
-                "milliseconds": 1000 * statistics.median(own),
+                "milliseconds": 1000 * statistics.median(times),
                 "times grouped": ratio,
             }
-            with_peak = what != "forward"
-            row["peak bytes"] = peaks[name] if with_peak else None
-            row["of grouped"] = peaks[name] / peaks[BASELINE] if with_peak else None
-            found.append(row)
-    return found
+            backward = what != "forward"
+            row["peak bytes"] = peaks[name] if backward else None
+            row["of grouped"] = peaks[name] / peaks[BASELINE] if backward else None
+            rows.append(row)
+    return rows
 
 
 def _name(backend: str) -> str:
-    return f"transformers {backend}" if backend in THEIRS else backend
+    return f"transformers {backend}" if backend in TRANSFORMERS else backend
 
 
 def _forward(contender: Contender) -> None:
@@ -107,9 +107,10 @@ def _forward(contender: Contender) -> None:
 
 
 def _results(contender: Contender) -> list[Tensor]:
+    """The output and all gradients."""
     y = contender.call(*contender.inputs)
     *gates, down = contender.module.parameters()
     dx, d_gates, *d_weights, d_down = torch.autograd.grad(y, [*contender.inputs, *gates, down], contender.dy)
-    if len(d_weights) == 1:  # transformers keeps gate and up in one tensor
+    if len(d_weights) == 1:  # transformers has gate and up in one tensor
         d_weights = list(d_weights[0].chunk(2, dim=1))
     return [y.detach(), dx, d_gates, *d_weights, d_down]

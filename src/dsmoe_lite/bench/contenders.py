@@ -1,4 +1,4 @@
-"""What is measured beside a layer of experts: the dense FFN, and transformers' experts on the same weights and ids."""
+"""The modules that benchmarks compare: MoE layers, a dense FFN, and the experts of transformers with our weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.bench.fixed_routing import RecordedRouter
+from dsmoe_lite.bench.fixed_routing import FixedRouter
 from dsmoe_lite.bench.memory import peak_bytes, peak_bytes_on_gpu
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.layers.dispatch import dispatch
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.moe import MoELayer
@@ -19,7 +18,7 @@ from dsmoe_lite.layers.router import Routing
 
 @dataclass(frozen=True)
 class Contender:
-    """A module and how to call it on its inputs; one step is forward and backward to the weights and to the inputs."""
+    """A module and a call of it on its inputs. One step is forward and backward, to the weights and to the inputs."""
 
     module: nn.Module
     call: Callable[..., Tensor]
@@ -27,7 +26,7 @@ class Contender:
     dy: Tensor
 
     def step(self) -> None:
-        """Forward and backward, into fresh gradients."""
+        """Run forward and backward, into new gradients."""
         self.clear()
         self.call(*self.inputs).backward(self.dy)
 
@@ -37,7 +36,7 @@ class Contender:
             tensor.grad = None
 
     def peak_bytes(self) -> int:
-        """The most memory a step holds beyond the weights and their gradients."""
+        """The peak memory of a step, without weights and their gradients."""
         measure = peak_bytes_on_gpu if self.dy.is_cuda else peak_bytes
         return measure(self.step, self.clear, self.gradients)
 
@@ -47,15 +46,15 @@ class Contender:
 
 
 def dense_ffn(moe: MoEConfig, n_tokens: int, d_model: int) -> Contender:
-    """Return the dense FFN of the width that one token meets in `moe`."""
+    """Return a dense FFN with the active width of `moe`."""
     ffn = SwiGLU(d_model, (moe.top_k + moe.n_shared_experts) * moe.expert_width)
     return Contender(ffn, ffn, [_tokens(n_tokens, d_model)], _dy(n_tokens, d_model))
 
 
 def moe_layer(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Contender:
-    """Return the whole layer: router, experts, shared experts; its choice is then replaced by `ids` (T, K)."""
+    """Return an MoE layer: router, experts and shared experts. Its choices are replaced by `ids` (T, K)."""
     layer = MoELayer(d_model, replace(moe, backend=backend), vocab_size=1)
-    layer.router = RecordedRouter(layer.router, ids)  # type: ignore[assignment]
+    layer.router = FixedRouter(layer.router, ids)  # type: ignore[assignment]
     n_tokens = len(ids)
     return Contender(layer, lambda x: layer(x[None])[0][0], [_tokens(n_tokens, d_model)], _dy(n_tokens, d_model))
 
@@ -63,7 +62,7 @@ def moe_layer(moe: MoEConfig, ids: Tensor, backend: str, d_model: int) -> Conten
 def routed_experts(
     moe: MoEConfig, ids: Tensor, backend: str, d_model: int, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Contender:
-    """Return the routed experts alone, with dispatch and combine, given `ids` and gates (T, K)."""
+    """Return the routed experts with dispatch and combine, for given `ids` and gates (T, K)."""
     T, E = len(ids), moe.n_routed_experts
     with torch.device(device):
         experts = Experts(E, d_model, moe.expert_width, backend).to(dtype)
@@ -71,13 +70,14 @@ def routed_experts(
 
     def call(x: Tensor, gates: Tensor) -> Tensor:
         kept = torch.ones_like(ids, dtype=torch.bool)
-        return experts(dispatch(x, Routing(scores, scores, ids, gates, kept, (1, T))))
+        dispatched = experts.dispatch(x, Routing(scores, scores, ids, gates, kept, (1, T)))
+        return experts.combine(experts(dispatched), dispatched)
 
     return _contender(experts, call, ids, d_model, dtype)
 
 
 def transformers_experts(experts: Experts, ids: Tensor, implementation: str) -> Contender:
-    """Return MixtralExperts of transformers with the weights of `experts`: `implementation` is eager or grouped_mm."""
+    """Return the MixtralExperts of transformers with the weights of `experts`; implementation: eager or grouped_mm."""
     try:
         from transformers import MixtralConfig
         from transformers.models.mixtral.modeling_mixtral import MixtralExperts

@@ -1,10 +1,11 @@
-"""Routing that is recorded, not learnt: every contender gets the same expert ids, from a fixed seed."""
+"""Fixed routing for benchmarks: every contender gets the same expert ids, drawn from a fixed seed."""
 
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.layers.load import expert_counts, relative_load
 from dsmoe_lite.layers.router import Router, Routing
 
 
@@ -21,20 +22,19 @@ def zipf_ids(n_tokens: int, n_experts: int, top_k: int) -> Tensor:
 
 def skewed_ids(n_tokens: int, n_experts: int, top_k: int, violation: float) -> Tensor:
     """Draw K distinct experts for each token, one of them so often that MaxVio is `violation`, (T, K)."""
-    others = uniform_ids(n_tokens, n_experts - 1, top_k)
-    crowd = round((1 + violation) * n_tokens * top_k / n_experts)
-    others[:crowd, 0] = n_experts - 1
-    return others
+    ids = uniform_ids(n_tokens, n_experts - 1, top_k)
+    n_busy = round((1 + violation) * n_tokens * top_k / n_experts)
+    ids[:n_busy, 0] = n_experts - 1
+    return ids
 
 
 def max_violation(ids: Tensor, n_experts: int) -> float:
     """Return MaxVio = max load / mean load - 1 (arXiv:2408.15664)."""
-    load = torch.bincount(ids.flatten(), minlength=n_experts).double()
-    return float(load.max() / load.mean() - 1)
+    return float(relative_load(expert_counts(ids, n_experts).double()).max() - 1)
 
 
-class RecordedRouter(nn.Module):
-    """A router that does all its work, whose choice is then replaced by the recorded one."""
+class FixedRouter(nn.Module):
+    """A router that does all its work, and whose choices are then replaced by fixed ones."""
 
     ids: Tensor
 
@@ -44,7 +44,7 @@ class RecordedRouter(nn.Module):
         self.register_buffer("ids", ids)
 
     def forward(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None = None) -> Routing:
-        """As Router.forward; the gates are the scores of the recorded ids (T, K)."""
+        """As Router.forward; the gates are the scores of the fixed ids (T, K)."""
         routing = self.router(x, batch_shape, token_ids)
         return replace(routing, topk_ids=self.ids, gates=routing.scores.gather(1, self.ids))
 

@@ -1,4 +1,4 @@
-"""All kernels on one GPU: right first, then every product, move and backend, and what was to be reached."""
+"""All kernels on one GPU: correctness first, then the times of products, row moves and backends, and our goals."""
 
 import json
 from collections.abc import Sequence
@@ -13,11 +13,13 @@ import torch
 from dsmoe_lite.bench.attempt import Notes, attempt
 from dsmoe_lite.bench.backends import Layer, check_backends, time_backends
 from dsmoe_lite.bench.bandwidth import time_moves
-from dsmoe_lite.bench.grouped_products import TOP, Case, check_products, time_products
-from dsmoe_lite.common.errors import InputError, require_whole
+from dsmoe_lite.bench.grouped_products import FASTEST_RUNGS, Case, check_products, time_products
+from dsmoe_lite.bench.ratios import goal_row
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError, require_int
 from dsmoe_lite.common.machine import resolve_device
-from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.common.progress import progress
+from dsmoe_lite.common.schema import require_schema
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.kernels.cuda import RUNGS
 from dsmoe_lite.training.provenance import provenance
@@ -27,8 +29,8 @@ ROUNDS = 10
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where, in which numbers and on which sizes. `ladder`: the case that every rung runs."""
+class Setup:
+    """The device, the data type and the sizes of a benchmark. `ladder`: the case that every rung runs."""
 
     device: str
     dtype: torch.dtype
@@ -38,15 +40,14 @@ class Place:
     ladder: Case
     checked_layer: Layer
     layer: Layer
-    repeat: int = 1  # steps timed together
+    repeat: int = 1  # steps in one timing
 
 
-V2_LITE = MoEConfig(
-    n_routed_experts=64, top_k=6, expert_width=1408
-)  # the routed experts of DeepSeek-V2-Lite; d_model 2048
-PLACES = {
-    "cuda": Place(
-        "cuda", torch.bfloat16, TOP,
+# The routed experts of DeepSeek-V2-Lite, whose d_model is 2048.
+V2_LITE = MoEConfig(n_routed_experts=64, top_k=6, expert_width=1408)
+SETUPS = {
+    "cuda": Setup(
+        "cuda", torch.bfloat16, FASTEST_RUNGS,
         checked=Case(16, 512, 1408, 100, "skewed"),
         cases=tuple(
             Case(experts, k, n, rows, routing)
@@ -60,8 +61,8 @@ PLACES = {
         layer=Layer(V2_LITE, 2048, 64 * 1024 // 6),
         repeat=3,
     ),
-    # to try the command: what the shim takes says nothing about a GPU
-    "cpu": Place(
+    # to try the command: times of kernels on a CPU say nothing about a GPU
+    "cpu": Setup(
         "cpu", torch.float32, ("tiled",),
         checked=Case(3, 24, 40, 10, "skewed"),
         cases=(Case(3, 24, 40, 5), Case(3, 24, 40, 20, "skewed")),
@@ -73,43 +74,43 @@ PLACES = {
 
 
 def bench_kernels(rounds: int = ROUNDS, device: str = "auto") -> dict[str, Any]:
-    """Measure everything: a JSON-able record of rows by name, with notes on what was left out, goals and versions.
+    """Measure everything; return a JSON-able record of rows by name, with notes on failures, goals and versions.
 
-    RunError names a way whose results are wrong, before anything is timed. InputError where there is no GPU and none
-    but it was asked for.
+    Results are checked before anything is timed: raises RunError naming an implementation with wrong results. Raises
+    InputError if `device` is a GPU that is missing, or "auto" without a GPU.
     """
-    require_whole("rounds", rounds, 3)
+    require_int("rounds", rounds, 3)
     if device == "auto" and not torch.cuda.is_available():
-        raise InputError("device = 'auto': torch finds no GPU here; --device cpu tries the command on tiny sizes")
-    place, notes = PLACES[resolve_device(device)], Notes()
-    where = (place.device, place.dtype)
-    every = tuple(rung for rung in RUNGS if place.device == "cuda" or rung in ("naive", "tiled"))
-    checks = check_products(place.checked, every, *where, notes)
-    checks += check_backends(place.checked_layer, *where, notes)
-    timing = (*where, rounds, place.repeat, notes)
+        raise InputError("device = 'auto': torch finds no GPU here; try the command on tiny sizes with --device cpu")
+    setup, notes = SETUPS[resolve_device(device)], Notes()
+    device_and_dtype = (setup.device, setup.dtype)
+    all_rungs = tuple(rung for rung in RUNGS if setup.device == "cuda" or rung in ("naive", "tiled"))
+    checks = check_products(setup.checked, all_rungs, *device_and_dtype, notes)
+    checks += check_backends(setup.checked_layer, *device_and_dtype, notes)
+    timing = (*device_and_dtype, rounds, setup.repeat, notes)
 
-    def product(case: Case, rungs: tuple[str, ...]) -> list[dict[str, Any]]:
+    def time_case(case: Case, rungs: tuple[str, ...]) -> list[dict[str, Any]]:
         return attempt(f"{case}", partial(time_products, case, rungs, *timing), notes) or []
 
-    ladder, found = product(place.ladder, every), []
-    for case in progress(place.cases, desc="products"):
-        found += product(case, place.rungs)
-    layer = place.layer
-    moving = partial(time_moves, layer.n_tokens, layer.moe.top_k, layer.d_model, *timing)
-    moves = attempt("permute and combine", moving, notes) or []
+    ladder, products = time_case(setup.ladder, all_rungs), []
+    for case in progress(setup.cases, desc="products"):
+        products += time_case(case, setup.rungs)
+    layer = setup.layer
+    time_layer_moves = partial(time_moves, layer.n_tokens, layer.moe.top_k, layer.d_model, *timing)
+    moves = attempt("permute and combine", time_layer_moves, notes) or []
     backends = attempt("experts", partial(time_backends, layer, *timing), notes) or []
     return {
         "schema_version": SCHEMA_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "place": {"device": place.device, "dtype": str(place.dtype), "rounds": rounds, "repeat": place.repeat},
+        "place": {"device": setup.device, "dtype": str(setup.dtype), "rounds": rounds, "repeat": setup.repeat},
         "layer": {"moe": asdict(layer.moe), "d_model": layer.d_model, "n_tokens": layer.n_tokens},
         "notes": list(dict.fromkeys(notes)),
         "checks": checks,
         "ladder": ladder,
-        "products": found,
+        "products": products,
         "moves": moves,
         "backends": backends,
-        "goals": goals(found, moves, backends),
+        "goals": goals(products, moves, backends),
         "provenance": provenance(),
     }
 
@@ -117,57 +118,50 @@ def bench_kernels(rounds: int = ROUNDS, device: str = "auto") -> dict[str, Any]:
 def goals(
     products: Sequence[dict[str, Any]], moves: Sequence[dict[str, Any]], backends: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Hold what was measured against what it should be: a row a goal; value None where it was not measured.
+    """Compare measurements with our goals: a row per goal, with value None if it was not measured.
 
-    Products: 64 experts, 2048 -> 1408, 1024 rows or more, uniform, the worst of them.
+    The value of a product is its worst over the cases of 64 experts, 2048 -> 1408, uniform, 1024 rows or more.
     """
-    wide = [
+    uniform = [
         row for row in products if (row["experts"], row["k"], row["n"], row["routing"]) == (64, 2048, 1408, "uniform")
     ]
     of_dense: dict[str, float] = {}
-    for row in wide:
+    for row in uniform:
         if row["rows"] >= 1024:
             of_dense[row["by"]] = min(of_dense.get(row["by"], row["of dense"]), row["of dense"])
     best = max((of_dense[rung] for rung in RUNGS if rung in of_dense), default=None)
-    torchs = of_dense.get("F.grouped_mm")
-    moved = {row["what"]: row["of copy"] for row in moves if row["by"] == "cuda"}
-    whole = {row["by"]: row for row in backends if row["what"] == "forward and backward"}.get("cuda", {})
-    rows = [
-        ("best rung / dense", best, ">=", 0.75),
-        ("best rung / F.grouped_mm", best / torchs if best and torchs else None, ">=", 1.0),
-        ("mma rung / dense", of_dense.get("mma"), ">=", 0.35),
-        ("Triton / dense", of_dense.get("triton"), ">=", 0.6),
-        ("permute / copy", moved.get("permute"), ">=", 0.8),
-        ("combine / copy", moved.get("combine"), ">=", 0.8),
-        ("experts, forward and backward: speed / grouped", whole.get("times grouped"), ">=", 1.3),
-        ("experts: peak bytes / grouped", whole.get("of grouped"), "<=", 0.7),
-    ]
+    grouped_mm = of_dense.get("F.grouped_mm")
+    of_copy = {row["what"]: row["of copy"] for row in moves if row["by"] == "cuda"}
+    experts = {row["by"]: row for row in backends if row["what"] == "forward and backward"}.get("cuda", {})
     return [
-        {
-            "what": what,
-            "value": value,
-            "goal": f"{sense} {goal:.3g}",
-            "reached": value is not None and (value >= goal if sense == ">=" else value <= goal),
-        }
-        for what, value, sense, goal in rows
+        goal_row("best rung / dense", best, ">=", 0.75),
+        goal_row("best rung / F.grouped_mm", best / grouped_mm if best and grouped_mm else None, ">=", 1.0),
+        goal_row("mma rung / dense", of_dense.get("mma"), ">=", 0.35),
+        goal_row("Triton / dense", of_dense.get("triton"), ">=", 0.6),
+        goal_row("permute / copy", of_copy.get("permute"), ">=", 0.8),
+        goal_row("combine / copy", of_copy.get("combine"), ">=", 0.8),
+        goal_row("experts, forward and backward: speed / grouped", experts.get("times grouped"), ">=", 1.3),
+        goal_row("experts: peak bytes / grouped", experts.get("of grouped"), "<=", 0.7),
     ]
 
 
 def record_path(record: dict[str, Any]) -> Path:
-    """Where a record lies, by its device."""
+    """The path of a record, named for its device."""
     name = "-".join(record["provenance"]["device"].lower().split())
-    return DATA / "runs" / f"bench-kernels-{name}.json"
+    return paths.data_to_write(f"runs/bench-kernels-{name}.json")
 
 
 def newest_record() -> dict[str, Any] | None:
-    """The newest record of a GPU by its own date, None where there is none. InputError for a file that is none."""
-    found = []
-    for path in sorted((DATA / "runs").glob("bench-kernels-*.json")):
+    """Read the record with the newest date, or return None if there is none. Raises InputError for an unknown file."""
+    records = []
+    remedy = "remove it and run `dsmoe bench kernels --record` again"
+    for path in (path for folder in paths.DATA_FOLDERS for path in sorted(folder.glob("runs/bench-kernels-*.json"))):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            raise InputError(f"{path}: is not JSON") from None
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or "date" not in record:
-            raise InputError(f"{path}: is no record of schema_version {SCHEMA_VERSION}")
-        found.append(record)
-    return max(found, key=lambda record: record["date"], default=None)
+            raise InputError(f"{path}: is not JSON; {remedy}") from None
+        if not isinstance(record, dict) or "date" not in record:
+            raise InputError(f"{path}: is not a record; {remedy}")
+        require_schema(record.get("schema_version"), {SCHEMA_VERSION}, remedy, path)
+        records.append(record)
+    return max(records, key=lambda record: record["date"], default=None)

@@ -1,4 +1,4 @@
-"""Peak memory of a step, from torch's own record of every allocation: the same number on every run."""
+"""Peak memory of a step, from torch's profile of every allocation: the same number on every run."""
 
 import json
 import tempfile
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # as the trace numbers them
+DEVICE_TYPES = {"cpu": 0, "cuda": 1}  # their numbers in the trace
 
 
 def peak_bytes(
     step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]], device: str = "cpu"
 ) -> int:
-    """Return the most bytes that `step` allocates and holds at once on the device, "cpu" or "cuda".
+    """Return the peak of the bytes that `step` allocates on the device, "cpu" or "cuda".
 
-    `clear` drops what the last step left; `uncounted` names, after the step, tensors to leave out: the weights'
-    gradients. What was allocated before the step, and what a BLAS takes for itself, is not seen.
+    clear: frees the results of the last step. uncounted: called after the step; returns tensors to leave out, the
+    gradients of the weights. Memory allocated before the step, or by a BLAS library itself, is not seen.
     """
-    step()  # what is made once is not the step's
+    step()  # warm-up: allocations that are made only once do not count
     clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         step()
@@ -29,28 +29,28 @@ def peak_bytes(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))
-        events = [one for one in json.loads(path.read_text())["traceEvents"] if one.get("name") == "[memory]"]
-    about = [one["args"] for one in sorted(events, key=lambda one: one["ts"])]
-    changes = [(one["Addr"], one["Bytes"]) for one in about if one["Device Type"] == DEVICE_TYPES[device]]
-    last = {address: index for index, (address, size) in enumerate(changes) if size > 0}  # an address is used again
-    held: dict[int, int] = {}
-    live = peak = 0
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    details = [event["args"] for event in sorted(events, key=lambda event: event["ts"])]
+    changes = [(event["Addr"], event["Bytes"]) for event in details if event["Device Type"] == DEVICE_TYPES[device]]
+    last = {address: index for index, (address, size) in enumerate(changes) if size > 0}  # addresses are reused
+    size_at: dict[int, int] = {}
+    allocated = peak = 0
     for index, (address, size) in enumerate(changes):
         if size > 0 and not (address in left_out and index == last[address]):
-            held[address] = size
-            live += size
-            peak = max(peak, live)
+            size_at[address] = size
+            allocated += size
+            peak = max(peak, allocated)
         elif size < 0:
-            live -= held.pop(address, 0)
+            allocated -= size_at.pop(address, 0)
     return peak
 
 
 def peak_bytes_on_gpu(
     step: Callable[[], Any], clear: Callable[[], Any], uncounted: Callable[[], Iterable[Tensor]]
 ) -> int:
-    """Return the same for the current GPU, within the bounds that its allocator's own peak gives.
+    """Return the same peak for the current GPU, clamped to the bounds given by its allocator's own peak.
 
-    That peak counts those tensors as far as they were there when it was reached, which it does not say: all, or none.
+    The allocator's peak may include all of the uncounted tensors or none of them: it does not report which.
     """
     traced = peak_bytes(step, clear, uncounted, "cuda")
     clear()
@@ -59,5 +59,6 @@ def peak_bytes_on_gpu(
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    high = torch.cuda.max_memory_allocated() - before
-    return min(max(traced, high - sum(tensor.nbytes for tensor in uncounted())), high)
+    upper = torch.cuda.max_memory_allocated() - before
+    lower = upper - sum(tensor.nbytes for tensor in uncounted())
+    return min(max(traced, lower), upper)

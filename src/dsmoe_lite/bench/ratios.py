@@ -1,4 +1,4 @@
-"""Compare callables fairly on a noisy machine: in turns, in one process, medians, against a named baseline."""
+"""Compare callables fairly on a noisy machine: interleaved in one process, medians, ratios to a baseline."""
 
 import math
 import statistics
@@ -12,7 +12,7 @@ Step = Callable[[], Any]
 
 
 class Ratio(NamedTuple):
-    """A median over pairs, with the interval that holds the true median in 95 of 100 repetitions."""
+    """A median over pairs, with its 95% confidence interval."""
 
     median: float
     low: float
@@ -20,13 +20,13 @@ class Ratio(NamedTuple):
 
 
 def compare(steps: dict[str, Step], rounds: int) -> list[dict[str, Any]]:
-    """Time every callable `rounds` times in turns; return rows with the median and its ratio to the first one's.
+    """Time every callable once per round; return rows with its median and its speed relative to the first callable.
 
-    The ratio is the median over rounds of (first / this) in the same round: above 1 is faster than the first.
+    The speed ratio is the median over rounds of (first / this) in the same round: above 1 is faster than the first.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step()  # first calls allocate
+        step()  # warm-up: first calls allocate
     for _ in progress(range(rounds), desc="rounds"):
         for name, step in steps.items():
             seconds[name].append(seconds_of(step))
@@ -34,23 +34,23 @@ def compare(steps: dict[str, Step], rounds: int) -> list[dict[str, Any]]:
     return [
         {
             "what": name,
-            "milliseconds": 1000 * statistics.median(own),
-            "speed ratio": statistics.median(a / b for a, b in zip(first, own, strict=True)),
+            "milliseconds": 1000 * statistics.median(times),
+            "speed ratio": statistics.median(base / own for base, own in zip(first, times, strict=True)),
         }
-        for name, own in seconds.items()
+        for name, times in seconds.items()
     ]
 
 
 def time_ratio(step: Step, baseline: Step, rounds: int) -> Ratio:
-    """Return time of `step` over time of `baseline`, from `rounds` pairs run back to back: above 1 is slower.
+    """Return the time of `step` over that of `baseline`, from `rounds` pairs run back to back: above 1 is slower.
 
-    Every other pair runs the other way round, so that neither always comes first.
+    Every second pair runs in reverse order, so that neither is always first.
     """
     step()
-    baseline()  # first calls allocate
+    baseline()  # warm-up: first calls allocate
     ratios = []
-    for turn in range(rounds):
-        if turn % 2:
+    for number in range(rounds):
+        if number % 2:
             own = seconds_of(step)
             ratios.append(own / seconds_of(baseline))
         else:
@@ -60,10 +60,10 @@ def time_ratio(step: Step, baseline: Step, rounds: int) -> Ratio:
 
 
 def median_interval(values: Sequence[float]) -> Ratio:
-    """Return the median of `values` and the interval of order statistics that covers it with 95%, free of a model.
+    """Return the median of `values` and its distribution-free 95% confidence interval, by order statistics.
 
-    The k-th smallest and k-th largest, with the largest k such that 2 P(Binomial(n, 1/2) < k) <= 5%; fewer than 6
-    values give their range.
+    The interval is from the k-th smallest to the k-th largest value, with the largest k such that
+    2 P(Binomial(n, 1/2) < k) <= 5%. For fewer than 6 values it is their range.
     """
     n, ordered = len(values), sorted(values)
     k, tail = 0, 0.0
@@ -73,7 +73,13 @@ def median_interval(values: Sequence[float]) -> Ratio:
 
 
 def seconds_of(step: Step) -> float:
-    """Return the seconds that one call takes, by the clock on the wall."""
+    """Return the wall-clock seconds of one call."""
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
+
+
+def goal_row(what: str, value: float | None, comparison: str, goal: float) -> dict[str, Any]:
+    """A row {what, value, goal, reached}; comparison: ">=" or "<=". A value of None was not measured."""
+    reached = value is not None and (value >= goal if comparison == ">=" else value <= goal)
+    return {"what": what, "value": value, "goal": f"{comparison} {goal:.3g}", "reached": reached}

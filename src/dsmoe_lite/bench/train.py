@@ -1,4 +1,4 @@
-"""Training steps of the course's models, beside the same dense architecture built from transformers' Llama classes."""
+"""Training steps of the course's models, with a dense Llama of transformers as the baseline."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -18,12 +18,12 @@ from dsmoe_lite.presets import preset
 from dsmoe_lite.study.protocol import GPU
 
 LLAMA = "transformers Llama, dense"
-MATMULS = 10  # timed together
+MATMULS = 10  # in one timing
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where steps are measured, and of what: the first model is dense, and has Llama beside it."""
+class Setup:
+    """The models, the batch and the device of a benchmark. The first model is dense; Llama has its architecture."""
 
     models: Mapping[str, ModelConfig]
     batch_size: int
@@ -32,14 +32,14 @@ class Place:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which matrices are multiplied."""
+        """The data type of matrix products."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
 COURSE = ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
-PLACES = {
-    "cpu": Place({name: preset(name) for name in COURSE}, batch_size=32, seq_len=64),
-    "cuda": Place(
+SETUPS = {
+    "cpu": Setup({name: preset(name) for name in COURSE}, batch_size=32, seq_len=64),
+    "cuda": Setup(
         {name: GPU.job(name).model for name in ("dense", "switch", "gshard", "deepseekmoe")},
         GPU.train.batch_size,
         GPU.train.seq_len,
@@ -48,27 +48,27 @@ PLACES = {
 }
 
 
-def bench_train(rounds: int, place: Place = PLACES["cpu"]) -> list[dict[str, Any]]:
-    """Time one training step (forward, backward, AdamW) of each model; ratios are to Llama's dense model.
+def bench_train(rounds: int, setup: Setup = SETUPS["cpu"]) -> list[dict[str, Any]]:
+    """Time one training step (forward, backward, AdamW) of each model; speed ratios are to Llama.
 
-    `of matmul`: the FLOPs a second of a step, as `training_flops` counts them, over those of a product of the shape of
-    the dense model's FFN, (tokens, D) x (D, F), in the same turns. InputError for a GPU that is not there.
+    `of matmul`: the FLOP/s of a step, as counted by `training_flops`, over those of a product of the shape of the dense
+    model's FFN, (B * S, D) x (D, ffn_width), in the same rounds. Raises InputError if the setup's GPU is missing.
     """
-    resolve_device(place.device)
-    tokens = torch.randint(0, 1024, (place.batch_size, place.seq_len + 1), generator=torch.Generator().manual_seed(0))
-    tokens, dense = tokens.to(place.device), next(iter(place.models.values()))
-    models = {LLAMA: _llama(dense), **{name: Transformer(config) for name, config in place.models.items()}}
-    steps = {name: training_step(model.to(place.device), tokens) for name, model in models.items()}
-    *rows, product = compare(steps | {"matmul": _products(dense, place)}, rounds)
-    of_product = MATMULS * 2 * place.batch_size * place.seq_len * dense.d_model * dense.ffn_width
+    resolve_device(setup.device)
+    tokens = torch.randint(0, 1024, (setup.batch_size, setup.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    tokens, dense = tokens.to(setup.device), next(iter(setup.models.values()))
+    models = {LLAMA: _llama(dense), **{name: Transformer(config) for name, config in setup.models.items()}}
+    steps = {name: training_step(model.to(setup.device), tokens) for name, model in models.items()}
+    *rows, matmul = compare(steps | {"matmul": _matmuls(dense, setup)}, rounds)
+    matmul_flops = MATMULS * 2 * setup.batch_size * setup.seq_len * dense.d_model * dense.ffn_width
     for row in rows:
-        flops = place.batch_size * training_flops(place.models.get(row["what"], dense), place.seq_len).total
-        row["of matmul"] = (flops / row["milliseconds"]) / (of_product / product["milliseconds"])
+        flops = setup.batch_size * training_flops(setup.models.get(row["what"], dense), setup.seq_len).total
+        row["of matmul"] = (flops / row["milliseconds"]) / (matmul_flops / matmul["milliseconds"])
     return rows
 
 
 def training_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
-    """What takes one training step of `model` on `tokens` (B, S + 1): forward, backward, AdamW; on a GPU in bf16."""
+    """Return a function that trains `model` for one step on `tokens` (B, S + 1) with AdamW; on a GPU in bf16."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def step() -> None:
@@ -84,9 +84,9 @@ def training_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], 
     return step
 
 
-def _products(dense: ModelConfig, place: Place) -> Callable[[], None]:
-    rows = torch.randn(place.batch_size * place.seq_len, dense.d_model, dtype=place.dtype, device=place.device)
-    matrix = torch.randn(dense.d_model, dense.ffn_width, dtype=place.dtype, device=place.device)
+def _matmuls(dense: ModelConfig, setup: Setup) -> Callable[[], None]:
+    rows = torch.randn(setup.batch_size * setup.seq_len, dense.d_model, dtype=setup.dtype, device=setup.device)
+    matrix = torch.randn(dense.d_model, dense.ffn_width, dtype=setup.dtype, device=setup.device)
     out = rows.new_empty(len(rows), dense.ffn_width)
 
     def step() -> None:

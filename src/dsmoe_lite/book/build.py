@@ -1,8 +1,9 @@
-"""Build the book from the executed chapters: nothing is executed, nothing is fetched."""
+"""Build the book from the executed chapters, without executing or downloading anything."""
 
 import importlib.util
 import io
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import Any
 
 import yaml
 
-from dsmoe_lite.book import conf
+import dsmoe_lite
+from dsmoe_lite.book import api, conf
+from dsmoe_lite.book.api_source import read_package
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.common.progress import progress
+from dsmoe_lite.study import equations
 
 STATIC = Path(__file__).parent / "static"
-BUILT = "_static/charts.js"  # a folder that has it is a book of ours
+BUILT = "_static/charts.js"  # marks a folder as a book that we built
 REDIRECT = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta http-equiv="refresh" content="0; url={page}"></head><body><p><a href="{page}">{title}</a></p></body></html>
@@ -23,13 +27,13 @@ REDIRECT = """<!doctype html>
 
 
 def build(book_file: Path, out: Path) -> Path:
-    """Build the pages of `book_file` into `out`, which is replaced only by a whole book; return its first page.
+    """Build the pages of `book_file` and move them to `out` when complete; return the first page.
 
-    Raises InputError for a book.yml that cannot be read or names a page that is missing and for a folder `out` that
-    holds something else, RunError with Sphinx's own words for anything it warns about.
+    Raises InputError for a book.yml that cannot be read or names a missing page, and for a folder `out` that has other
+    content. Raises RunError with the warnings of Sphinx, if there are any.
     """
     if out.exists() and any(out.iterdir()) and not (out / BUILT).exists():
-        raise InputError(f"out = {out}: holds something other than a book; name a new or empty folder")
+        raise InputError(f"out = {out}: contains something other than a book; name a new or empty folder")
     book = _read(book_file)
     sources = book_file.parent / Path(book["toc"]["root"]).parent
     for page in _names(book):
@@ -37,12 +41,12 @@ def build(book_file: Path, out: Path) -> Path:
         if not any((book_file.parent / f"{page}{suffix}").exists() for suffix in (".ipynb", ".md")):
             raise InputError(f"book.yml names {page}, but there is no {page}.ipynb or .md: run `make refresh`")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as aside:
-        pages = Path(aside) / "html"
-        _sphinx(book, sources, Path(aside), pages)
+    with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as temporary:
+        pages = Path(temporary) / "html"
+        _sphinx(book, sources, Path(temporary), pages)
         first = f"{Path(book['toc']['root']).name}.html"
         (pages / "index.html").write_text(REDIRECT.format(title=book["title"], page=first), encoding="utf-8")
-        _own(out, pages)
+        _replace(out, pages)
     return out / "index.html"
 
 
@@ -60,79 +64,85 @@ def _read(book_file: Path) -> dict[str, Any]:
 
 
 def _names(book: dict[str, Any]) -> list[str]:
-    """The pages in order, as book.yml names them."""
+    """The names of the pages in book.yml, in order."""
     return [book["toc"]["root"], *(entry["file"] for entry in book["toc"].get("chapters", []))]
 
 
-def _sphinx(book: dict[str, Any], sources: Path, aside: Path, pages: Path) -> None:
+def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -> None:
     from sphinx.application import Sphinx
     from sphinx.errors import SphinxError
     from sphinx.util.docutils import docutils_namespace, patch_docutils
 
-    toc_file, loaded = aside / "toc.yml", aside / "static"
-    toc_file.write_text(yaml.safe_dump(conf.toc(book, sources.name)), encoding="utf-8")
-    _scripts_of_others(loaded)
+    toc_file, loaded, copied = temporary / "toc.yml", temporary / "static", temporary / "sources" / sources.name
+    shutil.copytree(sources, copied, ignore=shutil.ignore_patterns(".*"))
+    chapters = [os.path.relpath(name, sources.name) for name in _names(book)]
+    modules = read_package(Path(dsmoe_lite.__file__).parent) if book.get("api") else []
+    reference = api.write(copied, modules, chapters, equations.load()) if modules else []
+    toc = conf.toc(book, sources.name, [(page.file, page.title) for page in reference])
+    toc_file.write_text(yaml.safe_dump(toc), encoding="utf-8")
+    _copy_scripts(loaded)
     _themes(loaded / "themes.js")
+    n_steps = 2 * (len(chapters) + len(reference)) + (3 if reference else 2)  # read and written; index, search, modules
     warnings = io.StringIO()
     settings = conf.settings(book, toc_file, [STATIC, loaded], sources.name)
     try:
         with patch_docutils(), docutils_namespace():
-            app = Sphinx(sources, None, pages, aside / "doctrees", "html", settings, status=None, warning=warnings)
-            with progress(total=2 * len(_names(book)) + 2, desc="book", unit="page") as bar:
+            app = Sphinx(copied, None, pages, temporary / "doctrees", "html", settings, status=None, warning=warnings)
+            with progress(total=n_steps, desc="book", unit="page") as bar:
                 _show(app, bar)
-                app.connect("html-page-context", _honest_roles)
+                app.connect("html-page-context", _remove_list_role)
                 app.build(force_all=True)
     except SphinxError as error:
         raise RunError(f"the book cannot be built: {error}") from None
-    if warnings.getvalue().strip():
-        raise RunError(f"the book has warnings:\n{warnings.getvalue().strip()}")
+    if messages := warnings.getvalue().strip().replace(str(copied), str(sources)):
+        raise RunError(f"the book has warnings:\n{messages}")
 
 
 def _show(app: Any, bar: Any) -> None:
-    """Move `bar` once a page read and once a page written."""
+    """Move `bar` once per page read and once per page written."""
 
-    def page(*_: Any) -> None:  # Sphinx takes anything returned for the name of a template
+    def page(*_: Any) -> None:  # returns None: Sphinx takes a return value as the name of a template
         bar.update()
 
     app.connect("source-read", page)
     app.connect("html-page-context", page)
 
 
-def _honest_roles(_: Any, page: str, template: str, context: dict[str, Any], __: Any) -> None:
-    """Take away the list role that docutils gives the references: their entries are no list items."""
+def _remove_list_role(_: Any, page: str, template: str, context: dict[str, Any], __: Any) -> None:
+    """Remove the ARIA role `list` from the references, because docutils does not mark their entries as list items."""
     if "body" in context:
         context["body"] = context["body"].replace(
             '<div role="list" class="citation-list">', '<div class="citation-list">'
         )
 
 
-def _scripts_of_others(folder: Path) -> None:
-    """Vega from vl-convert, wrapped so that its names stay its own; MathJax from its package, fonts left out."""
+def _copy_scripts(folder: Path) -> None:
+    """Write Vega from vl-convert, wrapped in a function to hide its names, and MathJax without its fonts."""
     import vl_convert
 
     folder.mkdir()
     bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]
     (folder / "vega.js").write_text(f"(function(){{\n{bundle}\n}})();\n", encoding="utf-8")
-    found = importlib.util.find_spec("sphinx-mathjax-offline")
-    if found is None or found.origin is None:
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    if package is None or package.origin is None:
         raise ModuleNotFoundError("sphinx-mathjax-offline", name="sphinx-mathjax-offline")
-    mathjax = Path(found.origin).parent / "static" / "mathjax"
+    mathjax = Path(package.origin).parent / "static" / "mathjax"
     (folder / "mathjax").mkdir()
     shutil.copy(mathjax / "tex-svg.js", folder / "mathjax")
-    # what MathJax loads when an equation first needs it
+    # loaded when an equation first needs them
     shutil.copytree(mathjax / "input" / "tex" / "extensions", folder / "mathjax" / "input" / "tex" / "extensions")
 
 
 def _themes(path: Path) -> None:
-    """The dark colour of every light one, for static/charts.js."""
+    """Write the dark counterpart of each light colour, for static/charts.js."""
     from dsmoe_lite.viz import theme
 
     dark = {light: theme.DARK[role] for role, light in theme.LIGHT.items()}
     path.write_text(f"window.dsmoeDark = {json.dumps(dark, indent=1)};\n", encoding="utf-8")
 
 
-def _own(out: Path, pages: Path) -> None:
-    """Put the finished pages where the old ones were."""
+def _replace(out: Path, pages: Path) -> None:
+    """Replace the old book `out` by the finished pages; restore it if that fails."""
     old = pages.parent / "old"
     if out.exists():
         out.rename(old)

@@ -1,14 +1,14 @@
-"""The page of the book that shows the ledgers: claims, and equations."""
+"""The book's page of claims and equations, written from their ledgers."""
 
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-from dsmoe_lite.common.paths import NOTEBOOKS
+from dsmoe_lite.common.paths import IS_CLONE, NOTEBOOKS, WORK
 from dsmoe_lite.study.equations import Equation
 from dsmoe_lite.study.ledger import VERDICTS, Claim
 
-PAGE = NOTEBOOKS / "claims.md"
+PAGE = (NOTEBOOKS if IS_CLONE else WORK) / "claims.md"  # its links lead to the chapters beside it
 PAPERS = {
     "2401.06066": "DeepSeekMoE",
     "2405.04434": "DeepSeek-V2",
@@ -19,30 +19,30 @@ MEANING = {
     "exact": "our count is the printed figure, to its last digit",
     "differs": "our count is another figure",
     "holds": "the trend appears: significant at 5% after correction for the other claims of its figure (Holm)",
-    "leans": "the trend appears, but is significant only before that correction",
-    "inconclusive": "the seeds do not tell",
+    "leans": "the trend appears, but is significant only before the correction",
+    "inconclusive": "the seeds cannot resolve the trend",
     "reversed": "the opposite appears, significant after the correction",
-    "not tested": "nothing here settles it, or fewer than five seeds do",
+    "not tested": "no run or count here tests the claim, or fewer than five seeds do",
 }
-INTRODUCTION = """# What papers claim, and what came out here
+INTRODUCTION = """# What papers claim, and what we find
 
 Written by `dsmoe claims --write` from `data/claims.yml`. Verdicts are recomputed by `dsmoe claims` and by the tests:
 counts from the configs, trends from the recorded runs in `data/runs/`. Trends are differences between runs of one seed:
 their mean, its 95% interval, the number of seeds, the mean over the standard deviation ($d_z$), and p before and after
-correction. They come from models of this course's size: they say what appears *here*, not what is true of models a
+correction. They come from models of this course's size: they show what happens *here*, not what is true of models a
 thousand times as large.
 """
 
 
 def page(claims: Sequence[Claim], equations: Sequence[Equation]) -> str:
-    """The page as Markdown: what verdicts mean and how many there are, a table a paper, trends first; the equations."""
+    """The page as Markdown: the verdicts and their counts, one table per paper with trends first, the equations."""
     tally = Counter(claim.verdict for claim in claims)
     meaning = [f"| **{verdict}** | {MEANING[verdict]} | {tally[verdict]} |" for verdict in VERDICTS]
     parts = [INTRODUCTION, "\n".join(["| verdict | what it means | claims |", "|---|---|---:|", *meaning])]
     for number, paper in PAPERS.items():
-        own = [claim for claim in claims if number in claim.source]
-        if own:
-            rows = [_row(claim, number) for claim in sorted(own, key=lambda claim: claim.exact is not None)]
+        of_paper = [claim for claim in claims if number in claim.source]
+        if of_paper:
+            rows = [_row(claim, number) for claim in sorted(of_paper, key=lambda claim: claim.exact is not None)]
             head = ["| claim | printed | ours | verdict | chapter |", "|---|---|---|---|---|"]
             parts.append("\n".join([f"\n## {paper} (arXiv:{number})\n", *head, *rows]))
     rows = [f"| {{eq}}`eq:{e.label}` | {e.source} | `{e.function}` <br>`{e.test}` |" for e in equations]
@@ -52,8 +52,8 @@ def page(claims: Sequence[Claim], equations: Sequence[Equation]) -> str:
 
 
 def _row(claim: Claim, number: str) -> str:
-    place = claim.source.removeprefix(f"arXiv:{number}, ")
-    says = f"{claim.says} <br>*{place}.* {claim.why}".rstrip()
+    location = claim.source.removeprefix(f"arXiv:{number}, ")
+    says = f"{claim.says} <br>*{location}.* {claim.why}".rstrip()
     return f"| {says} | {claim.published} | {claim.ours or '-'} | **{claim.verdict}** | {_link(claim)} |"
 
 
@@ -66,5 +66,5 @@ def _link(claim: Claim) -> str:
 
 
 def _anchor(heading: str) -> str:
-    """The id that MyST gives a heading, which is GitHub's."""
+    """The id that MyST, like GitHub, gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")

@@ -1,4 +1,4 @@
-"""How a chapter's outputs become HTML where myst-nb alone would not know."""
+"""Convert the chapters' own MIME types to HTML, for myst-nb."""
 
 import html
 import json
@@ -6,48 +6,48 @@ from typing import Any
 
 from docutils import nodes  # type: ignore[import-untyped]
 
+from dsmoe_lite.labs.results import MIME as RESULT
 from dsmoe_lite.viz.renderer import MIME as CHART
 
-RESULT = "application/vnd.dsmoe.result+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-LAST = 1000
+LAST = 1000  # priority: any other MIME type of the output is shown instead
 
 
 class Chart:
-    """A live chart: its spec beside an empty drawing, which static/charts.js fills; its description is the alt text."""
+    """A live chart: its spec and an empty element that static/charts.js draws into; its description is the alt text."""
 
     mime_priority_overrides = (("html", CHART, 1),)
 
     @staticmethod
     def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
-        """Return the chart's HTML, or None for other outputs."""
+        """The HTML of a chart, or None for other outputs."""
         return [nodes.raw("", chart_html(data.content), format="html")] if data.mime_type == CHART else None
 
 
 class Result:
-    """Values for machines: nothing to see."""
+    """Machine-readable results, which the page does not show."""
 
     mime_priority_overrides = (("html", RESULT, LAST),)
 
     @staticmethod
     def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
-        """Return no nodes for a result, or None for other outputs."""
+        """No nodes for a result, or None for other outputs."""
         return [] if data.mime_type == RESULT else None
 
 
 class Widget:
-    """A place for a widget: static/widgets.js fills it where the saved state suffices; else its note stays."""
+    """A placeholder for a widget: static/widgets.js replaces its note if the saved state is enough to show it."""
 
     mime_priority_overrides = (("html", WIDGET, 1),)
 
     @staticmethod
     def handle_mime(renderer: Any, data: Any, inline: bool) -> list[nodes.Element] | None:
-        """Return the widget's HTML, or None for other outputs."""
+        """The HTML of a widget, or None for other outputs."""
         return [nodes.raw("", widget_html(data.content), format="html")] if data.mime_type == WIDGET else None
 
 
 def widget_html(view: dict[str, Any]) -> str:
-    """The place of one widget."""
+    """The placeholder of one widget."""
     return (
         f'<div class="saved-widget" data-model="{html.escape(view["model_id"], quote=True)}">'
         '<p class="widget-note">Here JupyterLab shows a control: it needs Python.</p></div>'

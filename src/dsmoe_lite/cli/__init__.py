@@ -1,4 +1,4 @@
-"""The `dsmoe` command: one file a subcommand, imported only when it is called."""
+"""The `dsmoe` command: one module per subcommand, imported only when the subcommand is called."""
 
 import importlib
 import sys
@@ -7,20 +7,21 @@ import click
 
 from dsmoe_lite import __version__
 from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.paths import IS_CLONE, install_command
 
-COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> holds `command`
-    "lab": "Open JupyterLab at a working copy of a chapter.",
-    "run": "Run one chapter with parameters into runs/.",
-    "course": "Run every chapter and print the table of times.",
-    "train": "Train a model from a config file.",
-    "experiment": "Run what a named grid of runs is still missing.",
-    "replay": "Train a recorded run again, to have its weights.",
-    "bench": "Measure ratios in one process.",
-    "count": "Count parameters, FLOPs and cache of a preset or config.",
-    "claims": "Recompute what papers claim, and print what came out.",
-    "check": "Print what this machine has and the profile it would use.",
-    "book": "Build the book.",
-    "refresh": "Write the chapters' reference outputs (authors).",
+COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> defines `command`
+    "lab": "Open JupyterLab at your copy of a chapter.",
+    "run": "Run one chapter with the parameters you give.",
+    "course": "Run every chapter and print how long each takes.",
+    "train": "Train the model that a config file describes.",
+    "experiment": "Train the runs that a grid of models and seeds lacks.",
+    "replay": "Train a recorded run again and keep its weights.",
+    "bench": "Time layers, training, attention or kernels.",
+    "count": "Count parameters, FLOPs and KV cache of a model.",
+    "claims": "Recompute the claims of the papers and our verdicts.",
+    "check": "Print what this machine has and which profile suits it.",
+    "book": "Build the chapters as web pages.",
+    "refresh": "Execute chapters and store their outputs (authors).",
 }
 
 
@@ -41,28 +42,32 @@ class _LazyGroup(click.Group):
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="dsmoe")
 def group() -> None:
-    """DeepSeekMoE, built step by step."""
+    """DeepSeekMoE, built step by step.
+
+    `dsmoe COMMAND --help` explains one command.
+    """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; exit 2 on bad input, 1 on failure, 130 on Ctrl-C, always in one line."""
+    """Run the command line. Errors are one line; exit 2 on bad input, 1 on failure, 130 on Ctrl-C."""
     try:
         status = group.main(arguments, prog_name="dsmoe", standalone_mode=False)
     except click.exceptions.Abort:
-        _leave("stopped", 130)
+        _exit("stopped", 130)
     except click.ClickException as error:
-        _leave(error.format_message(), 2)
+        _exit(error.format_message(), 2)
     except InputError as error:
-        _leave(str(error), 2)
+        _exit(str(error), 2)
     except (RunError, OSError) as error:
-        _leave(str(error), 1)
+        _exit(str(error), 1)
     except KeyboardInterrupt:
-        _leave("stopped", 130)
+        _exit("stopped", 130)
     except ModuleNotFoundError as error:
-        _leave(f"{error.name} is not installed: run `make setup`, or `pip install -e '.[course]'`", 1)
+        alternative = ", or `pip install -e '.[course]'`" if IS_CLONE else ""
+        _exit(f"{error.name} is not installed: run `{install_command()}`{alternative}", 1)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _leave(message: str, status: int) -> None:
+def _exit(message: str, status: int) -> None:
     click.echo(f"dsmoe: {message}", err=True)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`dsmoe book`: the chapters as pages that open without a network."""
+"""`dsmoe book`: the chapters as web pages that need no network."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ from dsmoe_lite.common import paths
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write; build/book without it.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write.  [default: build/book]")
 def command(out: Path | None) -> None:
-    """Build the book from the executed chapters; any warning is an error."""
+    """Build the book from the executed chapters. Any warning is an error."""
+    paths.require_clone("dsmoe book")
     from dsmoe_lite.book.build import build
 
     first = build(paths.REPOSITORY / "book.yml", (out or paths.REPOSITORY / "build" / "book").resolve())

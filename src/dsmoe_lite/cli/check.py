@@ -9,7 +9,7 @@ from dsmoe_lite.common import machine
 @click.command()
 @json_option
 def command(as_json: bool) -> None:
-    """Print what this machine has (Python, torch, CPU, GPU, tools) and the profile it would use."""
+    """Print what this machine has (Python, torch, CPU, GPU, tools) and which profile suits it."""
     rows = [_row(part) for part in machine.parts()]
     rows.append({"part": "profile", "found": machine.profile(), "how to get it": ""})
     print_rows(rows, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`dsmoe count`: parameters, FLOPs and cache of presets or config files, without building a model."""
+"""`dsmoe count`: parameters, FLOPs and KV cache of presets or config files, without building a model."""
 
 import json
 from pathlib import Path
@@ -17,12 +17,13 @@ BF16 = 16  # bits
 
 @click.command(name="count")
 @click.argument("names", nargs=-1, required=True, metavar="NAME|CONFIG.yaml...")
-@click.option(
-    "--seq-len", type=click.IntRange(min=1), help="Tokens of a sequence; by default the config's max_seq_len."
-)
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence; the config's max_seq_len by default.")
 @json_option
 def command(names: tuple[str, ...], seq_len: int | None, as_json: bool) -> None:
-    """Count parameters, training FLOPs and cache; several models stand side by side."""
+    """Count parameters, training FLOPs and KV cache, and compare models if several are given.
+
+    A model is the NAME of a preset or a CONFIG.yaml with the fields of ModelConfig. No model is built.
+    """
     configs = {name: load_config(name) for name in names}
     models = {name: count(config, seq_len or config.max_seq_len) for name, config in configs.items()}
     if as_json:
@@ -34,12 +35,14 @@ def command(names: tuple[str, ...], seq_len: int | None, as_json: bool) -> None:
                 row | {"share": round(row["share"], 4), "training_flops": float(row["training_flops"])}
                 for row in counts["components"]
             ]
-            print_rows(rows, as_json=False, title=f"{name}, by component (FLOPs below leave out the router's)")
+            print_rows(
+                rows, as_json=False, title=f"{name}, by component; the totals below leave out the router's FLOPs"
+            )
     print_rows(_side_by_side(models), as_json=False)
 
 
 def load_config(name: str) -> ModelConfig:
-    """The preset of that name, or the ModelConfig in a .yaml file; raises InputError."""
+    """The ModelConfig of the preset `name`, or in the .yaml file `name`. Raises InputError."""
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         return preset(name)
@@ -51,7 +54,7 @@ def load_config(name: str) -> ModelConfig:
 
 
 def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
-    """Every count of one config as plain data, for a sequence of `seq_len` tokens."""
+    """All counts of one config, for sequences of `seq_len` tokens, as plain data."""
     counted, flops = parameters(config), training_flops(config, seq_len)
     return {
         "seq_len": seq_len,
@@ -61,7 +64,7 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         "active_no_embed": counted.active_no_embed,
         "ffn_total": counted.ffn.total,
         "ffn_active": counted.ffn.active,
-        "training_flops": flops.total,  # without the router's, as in the papers
+        "training_flops": flops.total,  # the router is left out, as in the papers
         "forward_flops_per_token": flops.forward_per_token,
         "kv_cache_elements_per_token": kv_cache_elements(config),
         "kv_cache_bf16_bytes_per_token": kv_cache_bytes(config, 1, BF16),
@@ -75,7 +78,7 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
 
 
 def _side_by_side(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a quantity, one column a model; several models are also compared by component."""
+    """One row per quantity, one column per model; several models are also compared by component."""
     columns = {name: {key: counts[key] for key in counts if key != "components"} for name, counts in models.items()}
     if len(models) > 1:
         for name, counts in models.items():

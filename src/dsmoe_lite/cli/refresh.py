@@ -1,4 +1,4 @@
-"""`dsmoe refresh`: write the chapters' reference outputs."""
+"""`dsmoe refresh`: write the reference outputs of the chapters."""
 
 import click
 
@@ -9,9 +9,10 @@ from dsmoe_lite.labs.refresh import refresh_chapter
 
 @click.command(name="refresh")
 @click.argument("chapters", nargs=-1)
-@click.option("--measure", is_flag=True, help="Renew the outputs of `measured` cells too.")
+@click.option("--measure", is_flag=True, help="Also replace the outputs of cells tagged `measured`.")
 def command(chapters: tuple[str, ...], measure: bool) -> None:
-    """Execute CHAPTERS (by default all of notebooks/*.py) and write their .ipynb files."""
+    """Execute CHAPTERS (by default all notebooks/*.py) and write their .ipynb files."""
+    paths.require_clone("dsmoe refresh")
     if chapters:
         sources = [find_chapter(name, ".py") for name in chapters]
     else:

@@ -1,4 +1,4 @@
-"""dsmoe replay: the weights of a recorded run."""
+"""`dsmoe replay`: train a recorded run again for its weights."""
 
 from pathlib import Path
 
@@ -7,19 +7,25 @@ import click
 from dsmoe_lite.cli.tables import json_option, print_rows
 
 
-@click.command(help="Train a recorded run of a grid again, and keep its model.")
+@click.command(help="Train the recorded run of MODEL in the grid NAME again, and save the model.")
 @click.argument("name")
 @click.argument("model")
-@click.option("--seed", default=0, show_default=True, help="Which of the grid's seeds.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the run.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the weights.")
-@click.option("--snapshot", "snapshots", multiple=True, type=int, help="Keep the model after so many steps, too.")
+@click.option(
+    "--snapshot",
+    "snapshots",
+    multiple=True,
+    type=int,
+    help="Also save the model after this many steps; may be repeated.",
+)
 @json_option
 def command(name: str, model: str, seed: int, out: Path, snapshots: tuple[int, ...], as_json: bool) -> None:
-    """Leave NAME-MODEL-seedS.safetensors in the folder, and say how its loss compares with the record."""
+    """Write NAME-MODEL-seedS.safetensors into the folder, and print its loss beside the recorded loss."""
     from dsmoe_lite.study.replay import replay
 
-    found = replay(name, model, seed, out, snapshots)
-    rows = [{"file": str(path), "bytes": path.stat().st_size} for path in found.files]
+    result = replay(name, model, seed, out, snapshots)
+    rows = [{"file": str(path), "bytes": path.stat().st_size} for path in result.files]
     for row in rows:
-        row |= {"held-out loss recorded": found.recorded, "now": found.replayed}
+        row |= {"held-out loss recorded": result.recorded, "now": result.replayed}
     print_rows(rows, as_json=as_json, title="Weights")

@@ -1,4 +1,4 @@
-"""`dsmoe run 02 -p top_k=1 -p profile=smoke`."""
+"""`dsmoe run`: run a chapter with other parameters, as in `dsmoe run 02 -p top_k=1 -p profile=smoke`."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ from dsmoe_lite.labs.parameters import parse_assignments
 
 @click.command(name="run")
 @click.argument("chapter")
-@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="A parameter; may be given several times.")
+@click.option("-p", "assignments", multiple=True, metavar="NAME=VALUE", help="Set a parameter; may be repeated.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder or .ipynb file to write to.  [default: runs/]")
 @json_option
 def command(chapter: str, assignments: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run CHAPTER (02, gshard...) with parameters into a notebook of its own, and print what it reports."""
+    """Run CHAPTER (02, gshard, ...) with parameters, write the executed notebook and print its results."""
     notebook = find_chapter(chapter)
     run = run_chapter(notebook, parse_assignments(chapter_schema(notebook), assignments), out)
     if as_json:

@@ -1,1 +1,1 @@
-"""Leaf helpers: errors, paths, files, progress bars, the machine, statistics. They import nothing of the course."""
+"""Helpers: errors, paths, files, progress bars, the machine, statistics. They import no other part of the package."""

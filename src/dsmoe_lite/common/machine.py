@@ -1,4 +1,4 @@
-"""What this machine has for the course, found without importing torch: the answer comes in about a second."""
+"""What this machine has for the course. Only `resolve_device` imports torch, so that `dsmoe check` is fast."""
 
 import os
 import platform
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_lite.common.errors import require
+from dsmoe_lite.common.paths import install_command
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MAC_CHROME = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
@@ -21,7 +22,7 @@ MAC_CHROME = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 
 @dataclass(frozen=True)
 class Part:
-    """One thing the course can use: what was found (None: nothing) and, where it is missing, how to get it."""
+    """One thing that the course can use: what was found, or None, and how to get it if it is missing."""
 
     name: str
     found: str | None
@@ -29,18 +30,18 @@ class Part:
 
 
 def parts() -> list[Part]:
-    """Everything the course can use, as this machine has it."""
+    """Look for everything that the course can use."""
     return [
         Part("Python", platform.python_version()),
-        Part("torch", version("torch"), "make setup"),
+        Part("torch", version("torch"), install_command()),
         Part("course packages", *_course_packages()),
         Part("CPU threads", str(cpu_threads())),
         Part("GPU", *_gpu_with_remedy()),
-        Part("triton", version("triton"), "comes with torch's CUDA builds on Linux, else pip install -e '.[triton]'"),
+        Part("triton", version("triton"), f"comes with torch's CUDA builds on Linux, else {install_command('triton')}"),
         Part(
             "nvcc",
             _first_line_version(find_nvcc()),
-            "pip install -e '.[nvcc]', or NVIDIA's CUDA toolkit; only CUDA kernels use it",
+            f"{install_command('nvcc')}, or NVIDIA's CUDA toolkit; only CUDA kernels use it",
         ),
         Part("g++", _first_line_version(shutil.which("g++")), "apt install g++, or xcode-select --install on macOS"),
         Part("chromium", find_chromium(), "apt install chromium, or install Chrome; only the browser tests use it"),
@@ -48,12 +49,12 @@ def parts() -> list[Part]:
 
 
 def profile() -> str:
-    """The profile this machine would run chapters in: "gpu" where torch can use a CUDA GPU, else "cpu"."""
+    """The profile for chapters on this machine: "gpu" if torch can use a CUDA GPU, else "cpu"."""
     return "gpu" if gpu() and torch_cuda() else "cpu"
 
 
 def resolve_device(name: str) -> str:
-    """Return "cpu" or "cuda": for "auto" the GPU if torch finds one. InputError for a GPU that is not there."""
+    """Return "cpu" or "cuda"; "auto" is the GPU if torch finds one. Raises InputError for "cuda" without a GPU."""
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -62,7 +63,7 @@ def resolve_device(name: str) -> str:
 
 
 def version(package: str) -> str | None:
-    """The installed version of `package`, None where it is not installed."""
+    """The installed version of `package`, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -70,41 +71,42 @@ def version(package: str) -> str | None:
 
 
 def cpu_threads() -> int:
-    """The CPU threads this process may use."""
+    """How many CPU threads this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def gpu() -> str | None:
-    """Name and memory of the first NVIDIA GPU, by its driver; None where there is none."""
+    """Name and memory of the first NVIDIA GPU, as its driver reports them, or None."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
     answer = _output(query) if shutil.which("nvidia-smi") else None
     return answer.splitlines()[0].strip() if answer else None
 
 
 def torch_cuda() -> str | None:
-    """The CUDA version that the installed torch was built for; None for a CPU build or no torch."""
+    """The CUDA version that the installed torch was built for, or None for a CPU build or no torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
-    built = Path(spec.origin).with_name("version.py")  # a file of plain assignments
-    return runpy.run_path(str(built)).get("cuda") if built.exists() else None
+    version_file = Path(spec.origin).with_name("version.py")  # it has assignments only
+    return runpy.run_path(str(version_file)).get("cuda") if version_file.exists() else None
 
 
 def find_nvcc() -> str | None:
-    """NVIDIA's compiler, on the PATH, where its toolkit usually lies, or where pip puts the extra `nvcc`."""
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", sysconfig.get_path("purelib") + "/nvidia/cu13"]
-    return shutil.which("nvcc") or next((p for h in homes if h and (p := shutil.which(f"{h}/bin/nvcc"))), None)
+    """Find NVIDIA's compiler: on the PATH, in the usual folder of its toolkit, or where pip puts the extra `nvcc`."""
+    toolkits = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", sysconfig.get_path("purelib") + "/nvidia/cu13"]
+    candidates = ["nvcc", *(f"{folder}/bin/nvcc" for folder in toolkits if folder)]
+    return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
 def find_chromium() -> str | None:
-    """A browser of Chromium's family, which the browser tests drive."""
+    """Find Chromium or Chrome, which the browser tests drive."""
     return next((path for name in (*CHROMIUMS, MAC_CHROME) if (path := shutil.which(name))), None)
 
 
 def missing_packages(extra: str) -> list[str]:
-    """The packages of pyproject's `extra` (and of the base) that are not installed."""
+    """Required packages, including those of pyproject's `extra`, that are not installed."""
     needed = [line for line in metadata.requires("dsmoe-lite") or [] if "extra ==" not in line or _names(line, extra)]
     names = [re.match(r"[\w.-]+", line).group() for line in needed]  # type: ignore[union-attr]
     return [name for name in names if version(name) is None]
@@ -118,17 +120,17 @@ def _course_packages() -> tuple[str | None, str]:
     try:
         missing = missing_packages("course")
     except metadata.PackageNotFoundError:
-        return None, "dsmoe-lite itself is not installed: make setup"
-    return (None, f"{', '.join(missing)} not installed: make setup") if missing else ("all installed", "")
+        return None, f"dsmoe-lite itself is not installed: {install_command()}"
+    return (None, f"{', '.join(missing)} not installed: {install_command()}") if missing else ("all installed", "")
 
 
 def _gpu_with_remedy() -> tuple[str | None, str]:
-    found = gpu()
-    if found is None:
+    name = gpu()
+    if name is None:
         return None, "not needed: the course runs on a CPU; a CUDA GPU serves the gpu profile"
     if torch_cuda() is None:
-        return f"{found}, not usable: torch is a CPU build", "install a CUDA build of torch into .venv"
-    return found, ""
+        return f"{name}, not usable: torch is a CPU build", "install a CUDA build of torch into .venv"
+    return name, ""
 
 
 def _first_line_version(program: str | None) -> str | None:
@@ -140,7 +142,7 @@ def _first_line_version(program: str | None) -> str | None:
 
 def _output(command: list[str]) -> str | None:
     try:
-        done: Any = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        finished: Any = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout
+    return finished.stdout

@@ -1,4 +1,4 @@
-"""Progress bars that suit a terminal and a notebook, and stay out of stored outputs."""
+"""Progress bars for terminals and notebooks, which leave nothing in stored outputs."""
 
 import os
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def progress(items: Iterable[Any] | None = None, **options: Any) -> Any:
-    """tqdm over `items`, or a bar to update by hand; TQDM_DISABLE=1 silences it in notebooks too."""
+    """tqdm over `items`, or a bar to update by hand. TQDM_DISABLE=1 silences it, in notebooks too."""
     from tqdm.auto import tqdm
 
     options.setdefault("leave", False)

@@ -1,1 +1,1 @@
-"""Corpora, the tokenizer and batches: each in a module of its own, so that `world` needs the standard library alone."""
+"""Corpora, the tokenizer and batches. `world` needs the standard library only."""

@@ -1,4 +1,4 @@
-"""Endless batches of tokens and domain labels, streamed from a corpus and resumable to the bit."""
+"""Endless batches of tokens and domain labels, streamed from a corpus. They resume at exactly the same token."""
 
 import hashlib
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from dsmoe_lite.common.errors import InputError, require, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_int
 from dsmoe_lite.data.corpus import Corpus, Document, require_split
 from dsmoe_lite.data.tokenizer import END_ID
 
-GROUP_CHARACTERS = 65_536  # encoded together: enough to keep the tokenizer's threads busy, little enough for memory
+GROUP_CHARACTERS = 65_536  # encoded together: enough to keep the threads of the tokenizer busy, and little memory
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens (B, S+1) int64, the first S inputs and the last S targets, and domain labels (B, S+1) uint8."""
+    """Tokens (B, S + 1) int64, whose first S are inputs and last S are targets; domain labels (B, S + 1) uint8."""
 
     tokens: torch.Tensor
     domains: torch.Tensor
@@ -27,44 +27,45 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Group:
-    """Consecutive documents as one row of tokens."""
+    """Consecutive documents, encoded as one row of tokens."""
 
     epoch: int
-    document: int  # number of its first document
-    tokens: np.ndarray  # (N,) int64
-    domains: np.ndarray  # (N,) uint8
+    document: int  # number of the first document
+    tokens: np.ndarray  # (n_tokens,) int64
+    domains: np.ndarray  # (n_tokens,) uint8
 
 
 class Batches:
-    """An endless iterator of batches: documents end in <|end|>, stand in one row, and are cut into rows of S+1 tokens.
+    """An endless iterator of batches. Documents, each with <|end|> behind it, are packed into rows of S + 1 tokens.
 
-    After the last document the corpus starts again. The memory needed does not depend on the size of the corpus.
+    After the last document, the corpus starts again. Memory does not depend on the size of the corpus. Raises
+    InputError for sizes below 1, an unknown split, and more than 256 domains.
     """
 
     def __init__(
         self, corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, *, split: str = "train"
     ) -> None:
-        require_whole("batch_size", batch_size, 1)
-        require_whole("seq_len", seq_len, 1)
+        require_int("batch_size", batch_size, 1)
+        require_int("seq_len", seq_len, 1)
         require_split(split)
         require(len(corpus.domains) <= 256, "domains", len(corpus.domains), "must be at most 256: labels are bytes")
         self._corpus, self._tokenizer, self._split = corpus, tokenizer, split
         self._shape = (batch_size, seq_len + 1)
-        self._begin(epoch=0, document=0, offset=0)
+        self._seek(epoch=0, document=0, offset=0)
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return self._take(self._shape[0] * self._shape[1])
+        return self._read(self._shape[0] * self._shape[1])
 
     @property
     def epoch(self) -> int:
-        """How often the corpus has been read to its end."""
+        """How often the corpus has been read to the end."""
         return self.state_dict()["epoch"]
 
     def describe(self) -> dict[str, Any]:
-        """What the batches are made of, as plain data: a run resumes only on the same."""
+        """What the batches are made of, as plain data. A run resumes only if nothing of it has changed."""
         vocabulary = self._tokenizer.to_str().encode()
         return {
             "corpus": self._corpus.fingerprint(),
@@ -74,58 +75,58 @@ class Batches:
         }
 
     def state_dict(self) -> dict[str, int]:
-        """Where the next batch starts, as plain data."""
-        group = self._unread()
+        """The position of the next batch, as plain data."""
+        group = self._current_group()
         return {"epoch": group.epoch, "document": group.document, "offset": self._offset}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go to where `state` was taken: the batches that follow are the same as they were then.
+        """Continue at a position that `state_dict` returned; the batches that follow are the same.
 
-        Raises InputError for a state that no stream of this corpus and tokenizer can have.
+        Raises InputError for a position that this corpus and tokenizer cannot have.
         """
         for name in ("epoch", "document", "offset"):
-            require_whole(name, state.get(name), 0)
-        self._begin(**state)
+            require_int(name, state.get(name), 0)
+        self._seek(**state)
         require(self.state_dict() == state, "state", state, "belongs to another corpus or tokenizer")
 
-    def _begin(self, epoch: int, document: int, offset: int) -> None:
+    def _seek(self, epoch: int, document: int, offset: int) -> None:
         self._stream = _groups(self._corpus, self._tokenizer, self._split, epoch, document)
         self._group: _Group | None = None
-        self._offset = offset  # tokens of the group already given out
+        self._offset = offset  # tokens of the group that were read
 
-    def _unread(self) -> _Group:
-        """The group that holds the next token."""
+    def _current_group(self) -> _Group:
+        """The group with the next token."""
         if self._group is None:
             self._group = next(self._stream)
         if self._offset >= len(self._group.tokens):
             self._group, self._offset = next(self._stream), 0
         return self._group
 
-    def _take(self, n: int) -> Batch:
-        tokens, domains = np.empty(n, np.int64), np.empty(n, np.uint8)
-        done = 0
-        while done < n:
-            group = self._unread()
-            span = min(n - done, len(group.tokens) - self._offset)
-            tokens[done : done + span] = group.tokens[self._offset : self._offset + span]
-            domains[done : done + span] = group.domains[self._offset : self._offset + span]
-            done, self._offset = done + span, self._offset + span
+    def _read(self, n_tokens: int) -> Batch:
+        tokens, domains = np.empty(n_tokens, np.int64), np.empty(n_tokens, np.uint8)
+        filled = 0
+        while filled < n_tokens:
+            group = self._current_group()
+            span = min(n_tokens - filled, len(group.tokens) - self._offset)
+            tokens[filled : filled + span] = group.tokens[self._offset : self._offset + span]
+            domains[filled : filled + span] = group.domains[self._offset : self._offset + span]
+            filled, self._offset = filled + span, self._offset + span
         return Batch(torch.from_numpy(tokens).view(self._shape), torch.from_numpy(domains).view(self._shape))
 
 
 def heldout_batches(corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_len: int, n_batches: int) -> list[Batch]:
-    """The first `n_batches` of the held-out split; raises InputError where it is too small for them."""
-    require_whole("n_batches", n_batches, 1)
+    """Return the first `n_batches` of the held-out split. Raises InputError if it is too small."""
+    require_int("n_batches", n_batches, 1)
     batches = Batches(corpus, tokenizer, batch_size, seq_len, split="heldout")
-    taken: list[Batch] = []
+    heldout: list[Batch] = []
     for batch in islice(batches, n_batches):
         if _has_wrapped(batches):
             raise InputError(
-                f"n_batches = {n_batches}: the held-out text of {corpus.name} fills {len(taken)} batches "
+                f"n_batches = {n_batches}: the held-out text of {corpus.name} fills {len(heldout)} batches "
                 f"of {batch_size} x {seq_len + 1} tokens: use fewer or smaller batches"
             )
-        taken.append(batch)
-    return taken
+        heldout.append(batch)
+    return heldout
 
 
 def _has_wrapped(batches: Batches) -> bool:
@@ -135,17 +136,17 @@ def _has_wrapped(batches: Batches) -> bool:
 
 def _groups(corpus: Corpus, tokenizer: Tokenizer, split: str, epoch: int, document: int) -> Iterator[_Group]:
     while True:
-        found = False
-        for documents in _by_size(corpus.documents(split, document)):
+        is_empty = True
+        for documents in _split_by_size(corpus.documents(split, document)):
             yield _encode(corpus, tokenizer, documents, epoch, document)
             document += len(documents)
-            found = True
-        if not found and document == 0:
+            is_empty = False
+        if is_empty and document == 0:
             raise InputError(f"{corpus.name}: its {split} split has no documents")
         epoch, document = epoch + 1, 0
 
 
-def _by_size(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _split_by_size(documents: Iterator[Document]) -> Iterator[list[Document]]:
     group: list[Document] = []
     size = 0
     for document in documents:

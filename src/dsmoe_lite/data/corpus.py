@@ -1,4 +1,4 @@
-"""What a corpus is: documents with a domain each, in an order that can be entered anywhere."""
+"""The protocol of a corpus: documents, each with a domain, in a fixed order that can be read from any point."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text and the one domain that all of its tokens carry."""
+    """A piece of text and the domain of all its tokens."""
 
     text: str
     domain: str
@@ -27,11 +27,11 @@ class Corpus(Protocol):
     def domains(self) -> tuple[str, ...]: ...
 
     def documents(self, split: str, start: int = 0) -> Iterator[Document]:
-        """Yield the documents of "train" or "heldout" lazily, the first `start` of them skipped cheaply."""
+        """Yield the documents of "train" or "heldout" lazily, from number `start` on; skipping is cheap."""
         ...
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the run record keeps: at least "name" and "sha256"."""
+        """Facts for the run record that identify the corpus: at least "name" and "sha256"."""
         ...
 
 

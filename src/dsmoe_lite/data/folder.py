@@ -1,4 +1,4 @@
-"""Any folder of UTF-8 text files, read in pieces: a file is never in memory whole."""
+"""Any folder of UTF-8 text files, read in pieces, so that no full file is in memory."""
 
 import hashlib
 import os
@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, NoReturn
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.data.corpus import Document, require_split
-from dsmoe_lite.data.words import number
+from dsmoe_lite.data.words import stable_hash
 
-PIECE_BYTES = 4096  # one document, give or take a line
-LINE_BYTES = 512  # how far a piece may reach to end with its line
-HELDOUT_SHARE = 10  # one in ten is held out
+PIECE_BYTES = 4096  # a document, give or take a line
+LINE_BYTES = 512  # how far a piece may extend to end with a line
+HELDOUT_EVERY = 10  # one in ten is held out
 MAX_DOMAINS = 255
 
 
@@ -33,10 +33,10 @@ class _File:
 
 
 class Folder:
-    """The corpus of a folder's text files; the domain is the first subfolder, "text" for files that lie in none.
+    """The text files of a folder. The domain is the first subfolder, or "text" for files outside any subfolder.
 
-    One file in ten is held out, or one piece in ten where that leaves a split empty. Raises InputError for a folder
-    that is missing, empty or unreadable, and for a file that is binary or not UTF-8, also while it streams.
+    One file in ten is held out, or one piece in ten if files would leave a split empty. Raises InputError for a folder
+    that is missing, empty or unreadable, and for a file that is binary or not UTF-8, even if only streaming finds it.
     """
 
     name = "folder"
@@ -48,19 +48,18 @@ class Folder:
             _read_piece(file, 0)
         self.domains = tuple(sorted({file.domain for file in files}))
         if len(self.domains) > MAX_DOMAINS:
-            raise InputError(f"{path}: {len(self.domains)} subfolders: must be at most {MAX_DOMAINS}, each is a domain")
+            raise InputError(f"{path}: {len(self.domains)} subfolders: must be at most {MAX_DOMAINS}: each is a domain")
         self._files = files
-        by_file = {file.heldout for file in files} == {True, False}
-        kept = {split: [f for f in files if f.heldout == (split == "heldout")] for split in ("train", "heldout")}
-        self._pieces = {
-            split: _Pieces(kept[split]) if by_file else _Pieces(files, every_tenth=split == "heldout")
-            for split in ("train", "heldout")
-        }
+        heldout, train = [f for f in files if f.heldout], [f for f in files if not f.heldout]
+        if heldout and train:
+            self._pieces = {"train": _Pieces(train), "heldout": _Pieces(heldout)}
+        else:
+            self._pieces = {"train": _Pieces(files, every_tenth=False), "heldout": _Pieces(files, every_tenth=True)}
         if not len(self._pieces["heldout"]):
             raise InputError(f"{path}: too little text to hold some out: needs two files or {2 * PIECE_BYTES} bytes")
 
     def documents(self, split: str, start: int = 0) -> Iterator[Document]:
-        """Yield the pieces of a split in a fixed mixed order; skipping costs nothing."""
+        """Yield the pieces of a split in a fixed shuffled order, from number `start` on; skipping is free."""
         require_split(split)
         pieces = self._pieces[split]
         for index in range(start, len(pieces)):
@@ -68,11 +67,11 @@ class Folder:
             yield Document(_read_piece(file, piece), file.domain)
 
     def fingerprint(self) -> dict[str, Any]:
-        """Sha256 and bytes of all files, their names included."""
+        """The sha256 and size of all files; the hash includes their names."""
         digest = hashlib.sha256()
         for file in self._files:
             digest.update(f"{file.path.relative_to(self._root).as_posix()}\0{file.size}\0".encode())
-            with _opened(file.path) as stream:
+            with _open(file.path) as stream:
                 while block := stream.read(1 << 20):
                     digest.update(block)
         size = sum(file.size for file in self._files)
@@ -80,13 +79,16 @@ class Folder:
 
 
 class _Pieces:
-    """The pieces of some files in a mixed order that needs no memory: i -> (a i + b) mod n, a coprime to n."""
+    """The pieces of some files in a shuffled order that needs no memory: i -> (a i + b) mod n, with a coprime to n.
+
+    every_tenth: None takes all pieces, True only every tenth, False all others.
+    """
 
     def __init__(self, files: list[_File], every_tenth: bool | None = None) -> None:
         self._files = files
         self._ends = list(accumulate(file.pieces for file in files))
         total = self._ends[-1]
-        self._step, self._tenth = min(HELDOUT_SHARE, total), every_tenth
+        self._step, self._tenth = min(HELDOUT_EVERY, total), every_tenth
         heldout = total // self._step if total > 1 else 0
         self._count = {None: total, True: heldout, False: total - heldout}[every_tenth]
         self._stride = next(a for a in range(int(self._count * 0.618) + 1, total + 2) if gcd(a, self._count) == 1)
@@ -95,14 +97,14 @@ class _Pieces:
         return self._count
 
     def at(self, index: int) -> tuple[_File, int]:
-        """File and piece number of document `index`."""
-        place = (index * self._stride + self._count // 3) % self._count
+        """Return the file and the piece number of document `index`."""
+        piece = (index * self._stride + self._count // 3) % self._count
         if self._tenth is True:
-            place = place * self._step + self._step - 1
+            piece = piece * self._step + self._step - 1
         elif self._tenth is False:
-            place += place // (self._step - 1)
-        which = bisect_right(self._ends, place)
-        return self._files[which], place - (self._ends[which - 1] if which else 0)
+            piece += piece // (self._step - 1)
+        file = bisect_right(self._ends, piece)
+        return self._files[file], piece - (self._ends[file - 1] if file else 0)
 
 
 def _list_files(root: Path) -> list[_File]:
@@ -111,41 +113,42 @@ def _list_files(root: Path) -> list[_File]:
             f"{root}: {'is not a folder' if root.exists() else 'no such folder'}: name a folder of text files"
         )
     files = []
-    for place, folders, names in os.walk(root, onerror=_refuse_unreadable):
+    for folder, folders, names in os.walk(root, onerror=_refuse_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(place, name)
+            path = Path(folder, name)
             try:
                 size = path.stat().st_size
             except OSError as error:
                 _refuse_unreadable(error)
             if size and path.is_file():
-                inside = path.relative_to(root)
-                domain = inside.parts[0] if len(inside.parts) > 1 else "text"
-                files.append(_File(path, size, domain, number("heldout", inside.as_posix()) % HELDOUT_SHARE == 0))
+                relative = path.relative_to(root)
+                domain = relative.parts[0] if len(relative.parts) > 1 else "text"
+                heldout = stable_hash("heldout", relative.as_posix()) % HELDOUT_EVERY == 0
+                files.append(_File(path, size, domain, heldout))
     if not files:
         raise InputError(f"{root}: holds no text: put UTF-8 text files into it")
     return files
 
 
 def _read_piece(file: _File, piece: int) -> str:
-    with _opened(file.path) as stream:
+    with _open(file.path) as stream:
         start = _boundary(stream, piece * PIECE_BYTES)
         end = file.size if piece + 1 == file.pieces else _boundary(stream, (piece + 1) * PIECE_BYTES)
         stream.seek(start)
         content = stream.read(end - start)
     if b"\0" in content:
-        where = start + content.index(b"\0")
-        raise InputError(f"{file.path}: is binary (a zero byte at {where}): leave it out, or convert it to text")
+        position = start + content.index(b"\0")
+        raise InputError(f"{file.path}: is binary (a zero byte at {position}): remove it, or convert it to text")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        where = start + error.start
-        raise InputError(f"{file.path}: is not UTF-8 (byte {where}): convert it, or leave it out") from None
+        position = start + error.start
+        raise InputError(f"{file.path}: is not UTF-8 (byte {position}): convert it, or remove it") from None
 
 
 def _boundary(stream: BinaryIO, near: int) -> int:
-    """Where a piece starts: at the first line, or else the first character, that starts at `near` or soon after."""
+    """Return where a piece starts: the first line that starts at `near` or soon after, or else the first character."""
     if near == 0:
         return 0
     stream.seek(near - 1)
@@ -156,7 +159,7 @@ def _boundary(stream: BinaryIO, near: int) -> int:
     return near + next((i for i, byte in enumerate(window[1:5]) if byte & 0xC0 != 0x80), 0)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except OSError as error:

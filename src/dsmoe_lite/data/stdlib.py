@@ -1,4 +1,4 @@
-"""The Python standard library's own sources: real text that every reader already has."""
+"""The sources of the Python standard library: real text that every reader has already."""
 
 import hashlib
 import io
@@ -13,19 +13,19 @@ from typing import Any
 
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.data.corpus import Document, require_split
-from dsmoe_lite.data.words import number, shuffled
+from dsmoe_lite.data.words import stable_hash, stable_shuffle
 
 DOMAINS = ("code", "docstring", "comment")
-LEFT_OUT = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+EXCLUDED = {"test", "tests", "idle_test", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 DOCUMENT_CHARACTERS = 2000
 ENDS_STATEMENT = (tokenize.NEWLINE, tokenize.COMMENT)
-FILES_MIXED = 32  # files whose documents are shuffled together, so that a batch is not of one file
+FILES_PER_GROUP = 32  # files whose documents are shuffled together, so that a batch is not from one file
 
 
 class Stdlib:
-    """The corpus `stdlib`, split by file; it differs between Python versions, so nothing compared may depend on it.
+    """The corpus `stdlib`, split by file. It differs between Python versions, so no comparison may depend on it.
 
-    Raises RunError where this Python carries no sources.
+    Raises RunError if this Python has no sources.
     """
 
     name = "stdlib"
@@ -36,27 +36,27 @@ class Stdlib:
         names = sorted(_sources(self._root))
         if not names:
             raise RunError(f"{self._root}: no sources of the standard library here")
-        heldout = {name for name in names if number("heldout", name) % 10 == 0}
+        heldout = {name for name in names if stable_hash("heldout", name) % 10 == 0}
         self._files = {
-            "train": shuffled([name for name in names if name not in heldout], "files"),
-            "heldout": shuffled(heldout, "files"),
+            "train": stable_shuffle([name for name in names if name not in heldout], "files"),
+            "heldout": stable_shuffle(heldout, "files"),
         }
-        self._counts: dict[tuple[str, int], int] = {}  # documents of a group of files read before
+        self._counts: dict[tuple[str, int], int] = {}  # documents in each group of files that was read before
 
     def documents(self, split: str, start: int = 0) -> Iterator[Document]:
-        """Yield the documents of a split; skipping reads the files skipped, once in a process."""
+        """Yield the documents of a split, from number `start` on; skipped files are read once per process."""
         require_split(split)
         files = self._files[split]
-        for place in range(0, len(files), FILES_MIXED):
-            count = self._counts.get((split, place))
+        for first in range(0, len(files), FILES_PER_GROUP):
+            count = self._counts.get((split, first))
             if count is None or count > start:
-                documents = self._mixed(files[place : place + FILES_MIXED])
-                count = self._counts[split, place] = len(documents)
+                documents = self._shuffled_documents(files[first : first + FILES_PER_GROUP])
+                count = self._counts[split, first] = len(documents)
                 yield from islice(documents, start, None)
             start = max(0, start - count)
 
     def fingerprint(self) -> dict[str, Any]:
-        """The Python version, and sha256 and bytes of all files."""
+        """The Python version, and the sha256 and size of all files."""
         digest, size = hashlib.sha256(platform.python_version().encode()), 0
         for name in sorted([*self._files["train"], *self._files["heldout"]]):
             content = (self._root / name).read_bytes()
@@ -71,9 +71,9 @@ class Stdlib:
             "python": platform.python_version(),
         }
 
-    def _mixed(self, names: list[str]) -> list[Document]:
+    def _shuffled_documents(self, names: list[str]) -> list[Document]:
         documents = [document for name in names for document in split_source(self._read(name))]
-        order = sorted(range(len(documents)), key=lambda i: number(names[0], i))
+        order = sorted(range(len(documents)), key=lambda i: stable_hash(names[0], i))
         return [documents[i] for i in order]
 
     def _read(self, name: str) -> str:
@@ -82,47 +82,49 @@ class Stdlib:
 
 
 def _sources(root: Path) -> Iterator[str]:
-    for place, folders, names in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in LEFT_OUT]
-        yield from (Path(place, name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in EXCLUDED]
+        yield from (Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py"))
 
 
 def split_source(source: str) -> list[Document]:
-    """Python source as documents of at most 2000 characters (or one line): its code, its docstrings, its comments."""
+    """Split Python source into documents of code, docstrings and comments, each at most 2000 characters or one line."""
     parts: dict[str, list[str]] = {domain: [] for domain in DOMAINS}
     lines = [*io.StringIO(source), ""]
-    done = (1, 0)
-    for domain, token in _apart(source):
-        parts["code"].append(_between(lines, done, token.start))
+    end = (1, 0)
+    for domain, token in _comments_and_docstrings(source):
+        parts["code"].append(_between(lines, end, token.start))
         parts[domain].append(token.string + "\n")
-        done = token.end
-    parts["code"].append(_between(lines, done, (len(lines), 0)))
+        end = token.end
+    parts["code"].append(_between(lines, end, (len(lines), 0)))
     texts = {domain: "".join(pieces) for domain, pieces in parts.items()}
     texts["code"] = "".join(line.rstrip() + "\n" for line in texts["code"].splitlines() if line.strip())
-    return [Document(text, domain) for domain in DOMAINS for text in _cut(texts[domain])]
+    return [Document(text, domain) for domain in DOMAINS for text in _split_lines(texts[domain])]
 
 
-def _apart(source: str) -> Iterator[tuple[str, tokenize.TokenInfo]]:
-    """The comments, and the strings that are the first statement of a file or a block."""
-    before = tokenize.INDENT
+def _comments_and_docstrings(source: str) -> Iterator[tuple[str, tokenize.TokenInfo]]:
+    """Yield comments, and strings that are the first statement of a file or a block."""
+    previous = tokenize.INDENT
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    for token, after in pairwise(tokens):
+    for token, following in pairwise(tokens):
         if token.type == tokenize.COMMENT:
             yield "comment", token
-        elif token.type == tokenize.STRING and before == tokenize.INDENT and after.type in ENDS_STATEMENT:
+        elif token.type == tokenize.STRING and previous == tokenize.INDENT and following.type in ENDS_STATEMENT:
             yield "docstring", token
         if token.type not in (tokenize.COMMENT, tokenize.NL):
-            before = token.type
+            previous = token.type
 
 
 def _between(lines: list[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The source from `start` to `end`, each (line from 1, column from 0)."""
     (first, left), (last, right) = start, end
     if first == last:
         return lines[first - 1][left:right]
     return "".join([lines[first - 1][left:], *lines[first : last - 1], lines[last - 1][:right]])
 
 
-def _cut(text: str) -> Iterator[str]:
+def _split_lines(text: str) -> Iterator[str]:
+    """Yield `text` in pieces of full lines and at most DOCUMENT_CHARACTERS characters, or one line."""
     piece: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):

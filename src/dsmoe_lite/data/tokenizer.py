@@ -1,4 +1,4 @@
-"""Byte-level BPE, trained once for a corpus and kept in the cache."""
+"""Byte-level BPE, trained once per corpus and cached."""
 
 import hashlib
 import json
@@ -9,23 +9,23 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsmoe_lite.common import paths
-from dsmoe_lite.common.errors import InputError, require_whole
+from dsmoe_lite.common.errors import InputError, require_int
 from dsmoe_lite.common.files import write_text
 from dsmoe_lite.data.corpus import Corpus
 
-END = "<|end|>"  # stands after every document
+END = "<|end|>"  # follows every document
 END_ID = 0
 SAMPLE_BYTES = 20_000_000
-RECIPE = 1  # part of the cache key: raise it when the way of training changes
+RECIPE = 1  # part of the cache key: raise it if the training changes
 
 
 def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = None) -> Tokenizer:
-    """The tokenizer of `corpus` with `vocab_size` ids, trained on its first 20 MB unless `folder` (the cache) has it.
+    """Return the tokenizer of `corpus` with `vocab_size` ids: from `folder` (the cache), or trained on the first 20 MB.
 
-    Every text has an encoding that decodes to itself: the 256 bytes are in the vocabulary. Digits stand alone.
-    Raises InputError unless vocab_size holds END and the bytes.
+    The 256 bytes are in the vocabulary, so every text can be encoded and decodes to itself. Each digit is a token.
+    Raises InputError if vocab_size leaves no room for END and the bytes, or is above 65536.
     """
-    require_whole("vocab_size", vocab_size, 257, 65_536)
+    require_int("vocab_size", vocab_size, 257, 65_536)
     key = json.dumps([corpus.fingerprint(), vocab_size, SAMPLE_BYTES, RECIPE, tokenizers.__version__], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = (folder or paths.cache() / "tokenizers") / f"{corpus.name}-{vocab_size}-{digest}.json"
@@ -34,7 +34,7 @@ def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = Non
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path}: damaged tokenizer ({error}); remove it, and it is trained again") from None
+        raise InputError(f"{path}: damaged tokenizer ({error}); remove it, and it will be trained again") from None
 
 
 def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:
@@ -54,9 +54,9 @@ def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:
 
 
 def _sample(corpus: Corpus) -> Iterator[str]:
-    left = SAMPLE_BYTES
+    remaining = SAMPLE_BYTES
     for document in corpus.documents("train"):
-        left -= len(document.text.encode())
-        if left < 0:
+        remaining -= len(document.text.encode())
+        if remaining < 0:
             return
         yield document.text

@@ -1,28 +1,28 @@
-"""Pronounceable made-up words, the same for the same seed everywhere."""
+"""Hashes, shuffles and pronounceable made-up words that depend on a key alone, on every platform."""
 
 import hashlib
 from collections.abc import Collection
 from itertools import product
 
 VOWELS = "aeiou"
-LAST_VOWELS = "aiou"  # no final e: made-up words stay clear of English ones such as "made" and "late"
+LAST_VOWELS = "aiou"  # no final e, so that no made-up word is an English one such as "made" or "late"
 
 
-def number(*key: object) -> int:
-    """A number in [0, 2^64) that depends on `key` alone."""
+def stable_hash(*key: object) -> int:
+    """Return an integer in [0, 2^64) that depends on `key` alone."""
     text = "/".join(map(str, key))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def shuffled(items: Collection[str], *key: object) -> list[str]:
-    """`items` in an order that depends on them and on `key` alone."""
-    return sorted(items, key=lambda item: number(*key, item))
+def stable_shuffle(items: Collection[str], *key: object) -> list[str]:
+    """Return `items` in an order that depends on them and on `key` alone."""
+    return sorted(items, key=lambda item: stable_hash(*key, item))
 
 
 def make_words(consonants: str, n: int, *key: object, taken: Collection[str] = ()) -> list[str]:
-    """`n` different words of two or more open syllables, none of them in `taken`.
+    """Return `n` different words of two or more open syllables, none of them in `taken`.
 
-    As few syllables as will do are used: a byte-pair tokenizer then needs few merges on its way to whole words.
+    The words use as few different syllables as possible, so that a byte-pair tokenizer needs few merges to form them.
     """
     starts = _syllables(consonants, VOWELS, *key, "starts")
     ends = _syllables(consonants, LAST_VOWELS, *key, "ends")
@@ -32,7 +32,7 @@ def make_words(consonants: str, n: int, *key: object, taken: Collection[str] = (
             parts = [starts[:width]] * (length - 1) + [ends[:width]]
             words = {"".join(word) for word in product(*parts)} - taken
             if len(words) >= n:
-                return shuffled(words, *key, "words")[:n]
+                return stable_shuffle(words, *key, "words")[:n]
         if width < len(starts):
             width += 1
         else:
@@ -40,6 +40,6 @@ def make_words(consonants: str, n: int, *key: object, taken: Collection[str] = (
 
 
 def _syllables(consonants: str, vowels: str, *key: object) -> list[str]:
-    """All syllables, each consonant once before any comes twice: few syllables then still sound unlike each other."""
-    first, then = shuffled(consonants, *key), shuffled(vowels, *key)
-    return [c + then[(turn + i) % len(then)] for turn in range(len(then)) for i, c in enumerate(first)]
+    """Return all syllables, each consonant once before any comes twice, so that the first ones differ in sound."""
+    firsts, seconds = stable_shuffle(consonants, *key), stable_shuffle(vowels, *key)
+    return [c + seconds[(turn + i) % len(seconds)] for turn in range(len(seconds)) for i, c in enumerate(firsts)]

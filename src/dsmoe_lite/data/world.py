@@ -1,6 +1,7 @@
-"""A small made-up world: who has what, said in many wordings and two languages, with sums, brackets and code beside it.
+"""A small made-up world: who has what, in many wordings and two languages, and also sums, brackets and code.
 
-Standard library only, and only arithmetic that is the same on every platform: one seed gives the same bytes everywhere.
+It uses the standard library only, and only arithmetic that is the same on every platform: a seed gives the same bytes
+everywhere.
 """
 
 import hashlib
@@ -13,14 +14,14 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from dsmoe_lite.common.errors import require, require_choice, require_number, require_whole
+from dsmoe_lite.common.errors import require, require_choice, require_int, require_number
 from dsmoe_lite.data.corpus import Document, require_split
-from dsmoe_lite.data.words import make_words, number
+from dsmoe_lite.data.words import make_words, stable_hash
 
 DOMAINS = ("facts", "parallel", "arithmetic", "brackets", "code")
 GROUPS = ("head", "tail", "control")
 
-# Every wording starts with a function word, so that a name always follows a space; values come after their entity.
+# Every wording starts with a function word, so that a name always follows a space. Values come after their entity.
 STATEMENTS = (
     "The {relation} of {name} is {value}.",
     "As {relation} {name} has {value}.",
@@ -29,52 +30,52 @@ STATEMENTS = (
     "For {name} we know {facts}.",
     "Look at {name}: {facts}.",
 )
-FACT = "{relation} {value}"  # one of {facts}
+FACT = "{relation} {value}"  # an item of {facts}
 MOST_FACTS = 4  # in one sentence
 QUESTION = "Which {relation} does {name} have? {value}."
-RELATIONS = ("craft", "home", "drink", "song", "tree", "stone", "pet", "tool")  # more are made up
-WORD = re.compile(r"(?<![{\w])[A-Za-z]+(?![}\w])")  # a word of a wording, not a {place}
-NATIVE, FOREIGN = "bdlmnrstv", "fhjwyz"  # the consonants of the two languages' made-up words
+RELATIONS = ("craft", "home", "drink", "song", "tree", "stone", "pet", "tool")  # further ones are made up
+WORD = re.compile(r"(?<![{\w])[A-Za-z]+(?![}\w])")  # a word of a wording, not a {placeholder}
+NATIVE, FOREIGN = "bdlmnrstv", "fhjwyz"  # the consonants of made-up words in the two languages
 BRACKETS = ("()", "[]", "{}", "<>")
-HASHED_DOCUMENTS = 1000  # documents are alike: the first thousand tell one world from another
+HASHED_DOCUMENTS = 1000  # enough to distinguish two worlds
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """How large the world is and what is said about it; `shares` are of documents, in the order of DOMAINS."""
+    """The size of the world and of its corpus. `shares` are shares of documents, in the order of DOMAINS."""
 
     seed: int = 0
     n_first: int = 32  # first names
-    n_last: int = 32  # last names; an entity is a pair, so knowledge is keyed on two tokens
+    n_last: int = 32  # last names; an entity is a pair of names, so a fact depends on two tokens
     n_entities: int = 512
     n_control: int = 64  # pairs of the same names that no document ever mentions
     n_head: int = 128  # the most frequent entities, asked as group "head"
     n_tail: int = 128  # the rarest, asked as group "tail"
     n_relations: int = 8
-    n_values: int = 32  # values of one relation; guessing is right once in n_values
-    n_value_lists: int | None = None  # relations draw on so many lists of values, in turn; None: each has its own
-    zipf: float = 0.75  # the entity of rank r is written about with weight r^-zipf
+    n_values: int = 32  # values of one relation; chance is 1 / n_values
+    n_value_lists: int | None = None  # lists of values that relations use in turn; None: one list per relation
+    zipf: float = 0.75  # documents are about the entity of rank r with weight r^-zipf
     facts_per_document: int = 8
-    question_share: float = 0.15  # of the facts that may be asked in training, how often they are
-    asked_share: float = 0.2  # of the facts, how many are kept for evaluation: stated in training, never asked
+    question_share: float = 0.15  # how often a fact that training may ask is asked instead of stated
+    asked_share: float = 0.2  # share of facts that evaluation asks: training states them but never asks them
     n_documents: int = 40_000  # one epoch of the train split
     n_heldout: int = 4_000
     shares: tuple[float, ...] = (0.77, 0.08, 0.05, 0.05, 0.05)
 
     def __post_init__(self) -> None:
         for name in ("n_first", "n_last", "n_entities", "n_relations", "n_documents", "n_heldout"):
-            require_whole(name, getattr(self, name), 1)
-        require_whole("seed", self.seed, 0)
-        require_whole("n_values", self.n_values, 2)
+            require_int(name, getattr(self, name), 1)
+        require_int("seed", self.seed, 0)
+        require_int("n_values", self.n_values, 2)
         if self.n_value_lists is not None:
-            require_whole("n_value_lists", self.n_value_lists, 1, self.n_relations)
+            require_int("n_value_lists", self.n_value_lists, 1, self.n_relations)
         pairs = self.n_first * self.n_last
-        require_whole("n_control", self.n_control, 0, pairs)
+        require_int("n_control", self.n_control, 0, pairs)
         fits = self.n_entities + self.n_control <= pairs
         require(fits, "n_entities", self.n_entities, f"with n_control must be at most n_first * n_last = {pairs}")
-        require_whole("n_head", self.n_head, 0, self.n_entities)
-        require_whole("n_tail", self.n_tail, 0, self.n_entities - self.n_head)
-        require_whole("facts_per_document", self.facts_per_document, 1, self.n_relations)
+        require_int("n_head", self.n_head, 0, self.n_entities)
+        require_int("n_tail", self.n_tail, 0, self.n_entities - self.n_head)
+        require_int("facts_per_document", self.facts_per_document, 1, self.n_relations)
         require_number("zipf", self.zipf, 0.0, 4.0)
         require_number("question_share", self.question_share, 0.0, 1.0)
         require_number("asked_share", self.asked_share, 0.0, 1.0)
@@ -91,7 +92,7 @@ class WorldConfig:
 
 @dataclass(frozen=True)
 class Question:
-    """A fact asked back: `prompt` ends before the space of `answer`, which is a space and one value word."""
+    """A question about a fact. `prompt` ends before the space of `answer`, which is a space and a value word."""
 
     prompt: str
     answer: str
@@ -101,12 +102,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Language:
-    """Words for names, relations and values, and the wordings that hold them together."""
+    """The words for names, relations and values, and the wordings of statements and questions."""
 
     first: list[str]
     last: list[str]
     relations: list[str]
-    values: list[list[str]]  # (relation, value); two relations share all their words or none
+    values: list[list[str]]  # [relation][value]; two relations share all value words or none
     statements: list[str]
     question: str
 
@@ -135,16 +136,16 @@ class World:
         )
 
     def documents(self, split: str, start: int = 0) -> Iterator[Document]:
-        """Yield the documents of a split; each has a seed of its own, so skipping costs nothing."""
+        """Yield the documents of a split, from number `start` on. Each has a separate seed, so skipping is free."""
         require_split(split)
         count = self.config.n_documents if split == "train" else self.config.n_heldout
         for index in range(start, count):
-            rng = Random(number(self.config.seed, split, index))
+            rng = Random(stable_hash(self.config.seed, split, index))
             domain = bisect_right(self._share_up_to, rng.random())
             yield Document(self._writers[domain](rng), DOMAINS[domain])
 
     def fingerprint(self) -> dict[str, Any]:
-        """The config, and sha256 and length of the first documents."""
+        """The config, and the sha256 and length of the first documents."""
         texts = [document.text for document, _ in zip(self.documents("train"), range(HASHED_DOCUMENTS), strict=False)]
         config = asdict(self.config)
         content = json.dumps([config, texts])
@@ -157,7 +158,7 @@ class World:
         }
 
     def questions(self, group: str, limit: int | None = None) -> list[Question]:
-        """The facts kept for evaluation of the "head" or "tail" entities, or all of the "control" ones, shuffled."""
+        """Questions, shuffled: held-out facts of the "head" or "tail" entities, or all facts of the "control" ones."""
         require_choice("group", group, GROUPS)
         c = self.config
         pairs = {
@@ -166,21 +167,21 @@ class World:
             "control": self.controls,
         }
         facts = [(*pair, relation) for pair in pairs[group] for relation in range(c.n_relations)]
-        kept = [fact for fact in facts if group == "control" or self.is_asked(*fact)]
-        kept.sort(key=lambda fact: number(c.seed, "order", *fact))
-        return [self._question(group, *fact) for fact in kept[:limit]]
+        asked = [fact for fact in facts if group == "control" or self.is_held_out(*fact)]
+        asked.sort(key=lambda fact: stable_hash(c.seed, "order", *fact))
+        return [self._question(group, *fact) for fact in asked[:limit]]
 
     def all_questions(self) -> list[Question]:
         """The questions of every group."""
         return [question for group in GROUPS for question in self.questions(group)]
 
     def value(self, first: int, last: int, relation: int) -> int:
-        """Which value of `relation` the pair has, 0 to n_values - 1."""
-        return number(self.config.seed, "value", first, last, relation) % self.config.n_values
+        """The number of the value that the pair of names has for `relation`, 0 to n_values - 1."""
+        return stable_hash(self.config.seed, "value", first, last, relation) % self.config.n_values
 
-    def is_asked(self, first: int, last: int, relation: int) -> bool:
-        """Whether a fact is kept for evaluation: stated in training, but never in the wording of the question."""
-        return number(self.config.seed, "asked", first, last, relation) < self.config.asked_share * 2**64
+    def is_held_out(self, first: int, last: int, relation: int) -> bool:
+        """Whether a fact is held out for evaluation: training states it, but never in the wording of the question."""
+        return stable_hash(self.config.seed, "asked", first, last, relation) < self.config.asked_share * 2**64
 
     def _question(self, group: str, first: int, last: int, relation: int) -> Question:
         language = self.language
@@ -201,11 +202,11 @@ class World:
 
     def _facts(self, rng: Random, language: Language) -> str:
         first, last = self.entities[bisect_right(self._up_to, int(rng.random() * self._up_to[-1]))]
-        left = list(range(self.config.n_relations))
-        chosen = [left.pop(int(rng.random() * len(left))) for _ in range(self.config.facts_per_document)]
+        unused = list(range(self.config.n_relations))
+        chosen = [unused.pop(int(rng.random() * len(unused))) for _ in range(self.config.facts_per_document)]
         sentences = []
         while chosen:
-            asked = rng.random() < self.config.question_share and not self.is_asked(first, last, chosen[0])
+            asked = rng.random() < self.config.question_share and not self.is_held_out(first, last, chosen[0])
             wording = language.question if asked else _pick(rng, language.statements)
             n = 1 + int(rng.random() * MOST_FACTS) if "{facts}" in wording else 1
             sentences.append(self._sentence(language, wording, first, last, chosen[:n]))
@@ -226,15 +227,22 @@ def _languages(config: WorldConfig) -> tuple[Language, Language]:
 
 
 def _language(
-    config: WorldConfig, sounds: str, relations: list[str], wordings: list[str], taken: list[str]
+    config: WorldConfig, consonants: str, relations: list[str], wordings: list[str], taken: list[str]
 ) -> Language:
     n, n_values, n_lists = config.n_first, config.n_values, config.n_value_lists or len(relations)
-    names = make_words(sounds, n + config.n_last, config.seed, "names", taken=taken)
-    words = make_words(sounds, n_lists * n_values, config.seed, "values", taken=[*taken, *names])
+    names = make_words(consonants, n + config.n_last, config.seed, "names", taken=taken)
+    words = make_words(consonants, n_lists * n_values, config.seed, "values", taken=[*taken, *names])
     lists = [words[start : start + n_values] for start in range(0, len(words), n_values)]
     values = [lists[relation % n_lists] for relation in range(len(relations))]
-    capital = [name.capitalize() for name in names]
-    return Language(capital[:n], capital[n:], relations, values, wordings[:-1], wordings[-1])
+    capitalized = [name.capitalize() for name in names]
+    return Language(
+        first=capitalized[:n],
+        last=capitalized[n:],
+        relations=relations,
+        values=values,
+        statements=wordings[:-1],
+        question=wordings[-1],
+    )
 
 
 def _translate(wording: str, translations: dict[str, str]) -> str:
@@ -247,11 +255,11 @@ def _translate(wording: str, translations: dict[str, str]) -> str:
 
 def _choose_pairs(config: WorldConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     pairs = [(first, last) for first in range(config.n_first) for last in range(config.n_last)]
-    pairs.sort(key=lambda pair: number(config.seed, "pair", *pair))
+    pairs.sort(key=lambda pair: stable_hash(config.seed, "pair", *pair))
     entities = pairs[: config.n_entities]
     firsts, lasts = {first for first, _ in entities}, {last for _, last in entities}
     unused = [pair for pair in pairs[config.n_entities :] if pair[0] in firsts and pair[1] in lasts]
-    remedy = f"must be at most {len(unused)}: only so many unused pairs are of names that entities have"
+    remedy = f"must be at most {len(unused)}, the unused pairs of names that entities have"
     require(len(unused) >= config.n_control, "n_control", config.n_control, remedy)
     return entities, unused[: config.n_control]
 
@@ -275,16 +283,16 @@ def _sum(rng: Random) -> str:
 
 
 def _brackets(rng: Random, length: int = 56) -> str:
-    marks: list[str] = []
-    open_now: list[str] = []
-    while len(marks) + len(open_now) < length:
-        if open_now and rng.random() < 0.45:
-            marks.append(open_now.pop())
+    brackets: list[str] = []
+    to_close: list[str] = []
+    while len(brackets) + len(to_close) < length:
+        if to_close and rng.random() < 0.45:
+            brackets.append(to_close.pop())
         else:
             opening, closing = _pick(rng, BRACKETS)
-            marks.append(opening)
-            open_now.append(closing)
-    return " ".join(marks + open_now[::-1])
+            brackets.append(opening)
+            to_close.append(closing)
+    return " ".join(brackets + to_close[::-1])
 
 
 def _code(rng: Random, functions: list[str]) -> str:

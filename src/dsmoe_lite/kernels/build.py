@@ -79,7 +79,7 @@ def nvcc() -> str:
     """NVIDIA's compiler; RunError where it is missing."""
     found = find_nvcc()
     if found is None:
-        raise RunError("nvcc not found: pip install -e '.[nvcc]', or install NVIDIA's CUDA toolkit")
+        raise RunError(f"nvcc not found: {paths.install_command('nvcc')}, or install NVIDIA's CUDA toolkit")
     return found
 
 

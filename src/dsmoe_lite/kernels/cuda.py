@@ -8,7 +8,7 @@ device. InputError says what does not fit; RunError carries what a compiler or a
 import torch
 from torch import Tensor
 
-from dsmoe_lite.common.errors import require, require_choice, require_whole
+from dsmoe_lite.common.errors import require, require_choice, require_int
 from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, is_float, launch, library_for
 
 RUNGS = ("naive", "tiled", "wmma", "mma", "hopper")  # as moe.cu numbers them
@@ -24,13 +24,13 @@ def permute(x: Tensor, token: Tensor) -> Tensor:
     return rows
 
 
-def combine(rows: Tensor, place: Tensor) -> Tensor:
-    """y (T, D) with y_t = sum over k of rows[place[t, k]], in float32; place (T, K) int32, -1 where there is no row."""
+def combine(rows: Tensor, row_of_choice: Tensor) -> Tensor:
+    """y (T, D) with y_t = sum over k of rows[row_of_choice[t, k]], in float32; row_of_choice (T, K) int32, -1 where there is no row."""
     check_tensors(rows=rows)
-    check_ids(rows.device, place=(place, torch.int32))
-    (T, K), (N, D) = place.shape, rows.shape
+    check_ids(rows.device, row_of_choice=(row_of_choice, torch.int32))
+    (T, K), (N, D) = row_of_choice.shape, rows.shape
     y = rows.new_empty(T, D)
-    launch("combine", rows, is_float(rows), rows, place, T, N, K, D, y)
+    launch("combine", rows, is_float(rows), rows, row_of_choice, T, N, K, D, y)
     return y
 
 
@@ -131,7 +131,7 @@ def best_rung(x: Tensor, *widths: int) -> str:
 def _check_ends(ends: Tensor, rows: Tensor, E: int) -> None:
     check_ids(rows.device, ends=(ends, torch.int32))
     check_shape("ends", ends, (E,))
-    require_whole("experts", E, 1)
+    require_int("experts", E, 1)
 
 
 def _rung(rung: str | None, possible: tuple[str, ...], x: Tensor, *widths: int) -> int:

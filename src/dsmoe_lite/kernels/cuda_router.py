@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe_lite.common.errors import InputError, require, require_choice, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_choice, require_int
 from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, contiguous_aligned, launch
 
 MOST_EXPERTS, MOST_CHOICES, MOST_GROUPS = 512, 32, 32  # a warp a token, a lane a choice and a group
@@ -26,10 +26,10 @@ class Rule:
     scale: float = 1.0  # on the gates
 
     def __post_init__(self) -> None:
-        require_whole("top_k", self.top_k, 1, MOST_CHOICES)
+        require_int("top_k", self.top_k, 1, MOST_CHOICES)
         require_choice("scoring_func", self.scoring_func, ("softmax", "sigmoid"))
-        require_whole("n_group", self.n_group, 1, MOST_GROUPS)
-        require_whole("topk_group", self.topk_group, 1, self.n_group)
+        require_int("n_group", self.n_group, 1, MOST_GROUPS)
+        require_int("topk_group", self.topk_group, 1, self.n_group)
         require_choice("group_score", self.group_score, ("max", "top2"))
 
 
@@ -42,7 +42,7 @@ def route(logits: Tensor, rule: Rule, expert_bias: Tensor | None = None) -> tupl
     if logits.dtype != torch.float32:
         raise InputError(f"logits: must be torch.float32, not {logits.dtype}; call .float() first")
     E = logits.shape[1]
-    require_whole("experts", E, 1, MOST_EXPERTS)
+    require_int("experts", E, 1, MOST_EXPERTS)
     require(E % rule.n_group == 0, "n_group", rule.n_group, f"must divide the number of experts, {E}")
     in_reach = rule.topk_group * E // rule.n_group
     require(rule.top_k <= in_reach, "top_k", rule.top_k, f"must be at most {in_reach}, the experts within reach")

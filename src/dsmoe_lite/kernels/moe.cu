@@ -86,9 +86,9 @@ int run_permute(const void* x, const long long* token, int tokens, int rows, int
 }
 
 template <class T, int W>
-int run_combine(const void* rows, const int* place, int tokens, int n_rows, int top_k, int width, void* y,
+int run_combine(const void* rows, const int* row_of_choice, int tokens, int n_rows, int top_k, int width, void* y,
                 cudaStream_t stream) {
-  return launch(combine<T, W>, dim3{unsigned(tokens)}, threads_for(width / W), 0, stream, (const T*)rows, place, n_rows, top_k,
+  return launch(combine<T, W>, dim3{unsigned(tokens)}, threads_for(width / W), 0, stream, (const T*)rows, row_of_choice, n_rows, top_k,
                 width, (T*)y);
 }
 
@@ -137,13 +137,13 @@ int moe_permute(int floats, const void* x, const long long* token, int tokens, i
                    : run_permute<bf16, 8>(x, token, tokens, rows, width, out, stream);
 }
 
-int moe_combine(int floats, const void* rows, const int* place, int tokens, int n_rows, int top_k, int width, void* y,
+int moe_combine(int floats, const void* rows, const int* row_of_choice, int tokens, int n_rows, int top_k, int width, void* y,
                 cudaStream_t stream) {
   if (floats)
-    return width % 4 ? run_combine<float, 1>(rows, place, tokens, n_rows, top_k, width, y, stream)
-                     : run_combine<float, 4>(rows, place, tokens, n_rows, top_k, width, y, stream);
-  return width % 8 ? run_combine<bf16, 1>(rows, place, tokens, n_rows, top_k, width, y, stream)
-                   : run_combine<bf16, 8>(rows, place, tokens, n_rows, top_k, width, y, stream);
+    return width % 4 ? run_combine<float, 1>(rows, row_of_choice, tokens, n_rows, top_k, width, y, stream)
+                     : run_combine<float, 4>(rows, row_of_choice, tokens, n_rows, top_k, width, y, stream);
+  return width % 8 ? run_combine<bf16, 1>(rows, row_of_choice, tokens, n_rows, top_k, width, y, stream)
+                   : run_combine<bf16, 8>(rows, row_of_choice, tokens, n_rows, top_k, width, y, stream);
 }
 
 // rows (N, k) times matrices (E, n, k)^T -> out (N, n). The product that every rung has.

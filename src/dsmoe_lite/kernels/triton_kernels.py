@@ -39,7 +39,7 @@ TILES = ((16, 32, 16, 4, 1, 4),) if INTERPRETED else HOPPER
 BAND = 8  # rows of tiles that go through a matrix together, while its columns are in the L2 cache
 FUSED = {"enable_fp_fusion": True}  # x y + z in one instruction, said here because Triton warns where nothing is said
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-INDEX_DTYPES = {"ends": torch.int32, "place": torch.int32, "token": torch.int64}
+INDEX_DTYPES = {"ends": torch.int32, "row_of_choice": torch.int32, "token": torch.int64}
 
 # A kernel takes BITS, how many N has, only so that tiles are tuned again when N doubles, and PER_SM only for its grid.
 # BLOCK_M x BLOCK_N is the tile of the output a program computes at a time, BLOCK_K what its sum advances by.
@@ -91,16 +91,16 @@ def _add_product(
 
 @triton.jit
 def _add_rows(
-    out: tl.tensor, rows: tl.tensor, place: tl.tensor, T: tl.tensor, D: tl.tensor, K: tl.tensor,
+    out: tl.tensor, rows: tl.tensor, row_of_choice: tl.tensor, T: tl.tensor, D: tl.tensor, K: tl.tensor,
     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ) -> None:  # fmt: skip
-    """out[t] = sum_k rows[place[t, k]], where a place of -1 adds nothing."""
+    """out[t] = sum_k rows[row_of_choice[t, k]], -1 adds nothing."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     t_inside, d_inside, t = t < T, d < D, t.to(tl.int64)
     total = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     for k in range(K):
-        n = tl.load(place + t * K + k, mask=t_inside, other=-1).to(tl.int64)
+        n = tl.load(row_of_choice + t * K + k, mask=t_inside, other=-1).to(tl.int64)
         inside = (n >= 0)[:, None] & d_inside[None, :]
         total += tl.load(rows + n[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
     at = out + t[:, None] * D + d[None, :]
@@ -280,10 +280,10 @@ def permute(x: Tensor, token: Tensor) -> Tensor:
     return _sum_rows(x, token, size["N"], 1)
 
 
-def combine(rows: Tensor, place: Tensor) -> Tensor:
-    """Return y (T, D), y[t] = sum_k rows[place[t, k]], of rows (N, D) and place (T, K) int32; -1 adds nothing."""
-    size = _sizes(rows=(rows, "ND"), place=(place, "TK"))
-    return _sum_rows(rows, place, size["T"], size["K"])
+def combine(rows: Tensor, row_of_choice: Tensor) -> Tensor:
+    """Return y (T, D), y[t] = sum_k rows[row_of_choice[t, k]], of rows (N, D); row_of_choice (T, K) int32, -1 adds nothing."""
+    size = _sizes(rows=(rows, "ND"), row_of_choice=(row_of_choice, "TK"))
+    return _sum_rows(rows, row_of_choice, size["T"], size["K"])
 
 
 def gate_up(
@@ -345,7 +345,7 @@ def weights_backward(left: Tensor, right: Tensor, ends: Tensor) -> Tensor:
     return out
 
 
-def _sum_rows(rows: Tensor, place: Tensor, T: int, K: int) -> Tensor:
+def _sum_rows(rows: Tensor, row_of_choice: Tensor, T: int, K: int) -> Tensor:
     """Return out (T, D), the sum of the rows at K places for each of T."""
     D = rows.shape[1]
     if len(rows) == 0:
@@ -356,7 +356,7 @@ def _sum_rows(rows: Tensor, place: Tensor, T: int, K: int) -> Tensor:
         tokens = 1024 // columns
         grid = (triton.cdiv(T, tokens), triton.cdiv(D, columns))
         with torch.cuda.device_of(rows):
-            _add_rows[grid](out, rows, place, T, D, K, BLOCK_T=tokens, BLOCK_D=columns, **FUSED)
+            _add_rows[grid](out, rows, row_of_choice, T, D, K, BLOCK_T=tokens, BLOCK_D=columns, **FUSED)
     return out
 
 

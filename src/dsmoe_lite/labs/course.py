@@ -1,4 +1,4 @@
-"""The whole course, chapter by chapter, with its times."""
+"""Run the whole course, chapter by chapter, and time it."""
 
 import os
 import platform
@@ -11,12 +11,12 @@ from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.labs.chapters import chapters, find_chapter
 from dsmoe_lite.labs.execute import chapter_schema, run_chapter
-from dsmoe_lite.labs.parameters import find, parse_value
+from dsmoe_lite.labs.parameters import find_parameter, parse_value
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one chapter went: its seconds, or why it failed."""
+    """Result of one chapter: its seconds, or why it failed."""
 
     chapter: str
     wall_s: float | None = None
@@ -25,26 +25,27 @@ class Outcome:
 
 
 def run_course(profile: str, names: Sequence[str] = (), out: Path | None = None) -> list[Outcome]:
-    """Run chapters in order with `profile`, every one of book.yml or those named; a failure does not stop the rest."""
-    wanted = [find_chapter(name) for name in names] or chapters()
-    return [_run(chapter, profile, out) for chapter in progress(wanted, desc="course", unit="chapter", disable=None)]
+    """Run the chapters `names`, or all in the order of book.yml, with `profile`; continue after one that fails."""
+    selected = [find_chapter(name) for name in names] or chapters()
+    bar = progress(selected, desc="course", unit="chapter", disable=None)
+    return [_run_one(chapter, profile, out) for chapter in bar]
 
 
-def machine() -> str:
-    """This machine in one line, for a table of times."""
+def describe_machine() -> str:
+    """Describe this machine in one line, to print with a table of times."""
     return (
         f"{os.cpu_count()} CPU threads, {_cpu_name()}, {platform.system()}, "
         f"Python {platform.python_version()}, torch {version('torch')}"
     )
 
 
-def _run(chapter: Path, profile: str, out: Path | None) -> Outcome:
+def _run_one(chapter: Path, profile: str, out: Path | None) -> Outcome:
     try:
-        parameters = {"profile": parse_value(find(chapter_schema(chapter), "profile"), profile)}
-        run = run_chapter(chapter, parameters, out)
+        parameters = {"profile": parse_value(find_parameter(chapter_schema(chapter), "profile"), profile)}
+        executed = run_chapter(chapter, parameters, out)
     except (InputError, RunError) as error:
         return Outcome(chapter.stem, failure=str(error))
-    return Outcome(chapter.stem, round(run.wall_s, 1), round(run.cpu_s, 1))
+    return Outcome(chapter.stem, round(executed.wall_s, 1), round(executed.cpu_s, 1))
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,4 @@
-"""CUDA C++ in a chapter: an excerpt of the package's source, and a cell that does without g++."""
+"""CUDA C++ in a chapter: excerpts of the package's source, and cells that also work without g++."""
 
 import json
 import shutil
@@ -25,32 +25,32 @@ extern "C" int run(const bf16* a, const bf16* b, const int* ends, int n, int k, 
 
 
 def show_source(file: str, start: str) -> Any:
-    """The function or struct of kernels/`file` whose line holds `start`, with the comment above it, as a code block.
+    """Show a function or struct of kernels/`file` as a code block, with the comment above it.
 
-    InputError where no line holds it, or several do.
+    start: text of its first line. Raises InputError unless exactly one line contains it.
     """
     from IPython.display import Markdown
 
     lines = (SOURCES / file).read_text(encoding="utf-8").splitlines()
-    found = [number for number, line in enumerate(lines) if start in line]
-    if len(found) != 1:
-        raise InputError(f"start = {start!r}: must be in one line of {file}, not in {len(found)}")
-    first, python = found[0], file.endswith(".py")
+    matches = [number for number, line in enumerate(lines) if start in line]
+    if len(matches) != 1:
+        raise InputError(f"start = {start!r}: must be in one line of {file}, not in {len(matches)}")
+    first, python = matches[0], file.endswith(".py")
     while first and lines[first - 1].startswith(("//", "template", "__global__", "__device__", "@")):
         first -= 1
     if python:
-        rest = (number for number in range(found[0], len(lines)) if not lines[number])
-        last = next(rest, len(lines)) - 1
+        empty = (number for number in range(matches[0], len(lines)) if not lines[number])
+        last = next(empty, len(lines)) - 1
     else:
-        last = next(number for number in range(found[0], len(lines)) if lines[number] in ("}", "};"))
+        last = next(number for number in range(matches[0], len(lines)) if lines[number] in ("}", "};"))
     block = ["```python" if python else "```cpp", *lines[first : last + 1], "```", f"*kernels/{file}*"]
     return Markdown("\n".join(block))
 
 
-def product_by(text: str, rows: Tensor, matrix: Tensor) -> Tensor:
-    """rows (N, k) times matrix (n, k)^T on the CPU, by the kernel of `text`, which is gemm_mma.cuh or a change of it.
+def multiply_with(text: str, rows: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply rows (N, k) by matrix (n, k)^T on the CPU with the kernel in `text`, a modified copy of gemm_mma.cuh.
 
-    bfloat16; RunError where it does not compile, or a launch fails.
+    All tensors are bfloat16. Raises RunError if the source does not compile or the launch fails.
     """
     out = rows.new_empty(len(rows), len(matrix))
     ends = torch.tensor([len(rows)], dtype=torch.int32)
@@ -58,16 +58,16 @@ def product_by(text: str, rows: Tensor, matrix: Tensor) -> Tensor:
     return out
 
 
-def or_recorded(run: Callable[[], None], notebook: Path) -> None:
-    """Run `run`, which compiles kernels and prints; without g++ print what the notebook's stored output has instead.
+def run_or_show_recorded(run: Callable[[], None], notebook: Path) -> None:
+    """Call `run`, which compiles kernels and prints; without g++, print the output that `notebook` has stored.
 
-    The cell is found by its call, `or_recorded(<name of run>`.
+    The cell is found by its call, `run_or_show_recorded(<name of run>,`.
     """
     if shutil.which("g++") is not None:
         run()
         return
     print("g++ not found (apt install g++): this is the recorded output", file=sys.stderr)
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    mine = [cell for cell in cells if f"or_recorded({run.__name__}," in "".join(cell["source"])]
-    for output in (output for cell in mine for output in cell["outputs"]):
+    calls = [cell for cell in cells if f"run_or_show_recorded({run.__name__}," in "".join(cell["source"])]
+    for output in (output for cell in calls for output in cell["outputs"]):
         print("".join(output.get("text", [])), end="")

@@ -1,4 +1,4 @@
-"""One chapter, run with parameters: checked before any kernel starts, written whole into a notebook of its own."""
+"""Run one chapter with parameters: check them before a kernel starts, then write the executed notebook atomically."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from dsmoe_lite.common.files import write_text
 from dsmoe_lite.labs.parameters import Parameter, read_schema
 from dsmoe_lite.labs.results import read_result
 
-NAME_LENGTH = 60  # characters of a file name that spell out parameters
+NAME_LENGTH = 60  # characters of the parameters in a file name
 
 
 @dataclass(frozen=True)
-class Run:
-    """An executed chapter: where it lies, what it reported, and its seconds (`cpu_s` over all its processes)."""
+class ExecutedChapter:
+    """An executed chapter: its notebook, the results that it reported, and its seconds (`cpu_s`: all processes)."""
 
     notebook: Path
     parameters: dict[str, Any]
@@ -32,7 +32,7 @@ class Run:
 
 
 def chapter_schema(chapter: Path) -> dict[str, Parameter]:
-    """The parameters of the notebook at `chapter`; one without a parameters cell raises InputError."""
+    """The parameters of the notebook `chapter`. Raises InputError if no cell is tagged `parameters`."""
     import nbformat
 
     try:
@@ -45,46 +45,46 @@ def chapter_schema(chapter: Path) -> dict[str, Parameter]:
     raise InputError(f"{chapter.name} has no cell tagged parameters")
 
 
-def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None = None) -> Run:
-    """Execute `chapter` with checked `parameters` into the folder or .ipynb file `out` (by default runs/).
+def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None = None) -> ExecutedChapter:
+    """Execute `chapter` with checked `parameters` and write it to `out`, a folder or an .ipynb file (default: runs/).
 
-    Nothing is written until the chapter has ended. One that fails is kept beside as *.failed.ipynb and raises RunError;
-    bad input found by the chapter itself raises InputError and keeps nothing.
+    Nothing is written before the chapter has ended. Raises RunError if it fails, with the notebook saved as
+    *.failed.ipynb, and InputError, with nothing saved, for bad input that the chapter itself rejects.
     """
     target = _target(chapter, parameters, out or paths.RUNS)
     start, cpu = time.perf_counter(), _children_cpu()
     with tempfile.TemporaryDirectory(prefix="dsmoe-run-") as folder:
-        aside = Path(folder) / "executed.ipynb"
-        failure = _execute(chapter, parameters, aside)
+        executed = Path(folder) / "executed.ipynb"
+        failure = _execute(chapter, parameters, executed)
         if failure is None:
-            write_text(target, _unpaired(aside, chapter))
+            write_text(target, _without_pairing(executed, chapter))
         else:
-            kept = target.with_suffix(".failed.ipynb")
-            write_text(kept, _unpaired(aside, chapter))
-            raise RunError(f"{chapter.stem}: {failure}; kept as {kept}")
+            failed = target.with_suffix(".failed.ipynb")
+            write_text(failed, _without_pairing(executed, chapter))
+            raise RunError(f"{chapter.stem}: {failure}; kept as {failed}")
     wall_s, cpu_s = time.perf_counter() - start, _children_cpu() - cpu
-    return Run(target, dict(parameters), read_result(target), wall_s, cpu_s)
+    return ExecutedChapter(target, dict(parameters), read_result(target), wall_s, cpu_s)
 
 
-def _execute(chapter: Path, parameters: Mapping[str, Any], aside: Path) -> str | None:
-    """Run papermill into `aside`; return what failed, in one line."""
+def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> str | None:
+    """Write the executed notebook to `executed`; return None, or the failure in one line."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     from dsmoe_lite.labs import jupyter_kernel
 
-    source = aside.with_name("chapter.ipynb")  # papermill would format braces in the reader's own path
+    source = executed.with_name("chapter.ipynb")  # papermill would format braces in the reader's path
     source.write_bytes(chapter.read_bytes())
     try:
         papermill.execute_notebook(
             source,
-            aside,
+            executed,
             dict(parameters),
             kernel_name=jupyter_kernel.NAME,
             language="python",
-            cwd=aside.parent,
+            cwd=executed.parent,
             progress_bar={"desc": chapter.stem, "leave": False, "disable": None},
-            kernel_manager_class=jupyter_kernel.OwnKernelManager,
+            kernel_manager_class=jupyter_kernel.SameInterpreterKernelManager,
         )
     except papermill.PapermillExecutionError as error:
         if error.ename == InputError.__name__:
@@ -100,17 +100,18 @@ def _target(chapter: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     if out.suffix == ".ipynb":
         target = out
     else:
-        spelled = "".join(f"-{re.sub('[^A-Za-z0-9.+=_-]+', '_', f'{n}={v}')}" for n, v in sorted(parameters.items()))
-        stamp = hashlib.sha256(json.dumps(dict(parameters), sort_keys=True).encode()).hexdigest()[:8]
-        target = out / f"{chapter.stem}{spelled[:NAME_LENGTH]}-{stamp}.ipynb"
+        values = "".join(f"-{re.sub('[^A-Za-z0-9.+=_-]+', '_', f'{n}={v}')}" for n, v in sorted(parameters.items()))
+        digest = hashlib.sha256(json.dumps(dict(parameters), sort_keys=True).encode()).hexdigest()[:8]
+        target = out / f"{chapter.stem}{values[:NAME_LENGTH]}-{digest}.ipynb"
     require(paths.NOTEBOOKS.resolve() not in target.parents, "out", str(out), "a chapter is never run in place")
-    above = next(folder for folder in target.parents if folder.exists())
-    require(above.is_dir() and os.access(above, os.W_OK), "out", str(out), f"{above} is not a folder you can write to")
+    parent = next(folder for folder in target.parents if folder.exists())
+    writable = parent.is_dir() and os.access(parent, os.W_OK)
+    require(writable, "out", str(out), f"{parent} is not a folder you can write to")
     return target
 
 
-def _unpaired(executed: Path, chapter: Path) -> str:
-    """The executed notebook without what ties it to its source file and to the temporary folder."""
+def _without_pairing(executed: Path, chapter: Path) -> str:
+    """The executed notebook without its link to the .py source and without the temporary folder's paths."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)

@@ -1,4 +1,4 @@
-"""Exercises that never stop a chapter, and predictions that never reach its outputs."""
+"""Exercises, which never stop a chapter, and predictions, which never appear in its outputs."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.files import write_json
 
-LINE = 200  # characters of a message that are shown
+MESSAGE_LENGTH = 200  # characters
 
 
 class _UnsolvedError(Exception):
@@ -20,12 +20,12 @@ class _UnsolvedError(Exception):
 
 
 def check_exercise(answer: Any, test: Callable[[Any], None], needs: str | None = None) -> bool | None:
-    """Try `test(answer)`, print the verdict in one line and return it: True, False, or None for an untouched stub.
+    """Run `test(answer)`, print the verdict in one line and return it: True, False, or None if there is no answer yet.
 
-    needs: a program without which the test cannot run; where it is missing that is said, and the verdict is None.
-
-    `answer` is a function or a value. `test` raises AssertionError, saying what was expected, on a wrong answer. A stub
-    is a value None, or a function that returns None. Nothing raises. End the cell's line with `;`.
+    answer: a function or a value; None, or a function that returns None, counts as not solved yet.
+    test: raises AssertionError with the expected result if the answer is wrong.
+    needs: a program that the test runs; if it is missing, a line reports that and the verdict is None.
+    Never raises. End the cell's line with `;`.
     """
     if needs is not None and shutil.which(needs) is None:
         print(f"not checked: {needs} not found (apt install {needs})")
@@ -48,7 +48,7 @@ def check_exercise(answer: Any, test: Callable[[Any], None], needs: str | None =
 
 
 def predict(key: str, prediction: Any) -> None:
-    """Keep the reader's prediction under `key` in work/predictions.json; None, the chapter's own, writes nothing."""
+    """Store the reader's prediction as `key` in work/predictions.json. None, a chapter's default, writes nothing."""
     if prediction is None:
         return
     path = paths.WORK / "predictions.json"
@@ -65,14 +65,14 @@ def predict(key: str, prediction: Any) -> None:
 
 def _refuse_none(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
-    def watched(*args: Any, **kwargs: Any) -> Any:
+    def checked(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         if result is None:
             raise _UnsolvedError
         return result
 
-    return watched
+    return checked
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:LINE]
+    return " ".join(str(error).split())[:MESSAGE_LENGTH]

@@ -1,4 +1,4 @@
-"""The kernel that chapters run in: always the interpreter that runs this process, with progress bars silent."""
+"""The kernel for chapters: always the interpreter of this process, with progress bars off."""
 
 from typing import Any
 
@@ -8,26 +8,29 @@ from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from traitlets import default
 
+from dsmoe_lite.common import paths
+
 NAME = "python3"
 METADATA = {"display_name": "Python 3", "language": "python", "name": NAME}
 
 
-class OwnSpecs(KernelSpecManager):
-    """Answers every kernel name with this interpreter: an installed kernel of that name may be another Python."""
+class SameInterpreterSpecs(KernelSpecManager):
+    """Maps every kernel name to this interpreter; an installed kernel with that name may be another Python."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        """The spec of a kernel in sys.executable."""
+        """The spec of a kernel that runs in sys.executable."""
         spec: dict[str, Any] = get_kernel_dict()
-        return KernelSpec(resource_dir=RESOURCES, **{**spec, "env": {"TQDM_DISABLE": "1"}})
+        environment = {"TQDM_DISABLE": "1", "DSMOE_FOLDER": str(paths.FOLDER)}  # its own folder is a temporary one
+        return KernelSpec(resource_dir=RESOURCES, **{**spec, "env": environment})
 
 
-class OwnKernelManager(AsyncKernelManager):
+class SameInterpreterKernelManager(AsyncKernelManager):
     """A kernel manager for nbclient that starts this interpreter."""
 
     @default("kernel_spec_manager")
-    def _own_specs(self) -> OwnSpecs:
-        return OwnSpecs(parent=self)
+    def _same_interpreter(self) -> SameInterpreterSpecs:
+        return SameInterpreterSpecs(parent=self)
 
     @default("transport_encryption")
     def _encrypted(self) -> str:
-        return "auto" if zmq.has("curve") else "disabled"  # ipykernel warns on stderr about a plain connection
+        return "auto" if zmq.has("curve") else "disabled"  # ipykernel warns on stderr about an unencrypted connection

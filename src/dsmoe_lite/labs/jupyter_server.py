@@ -1,4 +1,4 @@
-"""JupyterLab, started for a reader: local, with a token, quiet, and with the address in one line."""
+"""Start JupyterLab for a reader: on this machine only, with a token, quiet, and with the address in one line."""
 
 import os
 import secrets
@@ -11,17 +11,18 @@ from urllib.parse import quote
 
 import click
 
+from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.labs.jupyter_settings import overrides_path, write_settings
+from dsmoe_lite.labs.jupyter_settings import write_settings
 
-PORT = 8888  # Jupyter's own; the next free one is taken where it is in use
-CONTAINER_MARK = Path("/.dockerenv")
+PORT = 8888  # Jupyter's default; if it is in use, the next free port
+CONTAINER_MARKER = Path("/.dockerenv")
 
 
 def has_display() -> bool:
-    """Whether a browser opened here would be seen by who types here."""
+    """Whether the user would see a browser that this process opens."""
     environ = os.environ
-    if environ.get("CI") or environ.get("container") or CONTAINER_MARK.exists():
+    if environ.get("CI") or environ.get("container") or CONTAINER_MARKER.exists():
         return False
     if environ.get("DISPLAY") or environ.get("WAYLAND_DISPLAY"):
         return True
@@ -29,11 +30,11 @@ def has_display() -> bool:
 
 
 def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool) -> None:
-    """Run JupyterLab in `root` with the file `opened` in front, until Ctrl-C or TERM.
+    """Run JupyterLab in `root` and open the file `opened`, until Ctrl-C or SIGTERM.
 
-    The root is the repository, not work/: work/ opens in front, while data/ and the chapters' sources can be browsed.
+    The root is not work/: in a clone, data/ and the chapters' sources can be browsed; elsewhere, runs/.
     """
-    write_settings(overrides_path())
+    write_settings(_config() / "labconfig" / "default_setting_overrides.json")
     token = secrets.token_hex(24)
     os.environ.update(_environment(token))
     from jupyterlab.labapp import LabApp  # type: ignore[import-untyped]
@@ -45,7 +46,7 @@ def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool)
     click.echo(f"JupyterLab: {address}\n(Ctrl-C stops it)")
     if browser:
         server.io_loop.call_later(0.5, webbrowser.open, address)
-    for stop in (signal.SIGINT, signal.SIGTERM):  # at once: Jupyter would ask back, and only at a terminal
+    for stop in (signal.SIGINT, signal.SIGTERM):  # stop without the confirmation that Jupyter asks for at a terminal
         signal.signal(stop, lambda *_: server.stop(from_signal=True))
     server.start()
 
@@ -63,12 +64,18 @@ def _require_free(ip: str, port: int) -> None:
             raise InputError(f"port = {port}: {reason}; without --port the next free one is taken") from None
 
 
+def _config() -> Path:
+    """A folder of settings for this server alone: the environment may not be the reader's to write into."""
+    return paths.cache() / "jupyter"
+
+
 def _environment(token: str) -> dict[str, str]:
-    own = str(Path(sys.prefix) / "share" / "jupyter")
+    installed = str(Path(sys.prefix) / "share" / "jupyter")
     return {
-        "JUPYTER_TOKEN": token,  # not an argument: those are seen by everyone on the machine
-        # Kernels run in this environment, whatever kernels the reader has elsewhere.
-        "JUPYTER_PATH": os.pathsep.join(filter(None, [own, os.environ.get("JUPYTER_PATH")])),
+        "JUPYTER_TOKEN": token,  # not an argument: every user of the machine can read the arguments
+        # Kernels run in this environment, even if the reader has installed kernels elsewhere.
+        "JUPYTER_PATH": os.pathsep.join(filter(None, [installed, os.environ.get("JUPYTER_PATH")])),
+        "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [str(_config()), os.environ.get("JUPYTER_CONFIG_PATH")])),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
@@ -85,7 +92,7 @@ def _arguments(root: Path, ip: str, port: int | None) -> list[str]:
         "--ServerApp.open_browser=False",
         "--ServerApp.log_level=ERROR",
         "--LabApp.log_level=ERROR",
-        "--LabApp.extension_manager=readonly",  # no list of extensions is fetched
+        "--LabApp.extension_manager=readonly",  # never downloads the list of extensions
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")

@@ -1,4 +1,4 @@
-"""JupyterLab as the course wants it, written into this environment and nowhere else."""
+"""The settings of JupyterLab for the course, written only into this environment."""
 
 import json
 import sys
@@ -8,22 +8,22 @@ from typing import Any
 from dsmoe_lite.common.files import write_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    # A chapter's .py source opens as the notebook it is.
+    # A chapter's .py source opens as a notebook.
     "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"python": "Jupytext Notebook"}},
     # A saved chapter keeps its widgets, and shows them before any cell is run.
     "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
-    # No pop-ups about news or new versions, and no request for them.
+    # No pop-ups about news or new versions, and no requests for them.
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
 }
 
 
 def overrides_path(prefix: Path | None = None) -> Path:
-    """Where JupyterLab reads an environment's own defaults."""
+    """The file from which JupyterLab reads the defaults of an environment."""
     return (prefix or Path(sys.prefix)) / "share" / "jupyter" / "lab" / "settings" / "overrides.json"
 
 
 def write_settings(path: Path) -> bool:
-    """Merge SETTINGS into the file at `path`, whatever else it holds kept; return whether it changed."""
+    """Merge SETTINGS into the file at `path` and keep its other settings; return whether the file changed."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

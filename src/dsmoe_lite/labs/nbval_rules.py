@@ -1,7 +1,8 @@
-"""A pytest plugin: how `pytest --nbval` compares the three kinds of cells.
+"""A pytest plugin that sets how `pytest --nbval` compares each kind of cell.
 
-No tag: exactly, pictures apart. `trained`: what the cell says, not its charts and reported values. `measured`, and
-cells whose reference shows a widget: executed, not compared. stderr is never compared; exceptions always fail.
+Untagged cells: exact comparison, except for images. `trained`: text is compared, charts and reported values are not.
+`measured`, and cells whose reference shows a widget: executed, not compared. stderr is never compared. An exception
+always fails.
 """
 
 import os
@@ -14,11 +15,11 @@ from dsmoe_lite.labs.claims import without_value
 from dsmoe_lite.labs.results import MIME
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-NUMERIC = (MIME, "application/vnd.vega", "image/")  # prefixes of what holds digits of a training
+NUMERIC = (MIME, "application/vnd.vega", "image/")  # prefixes of MIME types that contain numbers of a training
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """With --nbval: this interpreter as kernel, no progress bars, and the history that a reader's session has."""
+    """With --nbval: use this interpreter as the kernel, hide progress bars and record the history of inputs."""
     if not config.getoption("nbval", default=False):
         return
     from nbval.kernel import RunningKernel  # type: ignore[import-untyped]
@@ -29,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set each cell's comparison by its tags and its reference."""
+    """Set the comparison of each cell by its tags and its reference output."""
     for item in items:
         if hasattr(item, "cell") and hasattr(item, "compare_outputs"):
             _set_comparison(item)
@@ -46,13 +47,13 @@ def _set_comparison(item: Any) -> None:
 
 
 def _without_numbers(outputs: Iterable[Any]) -> Iterator[Any]:
-    """Outputs as they are, claims without their values; charts and what is reported by their kind alone."""
+    """Outputs reduced to what repeats: of charts and reported results only the MIME types, of claims no values."""
     for output in outputs:
         data = output.get("data", {})
-        kinds = [kind for kind in data if kind.startswith(NUMERIC)]
-        if kinds:
-            known = {"text/plain": without_value(data["text/plain"])} if MIME in data else {}
-            output = type(output)({**output, "data": dict.fromkeys(kinds, "not compared") | known})
+        types = [mime for mime in data if mime.startswith(NUMERIC)]
+        if types:
+            text = {"text/plain": without_value(data["text/plain"])} if MIME in data else {}
+            output = type(output)({**output, "data": dict.fromkeys(types, "not compared") | text})
         yield output
 
 

@@ -1,12 +1,12 @@
-"""A chapter's knobs: the typed, commented `parameters` cell is their schema.
+"""The parameters of a chapter: its typed, commented `parameters` cell is the schema.
 
     top_k: int = 2  # experts a token visits: 1..4
     profile: str = "cpu"  # size of the run: smoke | cpu | gpu
     sentence: str = "the cat"  # text to colour: 1..400 characters
     shared: bool = True  # one expert is always on
 
-After the last colon stands the range (`low..high`, both included; for text, of its length) or the choices.
-A bool needs neither.
+After the last colon comes the range (`low..high`, inclusive; for text, of its length) or the choices. A bool needs
+neither.
 """
 
 import ast
@@ -21,15 +21,15 @@ from typing import Any
 from dsmoe_lite.common.errors import InputError, require
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool}
-KINDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 RANGE = re.compile(r"(?P<low>[^\s.]\S*?)\.\.(?P<high>\S+)(?: .+)?")
-FORM = "write `name: type = value  # help: low..high` or `# help: this | that`"
+SYNTAX = "write `name: type = value  # help: low..high` or `# help: this | that`"
 INJECTED = "# Parameters"  # first line of the cell that papermill adds
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """One knob: `choices`, or `low` and `high` (both included; of the length, for text)."""
+    """One parameter, with its `choices` or its inclusive range `low` to `high` (for text, of its length)."""
 
     name: str
     type: str
@@ -40,31 +40,31 @@ class Parameter:
     high: float | None = None
 
     def describe(self) -> str:
-        """What a value may be, in words for an error line."""
+        """Describe the allowed values, for an error message."""
         if self.type == "bool":
-            return KINDS["bool"]
+            return TYPE_NAMES["bool"]
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
         unit = " characters" if self.type == "str" else ""
-        return f"{KINDS[self.type]}, {self.low}..{self.high}{unit}"
+        return f"{TYPE_NAMES[self.type]}, {self.low}..{self.high}{unit}"
 
 
 def read_schema(source: str) -> dict[str, Parameter]:
-    """Read the parameters cell `source`; raise InputError naming the line that is not a typed, commented parameter."""
+    """Parse the parameters cell `source`. Raises InputError naming a line that is no typed, commented parameter."""
     try:
         statements = ast.parse(source).body
     except SyntaxError as error:
-        raise InputError(f"parameters cell, line {error.lineno}: {FORM}") from None
+        raise InputError(f"parameters cell, line {error.lineno}: {SYNTAX}") from None
     comments, schema = _comments(source), {}
     for statement in statements:
-        parameter = _read(statement, comments.get(statement.end_lineno or 0, ""))
-        check(parameter, parameter.default)
+        parameter = _parse(statement, comments.get(statement.end_lineno or 0, ""))
+        check_value(parameter, parameter.default)
         schema[parameter.name] = parameter
     return schema
 
 
-def find(schema: Mapping[str, Parameter], name: str) -> Parameter:
-    """The parameter called `name`; an unknown name raises InputError with the nearest and all known ones."""
+def find_parameter(schema: Mapping[str, Parameter], name: str) -> Parameter:
+    """The parameter `name`. Raises InputError with the nearest name and all known ones if there is none."""
     if name in schema:
         return schema[name]
     near = difflib.get_close_matches(name, schema, n=1)
@@ -72,8 +72,8 @@ def find(schema: Mapping[str, Parameter], name: str) -> Parameter:
     raise InputError(f"unknown parameter {name}: {hint}this chapter has {', '.join(schema)}")
 
 
-def check(parameter: Parameter, value: Any) -> Any:
-    """Return `value` (a whole number as float where the type is float); raise InputError where it does not fit."""
+def check_value(parameter: Parameter, value: Any) -> Any:
+    """Return `value`, converted from int if the parameter is a float. Raises InputError if it is not allowed."""
     name, remedy = parameter.name, f"must be {parameter.describe()}"
     if parameter.type == "float" and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -87,30 +87,30 @@ def check(parameter: Parameter, value: Any) -> Any:
 
 
 def parse_value(parameter: Parameter, text: str) -> Any:
-    """Turn command-line `text` into a checked value."""
-    return check(parameter, _convert(parameter.type, text, text))
+    """Convert text from the command line to a checked value."""
+    return check_value(parameter, _convert(parameter.type, text, text))
 
 
 def parse_assignments(schema: Mapping[str, Parameter], assignments: Iterable[str]) -> dict[str, Any]:
-    """Turn `name=value` strings into checked values; a name given twice raises InputError."""
+    """Convert `name=value` strings to checked values. Raises InputError also for a name given twice."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:
             raise InputError(f"-p {assignment}: write -p name=value")
-        parameter = find(schema, name.strip())
+        parameter = find_parameter(schema, name.strip())
         require(parameter.name not in values, parameter.name, text, "is given twice")
         values[parameter.name] = parse_value(parameter, text)
     return values
 
 
 def check_parameters(namespace: MutableMapping[str, Any]) -> bool:
-    """Check a chapter's parameters as they stand now: call `check_parameters(globals())` in the cell after them.
+    """Check the current values of a chapter's parameters: call `check_parameters(globals())` in the cell after them.
 
-    Return whether they are the chapter's own, profile and seed apart: for those alone its claims are recorded.
+    Return whether all except profile and seed have their default values; only for these the claims are recorded.
 
-    The schema is read from the session's own history, so it also holds after a reader's edit and after papermill's
-    injection; an injected name that the schema lacks raises InputError.
+    The schema comes from the history of the session, so it stays valid after a reader's edit and after papermill's
+    injection. Raises InputError for a value that is not allowed and for an injected name that the schema lacks.
     """
     history = list(namespace.get("In", []))
     start = next((i for i, source in enumerate(history) if _is_parameters_cell(source)), None)
@@ -119,33 +119,33 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> bool:
     schema = read_schema(history[start])
     for source in history[start + 1 :]:
         for name in _injected_names(source):
-            find(schema, name)
+            find_parameter(schema, name)
     for name, parameter in schema.items():
-        namespace[name] = check(parameter, namespace.get(name))
+        namespace[name] = check_value(parameter, namespace.get(name))
     return all(namespace[name] == schema[name].default for name in schema if name not in ("profile", "seed"))
 
 
-def _read(statement: ast.stmt, comment: str) -> Parameter:
+def _parse(statement: ast.stmt, comment: str) -> Parameter:
     match statement:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id=kind), value=ast.expr() as value):
             pass
         case _:
-            raise InputError(f"parameters cell, line {statement.lineno}: {FORM}")
+            raise InputError(f"parameters cell, line {statement.lineno}: {SYNTAX}")
     require(kind in TYPES, name, kind, f"must have one of the types {', '.join(TYPES)}")
     try:
         default = ast.literal_eval(value)
     except ValueError:
         raise InputError(f"parameter {name}: its default must be a literal") from None
     if kind == "bool":
-        require(bool(comment), name, default, f"needs a comment: {FORM}")
+        require(bool(comment), name, default, f"needs a comment: {SYNTAX}")
         return Parameter(name, kind, default, comment, choices=(True, False))
     help_text, colon, spec = comment.rpartition(": ")
-    require(bool(colon), name, default, f"needs a comment with its range: {FORM}")
+    require(bool(colon), name, default, f"needs a comment with its range: {SYNTAX}")
     if " | " in spec:
         choices = tuple(_convert(kind, choice.strip(), default, name) for choice in spec.split(" | "))
         return Parameter(name, kind, default, help_text, choices=choices)
     bounds = RANGE.fullmatch(spec)
-    require(bounds is not None, name, spec, FORM)
+    require(bounds is not None, name, spec, SYNTAX)
     number = "int" if kind == "str" else kind
     low, high = (_convert(number, bounds[end], spec, name) for end in ("low", "high"))  # type: ignore[index]
     require(low <= high, name, spec, "the range is empty")
@@ -159,8 +159,8 @@ def _convert(kind: str, text: str, shown: Any, name: str = "") -> Any:
         return TYPES[kind](text)
     except (KeyError, ValueError):
         if not name:
-            return text  # `check` names the type that was expected
-        raise InputError(f"{name} = {shown!r}: {text!r} is not {KINDS[kind]}") from None
+            return text  # `check_value` names the expected type
+        raise InputError(f"{name} = {shown!r}: {text!r} is not {TYPE_NAMES[kind]}") from None
 
 
 def _comments(source: str) -> dict[int, str]:

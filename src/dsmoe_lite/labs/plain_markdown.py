@@ -1,4 +1,4 @@
-"""The book's roles in words that JupyterLab shows: numbered equations, authors and years instead of keys."""
+"""Replace the book's MyST roles by Markdown that JupyterLab renders: equation numbers, authors and years."""
 
 import re
 from pathlib import Path
@@ -10,13 +10,13 @@ CITATION = re.compile(r"\{cite:([pt])\}`([\w,-]+)`")
 
 
 def equation_numbers(sources: list[str], chapter: int) -> dict[str, str]:
-    """Number the labelled equations of a chapter's markdown cells in order: {"eq:gate": "2.1"}."""
+    """Number the labelled equations in a chapter's Markdown cells: {"eq:gate": "2.1"}."""
     labels = [label for source in sources for _, label in LABELLED.findall(source)]
-    return {label: f"{chapter}.{place}" for place, label in enumerate(labels, start=1)}
+    return {label: f"{chapter}.{number}" for number, label in enumerate(labels, start=1)}
 
 
-def plain(source: str, numbers: dict[str, str], names: dict[str, tuple[str, str]]) -> str:
-    """Rewrite one markdown cell; `names` maps a citation key to (authors, year). What is not known stays as it is."""
+def rewrite_cell(source: str, numbers: dict[str, str], citations: dict[str, tuple[str, str]]) -> str:
+    """Rewrite one Markdown cell; `citations` maps a key to (authors, year). Unknown labels and keys stay unchanged."""
 
     def equation(match: re.Match[str]) -> str:
         return f"$${match[1].rstrip()}\n\\tag{{{numbers[match[2]]}}}\n$$"
@@ -25,35 +25,35 @@ def plain(source: str, numbers: dict[str, str], names: dict[str, tuple[str, str]
         return f"Eq. ({numbers[match[1]]})" if match[1] in numbers else match[0]
 
     def citation(match: re.Match[str]) -> str:
-        found = [names[key] for key in match[2].split(",") if key in names]
+        known = [citations[key] for key in match[2].split(",") if key in citations]
         if match[1] == "p":
-            return "(" + "; ".join(f"{authors}, {year}" for authors, year in found) + ")" if found else match[0]
-        return ", ".join(f"{authors} ({year})" for authors, year in found) or match[0]
+            return "(" + "; ".join(f"{authors}, {year}" for authors, year in known) + ")" if known else match[0]
+        return ", ".join(f"{authors} ({year})" for authors, year in known) or match[0]
 
     return CITATION.sub(citation, REFERENCE.sub(reference, LABELLED.sub(equation, source)))
 
 
-def make_plain(notebook: dict[str, Any], siblings: dict[int, dict[str, Any]], bibliography: Path) -> None:
-    """Rewrite the markdown cells of a notebook (as JSON, in place); `siblings`: all chapters by number."""
+def rewrite_notebook(notebook: dict[str, Any], chapters: dict[int, dict[str, Any]], bibliography: Path) -> None:
+    """Rewrite the Markdown cells of a notebook (as JSON) in place; `chapters`: all chapters by number."""
     numbers: dict[str, str] = {}
-    for chapter, sibling in siblings.items():
-        numbers |= equation_numbers(_markdown(sibling), chapter)
-    names = citation_names(bibliography) if bibliography.exists() else {}
+    for number, chapter in chapters.items():
+        numbers |= equation_numbers(_markdown(chapter), number)
+    citations = read_citations(bibliography) if bibliography.exists() else {}
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
-            cell["source"] = plain("".join(cell["source"]), numbers, names)
+            cell["source"] = rewrite_cell("".join(cell["source"]), numbers, citations)
 
 
-def citation_names(bibliography: Path) -> dict[str, tuple[str, str]]:
-    """Authors and year of every entry: ("Lepikhin et al.", "2021"), ("Zhang and Sennrich", "2019")."""
+def read_citations(bibliography: Path) -> dict[str, tuple[str, str]]:
+    """Authors and year by citation key: ("Lepikhin et al.", "2021"), ("Zhang and Sennrich", "2019")."""
     from pybtex.database import parse_file
 
-    found = {}
+    citations = {}
     for key, entry in parse_file(str(bibliography)).entries.items():
-        last = [" ".join(person.last_names).strip("{}") for person in entry.persons["author"]]
-        authors = " and ".join(last) if len(last) <= 2 else f"{last[0]} et al."
-        found[key] = (authors, entry.fields["year"])
-    return found
+        surnames = [" ".join(person.last_names).strip("{}") for person in entry.persons["author"]]
+        authors = " and ".join(surnames) if len(surnames) <= 2 else f"{surnames[0]} et al."
+        citations[key] = (authors, entry.fields["year"])
+    return citations
 
 
 def _markdown(notebook: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Readers' copies: chapters are worked on in work/, so a reader's save never touches the reference outputs."""
+"""Readers work on copies of the chapters in work/, so that saving never changes the reference outputs."""
 
 import hashlib
 import json
@@ -7,80 +7,81 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite.common import paths
 from dsmoe_lite.common.files import atomic_write, write_json
-from dsmoe_lite.labs.plain_markdown import make_plain
+from dsmoe_lite.labs.plain_markdown import rewrite_notebook
 
 CHAPTER = "[0-9][0-9]_*.ipynb"
-STAMP = "dsmoe_source"  # metadata of a copy: the hash of the chapter it was made from
+SOURCE_HASH = "dsmoe_source"  # key in a copy's metadata: the hash of the chapter it was made from
 
 
 def copy_chapters(source: Path, work: Path) -> list[str]:
-    """Copy into `work` the chapters it lacks, and the pictures; return one line for each copy that is outdated."""
+    """Copy missing chapters and all images into `work`; return one line for each outdated copy."""
     outdated = []
     for chapter in sorted(source.glob(CHAPTER)):
         copy = work / chapter.name
         if not copy.exists():
             _write_copy(chapter, copy)
-        elif _made_from(copy) not in (None, _hash(chapter)):
+        elif _source_hash(copy) not in (None, _hash(chapter)):
             outdated.append(
                 f"{chapter.name} has changed since your copy: dsmoe lab --fresh {chapter.name[:2]} renews it"
             )
-    _copy_pictures(source / "images", work / "images")
+    _copy_images(source / "images", work / "images")
     return outdated
 
 
 def renew(chapter: Path, work: Path) -> Path | None:
-    """Make the copy of `chapter` in `work` anew; return where the old one is kept, or None where there was none."""
+    """Replace the copy of `chapter` in `work`; return the backup of the old copy, or None if there was none."""
     copy = work / chapter.name
-    kept = None
+    backup = None
     if copy.exists():
-        kept = _free_name(copy)
-        os.replace(copy, kept)
+        backup = _backup_name(copy)
+        os.replace(copy, backup)
     _write_copy(chapter, copy)
-    return kept
+    return backup
 
 
 def _write_copy(chapter: Path, copy: Path) -> None:
     notebook = _read(chapter)
     metadata = notebook.setdefault("metadata", {})
-    metadata.pop("jupytext", None)  # a copy is paired with no .py
-    metadata[STAMP] = _hash(chapter)
-    siblings = {int(path.name[:2]): _read(path) for path in sorted(chapter.parent.glob(CHAPTER))}
-    make_plain(notebook, siblings, chapter.parent / "references.bib")
+    metadata.pop("jupytext", None)  # a copy is not paired with a .py file
+    metadata[SOURCE_HASH] = _hash(chapter)
+    chapters = {int(path.name[:2]): _read(path) for path in sorted(chapter.parent.glob(CHAPTER))}
+    rewrite_notebook(notebook, chapters, chapter.parent / "references.bib")
     write_json(copy, notebook)
     _trust(copy)
 
 
 def _trust(copy: Path) -> None:
-    """Sign the copy as the reader's own: its outputs are the course's, and JupyterLab then shows its widgets."""
+    """Sign the copy, so that JupyterLab trusts its outputs, which are the course's, and shows its widgets."""
     import nbformat
     from nbformat.sign import NotebookNotary
 
     NotebookNotary().sign(nbformat.read(copy, as_version=4))
 
 
-def _copy_pictures(source: Path, target: Path) -> None:
-    for picture in sorted(source.glob("*")):
-        there = target / picture.name
-        if not there.exists() or there.read_bytes() != picture.read_bytes():
-            with atomic_write(there) as aside:
-                shutil.copyfile(picture, aside)
+def _copy_images(source: Path, target: Path) -> None:
+    for image in sorted(source.glob("*")):
+        copy = target / image.name
+        if not copy.exists() or copy.read_bytes() != image.read_bytes():
+            with atomic_write(copy) as temporary:
+                shutil.copyfile(image, temporary)
 
 
-def _made_from(copy: Path) -> str | None:
+def _source_hash(copy: Path) -> str | None:
     try:
-        return _read(copy).get("metadata", {}).get(STAMP)
+        return _read(copy).get("metadata", {}).get(SOURCE_HASH)
     except (ValueError, AttributeError):
-        return None  # the reader's own file: JupyterLab says what is wrong with it
+        return None  # the reader has changed this file; JupyterLab reports what is wrong with it
 
 
-def _free_name(copy: Path) -> Path:
-    kept = copy.with_name(f"{copy.name}.bak")
+def _backup_name(copy: Path) -> Path:
+    backup = copy.with_name(f"{copy.name}.bak")
     number = 1
-    while kept.exists():
+    while backup.exists():
         number += 1
-        kept = copy.with_name(f"{copy.name}.bak{number}")
-    return kept
+        backup = copy.with_name(f"{copy.name}.bak{number}")
+    return backup
 
 
 def _hash(chapter: Path) -> str:
@@ -89,3 +90,7 @@ def _hash(chapter: Path) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    copy_chapters(paths.NOTEBOOKS, paths.WORK)

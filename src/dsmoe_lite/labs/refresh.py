@@ -1,4 +1,4 @@
-"""Reference outputs: the one way by which notebooks/*.ipynb are written. Twice in a row changes no byte."""
+"""Write the reference outputs, notebooks/*.ipynb. Nothing else writes them; a second refresh changes no byte."""
 
 import json
 import tempfile
@@ -17,8 +17,8 @@ WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 def refresh_chapter(source: Path, *, measure: bool = False) -> bool:
     """Execute the percent script `source` and write the .ipynb beside it; return whether that file changed.
 
-    Outputs of `measured` cells stay as stored, as long as their source is the same, unless `measure`. A cell that fails
-    or a notebook over 1 MB raises RunError and leaves the old file.
+    Without `measure`, a `measured` cell keeps its stored output unless its source has changed. Raises RunError for a
+    cell that fails and for a notebook over 1 MB; the old file then stays as it is.
     """
     import jupytext
     import nbformat
@@ -29,9 +29,9 @@ def refresh_chapter(source: Path, *, measure: bool = False) -> bool:
     _execute(notebook, source.stem)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = _joined([out for out in cell.outputs if out.get("name") != "stderr"])
+            cell.outputs = _merge_streams([out for out in cell.outputs if out.get("name") != "stderr"])
     if not measure and target.exists():
-        _keep_measured(notebook, nbformat.read(target, as_version=4))
+        _restore_measured(notebook, nbformat.read(target, as_version=4))
     text = nbformat.writes(_renumber_widgets(notebook)) + "\n"
     size = len(text.encode())
     if size > LIMIT:
@@ -52,28 +52,28 @@ def _execute(notebook: Any, name: str) -> None:
         client = NotebookClient(
             notebook,
             kernel_name=jupyter_kernel.NAME,
-            kernel_manager_class=jupyter_kernel.OwnKernelManager,
+            kernel_manager_class=jupyter_kernel.SameInterpreterKernelManager,
             timeout=None,
             record_timing=False,
             store_widget_state=True,
             resources={"metadata": {"path": folder}},
         )
         client.reset_execution_trackers()
-        # cell by cell, not client.execute(): that one turns Ctrl-C into a dead kernel
+        # cell by cell: client.execute() turns Ctrl-C into a dead kernel
         with client.setup_kernel():
             for index, cell in enumerate(progress(notebook.cells, desc=name, unit="cell", disable=None)):
                 try:
                     client.execute_cell(cell, index)
                 except CellExecutionError as error:
-                    where = f"{name}: cell In [{cell.execution_count}]"
-                    raise RunError(f"{where} stopped with {error.ename}: {error.evalue}") from None
+                    location = f"{name}: cell In [{cell.execution_count}]"
+                    raise RunError(f"{location} stopped with {error.ename}: {error.evalue}") from None
                 except DeadKernelError:
                     raise RunError(f"{name}: the kernel died (out of memory?)") from None
             client.set_widgets_metadata()
 
 
 def _fix_metadata(notebook: Any, name: str) -> None:
-    """What no run changes: the kernel's name, the cells' ids, no pairing and no version of Python."""
+    """Set metadata that is the same in every refresh: kernel name and cell ids, without pairing or Python version."""
     from dsmoe_lite.labs import jupyter_kernel
 
     notebook.metadata.clear()
@@ -91,19 +91,19 @@ def _fix_metadata(notebook: Any, name: str) -> None:
         cell["id"] = f"{number}-{index:03d}"
 
 
-def _joined(outputs: list[Any]) -> list[Any]:
-    """Neighbouring pieces of one stream as one: where a kernel splits them depends on timing."""
-    joined: list[Any] = []
+def _merge_streams(outputs: list[Any]) -> list[Any]:
+    """Join adjacent outputs of one stream, because how a kernel splits them depends on timing."""
+    merged: list[Any] = []
     for output in outputs:
-        if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
-            joined[-1].text += output.text
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
         else:
-            joined.append(output)
-    return joined
+            merged.append(output)
+    return merged
 
 
-def _keep_measured(notebook: Any, stored: Any) -> None:
-    """Give every `measured` cell the outputs that the same source has in `stored`, first to first."""
+def _restore_measured(notebook: Any, stored: Any) -> None:
+    """Copy the outputs of `measured` cells from cells of `stored` with the same source, in order."""
     outputs = defaultdict(list)
     for cell in stored.cells:
         if "measured" in cell.metadata.get("tags", []) and cell.execution_count is not None:
@@ -114,7 +114,7 @@ def _keep_measured(notebook: Any, stored: Any) -> None:
 
 
 def _renumber_widgets(notebook: Any) -> Any:
-    """Replace the widgets' random ids by their order of creation, wherever they stand."""
+    """Replace the random ids of widgets by their order of creation, everywhere in the notebook."""
     import nbformat
 
     state = notebook.metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})

@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from dsmoe_lite.config import AttentionConfig
 from dsmoe_lite.layers.cache import LayerCache
 from dsmoe_lite.layers.rope import apply_rope, softmax_scale
-from dsmoe_lite.layers.sdpa import attend, mask_of
+from dsmoe_lite.layers.sdpa import attention_mask, sdpa
 
 
 class Attention(nn.Module):
-    """o = W_o [softmax(scale q_i k_g^T) v_g]_i over heads i, each with keys and values of its group g; no biases."""
+    """o = W_o [softmax(scale q_i k_g^T) v_g]_i over heads i, without biases.
+
+    Head i reads the keys and values of its group g, one of H_kv groups.
+    """
 
     def __init__(self, d_model: int, config: AttentionConfig) -> None:
         super().__init__()
@@ -28,18 +31,18 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x (B, S, D); cos, sin (S, head_dim / 2), or (B, 1, S, head_dim / 2) -> (B, S, D).
 
-        mask as `attend.mask_of` gives it; None: it is asked, without padding. With `cache` the S tokens follow
-        those it holds; they count in it after its `advance(S)`.
+        mask: from `attention_mask`; if it is None, the layer makes its own, without padding. With `cache`, the S tokens
+        follow the cached ones. They join the cache when the caller calls its `advance(S)`.
         """
         B, S, _ = x.shape
         q = apply_rope(self._heads(self.query(x)), cos, sin)  # (B, H, S, head_dim)
-        k = apply_rope(self._heads(self.key(x)), cos, sin)  # (B, G, S, head_dim)
+        k = apply_rope(self._heads(self.key(x)), cos, sin)  # (B, H_kv, S, head_dim)
         v = self._heads(self.value(x))
         if mask is None:
-            mask = mask_of(S, x.device, cache=cache, window=self.config.window)
+            mask = attention_mask(S, x.device, cache=cache, window=self.config.window)
         if cache is not None:
             k, v = cache.extend(k, v)
-        mixed = attend(q, k, v, self.scale, mask)
+        mixed = sdpa(q, k, v, self.scale, mask)
         return self.output(mixed.transpose(1, 2).reshape(B, S, -1))
 
     def _heads(self, x: Tensor) -> Tensor:

@@ -1,45 +1,82 @@
-"""All experts at once: by padded batches (bmm), or by torch's grouped matrix product, with one backward for both.
+"""All experts at once: in padded batches (bmm) or by torch's grouped matrix product, with one backward pass for both.
 
 Autograd would keep five tensors of hidden width and the sorted tokens. Here only a = W_gate x and b = W_up x are kept;
-the rest is computed again, block by block, so that a block's tensors stay in the cache.
+the rest is computed again, block by block, so that the tensors of one block stay in the CPU's cache.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.utils.rnn import pad_sequence
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers.dispatch import Dispatched
 
-BLOCK = 2**17  # hidden numbers a block computes at once; measured: as fast as 2^18 to 2^20, in half the memory
-WASTE = 1.25  # rows a block may compute for every real one
+BLOCK = 2**17  # hidden numbers that a block computes at once; measured: as fast as 2^18 to 2^20, in half the memory
+WASTE = 1.25  # rows that a block may compute for each real row
 
 
 class Product(Protocol):
-    """The rows of every expert, times its own matrix."""
+    """The rows of every expert times the expert's own matrix."""
 
-    def __call__(self, rows: Tensor, matrices: Tensor, /, *, out: Tensor | None = None) -> Tensor: ...
+    def __call__(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor: ...
+    def add_to(self, total: Tensor, rows: Tensor, matrices: Tensor) -> Tensor: ...
+
+
+class PaddedProduct:
+    """torch.bmm: the rows of every expert are padded to the same number, (experts, rows, width)."""
+
+    def __call__(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the product, written to `out` if one is given."""
+        return torch.bmm(rows, matrices) if out is None else torch.bmm(rows, matrices, out=out)
+
+    def add_to(self, total: Tensor, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Add the product to `total`, in place."""
+        return total.baddbmm_(rows, matrices)
+
+
+@dataclass(frozen=True)
+class GroupedProduct:
+    """F.grouped_mm: the rows of all experts in one matrix (N, width), expert e's up to ends[e]."""
+
+    ends: Tensor  # (E,) int32
+
+    def __call__(self, rows: Tensor, matrices: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return the product, copied to `out` if one is given: F.grouped_mm cannot write there itself."""
+        product = F.grouped_mm(rows, matrices, offs=self.ends)
+        return product if out is None else out.copy_(product)
+
+    def add_to(self, total: Tensor, rows: Tensor, matrices: Tensor) -> Tensor:
+        """Add the product to `total`, in place."""
+        return total.add_(self(rows, matrices))
 
 
 class Block(NamedTuple):
     """Neighbouring experts that are computed together."""
 
     experts: slice
-    rows: slice
-    shape: tuple[int, ...]  # of its rows: (experts, rows of each) padded, (rows,) grouped
+    rows: slice  # in expert order
+    slots: slice  # its rows and its padding, among those of all blocks
+    shape: tuple[int, ...]  # of the slots: (experts, slots of each) if padded, else (rows,)
+    counts: list[int]  # rows of each expert, if padded
 
 
 class _SwiGLU(torch.autograd.Function):
-    """y_t = sum over rows r of token t of W_down (g_r silu(W_gate x_t) * W_up x_t), with its gradients."""
+    """y_r = W_down (g_r silu(W_gate x_r) * W_up x_r) for every row r, by the weights of its expert; with gradients.
+
+    row: the row of each slot, any for padding; None if nothing is padded. token and gates: of each slot.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         product: Product,
         blocks: list[Block],
+        row: Tensor | None,
         token: Tensor,
         x: Tensor,
         gates: Tensor,
@@ -47,63 +84,84 @@ class _SwiGLU(torch.autograd.Function):
         up: Tensor,
         down: Tensor,
     ) -> Tensor:
-        y, kept = torch.zeros_like(x), []
-        for e, rows, shape in blocks:
-            x_rows, g = x.index_select(0, token[rows]).view(*shape, x.shape[1]), gates[rows].view(*shape, 1)
-            a, b = product(x_rows, gate[e].mT), product(x_rows, up[e].mT)
-            hidden = F.silu(a).mul_(b).mul_(g)  # the gate stands before W_down: no product of width D is kept for it
-            y.index_add_(0, token[rows], product(hidden, down[e].mT).view(-1, x.shape[1]))
-            kept += [a, b]
+        D, saved = x.shape[1], []
+        y_sorted = x.new_empty(0 if row is None else blocks[-1].rows.stop, D)
+        for block in blocks:
+            e, shape = block.experts, block.shape
+            x_slots, g = x.index_select(0, token[block.slots]).view(*shape, D), gates[block.slots].view(*shape, 1)
+            a, b = product(x_slots, gate[e].mT), product(x_slots, up[e].mT)
+            hidden = F.silu(a).mul_(b).mul_(g)  # the gate comes before W_down: no product of width D is kept for it
+            y_slots = product(hidden, down[e].mT)
+            y_sorted = y_slots if row is None else _unpad(y_slots, block, y_sorted)
+            saved += [a, b]
         ctx.product, ctx.blocks = product, blocks
-        ctx.save_for_backward(token, x, gates, gate, up, down, *kept)
-        return y
+        ctx.save_for_backward(row, token, x, gates, gate, up, down, *saved)
+        return y_sorted
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        token, x, gates, gate, up, down, *kept = ctx.saved_tensors
+        row, token, x, gates, gate, up, down, *saved = ctx.saved_tensors
         product: Product = ctx.product
-        dx, dg = torch.zeros_like(x), torch.empty_like(gates)
-        whole = len(ctx.blocks) == 1  # then the products are the gradients, else they are written into their places
-        d_weights = [None if whole else torch.empty_like(weight) for weight in (gate, up, down)]
-        for (e, rows, shape), a, b in zip(ctx.blocks, kept[::2], kept[1::2], strict=True):
-            x_rows, dy_rows = (t.index_select(0, token[rows]).view(*shape, x.shape[1]) for t in (x, dy))
-            g = gates[rows].view(*shape, 1)
+        dx, dg, D = torch.zeros_like(x), torch.empty_like(gates), x.shape[1]
+        single = len(ctx.blocks) == 1  # then the products are the gradients, else each is written into its slice
+        d_weights = [None if single else torch.empty_like(weight) for weight in (gate, up, down)]
+        for block, a, b in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
+            e, slots, shape = block.experts, block.slots, block.shape
+            dy_slots, g = _pad(dy, block, row), gates[slots].view(*shape, 1)
             to_gate, to_up, to_down = (None if d is None else d[e] for d in d_weights)
             s = F.silu(a)
-            hidden, d_hidden = s * b, product(dy_rows, down[e])
-            torch.sum(d_hidden * hidden, dim=-1, out=dg[rows].view(shape))
-            d_down = product(dy_rows.mT, hidden.mul_(g), out=to_down)
-            del dy_rows, hidden
+            hidden, d_hidden = s * b, product(dy_slots, down[e])
+            torch.sum(d_hidden * hidden, dim=-1, out=dg[slots].view(shape))
+            d_down = product(dy_slots.mT, hidden.mul_(g), out=to_down)
+            del dy_slots, hidden
             db = s.mul_(d_hidden.mul_(g))
             da = torch.ops.aten.silu_backward(d_hidden.mul_(b), a)
-            d_gate, d_up = product(da.mT, x_rows, out=to_gate), product(db.mT, x_rows, out=to_up)
-            del x_rows
-            dx_rows = product(da, gate[e])
-            dx_rows += product(db, up[e])
-            dx.index_add_(0, token[rows], dx_rows.view(-1, x.shape[1]))
-            if whole:
+            del d_hidden
+            x_slots = x.index_select(0, token[slots]).view(*shape, D)
+            d_gate, d_up = product(da.mT, x_slots, out=to_gate), product(db.mT, x_slots, out=to_up)
+            del x_slots
+            dx_slots = product.add_to(product(da, gate[e]), db, up[e])
+            dx.index_add_(0, token[slots], dx_slots.view(-1, D))
+            if single:
                 d_weights = [d_gate, d_up, d_down]
-        return None, None, None, dx, dg, *d_weights
+        return None, None, None, None, dx, dg, *d_weights
 
 
-def run_grouped(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Multiply every expert's rows by its matrix in one call of F.grouped_mm. InputError where torch has none."""
-    if not can_group(sent.x, gate):
+def _pad(dy: Tensor, block: Block, row: Tensor | None) -> Tensor:
+    """Copy the rows of a block to their slots; padding is zero."""
+    if row is None:
+        return dy.contiguous()  # F.grouped_mm does not take the stride 0 of a sum's gradient
+    dy_slots = dy.index_select(0, row[block.slots]).view(*block.shape, dy.shape[1])
+    for slots, count in zip(dy_slots, block.counts, strict=True):
+        slots[count:] = 0
+    return dy_slots
+
+
+def _unpad(y_slots: Tensor, block: Block, y_sorted: Tensor) -> Tensor:
+    """Copy the rows of a block from their slots into y_sorted."""
+    rows = [slots[:count] for slots, count in zip(y_slots, block.counts, strict=True)]
+    torch.cat(rows, out=y_sorted[block.rows])
+    return y_sorted
+
+
+def run_grouped(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return y_sorted (N, D); one call of F.grouped_mm multiplies the rows of every expert by its matrix.
+
+    Raises InputError for dtypes and widths that F.grouped_mm does not take.
+    """
+    x, gates, token = dispatched.x, dispatched.gates, dispatched.token
+    if not can_group(x, gate):
         raise InputError(
             f"backend: 'grouped' needs float32, bfloat16 or float16 and widths of a multiple of 16 bytes, got "
-            f"{sent.x.dtype} of {sent.x.shape[1]} and {gate.shape[1]}; use 'padded'"
+            f"{x.dtype} of {x.shape[1]} and {gate.shape[1]}; use 'padded'"
         )
-
-    def product(rows: Tensor, matrices: Tensor, /, *, out: Tensor | None = None) -> Tensor:
-        return F.grouped_mm(rows, matrices, offs=sent.ends)
-
-    everything = [Block(slice(None), slice(None), (len(sent.token),))]
-    return _SwiGLU.apply(product, everything, sent.token, sent.x, sent.gates, gate, up, down)
+    everything = [Block(slice(None), slice(None), slice(None), (len(token),), [])]
+    return _SwiGLU.apply(GroupedProduct(dispatched.ends), everything, None, token, x, gates, gate, up, down)
 
 
 def can_group(x: Tensor, gate: Tensor) -> bool:
-    """Whether F.grouped_mm takes these tensors."""
+    """Whether F.grouped_mm takes tokens like x and weights `gate` (E, F, D)."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
@@ -111,35 +169,34 @@ def can_group(x: Tensor, gate: Tensor) -> bool:
     return all(width * x.itemsize % 16 == 0 for width in gate.shape[1:])
 
 
-def run_padded(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Cut the experts into blocks; in a block each gets as many rows as the busiest, and one bmm multiplies all."""
-    T, counts = len(sent.x), sent.counts
+def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return y_sorted (N, D), by blocks: each expert gets as many slots as the busiest, and one bmm multiplies all."""
+    x, T, N, counts = dispatched.x, len(dispatched.x), len(dispatched.choice), dispatched.counts
     blocks = cut_blocks(counts, gate.shape[1])
-    place = _padded_places(sent.ends, counts, blocks)
-    size = blocks[-1].rows.stop
-    # a padding row reads a token of zeros, which stands last, with gate 0
-    token = torch.full((size,), T, device=place.device).index_copy(0, place, sent.token)
-    gates = sent.gates.new_zeros(size).index_copy(0, place, sent.gates)
-    return _SwiGLU.apply(torch.bmm, blocks, token, F.pad(sent.x, (0, 0, 0, 1)), gates, gate, up, down)[:T]
+    row = _row_of_slot(blocks, N).to(x.device)
+    # a padding slot reads a token of zeros, appended to x, and has gate 0
+    token = F.pad(dispatched.token, (0, 1), value=T).index_select(0, row)
+    gates = F.pad(dispatched.gates, (0, 1)).index_select(0, row)
+    x, row = F.pad(x, (0, 0, 0, 1)), row.clamp(max=N - 1)
+    return _SwiGLU.apply(PaddedProduct(), blocks, row, token, x, gates, gate, up, down)
+
+
+def _row_of_slot(blocks: list[Block], n_rows: int) -> Tensor:
+    """Return the row in every slot of all blocks, n_rows in padding."""
+    rows = torch.arange(n_rows)
+    padded = [pad_sequence(rows[b.rows].split(b.counts), batch_first=True, padding_value=n_rows) for b in blocks]
+    return torch.cat([part.flatten() for part in padded])
 
 
 def cut_blocks(counts: list[int], width: int) -> list[Block]:
     """Put neighbouring experts in a block until it is large enough, or an expert would make others pad too much."""
-    blocks, first, start, most, real = [], 0, 0, 0, 0
+    blocks, first, row, slot, most, real = [], 0, 0, 0, 0, 0
     for e, count in enumerate([*counts, 0]):
         n, rows = e - first, max(most, count)
         full = (n + 1) * rows * width > BLOCK or (n + 1) * rows > WASTE * (real + count) + 16
         if n and (full or e == len(counts)):
-            blocks.append(Block(slice(first, e), slice(start, start + n * most), (n, most)))
-            first, start, most, real = e, start + n * most, 0, 0
+            rows_of_block, slots = slice(row, row + real), slice(slot, slot + n * most)
+            blocks.append(Block(slice(first, e), rows_of_block, slots, (n, most), counts[first:e]))
+            first, row, slot, most, real = e, rows_of_block.stop, slots.stop, 0, 0
         most, real = max(most, count), real + count
     return blocks
-
-
-def _padded_places(ends: Tensor, counts: list[int], blocks: list[Block]) -> Tensor:
-    """Return where each sorted row stands among the blocks' padded rows, (N,)."""
-    padded_starts = [b.rows.start + i * b.shape[1] for b in blocks for i in range(b.shape[0])]
-    count = torch.tensor(counts, device=ends.device)
-    shift = torch.tensor(padded_starts, device=ends.device) - (ends - count)
-    rows = int(ends[-1])
-    return torch.arange(rows, device=ends.device) + shift.repeat_interleave(count, output_size=rows)

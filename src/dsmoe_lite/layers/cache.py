@@ -1,8 +1,8 @@
-"""What attention keeps of the tokens it has seen, so that each new token is computed once.
+"""The KV cache: what attention stores of earlier tokens, so that each token is computed once.
 
-A layer's cache holds the tensors its attention hands it, (B, ..., S, d), and knows nothing of what they mean: keys and
-values, or MLA's latent with its rotated key. Writing has two steps: `extend` lays new tokens down beside the old ones,
-`advance` makes them count. A call that fails between the two leaves the cache as it was.
+The cache of a layer stores tensors (B, ..., S, d) without knowing their meaning: keys and values, or MLA's latent with
+its rotated key. Writing takes two steps. `extend` stores new tokens behind the old ones; `advance` makes them count. A
+call that fails between the two steps leaves the cache as it was.
 """
 
 import sys
@@ -12,33 +12,33 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dsmoe_lite.common.errors import InputError, require, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_int
 from dsmoe_lite.config import ModelConfig
 
 
 class LayerCache(Protocol):
-    """What an attention layer asks of its cache."""
+    """The cache of one layer, as attention uses it."""
 
     length: int  # tokens that count
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Lay down new (B, ..., S, d) and return, for each, what the new tokens may look at, themselves included."""
+        """Store new (B, ..., S, d). Return, for each, all tokens that the new ones may attend to, with themselves."""
 
     def advance(self, n_tokens: int) -> None:
-        """Let the n_tokens that `extend` was given last count."""
+        """Make the n_tokens of the last `extend` count."""
 
     def key_positions(self, n_tokens: int) -> Tensor:
-        """Positions of what `extend` would return for n_tokens new tokens, in its order."""
+        """Positions (S_kv,) of the tokens that `extend` returns for n_tokens new ones, in the same order."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated."""
+        """Allocated bytes."""
 
 
 class GrowingCache:
-    """All tokens, in buffers that double when they are full: a token is copied twice at most on average.
+    """All tokens, in buffers that double when they are full, so that a token is copied at most twice on average.
 
-    reserve: tokens to have room for from the start; limit: tokens there will be at most.
+    reserve: tokens to allocate room for at first. limit: the most tokens there can be.
     """
 
     def __init__(self, reserve: int = 0, limit: int = sys.maxsize) -> None:
@@ -47,7 +47,7 @@ class GrowingCache:
         self._buffers: tuple[Tensor, ...] = ()
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """As LayerCache; the result is a view of the buffers, no copy."""
+        """Store new tokens; the result is a view of the buffers, not a copy."""
         end = self.length + new[0].shape[-2]
         self._buffers = _with_room(self._buffers, new, self.length, end, self._reserve, self._limit)
         for buffer, tensor in zip(self._buffers, new, strict=True):
@@ -55,120 +55,124 @@ class GrowingCache:
         return tuple(buffer[..., :end, :] for buffer in self._buffers)
 
     def advance(self, n_tokens: int) -> None:
-        """As LayerCache."""
+        """Make the n_tokens of the last `extend` count."""
         self.length += n_tokens
 
     def key_positions(self, n_tokens: int) -> Tensor:
-        """As LayerCache: all, from 0."""
+        """All positions, from 0."""
         return torch.arange(self.length + n_tokens)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, room for tokens to come included."""
+        """Allocated bytes, including the room for later tokens."""
         return _nbytes(self._buffers)
 
 
 class RollingCache:
-    """The last `window` tokens: position t lies in slot t mod window (arXiv:2310.06825, Figure 2)."""
+    """The last `window` tokens of a sliding window: position t is in slot t mod window (arXiv:2310.06825, Figure 2).
+
+    reserve: tokens to allocate room for at first, at most `window`.
+    """
 
     def __init__(self, window: int, reserve: int = 0) -> None:
         self.length = 0
         self._window = window
         self._reserve = min(reserve, window)
         self._buffers: tuple[Tensor, ...] = ()
-        self._waiting: tuple[Tensor, ...] = ()  # several tokens at once would overwrite what the first still sees
+        self._pending: tuple[Tensor, ...] = ()  # several new tokens, until `advance`: the first still needs old slots
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """As LayerCache; one token goes into its slot, several are first joined to what came before."""
+        """Store one token in its slot, or return several behind the old ones that they see, and store them later."""
         n, W = new[0].shape[-2], self._window
         end = min(self.length + n, W)
         self._buffers = _with_room(self._buffers, new, min(self.length, W), end, self._reserve, W)
-        if n == 1:  # its slot held the token that no later one sees
+        if n == 1:  # its slot belongs to the token that has just left the window
             for buffer, tensor in zip(self._buffers, new, strict=True):
                 buffer[..., self.length % W, :] = tensor[..., 0, :]
-            self._waiting = ()
+            self._pending = ()
             return tuple(buffer[..., :end, :] for buffer in self._buffers)
-        slots = self._before(n) % W
-        self._waiting = tuple(tensor[..., -W:, :] for tensor in new)
+        slots = self._old_positions() % W
+        self._pending = tuple(tensor[..., -W:, :] for tensor in new)
         return tuple(
             torch.cat((buffer[..., slots.to(buffer.device), :], tensor), dim=-2)
             for buffer, tensor in zip(self._buffers, new, strict=True)
         )
 
     def advance(self, n_tokens: int) -> None:
-        """As LayerCache."""
+        """Make the n_tokens of the last `extend` count."""
         self.length += n_tokens
-        for buffer, tensor in zip(self._buffers, self._waiting, strict=False):
+        for buffer, tensor in zip(self._buffers, self._pending, strict=False):
             slots = torch.arange(self.length - tensor.shape[-2], self.length, device=buffer.device) % self._window
             buffer[..., slots, :] = tensor
-        self._waiting = ()
+        self._pending = ()
 
     def key_positions(self, n_tokens: int) -> Tensor:
-        """As LayerCache: by slot for one token, in order for several."""
+        """In the order of slots for one new token, in ascending order for several."""
         if n_tokens > 1:
-            return torch.cat((self._before(n_tokens), self.length + torch.arange(n_tokens)))
+            return torch.cat((self._old_positions(), self.length + torch.arange(n_tokens)))
         W, t = self._window, self.length
         slots = torch.arange(min(t + 1, W))
         return t - (t - slots) % W  # the newest position of each slot
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Allocated bytes."""
         return _nbytes(self._buffers)
 
-    def _before(self, n_tokens: int) -> Tensor:
-        """Positions of old tokens that the first new one sees."""
+    def _old_positions(self) -> Tensor:
+        """Positions of the cached tokens that the first new token sees."""
         return torch.arange(max(0, self.length - self._window + 1), self.length)
 
 
 class Cache:
-    """The caches of all layers of a model, for `batch_size` sequences of one length.
+    """The caches of all layers of a model, for `batch_size` sequences of the same length.
 
-    reserve: tokens to have room for from the start. Without it buffers double as they fill.
+    reserve: tokens to allocate room for at first. Without it, buffers double as they fill.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, *, reserve: int = 0) -> None:
-        require_whole("batch_size", batch_size, 1)
-        require_whole("reserve", reserve, 0, config.max_seq_len)
+        require_int("batch_size", batch_size, 1)
+        require_int("reserve", reserve, 0, config.max_seq_len)
         self.config, self.batch_size = config, batch_size
-        self.pad: Tensor | None = None  # (B,), of the call that came first: paddings at the left of each row
+        self.pad: Tensor | None = None  # (B,), padding tokens at the left of each row, from the first call
         self.layers: Sequence[LayerCache] = [_layer_cache(config, reserve) for _ in range(config.n_layers)]
 
     @property
     def length(self) -> int:
-        """Tokens that each sequence holds."""
+        """Cached tokens per sequence."""
         return self.layers[0].length
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are allocated in all layers."""
+        """Allocated bytes in all layers."""
         return sum(layer.nbytes for layer in self.layers)
 
     def padding(self, pad: Tensor | None) -> Tensor | None:
-        """Return the padding that holds for a call given `pad`: that of the first call. InputError for another."""
+        """Return the padding of this call: that of the first call. Raises InputError if `pad` is another."""
         if self.length == 0 or pad is self.pad:
             return pad
         same = pad is None or (self.pad is not None and torch.equal(pad, self.pad))
-        remedy = "must be that of the call that filled the cache, or left out"
+        remedy = "must be that of the call that filled the cache, or omitted"
         require(same, "pad", None if pad is None else pad.tolist(), remedy)
         return self.pad
 
     def advance(self, n_tokens: int) -> None:
-        """Let the last n_tokens count, in every layer."""
+        """Make the last n_tokens count, in every layer."""
         for layer in self.layers:
             layer.advance(n_tokens)
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
-        """Raise InputError unless the cache is of `config` and `batch_size`, and no interrupt cut `advance` short."""
+        """Raise InputError if the cache is of another model or batch size, or an interrupt cut `advance` short."""
         if (config.attention, config.n_layers) != (self.config.attention, self.config.n_layers):
             raise InputError(
-                f"cache = of {self.config.n_layers} layers of {self.config.attention}: the model has "
+                f"cache = {self.config.n_layers} layers of {self.config.attention}: the model has "
                 f"{config.n_layers} layers of {config.attention}; make one with Cache(model.config, batch_size)"
             )
-        remedy = f"must be {self.batch_size}, that of the cache"
+        remedy = f"must be {self.batch_size}, the batch size of the cache"
         require(batch_size == self.batch_size, "batch size", batch_size, remedy)
         lengths = {layer.length for layer in self.layers}
-        require(len(lengths) == 1, "lengths of the layers", lengths, "must be one: an interrupt cut a call; start anew")
+        remedy = "must be equal: an interrupt cut a call short; make a new cache"
+        require(len(lengths) == 1, "lengths of the layers", lengths, remedy)
 
 
 def _layer_cache(config: ModelConfig, reserve: int) -> LayerCache:
@@ -180,32 +184,32 @@ def _layer_cache(config: ModelConfig, reserve: int) -> LayerCache:
 def _with_room(
     buffers: tuple[Tensor, ...], new: tuple[Tensor, ...], length: int, needed: int, reserve: int, limit: int
 ) -> tuple[Tensor, ...]:
-    """`buffers` if `needed` tokens fit, else ones twice as large with the first `length` tokens in them."""
+    """Return `buffers` if `needed` tokens fit, else buffers twice as large with the first `length` tokens copied."""
     off = not torch.is_grad_enabled()
-    require(off, "gradients", "on", "must be off with a cache, which no gradient passes: use torch.no_grad()")
+    require(off, "gradients", "on", "must be off: no gradient passes through a cache; use torch.no_grad()")
     alike = len(buffers) == len(new) and all(
         (buffer.shape[:-2], buffer.shape[-1], buffer.dtype, buffer.device)
         == (tensor.shape[:-2], tensor.shape[-1], tensor.dtype, tensor.device)
         for buffer, tensor in zip(buffers, new, strict=True)
     )
-    if length == 0 and not alike:  # nothing yet, or only what a call that failed left
+    if length == 0 and not alike:  # nothing counts yet; a call that failed may have left buffers
         return tuple(_empty_like(tensor, max(needed, reserve)) for tensor in new)
     if not alike:
         raise InputError(
             f"cache = {buffers[0].dtype} on {buffers[0].device}: the new tokens are {new[0].dtype} on "
-            f"{new[0].device}; keep to one kind of numbers and one device, or make a new cache"
+            f"{new[0].device}; keep to one dtype and one device, or make a new cache"
         )
     if needed <= buffers[0].shape[-2]:
         return buffers
     size = max(needed, min(2 * buffers[0].shape[-2], limit))
     larger = tuple(_empty_like(tensor, size) for tensor in new)
-    for bigger, buffer in zip(larger, buffers, strict=True):
-        bigger[..., :length, :] = buffer[..., :length, :]
+    for target, buffer in zip(larger, buffers, strict=True):
+        target[..., :length, :] = buffer[..., :length, :]
     return larger
 
 
 def _empty_like(tensor: Tensor, n_tokens: int) -> Tensor:
-    with torch.inference_mode(False):  # a buffer made under it could not be written outside
+    with torch.inference_mode(False):  # a buffer made in inference mode could not be written outside it
         return tensor.new_empty((*tensor.shape[:-2], n_tokens, tensor.shape[-1]))
 
 

@@ -1,19 +1,28 @@
-"""E SwiGLU networks with stacked weights; the way they are run is chosen by name."""
-
-from dataclasses import replace
+"""E SwiGLU networks with stacked weights; the backend that runs them is chosen by name."""
 
 import torch
 from torch import Tensor, nn
 
 from dsmoe_lite.layers.batched import can_group, run_grouped, run_padded
-from dsmoe_lite.layers.dispatch import Dispatched
-from dsmoe_lite.layers.fused import run_cuda, run_triton
+from dsmoe_lite.layers.dispatch import Dispatched, Implementation, combine, dispatch
+from dsmoe_lite.layers.fused import KERNELS
 from dsmoe_lite.layers.loop import run_loop
-from dsmoe_lite.layers.selftest import ready
+from dsmoe_lite.layers.router import Routing
+from dsmoe_lite.layers.selftest import passes_selftest
+
+IMPLEMENTATIONS = {
+    "loop": Implementation(run_loop, combine),
+    "padded": Implementation(run_padded, combine),
+    "grouped": Implementation(run_grouped, combine),
+    **KERNELS,
+}
 
 
 class Experts(nn.Module):
-    """E experts FFN_e(x) = W_down,e (silu(W_gate,e x) * W_up,e x); weights stand stacked, (E, out, in)."""
+    """E experts FFN_e(x) = W_down,e (silu(W_gate,e x) * W_up,e x). Each of the three weights is one tensor (E, out, in).
+
+    `dispatch`, `forward` and `combine` are the last three steps of an MoE layer; `backend` runs the last two.
+    """
 
     def __init__(self, n_experts: int, d_model: int, width: int, backend: str = "auto") -> None:
         super().__init__()
@@ -24,52 +33,57 @@ class Experts(nn.Module):
         for weight in self.parameters():
             nn.init.normal_(weight, std=0.02)
 
-    def forward(self, sent: Dispatched) -> Tensor:
-        """Return y (T, D), y_t = sum of gate * FFN_e(x_t) over the rows of token t; a token without rows gets zero."""
-        sent = as_multiplied(sent)
-        weights = [weight.to(sent.x.dtype) for weight in (self.gate, self.up, self.down)]
-        return run_experts(self.backend, sent, *weights)
+    def dispatch(self, x: Tensor, routing: Routing) -> Dispatched:
+        """Sort the tokens x (T, D) by expert, N rows."""
+        return dispatch(x.to(_autocast_dtype(x)), routing)
+
+    def forward(self, dispatched: Dispatched) -> Tensor:
+        """Return y_sorted (N, D): gate * FFN_e(x) of every row, in expert order."""
+        weights = [weight.to(dispatched.x.dtype) for weight in self.local_weights()]
+        return self._implementation(dispatched.x).run(dispatched, *weights)
+
+    def combine(self, y_sorted: Tensor, dispatched: Dispatched) -> Tensor:
+        """Add up the rows y_sorted (N, D) of each token: y (T, D). A token without rows gets zero."""
+        return self._implementation(y_sorted).combine(y_sorted, dispatched)
+
+    def local_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """gate, up and down of the experts that this process computes."""
+        return self.gate, self.up, self.down
+
+    def _implementation(self, x: Tensor) -> Implementation:
+        name = choose_backend(x, self.gate) if self.backend == "auto" else self.backend
+        return IMPLEMENTATIONS[name]
 
 
-IMPLEMENTATIONS = {
-    "loop": run_loop,
-    "padded": run_padded,
-    "grouped": run_grouped,
-    "triton": run_triton,
-    "cuda": run_cuda,
-}
+def choose_backend(x: Tensor, gate: Tensor) -> str:
+    """Choose a backend for tokens like x and weights `gate` (E, F, D).
 
-
-def run_experts(backend: str, sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The experts' sums (T, D) by the way named `backend`; "auto" chooses one."""
-    name = choose_backend(sent, gate) if backend == "auto" else backend
-    return IMPLEMENTATIONS[name](sent, gate, up, down)
-
-
-def choose_backend(sent: Dispatched, gate: Tensor) -> str:
-    """Return the way for these tensors: on a GPU one by hand-written kernels, where one is ready; else torch's.
-
-    "grouped" where torch has a grouped product for them, else "padded". Measured on CPUs in fp32, forward and backward,
-    T 512 to 4096, D 64 to 512, one and two threads, time of grouped over padded: on an AMD EPYC 0.8 to 1.1 uniform, 0.6
-    to 1.0 Zipf. An Intel Xeon, one thread, had padded up to 1.2 times ahead above N * F = 1.5 * 2^20 hidden numbers;
-    the rule takes what loses nowhere by much and wastes no rows.
+    On a GPU the first of `kernels_for` that passes its self-test. Else "grouped" if torch has a grouped product for
+    these tensors, else "padded". Measured on CPUs in fp32, forward and backward, T 512 to 4096, D 64 to 512, one and
+    two threads, time of grouped over padded: on an AMD EPYC 0.8 to 1.1 with uniform routing, 0.6 to 1.0 with Zipf. On
+    one thread of an Intel Xeon padded was up to 1.2 times faster above N * F = 1.5 * 2^20 hidden numbers. The rule
+    takes the backend that never loses by much and computes no padding.
     """
-    if sent.x.is_cuda:
-        for name in by_kernels(sent.x.dtype, *gate.shape[1:]):
-            if ready(name, sent.x.device):
+    if x.is_cuda:
+        for name in kernels_for(x.dtype, *gate.shape[1:]):
+            if passes_selftest(name, x.device):
                 return name
-    return "grouped" if can_group(sent.x, gate) else "padded"
+    return "grouped" if can_group(x, gate) else "padded"
 
 
-def by_kernels(dtype: torch.dtype, *widths: int) -> list[str]:
-    """The hand-written kernels made for this dtype and these widths, best first: those that feed tensor cores."""
-    whole = all(width % 8 == 0 for width in widths)  # a copy moves 16 bytes
-    return ["cuda"] * (dtype == torch.bfloat16 and whole) + ["triton"] * (dtype in (torch.bfloat16, torch.float16))
+def kernels_for(dtype: torch.dtype, *widths: int) -> list[str]:
+    """The hand-written kernels that use tensor cores for this dtype and these widths, best first."""
+    names = []
+    if dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths):  # a copy moves 16 bytes
+        names.append("cuda")
+    if dtype in (torch.bfloat16, torch.float16):
+        names.append("triton")
+    return names
 
 
-def as_multiplied(sent: Dispatched) -> Dispatched:
-    """The same in the dtype torch.autocast multiplies in: it does not cast what a hand-written backward multiplies."""
-    dtype, device = sent.x.dtype, sent.x.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return replace(sent, x=sent.x.to(dtype), gates=sent.gates.to(dtype))
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which torch.autocast would multiply x: it does not cast for a hand-written backward pass."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,18 +1,19 @@
-"""The experts one after the other: what the equation says, and the reference for every other way."""
+"""The experts one after the other: the equation as written, and the reference for every other backend."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsmoe_lite.layers.dispatch import Dispatched, combine
+from dsmoe_lite.layers.dispatch import Dispatched
 
 
-def run_loop(sent: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """y (T, D), y_t = sum over the rows of token t of g W_down,e (silu(W_gate,e x_t) * W_up,e x_t)."""
-    rows = zip(sent.x_sorted.split(sent.counts), sent.gates.split(sent.counts), strict=True)
+def run_loop(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Return y_sorted (N, D): g W_down,e (silu(W_gate,e x) * W_up,e x) of each row x of expert e, with its gate g."""
+    counts = dispatched.counts
+    rows = zip(dispatched.x_sorted.split(counts), dispatched.gates.split(counts), strict=True)
     weights = zip(gate.unbind(), up.unbind(), down.unbind(), strict=True)  # gate[e] would make E gradients of full size
-    outputs = []
+    y_sorted = []
     for (x, g), (w_gate, w_up, w_down) in zip(rows, weights, strict=True):
         hidden = F.silu(F.linear(x, w_gate)) * F.linear(x, w_up)  # (rows of e, F)
-        outputs.append(g.unsqueeze(1) * F.linear(hidden, w_down))
-    return combine(torch.cat(outputs), sent)
+        y_sorted.append(g.unsqueeze(1) * F.linear(hidden, w_down))
+    return torch.cat(y_sorted)

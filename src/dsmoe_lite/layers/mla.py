@@ -9,27 +9,27 @@ from dsmoe_lite.common.errors import require_choice
 from dsmoe_lite.config import MLAConfig
 from dsmoe_lite.layers.cache import LayerCache
 from dsmoe_lite.layers.rope import apply_rope, softmax_scale
-from dsmoe_lite.layers.sdpa import attend, mask_of
+from dsmoe_lite.layers.sdpa import attention_mask, sdpa
 
-PATHS = ("auto", "naive", "absorbed")
+FORMS = ("auto", "naive", "absorbed")
 
 
 class MLA(nn.Module):
-    """Keys and values of all heads from one latent c = RMSNorm(W_DKV h) and one rotated key k^R a token.
+    """Keys and values of all heads come from one latent c = RMSNorm(W_DKV h) and one rotated key k^R per token.
 
-    The cache holds c and k^R alone, as one tensor (B, 1, S, d_c + d_h^R). Two paths give the same numbers: `naive`
-    makes keys and values of every head from c; `absorbed` takes W_UK into the query and W_UV into the output, and looks
-    at c itself, as multi-query attention with keys of d_c + d_h^R and values of d_c channels. The scale is
-    1 / sqrt(d_h + d_h^R) in both. `auto` takes the path with fewer multiplications.
+    The cache stores only c and k^R, as one tensor (B, 1, S, d_c + d_h^R). Two forms give the same numbers. The `naive`
+    form computes the keys and values of every head from c. The `absorbed` form multiplies W_UK into the query and W_UV
+    into the output, and attends to c itself: multi-query attention with keys of d_c + d_h^R channels and values of d_c
+    channels. The scale is 1 / sqrt(d_h + d_h^R) in both. `auto` takes the form with fewer multiplications.
 
-    Equations have no norms; released models have one on each latent, and so has this.
+    The equations omit norms; released models normalise each latent, as this layer does.
     """
 
     def __init__(self, d_model: int, config: MLAConfig, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.config = config
         self.scale = softmax_scale(config.qk_dim, config.yarn)
-        self.path = "auto"
+        self.form = "auto"
         H, rank = config.n_heads, config.q_lora_rank
         if rank is None:
             self.query: nn.Module = nn.Linear(d_model, H * config.qk_dim, bias=False)
@@ -47,7 +47,7 @@ class MLA(nn.Module):
     ) -> Tensor:
         """x (B, S, D); cos, sin (S, d_h^R / 2), or (B, 1, S, d_h^R / 2) -> (B, S, D).
 
-        mask and cache as in Attention.forward.
+        mask and cache: as in Attention.forward.
         """
         B, S, _ = x.shape
         c = self.config
@@ -56,43 +56,43 @@ class MLA(nn.Module):
         q_rope = apply_rope(q_rope, cos, sin)
         down = self.kv_down(x)[:, None]  # (B, 1, S, d_c + d_h^R)
         latent, k_rope = down.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        kept = torch.cat((self.kv_norm(latent), apply_rope(k_rope, cos, sin)), dim=-1)
+        latents = torch.cat((self.kv_norm(latent), apply_rope(k_rope, cos, sin)), dim=-1)
         if mask is None:
-            mask = mask_of(S, x.device, cache=cache)
+            mask = attention_mask(S, x.device, cache=cache)
         if cache is not None:
-            (kept,) = cache.extend(kept)
-        look = self._absorbed if self._absorbs(S, kept.shape[2]) else self._naive
-        mixed = look(q_nope, q_rope, kept, mask)  # (B, H, S, v_head_dim)
+            (latents,) = cache.extend(latents)  # (B, 1, S_kv, d_c + d_h^R)
+        attend = self._absorbed if self._use_absorbed(S, latents.shape[2]) else self._naive
+        mixed = attend(q_nope, q_rope, latents, mask)  # (B, H, S, v_head_dim)
         return self.output(mixed.transpose(1, 2).reshape(B, S, -1))
 
-    def use(self, path: str) -> "MLA":
-        """Fix the path: naive, absorbed, or auto. Returns itself."""
-        require_choice("path", path, PATHS)
-        self.path = path
+    def use(self, form: str) -> "MLA":
+        """Set the form: naive, absorbed or auto. Returns the layer. Raises InputError for another name."""
+        require_choice("form", form, FORMS)
+        self.form = form
         return self
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         c = self.config
-        latent, k_rope = kept.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
-        heads = self.kv_up(latent[:, 0]).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)  # (B, H, N, d_h + d_v)
+        latent, k_rope = latents.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
+        heads = self.kv_up(latent[:, 0]).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)  # (B, H, S_kv, d_h + d_v)
         k_nope, v = heads.split((c.qk_nope_head_dim, c.v_head_dim), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, c.n_heads, -1, -1)), dim=-1)
-        return attend(torch.cat((q_nope, q_rope), dim=-1), k, v, self.scale, mask)
+        return sdpa(torch.cat((q_nope, q_rope), dim=-1), k, v, self.scale, mask)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, kept: Tensor, mask: Tensor | None) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, mask: Tensor | None) -> Tensor:
         c = self.config
-        of_keys, of_values = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split(
+        w_uk, w_uv = self.kv_up.weight.unflatten(0, (c.n_heads, -1)).split(
             (c.qk_nope_head_dim, c.v_head_dim), dim=1
         )  # (H, d_h, d_c) and (H, d_v, d_c)
-        q = torch.cat((torch.einsum("bhsd,hdc->bhsc", q_nope, of_keys), q_rope), dim=-1)
-        seen = attend(q, kept, kept, self.scale, mask)  # as values, kept needs no copy; its rotated part is cut
-        return torch.einsum("bhsc,hvc->bhsv", seen[..., : c.kv_lora_rank], of_values)
+        q = torch.cat((torch.einsum("bhsd,hdc->bhsc", q_nope, w_uk), q_rope), dim=-1)
+        mixed = sdpa(q, latents, latents, self.scale, mask)  # as values they need no copy; the rotated part is cut
+        return torch.einsum("bhsc,hvc->bhsv", mixed[..., : c.kv_lora_rank], w_uv)
 
-    def _absorbs(self, S: int, N: int) -> bool:
-        if self.path != "auto":
-            return self.path == "absorbed"
+    def _use_absorbed(self, S: int, S_kv: int) -> bool:
+        if self.form != "auto":
+            return self.form == "absorbed"
         c = self.config
-        through_kv_up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)  # multiplications a head and token
-        naive = N * through_kv_up + S * N * (c.qk_dim + c.v_head_dim)
-        absorbed = S * through_kv_up + S * N * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        kv_up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)  # multiplications per head and token
+        naive = S_kv * kv_up + S * S_kv * (c.qk_dim + c.v_head_dim)
+        absorbed = S * kv_up + S * S_kv * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         return absorbed < naive

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), and YaRN as DeepSeek-V2 and V3 use it.
 
-The package turns halves: channel j with channel j + d/2, as transformers does. The paper and DeepSeek's own code turn
-neighbours, 2j with 2j + 1. One is the other with its channels in another order (`pairs_to_halves`).
+This package rotates halves: channel j with channel j + d/2, as transformers does. The paper and DeepSeek's code rotate
+neighbours: 2j with 2j + 1. The two layouts differ only in the order of the channels (`pairs_to_halves`).
 """
 
 import math
@@ -14,25 +14,25 @@ from dsmoe_lite.config import YarnConfig
 
 
 def rope_frequencies(rope_dim: int, theta: float = 10_000.0, yarn: YarnConfig | None = None) -> Tensor:
-    """Return theta^(-2j / rope_dim), radians a token, (rope_dim / 2,) float64; with `yarn` its mixture.
+    """Return theta_j = theta^(-2j / rope_dim) in radians per token: (rope_dim / 2,) float64.
 
-    theta'_j = gamma_j theta_j + (1 - gamma_j) theta_j / s, where gamma falls from 1 to 0 between the pairs that
-    `yarn_range` gives (arXiv:2309.00071, Section 3.2; arXiv:2405.04434, Section 3.1.4).
+    With `yarn`: ramp_j theta_j + (1 - ramp_j) theta_j / factor. The ramp falls from 1 to 0 between the channel pairs of
+    `yarn_range` (arXiv:2309.00071, Section 3.2, which calls it gamma; arXiv:2405.04434, Section 3.1.4).
     """
     frequencies = theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
     if yarn is None:
         return frequencies
     low, high = yarn_range(rope_dim, theta, yarn)
     pairs = torch.arange(rope_dim // 2, dtype=torch.float64)
-    kept = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)  # gamma
-    return kept * frequencies + (1 - kept) * frequencies / yarn.factor
+    ramp = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return ramp * frequencies + (1 - ramp) * frequencies / yarn.factor
 
 
 def yarn_range(rope_dim: int, theta: float, yarn: YarnConfig) -> tuple[int, int]:
-    """Return the last pair that keeps its frequency and the first that is divided by the whole factor.
+    """Return the last channel pair that keeps its frequency, and the first whose frequency is divided by `factor`.
 
-    d(r) = rope_dim ln(L / (2 pi r)) / (2 ln theta) is the pair that turns r times over L = original_max_len tokens;
-    floor(d(beta_fast)) and ceil(d(beta_slow)), both inside 0..rope_dim - 1.
+    pair(r) = rope_dim ln(original_max_len / (2 pi r)) / (2 ln theta) makes r turns over original_max_len tokens. The
+    results are floor(pair(beta_fast)), at least 0, and ceil(pair(beta_slow)), inside 0..rope_dim - 1.
     """
 
     def pair(turns: float) -> float:
@@ -43,7 +43,7 @@ def yarn_range(rope_dim: int, theta: float, yarn: YarnConfig) -> tuple[int, int]
 
 
 def softmax_scale(qk_dim: int, yarn: YarnConfig | None = None) -> float:
-    """Return what scores are multiplied by: 1 / sqrt(qk_dim), with `yarn` times (0.1 mscale ln s + 1)^2."""
+    """Return the factor of the scores: 1 / sqrt(qk_dim), with `yarn` times (0.1 mscale ln factor + 1)^2."""
     scale = 1 / math.sqrt(qk_dim)
     if yarn is None:
         return scale
@@ -53,31 +53,31 @@ def softmax_scale(qk_dim: int, yarn: YarnConfig | None = None) -> float:
 def rope_tables(
     rope_dim: int, length: int, theta: float = 10_000.0, yarn: YarnConfig | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position times frequency, each (length, rope_dim / 2), float32."""
+    """Return cos and sin of position times frequency, each (length, rope_dim / 2) in float32."""
     positions = torch.arange(length, dtype=torch.float64)
     angles = torch.outer(positions, rope_frequencies(rope_dim, theta, yarn))
     return angles.cos().float(), angles.sin().float()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate halves of x (..., S, d) by its position; cos and sin (..., S, d / 2)."""
+    """Rotate x (..., S, d) by halves, channel j with j + d/2, each token by its position; cos, sin (..., S, d / 2)."""
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def apply_rope_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate neighbours of x (..., S, d) by its position: channel 2j with 2j + 1; cos and sin (..., S, d / 2)."""
+    """Rotate x (..., S, d) by neighbours, channel 2j with 2j + 1, as DeepSeek's code does; cos, sin (..., S, d / 2)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 def pairs_to_halves(x: Tensor, dim: int = -1) -> Tensor:
-    """Reorder channels along `dim` from neighbours to halves: even ones first, then odd ones.
+    """Reorder channels along `dim` from neighbours to halves: even channels first, then odd ones.
 
-    Exact, no number changes: apply_rope(pairs_to_halves(x)) = pairs_to_halves(apply_rope_pairs(x)). Along the outputs
-    of the projections that make a head's rotated part (queries and keys alike) it converts a model's weights.
+    No number changes: apply_rope(pairs_to_halves(x)) = pairs_to_halves(apply_rope_pairs(x)) exactly. To convert the
+    weights of a model, reorder the outputs of the projections that make the rotated parts of queries and of keys.
     """
     require(x.shape[dim] % 2 == 0, "channels", x.shape[dim], "must be even: RoPE rotates pairs of channels")
     order = torch.arange(x.shape[dim], device=x.device).view(-1, 2).T.flatten()

@@ -142,9 +142,10 @@ class Router(nn.Module):
         return logits, noise_scale
 
     def _check_finite(self, logits: Tensor) -> None:
-        if not torch.isfinite(logits).all():
-            where = "" if self.layer is None else f" of layer {self.layer}"
-            raise RunError(f"router logits{where}: NaN or infinite; check the input, or lower the learning rate")
+        """On the CPU only: on a GPU this would wait in every layer for the device; a NaN there appears in the loss."""
+        if logits.is_cpu and not torch.isfinite(logits).all():
+            layer = "" if self.layer is None else f" of layer {self.layer}"
+            raise RunError(f"router logits{layer}: NaN or infinite; check the input, or lower the learning rate")
 
     def _choose(self, scores: Tensor) -> Tensor:
         config, ranked = self.config, scores.detach()

@@ -1,4 +1,4 @@
-"""Which tokens a query may see, and the one call to PyTorch's fused attention that all attention layers share."""
+"""Attention masks, and the one call to PyTorch's fused attention that all attention layers share."""
 
 import torch
 import torch.nn.functional as F
@@ -7,28 +7,28 @@ from torch import Tensor
 from dsmoe_lite.layers.cache import LayerCache
 
 
-def visible(queries: Tensor, keys: Tensor, window: int | None = None, pad: Tensor | None = None) -> Tensor | None:
-    """Say which keys each query sees, as bool (S, N), or (B, 1, S, N) with `pad`; None where plain causality says it.
+def visible_keys(queries: Tensor, keys: Tensor, window: int | None = None, pad: Tensor | None = None) -> Tensor | None:
+    """Return which keys each query sees: bool (S, S_kv), or (B, 1, S, S_kv) with `pad`; None if no mask is needed.
 
-    queries (S,) and keys (N,): positions, counted from the left edge of the batch. pad (B,): how many tokens at the
-    left of each row are padding and seen by no other token (a row of a softmax cannot be empty, so they see
-    themselves). None means: the queries are the keys, or the one query sees every key.
+    queries (S,) and keys (S_kv,): positions, counted from the left edge of the batch. pad (B,): how many tokens at the
+    left of each row are padding. Only a padding token itself sees it: a row of a softmax cannot be empty. None means
+    causal attention: either the queries are the keys, or one query sees every key.
     """
-    S, N = len(queries), len(keys)
+    S, S_kv = len(queries), len(keys)
     hidden_by_window = window is not None and bool(queries[-1] - keys.min() >= window)
-    if pad is None and not hidden_by_window and (S == N or S == 1):
+    if pad is None and not hidden_by_window and (S_kv == S or S == 1):
         return None
-    distance = queries[:, None] - keys  # (S, N)
+    distance = queries[:, None] - keys  # (S, S_kv)
     seen = distance >= 0
     if window is not None:
         seen &= distance < window
     if pad is None:
         return seen
-    real = keys >= pad[:, None]  # (B, N)
+    real = keys >= pad[:, None]  # (B, S_kv)
     return (seen & (real[:, None] | (distance == 0)))[:, None]
 
 
-def mask_of(
+def attention_mask(
     n_tokens: int,
     device: torch.device,
     *,
@@ -36,40 +36,42 @@ def mask_of(
     window: int | None = None,
     pad: Tensor | None = None,
 ) -> Tensor | None:
-    """Say what n_tokens new tokens see of those in `cache` and of themselves, as `visible` does."""
-    new = torch.arange(n_tokens) + (0 if cache is None else cache.length)
-    keys = new if cache is None else cache.key_positions(n_tokens)
-    mask = visible(new, keys, window, None if pad is None else pad.cpu())
+    """Return the mask for n_tokens new tokens over the cache and themselves, in the form of `visible_keys`."""
+    queries = torch.arange(n_tokens) + (0 if cache is None else cache.length)
+    keys = queries if cache is None else cache.key_positions(n_tokens)
+    mask = visible_keys(queries, keys, window, None if pad is None else pad.cpu())
     return None if mask is None else mask.to(device)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(scale q k^T) v over the keys that `mask` shows, with None as `visible` means it.
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Return softmax(scale q k^T) v over the keys that `mask` shows, a mask in the form of `visible_keys`.
 
-    q (B, H, S, d), k (B, G, N, d), v (B, G, N, d_v), G dividing H -> (B, H, S, d_v). The H / G queries of a group share
-    its key and value. A narrower v is padded to d and the result cut: the fused kernels want equal widths.
+    q (B, H, S, d), k (B, H_kv, S_kv, d), v (B, H_kv, S_kv, d_v), H_kv dividing H -> (B, H, S, d_v). The H / H_kv
+    queries of a group share a key and a value. If v is narrower than d, it is padded and the result is cut: the fused
+    kernels need equal widths.
     """
     B, H, S, d = q.shape
-    G, N, d_v = k.shape[1], k.shape[2], v.shape[-1]
-    if S == 1 and G < H and not _suits_fused(k):
-        return attend_by_products(q.view(B, G, H // G, d), k, v, scale, mask).reshape(B, H, 1, d_v)
+    H_kv, S_kv, d_v = k.shape[1], k.shape[2], v.shape[-1]
+    if S == 1 and H_kv < H and not _fused_is_fast(k):
+        return sdpa_by_matmul(q.view(B, H_kv, H // H_kv, d), k, v, scale, mask).reshape(B, H, 1, d_v)
     if d_v < d:
         v = F.pad(v, (0, d - d_v))
-    if S == 1 and G < H:
-        q = q.view(B, G, H // G, d)  # one product for the group, not H / G
+    if S == 1 and H_kv < H:
+        q = q.view(B, H_kv, H // H_kv, d)  # one product per group instead of H / H_kv
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return mixed.reshape(B, H, 1, -1)[..., :d_v]
-    causal = mask is None and S == N
-    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=G < H)
+    causal = mask is None and S_kv == S
+    mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=H_kv < H)
     return mixed[..., :d_v]
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """The same for one new token, its queries by group: q (B, G, H / G, d) -> (B, G, H / G, d_v); two matrix products.
+def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """`sdpa` of one new token as two matrix products, with q by group: (B, H_kv, H / H_kv, d) -> (..., d_v).
 
-    Scores lie as (N, H / G), not the other way round: BLAS shares the products of tall matrices better among threads.
+    The scores have shape (S_kv, H / H_kv) and not its transpose: BLAS shares the products of tall matrices better
+    among threads.
     """
-    scores = torch.matmul(k, (q * scale).transpose(-1, -2))  # (B, G, N, H / G)
+    scores = torch.matmul(k, (q * scale).transpose(-1, -2))  # (B, H_kv, S_kv, H / H_kv)
     if mask is not None:
         scores = scores.masked_fill(~mask.transpose(-1, -2), -torch.inf)
     exact = torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
@@ -77,11 +79,11 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tens
     return torch.matmul(v.transpose(-1, -2), weights).transpose(-1, -2)
 
 
-def _suits_fused(k: Tensor) -> bool:
-    """Whether fused attention is fast for one new token and shared keys k (B, G, N, d).
+def _fused_is_fast(k: Tensor) -> bool:
+    """Whether fused attention is fast for one new token and shared keys k (B, H_kv, S_kv, d).
 
-    On a CPU it gives each of the B G groups to one thread; where there are fewer, the threads wait for each other in
-    many small products instead. On a GPU none takes heads wider than 256, such as MLA's latent.
+    On a CPU, each of the B * H_kv groups goes to one thread. If there are fewer groups than threads, the threads wait
+    for each other in many small products. On a GPU, no fused kernel takes heads wider than 256, such as MLA's latent.
     """
     if k.device.type == "cpu":
         return k.shape[0] * k.shape[1] >= torch.get_num_threads()

@@ -8,9 +8,11 @@ from torch import Tensor
 
 def ordered_topk(scores: Tensor, k: int) -> Tensor:
     """Return the ids (..., k) of the k largest scores of each row, best first; equal scores go to the lower id."""
+    if not scores.is_cpu:  # to look for ties would wait for the GPU; a stable sort does not
+        return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     values, ids = scores.topk(min(k + 1, scores.shape[-1]), dim=-1)
     ids = ids[..., :k]
-    tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)  # topk leaves open which of equal scores it takes
+    tied = (values[..., 1:] == values[..., :-1]).any(dim=-1)  # topk may take any of equal scores
     if tied.any():
         ids[tied] = scores[tied].sort(dim=-1, descending=True, stable=True).indices[..., :k]
     return ids

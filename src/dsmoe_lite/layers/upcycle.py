@@ -2,7 +2,7 @@
 
 import torch
 
-from dsmoe_lite.common.errors import require, require_whole
+from dsmoe_lite.common.errors import require, require_int
 from dsmoe_lite.layers.ffn import SwiGLU
 
 
@@ -14,7 +14,7 @@ def split_expert(ffn: SwiGLU, m: int) -> list[SwiGLU]:
     neighbours stay together. Weights are copied. InputError where m does not divide the width.
     """
     width, d_model = ffn.gate.weight.shape
-    require_whole("m", m, 1, width)
+    require_int("m", m, 1, width)
     require(width % m == 0, "m", m, f"must divide the width {width}")
     parts = [SwiGLU(d_model, width // m).to(ffn.gate.weight) for _ in range(m)]
     for part, gate, up, down in zip(

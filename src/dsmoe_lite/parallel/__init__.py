@@ -1,1 +1,1 @@
-"""Experts spread over processes, on torch.distributed."""
+"""Expert parallelism and FSDP on torch.distributed: experts and all other weights sharded over processes."""

@@ -1,8 +1,8 @@
-"""All-to-all dispatch of rows to the processes that hold their experts, and combine on the way back; with gradients.
+"""All-to-all dispatch of rows to the processes that own their experts, and combine on the way back; with gradients.
 
 A token that chose several experts of one process is sent there once, and one row comes back: the sum over those
-experts, gates included. These are the rows that the papers count. Each message also carries how many rows and choices
-it has, which row each choice reads, and the gates.
+experts, gates included. These are the rows that the papers count. Each process also sends the numbers of its rows and
+choices, the row that each choice reads, and the gates.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from dsmoe_lite.layers.dispatch import Dispatched
 
 
 class SendPlan(NamedTuple):
-    """What goes to each of P processes, process 0's part first."""
+    """What goes to each of P processes, process 0's part first. R counts the rows, N the choices."""
 
     token: Tensor  # (R,) the token of each row, ordered by token within a process
     rows: Tensor  # (P,) rows per process
@@ -26,13 +26,24 @@ class SendPlan(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ExchangePlan:
-    """What `combine` needs to return the rows of one exchange."""
+class ReturnPlan:
+    """What `all_to_all_combine` needs to return the rows of one dispatch."""
 
     group: ProcessGroup
+    n_tokens: int  # T of this process
     token: Tensor  # (R,) the token of each row that was sent
-    sent: list[int]  # rows to each process
-    received: list[int]  # rows from each process
+    rows_sent: list[int]  # to each process
+    rows_received: list[int]  # from each process
+
+
+@dataclass(frozen=True)
+class Received(Dispatched):
+    """The rows that this process received for its experts. x (R', D) are the rows of all processes, process 0's first.
+
+    Within one expert, rows are ordered by process and then by token. "Token" is here a row of x, and top_k is E / P.
+    """
+
+    plan: ReturnPlan
 
 
 def plan_send(dispatched: Dispatched, n_processes: int) -> SendPlan:
@@ -47,22 +58,19 @@ def plan_send(dispatched: Dispatched, n_processes: int) -> SendPlan:
     return SendPlan(needed.nonzero()[:, 1], needed.sum(dim=1), row, counts)
 
 
-def dispatch(dispatched: Dispatched, group: ProcessGroup) -> tuple[Dispatched, ExchangePlan]:
-    """Send rows to the processes of their experts; return the rows received here, by local expert, and the plan.
-
-    Within one expert, rows are ordered by process and then by token. Collective over `group`.
-    """
+def all_to_all_dispatch(dispatched: Dispatched, group: ProcessGroup) -> Received:
+    """Send rows to the processes of their experts; return the rows received here. Collective over `group`."""
     P = group.size()
-    plan = plan_send(dispatched, P)
-    sizes = torch.cat([plan.rows.unsqueeze(1), plan.counts], dim=1)  # (P, 1 + E / P)
+    send = plan_send(dispatched, P)
+    sizes = torch.cat([send.rows.unsqueeze(1), send.counts], dim=1)  # (P, 1 + E / P)
     incoming = wait_tensor(all_to_all_single(sizes, None, None, group)).view_as(sizes)
     rows, counts = incoming[:, 0], incoming[:, 1:]
-    rows_out, choices_out = plan.rows.tolist(), plan.counts.sum(dim=1).tolist()
-    rows_in, choices_in = rows.tolist(), counts.sum(dim=1).tolist()
+    rows_sent, choices_sent = send.rows.tolist(), send.counts.sum(dim=1).tolist()
+    rows_received, choices_received = rows.tolist(), counts.sum(dim=1).tolist()
 
-    x = all_to_all_single_autograd(dispatched.x.index_select(0, plan.token), rows_in, rows_out, group)
-    gates = all_to_all_single_autograd(dispatched.gates, choices_in, choices_out, group)
-    row = wait_tensor(all_to_all_single(plan.row, choices_in, choices_out, group))
+    x = all_to_all_single_autograd(dispatched.x.index_select(0, send.token), rows_received, rows_sent, group)
+    gates = all_to_all_single_autograd(dispatched.gates, choices_received, choices_sent, group)
+    row = wait_tensor(all_to_all_single(send.row, choices_received, choices_sent, group))
 
     N, E_local = len(row), counts.shape[1]
     row = row + (rows.cumsum(0) - rows).repeat_interleave(counts.sum(dim=1), output_size=N)
@@ -70,11 +78,11 @@ def dispatch(dispatched: Dispatched, group: ProcessGroup) -> tuple[Dispatched, E
     order = expert.argsort(stable=True)
     choice = (row * E_local + expert).index_select(0, order)  # a row chooses each local expert at most once
     ends = counts.sum(dim=0).cumsum(0).to(torch.int32)
-    received = Dispatched(x, E_local, choice, gates.index_select(0, order), ends)
-    return received, ExchangePlan(group, plan.token, rows_out, rows_in)
+    plan = ReturnPlan(group, len(dispatched.x), send.token, rows_sent, rows_received)
+    return Received(x, E_local, choice, gates.index_select(0, order), ends, plan)
 
 
-def combine(y: Tensor, plan: ExchangePlan, n_tokens: int) -> Tensor:
-    """Return the received rows' sums y (R', D) to their senders and add them up by token: (T, D). Collective."""
-    returned = all_to_all_single_autograd(y, plan.sent, plan.received, plan.group)
-    return returned.new_zeros(n_tokens, y.shape[1]).index_add(0, plan.token, returned)
+def all_to_all_combine(y: Tensor, plan: ReturnPlan) -> Tensor:
+    """Return the sums y (R', D) of the received rows to their senders and add them up by token: (T, D). Collective."""
+    returned = all_to_all_single_autograd(y, plan.rows_sent, plan.rows_received, plan.group)
+    return returned.new_zeros(plan.n_tokens, y.shape[1]).index_add_(0, plan.token, returned)

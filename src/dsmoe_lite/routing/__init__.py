@@ -1,1 +1,1 @@
-"""What a router did: metrics of a Routing."""
+"""What a router did: recorded traces, metrics with their null baselines, and ablations."""

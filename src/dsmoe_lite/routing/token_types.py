@@ -1,4 +1,4 @@
-"""What kind of token a token is, from its characters alone."""
+"""The type of a token, word, digit, punctuation ..., from its characters alone."""
 
 from collections.abc import Sequence
 
@@ -6,23 +6,23 @@ TYPES = ("word", "word part", "digit", "punctuation", "space", "byte")
 
 
 def token_types(tokens: Sequence[str]) -> tuple[str, ...]:
-    """The type of each token of a text, in order.
+    """Return the type of each token of a text, in order.
 
-    A word starts where no letter stands before it; its later tokens are parts. "byte": a further byte of a character
-    that several tokens share.
+    A word starts at a letter that does not follow another letter; its later tokens are word parts. "byte" is a further
+    byte of a character that several tokens share.
     """
-    types, before = [], ""
+    types, previous = [], ""
     for token in tokens:
-        types.append(_type(token, before))
-        before = token or before
+        types.append(_type(token, previous))
+        previous = token or previous
     return tuple(types)
 
 
-def _type(token: str, before: str) -> str:
+def _type(token: str, previous: str) -> str:
     core = token.strip()
     if not core:
         return "space" if token else "byte"
     if any(character.isalpha() for character in core):
-        goes_on = token == token.lstrip() and core[0].isalpha() and before[-1:].isalpha()
-        return "word part" if goes_on else "word"
+        continues = token == token.lstrip() and core[0].isalpha() and previous[-1:].isalpha()
+        return "word part" if continues else "word"
     return "digit" if any(character.isnumeric() for character in core) else "punctuation"

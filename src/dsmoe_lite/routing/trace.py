@@ -1,4 +1,4 @@
-"""One text's way through a model: which experts each token chose, with which gates, and what it cost."""
+"""A recorded trace of a text through a model: the experts that each token chose, their gates, and the loss."""
 
 import json
 import zipfile
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dsmoe_lite.common.errors import InputError, RunError, require, require_whole
+from dsmoe_lite.common.errors import InputError, RunError, require, require_int
 from dsmoe_lite.common.files import atomic_write
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.corpus import Document
@@ -24,58 +24,59 @@ from dsmoe_lite.model import Transformer, eval_mode
 from dsmoe_lite.routing.token_types import token_types
 
 SCHEMA_VERSION = 1
-MOST_CHARACTERS = 1_000_000
-MOST_DEVICES = 127  # int8
+MAX_CHARACTERS = 1_000_000
+MAX_DEVICES = 127  # device_of is int8
 
 
 @dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """What charts, metrics and the explorer read. T tokens, L MoE layers, K experts a token, E routed experts.
+    """The routing of T tokens in L MoE layers, K of E routed experts per token: read by charts and the explorer.
 
-    Text is cut into windows that know nothing of each other; every array runs over all windows in order.
+    The text is split into windows that cannot attend to each other; every array runs over all windows in order.
+    `layer` gives one layer in the form that metrics read. A stored trace calls topk_ids `expert` and gates `gate`.
     """
 
-    tokens: tuple[str, ...]  # T; joined they are the text; "" where a token is a further byte of a character
+    tokens: tuple[str, ...]  # T; joined they are the text; a further byte of a character is ""
     token_ids: np.ndarray  # (T,) int32
-    domain: tuple[str, ...]  # T, "" where unknown
-    token_type: tuple[str, ...]  # T, of token_types.TYPES
-    expert: np.ndarray  # (L, T, K) int16, highest gate first; -1: none
-    gate: np.ndarray  # (L, T, K) float16, 0 where there is no expert
-    kept: np.ndarray  # (L, T, K) bool, False where capacity dropped the choice
+    domain: tuple[str, ...]  # T; "" if unknown
+    token_type: tuple[str, ...]  # T, each one of token_types.TYPES
+    topk_ids: np.ndarray  # (L, T, K) int16, highest gate first; -1 for no expert
+    gates: np.ndarray  # (L, T, K) float16; 0 for no expert
+    kept: np.ndarray  # (L, T, K) bool; False if capacity dropped the choice
     scores: np.ndarray  # (L, T, E) float16, the router's affinities
-    loss: np.ndarray  # (T,) float32, nats, of predicting this token from those before it; NaN at a window's start
-    device_of: np.ndarray  # (E,) int8
+    loss: np.ndarray  # (T,) float32, nats, of predicting this token; NaN at the start of a window
+    device_of: np.ndarray  # (E,) int8, the device of each expert
     n_shared: int
     n_devices: int
 
     @property
     def n_layers(self) -> int:
         """L."""
-        return self.expert.shape[0]
+        return self.topk_ids.shape[0]
 
     @property
-    def n_routed(self) -> int:
+    def n_experts(self) -> int:
         """E."""
         return self.scores.shape[-1]
 
     @property
     def top_k(self) -> int:
         """K."""
-        return self.expert.shape[-1]
+        return self.topk_ids.shape[-1]
 
     @property
     def mean_loss(self) -> float:
-        """Nats a token, over the tokens that were predicted; NaN where none was."""
-        known = self.loss[np.isfinite(self.loss)]
-        return float(known.mean()) if len(known) else float("nan")
+        """Mean loss in nats per token over the tokens that were predicted; NaN if there are none."""
+        losses = self.loss[np.isfinite(self.loss)]
+        return float(losses.mean()) if len(losses) else float("nan")
 
     def layer(self, number: int) -> "LayerTrace":
-        """One MoE layer, counted from 0, as the metrics take it. InputError for a layer that is not there."""
-        require_whole("layer", number, 0, self.n_layers - 1)
+        """Return one MoE layer, counted from 0, for the metrics. Raises InputError if there is no such layer."""
+        require_int("layer", number, 0, self.n_layers - 1)
         return LayerTrace(
-            torch.from_numpy(self.expert[number].astype(np.int64)),
+            torch.from_numpy(self.topk_ids[number].astype(np.int64)),
             torch.from_numpy(self.kept[number]),
-            self.n_routed,
+            self.n_experts,
         )
 
     @classmethod
@@ -88,36 +89,36 @@ class RoutingTrace:
         window: int | None = None,
         n_devices: int | None = None,
     ) -> Self:
-        """Run `model`, in evaluation mode, over a text or over documents with their domains.
+        """Run `model`, in evaluation mode, over a text or over documents with their domains, and record its routing.
 
-        Every document starts a new window of at most `window` tokens (max_seq_len, but a model trained on shorter
-        sequences should get their length). Experts stand on `n_devices` devices in order; by default as many as the
-        config has groups. InputError for an empty text, one too long, a model without experts, a tokenizer with more
-        ids than the model.
+        Every document starts a new window of at most `window` tokens: by default max_seq_len; for a model trained on
+        shorter sequences pass their length. Experts are placed on `n_devices` devices in order; by default there are as
+        many devices as the config has groups. Raises InputError if the text is empty or too long, if the model has no
+        experts, or if the tokenizer has more ids than the model.
         """
         _check_model(model, tokenizer)
         documents = [Document(text, "")] if isinstance(text, str) else list(text)
         _check_text(documents)
         window = model.config.max_seq_len if window is None else window
-        require_whole("window", window, 1, model.config.max_seq_len)
+        require_int("window", window, 1, model.config.max_seq_len)
         moe = model.config.moe
         assert moe is not None
         n_devices = moe.n_group if n_devices is None else n_devices
-        require_whole("n_devices", n_devices, 1, min(moe.n_routed_experts, MOST_DEVICES))
-        pieces_of = [cut(tokenizer, document.text) for document in documents]
-        ids = [token_id for pieces in pieces_of for token_id, _ in pieces]
-        tokens = [token for pieces in pieces_of for _, token in pieces]
+        require_int("n_devices", n_devices, 1, min(moe.n_routed_experts, MAX_DEVICES))
+        tokenized = [tokenize(tokenizer, document.text) for document in documents]
+        ids = [token_id for pieces in tokenized for token_id, _ in pieces]
+        tokens = [token for pieces in tokenized for _, token in pieces]
         windows = [
-            [token_id for token_id, _ in pieces[at : at + window]]
-            for pieces in pieces_of
-            for at in range(0, len(pieces), window)
+            [token_id for token_id, _ in pieces[start : start + window]]
+            for pieces in tokenized
+            for start in range(0, len(pieces), window)
         ]
         routings, losses = _run(model, windows)
         return cls(
             tokens=tuple(tokens),
             token_ids=np.array(ids, np.int32),
             domain=tuple(
-                document.domain for document, pieces in zip(documents, pieces_of, strict=True) for _ in pieces
+                document.domain for document, pieces in zip(documents, tokenized, strict=True) for _ in pieces
             ),
             token_type=token_types(tokens),
             **_stack(routings),
@@ -128,17 +129,17 @@ class RoutingTrace:
         )
 
     def save(self, path: Path) -> None:
-        """Write an .npz without pickles, whole or not at all."""
-        arrays: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
-        arrays |= {name: _packed(getattr(self, name)) for name in _WORDS}
-        arrays |= {name: np.int64(getattr(self, name)) for name in _NUMBERS}
+        """Write an .npz without pickles, atomically."""
+        arrays: dict[str, Any] = {_stored_name(name): getattr(self, name) for name in _ARRAYS}
+        arrays |= {name: _pack_strings(getattr(self, name)) for name in _STRINGS}
+        arrays |= {name: np.int64(getattr(self, name)) for name in _INTEGERS}
         arrays["schema_version"] = np.int64(SCHEMA_VERSION)
-        with atomic_write(path) as aside, aside.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read what `save` wrote. InputError when missing, damaged or of another version."""
+        """Read what `save` wrote. Raises InputError if the file is missing, damaged or of another schema version."""
         if not path.is_file():
             raise InputError(f"{path}: no such trace")
         try:
@@ -148,33 +149,38 @@ class RoutingTrace:
                     raise InputError(
                         f"{path}: schema_version = {version}: this package reads {SCHEMA_VERSION}; trace the text again"
                     )
-                fields: dict[str, Any] = {name: file[name] for name in _ARRAYS}
-                fields |= {name: tuple(json.loads(file[name].tobytes())) for name in _WORDS}
-                fields |= {name: int(file[name]) for name in _NUMBERS}
+                fields: dict[str, Any] = {name: file[_stored_name(name)] for name in _ARRAYS}
+                fields |= {name: tuple(json.loads(file[name].tobytes())) for name in _STRINGS}
+                fields |= {name: int(file[name]) for name in _INTEGERS}
         except InputError:
             raise
-        except _DAMAGE as error:
+        except _READ_ERRORS as error:
             raise InputError(
-                f"{path}: is no trace, or damaged ({type(error).__name__}); trace the text again"
+                f"{path}: not a trace, or damaged ({type(error).__name__}); trace the text again"
             ) from None
         trace = cls(**fields)
         _check_shapes(path, trace)
         return trace
 
 
-_DAMAGE = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
-           zipfile.BadZipFile)  # fmt: skip
-_WORDS = ("tokens", "domain", "token_type")
-_NUMBERS = ("n_shared", "n_devices")
+_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
+                zipfile.BadZipFile)  # fmt: skip
+_STRINGS = ("tokens", "domain", "token_type")
+_INTEGERS = ("n_shared", "n_devices")
 _ARRAYS = {
-    "token_ids": np.int32, "expert": np.int16, "gate": np.float16, "kept": np.bool_, "scores": np.float16,
+    "token_ids": np.int32, "topk_ids": np.int16, "gates": np.float16, "kept": np.bool_, "scores": np.float16,
     "loss": np.float32, "device_of": np.int8,
 }  # fmt: skip
+_STORED_NAMES = {"topk_ids": "expert", "gates": "gate"}  # the names in schema version 1; all others are the field's
+
+
+def _stored_name(field: str) -> str:
+    return _STORED_NAMES.get(field, field)
 
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What metrics read of a layer, as a Routing has it."""
+    """One layer of a trace, with the fields of a `Routing` that metrics read."""
 
     topk_ids: Tensor  # (T, K) int64
     kept: Tensor  # (T, K) bool
@@ -187,38 +193,36 @@ class LayerTrace:
 
 
 def _check_model(model: Transformer, tokenizer: Tokenizer) -> None:
-    require(bool(model.moe_layers), "model", "dense", "has no MoE layers: there is no routing to trace")
-    size = tokenizer.get_vocab_size()
-    most = model.config.vocab_size
-    require(
-        size <= most, "tokenizer", size, f"has more ids than the model's vocab_size = {most}: it belongs to another"
-    )
+    require(bool(model.moe_layers), "model", "dense", "has no MoE layers, so there is no routing to trace")
+    n_ids, vocab_size = tokenizer.get_vocab_size(), model.config.vocab_size
+    remedy = f"has more ids than the model's vocab_size = {vocab_size}: pass the model's own tokenizer"
+    require(n_ids <= vocab_size, "tokenizer", n_ids, remedy)
 
 
 def _check_text(documents: Sequence[Document]) -> None:
-    length = sum(len(document.text) for document in documents)
+    n_characters = sum(len(document.text) for document in documents)
     if not all(document.text for document in documents) or not documents:
         raise InputError("text = '': is empty; give at least one character")
-    if length > MOST_CHARACTERS:
-        raise InputError(f"text = {length:,} characters: must be at most {MOST_CHARACTERS:,}")
+    if n_characters > MAX_CHARACTERS:
+        raise InputError(f"text = {n_characters:,} characters: must be at most {MAX_CHARACTERS:,}")
 
 
-def cut(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
-    """(id, characters) of each token. A character of several tokens, as an emoji, belongs to the first of them."""
+def tokenize(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
+    """Return (id, characters) of each token. A character of several tokens, such as an emoji, belongs to the first."""
     try:
         encoding = tokenizer.encode(text, add_special_tokens=False)
     except (UnicodeEncodeError, TypeError):
-        raise InputError("text: holds half a character (a lone surrogate), which no encoding has") from None
-    pieces, done = [], 0
+        raise InputError("text: has half a character (a lone surrogate), which cannot be encoded; remove it") from None
+    pieces, start = [], 0
     for token_id, (_, end) in zip(encoding.ids, encoding.offsets, strict=True):
-        pieces.append((token_id, text[done:end]))
-        done = max(done, end)
+        pieces.append((token_id, text[start:end]))
+        start = max(start, end)
     return pieces
 
 
 @torch.no_grad()
 def _run(model: Transformer, windows: Sequence[list[int]]) -> tuple[list[tuple[Routing, ...]], np.ndarray]:
-    """Routings of each window and all losses (T,). One window a call: what capacity drops depends on the call."""
+    """Return the routings of each window and all losses (T,). One window per call: capacity depends on the batch."""
     device = model.embed.weight.device
     routings, losses = [], []
     try:
@@ -227,56 +231,57 @@ def _run(model: Transformer, windows: Sequence[list[int]]) -> tuple[list[tuple[R
                 tokens = torch.tensor([ids], device=device)
                 output = model(tokens)
                 routings.append(output.routings)
-                known = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:], reduction="none")
-                losses.append(F.pad(known, (1, 0), value=float("nan")).cpu())
+                predicted = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:], reduction="none")
+                losses.append(F.pad(predicted, (1, 0), value=float("nan")).cpu())
     except RunError as error:
         raise RunError(f"trace: {error}") from None
     return routings, torch.cat(losses).numpy().astype(np.float32)
 
 
 def _stack(routings: Sequence[tuple[Routing, ...]]) -> dict[str, np.ndarray]:
-    """Expert, gate, kept and scores of all windows, (L, T, ...), each token's experts by falling gate."""
-    most = max(routing.topk_ids.shape[1] for layers in routings for routing in layers)
+    """Stack topk_ids, gates, kept and scores of all windows, (L, T, ...), each token's experts by falling gate."""
+    K = max(routing.topk_ids.shape[1] for layers in routings for routing in layers)
 
-    def rows(routing: Routing) -> dict[str, Tensor]:
-        missing = (0, most - routing.topk_ids.shape[1])  # expert choice gives a token as many as want it
-        ids = F.pad(routing.topk_ids, missing, value=-1)
-        gates = F.pad(routing.gates, missing).masked_fill(ids < 0, -1.0)
-        kept = F.pad(routing.kept, missing, value=False)
+    def sorted_by_gate(routing: Routing) -> dict[str, Tensor]:
+        padding = (0, K - routing.topk_ids.shape[1])  # under expert choice, windows differ in K
+        ids = F.pad(routing.topk_ids, padding, value=-1)
+        gates = F.pad(routing.gates, padding).masked_fill(ids < 0, -1.0)
+        kept = F.pad(routing.kept, padding, value=False)
         order = gates.sort(dim=1, descending=True, stable=True).indices
-        by_gate = {"expert": ids, "gate": gates.clamp(min=0), "kept": kept}
-        return {name: value.gather(1, order) for name, value in by_gate.items()} | {"scores": routing.scores}
+        arrays = {"topk_ids": ids, "gates": gates.clamp(min=0), "kept": kept}
+        return {name: value.gather(1, order) for name, value in arrays.items()} | {"scores": routing.scores}
 
-    layers = [[rows(routing) for routing in windows] for windows in zip(*routings, strict=True)]
+    layers = [[sorted_by_gate(routing) for routing in windows] for windows in zip(*routings, strict=True)]
     return {
         name: torch.stack([torch.cat([window[name].cpu() for window in layer]) for layer in layers])
         .numpy()
         .astype(_ARRAYS[name])
-        for name in ("expert", "gate", "kept", "scores")
+        for name in ("topk_ids", "gates", "kept", "scores")
     }
 
 
-def _packed(words: Sequence[str]) -> np.ndarray:
-    """Words as UTF-8 JSON: numpy's own text would lose a NUL at the end, and objects would need pickles."""
-    return np.frombuffer(json.dumps(list(words)).encode(), np.uint8)
+def _pack_strings(strings: Sequence[str]) -> np.ndarray:
+    """Pack strings as UTF-8 JSON: NumPy's string dtype drops a trailing NUL, and object arrays need pickles."""
+    return np.frombuffer(json.dumps(list(strings)).encode(), np.uint8)
 
 
 def _check_shapes(path: Path, trace: RoutingTrace) -> None:
-    """Whether the parts belong together: one row a token, experts and devices that are there."""
+    """Check that the parts fit together: one row per token, experts and devices that exist."""
 
-    def whole(holds: bool, what: str) -> None:
-        if not holds:
-            raise InputError(f"{path}: {what}: damaged; trace the text again")
+    def check(valid: bool, problem: str) -> None:
+        if not valid:
+            raise InputError(f"{path}: {problem}: damaged; trace the text again")
 
-    whole(trace.expert.ndim == trace.scores.ndim == 3, f"expert and scores have {trace.expert.ndim} dimensions")
-    T, (L, _, K), E = len(trace.tokens), trace.expert.shape, trace.n_routed
-    shapes = {"token_ids": (T,), "expert": (L, T, K), "gate": (L, T, K), "kept": (L, T, K), "scores": (L, T, E),
+    ids, devices = trace.topk_ids, trace.device_of
+    check(ids.ndim == trace.scores.ndim == 3, f"expert and scores have {ids.ndim} dimensions")
+    T, (L, _, K), E = len(trace.tokens), ids.shape, trace.n_experts
+    shapes = {"token_ids": (T,), "topk_ids": (L, T, K), "gates": (L, T, K), "kept": (L, T, K), "scores": (L, T, E),
               "loss": (T,), "device_of": (E,)}  # fmt: skip
-    for name, kind in _ARRAYS.items():
-        found = getattr(trace, name)
-        whole(found.shape == shapes[name] and found.dtype == kind, f"{name} is {found.dtype}{list(found.shape)}")
-    for name in _WORDS:
-        whole(len(getattr(trace, name)) == T, f"{name} has {len(getattr(trace, name))} entries, not {T}")
-    whole(bool(((trace.expert >= -1) & (trace.expert < E)).all()), f"expert holds numbers beyond {E - 1}")
-    devices = trace.device_of
-    whole(bool(((devices >= 0) & (devices < trace.n_devices)).all()), "device_of holds devices that are not there")
+    for name, dtype in _ARRAYS.items():
+        array = getattr(trace, name)
+        valid = array.shape == shapes[name] and array.dtype == dtype
+        check(valid, f"{_stored_name(name)} is {array.dtype}{list(array.shape)}")
+    for name in _STRINGS:
+        check(len(getattr(trace, name)) == T, f"{name} has {len(getattr(trace, name))} entries, not {T}")
+    check(bool(((ids >= -1) & (ids < E)).all()), f"expert has ids beyond {E - 1}")
+    check(bool(((devices >= 0) & (devices < trace.n_devices)).all()), "device_of has devices that do not exist")

@@ -1,1 +1,1 @@
-"""Many devices on paper: where experts are placed, which rows move, how long a step takes."""
+"""Many devices on paper: expert placement, traffic between devices and nodes, and the time of a training step."""

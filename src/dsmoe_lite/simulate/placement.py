@@ -1,6 +1,6 @@
-"""Where experts stand: copies of the busiest, packed so that every device has about the same work.
+"""Placement of experts on devices: copies of the busiest experts, packed so that devices have about equal loads.
 
-DeepSeek-V3 is deployed so, from measured loads (arXiv:2412.19437, Section 3.4: redundant experts).
+DeepSeek-V3 is deployed with redundant experts chosen from measured loads (arXiv:2412.19437, Section 3.4).
 """
 
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsmoe_lite.common.errors import require, require_whole
+from dsmoe_lite.common.errors import require, require_int
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The expert in each slot of each device; an expert may have several slots, which share its tokens evenly."""
+    """The expert in each slot of each of G devices. An expert in several slots shares its tokens evenly among them."""
 
-    slots: Tensor  # (devices, slots of each) int64
+    slots: Tensor  # (G, slots per device) int64
     n_experts: int
 
     @property
@@ -24,48 +24,49 @@ class Placement:
         return self.slots.flatten().bincount(minlength=self.n_experts)
 
     def loads(self, load: Tensor) -> Tensor:
-        """What each device has to do, (devices,), of the experts' loads (E,)."""
+        """The load of each device, (G,), for the experts' loads (E,)."""
         return (load.double() / self.copies)[self.slots].sum(dim=1)
 
     def imbalance(self, load: Tensor) -> float:
-        """The busiest device's load over the mean: how much longer a step waits than it must; 1 at balance."""
+        """The busiest device's load over the mean: how many times longer a step takes than at balance, 1 at balance."""
         loads = self.loads(load)
         return float(loads.max() / loads.mean()) if loads.sum() > 0 else 1.0
 
 
-def in_order(n_experts: int, n_devices: int) -> Placement:
-    """Neighbours together, one slot each, as the processes of `parallel.mesh` hold them."""
-    require_whole("n_devices", n_devices, 1)
+def consecutive_placement(n_experts: int, n_devices: int) -> Placement:
+    """Place consecutive experts together, one slot each, as expert parallelism does in `parallel.mesh`."""
+    require_int("n_devices", n_devices, 1)
     require(n_experts % n_devices == 0, "n_devices", n_devices, f"must divide n_experts = {n_experts}")
     return Placement(torch.arange(n_experts).view(n_devices, -1), n_experts)
 
 
-def balanced(load: Tensor, n_devices: int, n_slots: int) -> Placement:
+def balanced_placement(load: Tensor, n_devices: int, n_slots: int) -> Placement:
     """Give spare slots to the experts whose copies are busiest, then the busiest copies to the least busy devices.
 
-    load (E,): tokens of each expert, measured before. n_slots: of all devices together. The copies keep the busiest one
-    as idle as can be; the packing is the usual greedy one, which keeps copies of an expert apart where there is room.
+    load (E,): measured tokens of each expert. n_slots: on all devices together. The copies minimise the load of the
+    busiest copy. The packing is greedy, and keeps the copies of an expert on different devices if there is room.
     """
     E = len(load)
     require(bool((load >= 0).all()) and bool(load.isfinite().all()), "load", load.tolist(), "must be counts of tokens")
-    require_whole("n_devices", n_devices, 1)
+    require_int("n_devices", n_devices, 1)
     require(n_slots % n_devices == 0, "n_slots", n_slots, f"must be a multiple of n_devices = {n_devices}")
-    require_whole("n_slots", n_slots, E)
+    require_int("n_slots", n_slots, E)
     copies = _copies(load.double(), n_slots)
     expert = torch.arange(E).repeat_interleave(copies)
-    of_copy = (load.double() / copies)[expert]
-    room, work = [n_slots // n_devices] * n_devices, [0.0] * n_devices
-    held: list[list[int]] = [[] for _ in range(n_devices)]
-    for copy in of_copy.argsort(descending=True, stable=True).tolist():
+    copy_load = (load.double() / copies)[expert]
+    free_slots, device_load = [n_slots // n_devices] * n_devices, [0.0] * n_devices
+    slots: list[list[int]] = [[] for _ in range(n_devices)]
+    for copy in copy_load.argsort(descending=True, stable=True).tolist():
         e = int(expert[copy])
-        device = min((d for d in range(n_devices) if room[d]), key=lambda d: (e in held[d], work[d]))
-        held[device].append(e)
-        room[device] -= 1
-        work[device] += float(of_copy[copy])
-    return Placement(torch.tensor(held), E)
+        device = min((g for g in range(n_devices) if free_slots[g]), key=lambda g: (e in slots[g], device_load[g]))
+        slots[device].append(e)
+        free_slots[device] -= 1
+        device_load[device] += float(copy_load[copy])
+    return Placement(torch.tensor(slots), E)
 
 
 def _copies(load: Tensor, n_slots: int) -> Tensor:
+    """Copies of each expert, (E,): one slot after the other goes to the expert whose copies are busiest."""
     copies = torch.ones(len(load), dtype=torch.int64)
     for _ in range(n_slots - len(load)):
         copies[(load / copies).argmax()] += 1

@@ -1,91 +1,91 @@
-"""The time of a layer's experts, and of a training step, on many devices, on paper: counted rows, a stated machine."""
+"""The time of an MoE layer and of a training step on many devices, from counted traffic and a machine's speeds."""
 
 from dataclasses import dataclass, fields
 
 from torch import Tensor
 
 from dsmoe_lite.accounting import parameters, training_flops
-from dsmoe_lite.common.errors import require, require_number, require_whole
+from dsmoe_lite.common.errors import require, require_int, require_number
 from dsmoe_lite.config import ModelConfig
 from dsmoe_lite.simulate.traffic import Traffic
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is assumed of every device, and nothing else: links are used one way each, at full speed, by all at once."""
+    """The speeds of every device. All devices use their links at the same time, at full speed in both directions."""
 
-    flops: float  # FLOP/s that it sustains in the experts' products
-    inside: float  # bytes/s to the other devices of its node, and as many from them
-    across: float  # bytes/s to other nodes, and as many from them
-    latency: float = 0.0  # seconds that a message takes beside its bytes; a device sends one after the other
+    flops: float  # FLOP/s sustained in the experts' matrix products
+    intra_node: float  # bytes/s to the other devices of a node, and as many from them
+    inter_node: float  # bytes/s to other nodes, and as many from them
+    latency: float = 0.0  # seconds of a message beside its bytes; a device sends its messages one after the other
 
     def __post_init__(self) -> None:
-        for name in ("flops", "inside", "across"):
+        for name in ("flops", "intra_node", "inter_node"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         require_number("latency", self.latency, 0.0)
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds of the forward pass of one layer's experts; in each part the slowest device is waited for."""
+    """Seconds of the forward pass of one layer's experts; each part takes as long as on the slowest device."""
 
     dispatch: float
     compute: float
     combine: float
 
     @property
-    def apart(self) -> float:
-        """One part after the other."""
+    def sequential(self) -> float:
+        """The parts one after the other."""
         return sum(getattr(self, field.name) for field in fields(self))
 
     @property
     def overlapped(self) -> float:
-        """While one batch computes another is sent: what remains where either hides the other whole."""
+        """Communication of one micro-batch during computation of another: the longer of the two."""
         return max(self.compute, self.dispatch + self.combine)
 
 
 def layer_time(
-    crossing: Traffic,
+    traffic: Traffic,
     machine: Machine,
     d_model: int,
     expert_width: int,
-    bytes_sent: float = 2.0,
-    bytes_returned: float = 2.0,
+    dispatch_bytes: float = 2.0,
+    combine_bytes: float = 2.0,
 ) -> LayerTime:
-    """The time of a layer whose rows cross as counted; a row is d_model numbers of so many bytes there and back.
+    """The time of a layer with this traffic. A row has d_model numbers.
 
-    The way back is taken to have as many messages as the way there.
+    dispatch_bytes, combine_bytes: bytes per number. Combine is taken to send as many messages as dispatch.
     """
     for name, value in (("d_model", d_model), ("expert_width", expert_width)):
-        require_whole(name, value, 1)
-    for name, size in (("bytes_sent", bytes_sent), ("bytes_returned", bytes_returned)):
+        require_int(name, value, 1)
+    for name, size in (("dispatch_bytes", dispatch_bytes), ("combine_bytes", combine_bytes)):
         require_number(name, size, 0.0)
-    across = _busiest(crossing.sent_across, crossing.received_across) / machine.across
-    inside = _busiest(crossing.sent_inside, crossing.received_inside) / machine.inside
-    seconds_a_byte = d_model * (across + inside)
+    inter_node = _busiest(traffic.sent_inter_node, traffic.received_inter_node) / machine.inter_node
+    intra_node = _busiest(traffic.sent_intra_node, traffic.received_intra_node) / machine.intra_node
+    seconds_per_byte = d_model * (inter_node + intra_node)  # of a number in every row
     flops = 6.0 * d_model * expert_width  # of a choice: three products
-    compute = float(crossing.choices.max()) * flops / machine.flops
-    latency = float(crossing.messages.max()) * machine.latency
-    return LayerTime(latency + bytes_sent * seconds_a_byte, compute, latency + bytes_returned * seconds_a_byte)
+    compute = float(traffic.choices.max()) * flops / machine.flops
+    latency = float(traffic.messages.max()) * machine.latency
+    return LayerTime(latency + dispatch_bytes * seconds_per_byte, compute, latency + combine_bytes * seconds_per_byte)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a training step of one device."""
+    """Seconds of a training step on one device."""
 
-    experts: float  # products of the routed experts, the busiest device's
+    experts: float  # products of the routed experts, on the busiest device
     rest: float  # all other products
-    exchange: float  # tokens to their experts and back, and their gradients
-    weights: float  # gathering weights, adding up gradients
+    exchange: float  # dispatch and combine of tokens, and of their gradients
+    weights: float  # gathering weights, and reducing gradients
 
     @property
-    def apart(self) -> float:
-        """One part after the other."""
+    def sequential(self) -> float:
+        """The parts one after the other."""
         return self.experts + self.rest + self.exchange + self.weights
 
     @property
     def overlapped(self) -> float:
-        """What remains where products and links hide each other whole."""
+        """Communication during computation: the longer of the two."""
         return max(self.experts + self.rest, self.exchange + self.weights)
 
 
@@ -97,37 +97,39 @@ def step_time(
     tokens: int,
     seq_len: int,
     devices: int,
-    expert: int,
-    bytes_a_weight: float = 4.0,
+    expert_parallel: int,
+    bytes_per_weight: float = 4.0,
 ) -> StepTime:
-    """The time of a step with `tokens` on each device, every layer's experts taking `layer`, spread as `shard` does.
+    """The time of a step with `tokens` on each device, sharded as in `parallel.shard`; every MoE layer takes `layer`.
 
-    Backward sends the same rows and multiplies twice. Weights take the links between nodes, as `weight_bytes` has them.
-    No pipeline, nothing recomputed, no optimizer.
+    The backward pass sends the same rows and multiplies twice. The traffic of `weight_bytes` crosses the links between
+    nodes. There is no pipeline parallelism, no recomputation and no optimizer.
     """
-    for name, value in (("tokens", tokens), ("seq_len", seq_len), ("devices", devices), ("expert", expert)):
-        require_whole(name, value, 1)
-    require(devices % expert == 0, "expert", expert, f"must divide devices = {devices}")
+    sizes = {"tokens": tokens, "seq_len": seq_len, "devices": devices, "expert_parallel": expert_parallel}
+    for name, value in sizes.items():
+        require_int(name, value, 1)
+    require(devices % expert_parallel == 0, "expert_parallel", expert_parallel, f"must divide devices = {devices}")
     n_layers = sum(config.is_moe_layer(index) for index in range(config.n_layers))
     work = training_flops(config, seq_len)
     rest = (work.total + work.router - work.routed_experts) / seq_len * tokens / machine.flops
-    weights = weight_bytes(config, devices, expert, bytes_a_weight) / machine.across
+    weights = weight_bytes(config, devices, expert_parallel, bytes_per_weight) / machine.inter_node
     return StepTime(3 * n_layers * layer.compute, rest, 2 * n_layers * (layer.dispatch + layer.combine), weights)
 
 
-def weight_bytes(config: ModelConfig, devices: int, expert: int, bytes_a_weight: float = 4.0) -> float:
+def weight_bytes(config: ModelConfig, devices: int, expert_parallel: int, bytes_per_weight: float = 4.0) -> float:
     """Bytes of weights and gradients that a device receives from others in a step.
 
-    Of `expert` devices each has a part of everything but the routed experts: FSDP gathers a block's weights in both
-    passes, the embeddings' once, and adds up all gradients; then the `devices / expert` copies add up theirs. Those
-    copies share out an expert's weights among them in the same way. What FSDP pads is not counted.
+    All weights but those of the routed experts are sharded over `expert_parallel` devices. FSDP gathers a block's
+    weights in both passes and the embeddings' once, and reduces all gradients; then the `devices / expert_parallel`
+    replicas add up theirs. An expert's weights are sharded over these replicas in the same way. Padding by FSDP is not
+    counted.
     """
-    count, copies = parameters(config), devices // expert
+    count, replicas = parameters(config), devices // expert_parallel
     ends = count.embed_in.total + count.lm_head.total + config.d_model  # stay gathered between the passes
-    blocks, others = count.total - count.routed_experts.total - ends, (expert - 1) / expert
-    moved = (3 * blocks + 2 * ends) * others
-    moved += (2 * (blocks + ends) + 3 * count.routed_experts.total) / expert * (copies - 1) / copies
-    return moved * bytes_a_weight
+    blocks = count.total - count.routed_experts.total - ends
+    moved = (3 * blocks + 2 * ends) * ((expert_parallel - 1) / expert_parallel)
+    moved += (2 * (blocks + ends) + 3 * count.routed_experts.total) / expert_parallel * (replicas - 1) / replicas
+    return moved * bytes_per_weight
 
 
 def _busiest(sent: Tensor, received: Tensor) -> float:

@@ -1,10 +1,10 @@
-"""The ledger of equations, data/equations.yml: where each stands, what computes it, what tests it."""
+"""The ledger of equations, data/equations.yml: each with its source, the code that computes it and its test."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from dsmoe_lite.common.errors import require
 from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.common.schema import require_schema
 from dsmoe_lite.config import from_dict, read_yaml
 
 PATH = DATA / "equations.yml"
@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Equation:
-    """An equation of a chapter: its label there, the paper's number, the function and the test that stand for it."""
+    """A numbered equation of a chapter: its label, its source, the function that computes it and the test of that."""
 
     label: str
     source: str
@@ -22,8 +22,7 @@ class Equation:
 
 
 def load(path: Path = PATH) -> list[Equation]:
-    """Read the ledger, in the order of the chapters. InputError for a schema that is not this package's."""
+    """Read the ledger, in the order of the chapters. Raises InputError if its schema version is unknown."""
     values = read_yaml(path)
-    version = values.get("schema_version")
-    require(version == SCHEMA_VERSION, "schema_version", version, f"{path}: this package reads {SCHEMA_VERSION}")
+    require_schema(values.get("schema_version"), {SCHEMA_VERSION}, "restore the file from the repository", path)
     return [from_dict(Equation, entry) for entry in values["equations"]]

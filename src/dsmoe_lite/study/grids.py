@@ -1,4 +1,4 @@
-"""Named grids of runs, recorded one file a run in data/runs/; only what is missing is run."""
+"""Named grids of runs. data/runs/ has one record per run; only missing runs are trained."""
 
 import json
 import os
@@ -12,9 +12,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
-from dsmoe_lite.common.errors import DivergedError, InputError, RunError, require, require_choice, require_whole
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import DivergedError, InputError, RunError, require, require_choice, require_int
 from dsmoe_lite.common.files import write_json
-from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
@@ -26,38 +26,38 @@ from dsmoe_lite.training.provenance import provenance
 
 
 class Runnable(Protocol):
-    """What a grid is made of: a run that any seed can be given to."""
+    """A run of a grid, for any seed."""
 
     def seeded(self, seed: int, n_streams: int) -> "Runnable":
-        """The run with that seed, one of 0 to n_streams - 1."""
+        """Return the run with this seed, one of 0 to n_streams - 1."""
 
     def run(self) -> dict[str, Any]:
-        """Do it, and return its record."""
+        """Run it and return its record."""
 
     def check_record(self, record: Mapping[str, Any]) -> None:
-        """Raise InputError where a record is not of this run."""
+        """Raise InputError if `record` belongs to a run with other settings."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Jobs by name, each run with every seed."""
+    """Jobs by name; each is run with every seed."""
 
     jobs: Mapping[str, Runnable]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    n_streams: int = 5  # parts of the corpus, one a seed
-    protocol: int | None = None  # the version of chapter 07's protocol that it follows, kept in its records
+    n_streams: int = 5  # parts of the corpus, one per seed
+    protocol: int | None = None  # the version of chapter 07's protocol that it follows, stored in its records
 
     def __post_init__(self) -> None:
         for seed in self.seeds:
-            require_whole("seed", seed, 0, self.n_streams - 1)
+            require_int("seed", seed, 0, self.n_streams - 1)
 
     def job(self, name: str, seed: int) -> Any:
-        """The run of one job and one seed."""
+        """Return the run of one job with one seed."""
         return self.jobs[name].seeded(seed, self.n_streams)
 
 
 def _course(model: str, balance: dict[str, float], *, steps: int = 1200, bias_speed: float = 0.0, **moe: Any) -> Job:
-    """A course size, its experts changed as `moe` says, on the world: one setting for all grids, 2048 tokens a step."""
+    """A course-size model with some MoE fields changed, on the world: 2048 tokens per step in all grids."""
     config = preset(model)
     if moe:
         assert config.moe is not None
@@ -67,13 +67,13 @@ def _course(model: str, balance: dict[str, float], *, steps: int = 1200, bias_sp
 
 
 def _cut(m: int, **moe: Any) -> Job:
-    """2 of 16 experts, each cut in m."""
+    """2 of 16 experts, each cut into m finer ones."""
     cut = {"n_routed_experts": 16 * m, "top_k": 2 * m, "expert_width": 128 // m, "routed_scaling_factor": float(m)}
     return _course("course-deepseekmoe", _EXPERT, **cut | {"n_shared_experts": 0} | moe)
 
 
 def _attention(attention: AnyAttention, ffn_width: int) -> Job:
-    """The dense course size with other attention; the FFN takes what it saves, or pays what it costs."""
+    """The dense course size with other attention; ffn_width keeps the number of parameters equal."""
     job = _course("course-dense", {})
     return replace(job, model=replace(job.model, attention=attention, ffn_width=ffn_width))
 
@@ -96,15 +96,15 @@ _REMEDIES: dict[str, dict[str, Any]] = {
 
 
 GRIDS = {
-    # Chapter 02: the dense FFN of one width and of two, and three routers over the same 16 experts.
+    # Chapter 02: a dense FFN of one width and of twice that width, and three routers over the same 16 experts.
     "neighbours": Grid(
         {
             name: _course(name, {"switch": 0.01})
             for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
         }
     ),
-    # Chapters 03 and 04: experts cut in m, all with the same weights in all and for a token; then one and two of the
-    # pieces shared. Gates times m; "plain" has them as printed.
+    # Chapters 03 and 04: experts cut into m finer ones, with equal total and active parameters; then one and two of the
+    # finer experts shared. Gates are multiplied by m, except in "plain", which has them as printed.
     "deepseekmoe": Grid(
         {
             "m1": _cut(1),
@@ -116,17 +116,17 @@ GRIDS = {
             "shared-2": _course("course-deepseekmoe", _EXPERT, n_routed_experts=62, top_k=6, n_shared_experts=2),
         }
     ),
-    # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, and what may keep its experts busy; half as long.
+    # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, with each remedy against imbalance; half as many steps.
     "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
-    # Chapter 11: the same shape with the weights of DeepSeek-V2's losses; a token may reach M of the eight devices.
+    # Chapter 11: the same shape with the loss weights of DeepSeek-V2; a token may reach M of the eight devices.
     "reach": Grid(
         {
             f"M{m}": _course("course-devices", _V2 | {"communication": 0.02}, steps=600, topk_group=m)
             for m in (1, 2, 3, 4, 8)
         }
     ),
-    # Chapter 06: four kinds of attention in models of equal size. In MLA d_c = 2 d_h, not the 4 d_h of DeepSeek-V2,
-    # which would be as wide as the model here; d_h^R = d_h / 2 as there. It keeps 40 numbers a token and layer, MQA 32,
+    # Chapter 06: four kinds of attention in models of equal size. MLA has d_c = 2 d_h, because the 4 d_h of DeepSeek-V2
+    # would be as wide as the model here; d_h^R = d_h / 2 as in V2. Numbers cached per token and layer: MLA 40, MQA 32,
     # GQA 64, MHA 128.
     "attention": Grid(
         {
@@ -138,9 +138,9 @@ GRIDS = {
             ),
         }
     ),
-    # Chapter 06: a needle at four times the trained length; all kinds of positions in one run.
+    # Chapter 06: a needle at four times the trained length; one run tests all kinds of positions.
     "needle": Grid({"mla": NeedleJob()}),
-    # Before chapter 07's protocol was fixed.
+    # The pilot, before chapter 07's protocol was fixed.
     "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),
     "pilot-fewer": Grid(pilot.FEWER, pilot.SEEDS[:1], n_streams=200),
     "pilot-gates": Grid(pilot.GATES, pilot.SEEDS[:2], n_streams=200),
@@ -152,9 +152,9 @@ GRIDS = {
     "pilot-finalists": Grid(pilot.FINALISTS, pilot.SEEDS[1:3], n_streams=200),
     "pilot-normalised": Grid(pilot.NORMALISED, pilot.SEEDS[:3], n_streams=200),
     "pilot-last": Grid(pilot.LAST, pilot.SEEDS[3:], n_streams=200),
-    # Chapter 07, by its protocol; then the same in its larger tier.
+    # Chapter 07, by its protocol; "paper-gpu" is its larger tier.
     "paper": Grid(protocol.CPU.jobs(), tuple(range(10)), n_streams=200, protocol=protocol.VERSION),
-    # Not of the protocol: GShard with DeepSeekMoE's kind of gates, its best experts masked, asked after Figure 4.
+    # Outside the protocol, added after Figure 4: GShard with DeepSeekMoE's kind of gates and its top experts masked.
     "paper-gates": Grid(
         {"0+2-of-16": replace(protocol.CPU.job("0+2-of-16"), masked=protocol.MASKED)}, tuple(range(10)), n_streams=200
     ),
@@ -163,31 +163,31 @@ GRIDS = {
 
 
 def grid(name: str) -> Grid:
-    """The grid of that name; raises InputError naming the known ones."""
+    """Return the grid called `name`. Raises InputError naming close ones if there is none."""
     if name in GRIDS:
         return GRIDS[name]
     close = get_close_matches(name, GRIDS, n=3) or list(GRIDS)
-    raise InputError(f"experiment = {name!r}: there is none; try {', '.join(close)}")
+    raise InputError(f"experiment = {name!r}: there is no such grid; try {', '.join(close)}")
 
 
-def in_profile(name: str, profile: str) -> str:
-    """The grid that a profile, cpu or gpu, asks for under that name; raises InputError where it has no such tier."""
+def grid_name(name: str, profile: str) -> str:
+    """Return the name of a grid's tier for a profile, cpu or gpu. Raises InputError if it has no such tier."""
     if profile == "cpu":
         return name
     larger = [grid.removesuffix("-gpu") for grid in GRIDS if grid.endswith("-gpu")]
-    require(name in larger, "profile", profile, f"{name} has no tier for it; {', '.join(larger)} has")
+    require(name in larger, "profile", profile, f"{name} has no such tier; choose from {', '.join(larger)}")
     return f"{name}-gpu"
 
 
 def record_path(name: str, model: str, seed: int) -> Path:
-    """Where the record of one run lies."""
-    return DATA / "runs" / name / f"{model}-seed{seed}.json"
+    """The path of one run's record."""
+    return paths.find_data(f"runs/{name}/{model}-seed{seed}.json")
 
 
 def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
-    """The (model, seed) pairs of a grid that have no record yet, seed by seed; of `models` only, where some are named.
+    """Return the (model, seed) pairs of a grid that have no record yet, seed by seed.
 
-    InputError for a model that the grid has not.
+    models: only these; all if empty. Raises InputError if the grid lacks one of them.
     """
     plan = grid(name)
     for model in models:
@@ -197,29 +197,29 @@ def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
 
 
 def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
-    """The records of a grid's finished runs, job by job, each with `model_name` and `seed` beside what it holds.
+    """Read the records of a grid's runs, job by job, and add `model_name` and `seed` to each.
 
-    InputError for a record of another protocol or of other settings than the grid's; without `diverged`, also for a
-    run that diverged, which has a line `diverged` and no results.
+    diverged: whether to return the records of diverged runs too; they have an entry `diverged` and no results. Raises
+    InputError for such a record otherwise, and for one of another schema version, protocol or setting than the grid's.
     """
-    plan, found = grid(name), []
+    plan, results = grid(name), []
     for model in plan.jobs:
         for seed in plan.seeds:
             path = record_path(name, model, seed)
             if path.is_file():
                 record = {"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))}
                 try:
-                    _check(record, plan, diverged)
+                    _check_record(record, plan, diverged)
                 except InputError as error:
                     raise InputError(f"{path}: {error}") from None
-                found.append(record)
-    return found
+                results.append(record)
+    return results
 
 
-def _check(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None:
-    protocol = record.get("protocol")
+def _check_record(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None:
+    version = record.get("protocol")
     remedy = f"this grid follows {plan.protocol}; move the file away and run the experiment again"
-    require(protocol == plan.protocol, "protocol", protocol, remedy)
+    require(version == plan.protocol, "protocol", version, remedy)
     if "diverged" in record:
         require(diverged, "diverged", record["diverged"], "this run has no results to compare")
     else:
@@ -227,7 +227,7 @@ def _check(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None:
 
 
 def run_one(job: Runnable) -> dict[str, Any]:
-    """What a process of `run_missing` does; a run that diverges has a record that says so."""
+    """Run one job in a worker process; if training diverges, the record reports it."""
     try:
         return job.run()
     except DivergedError as error:
@@ -237,22 +237,23 @@ def run_one(job: Runnable) -> dict[str, Any]:
 def run_missing(
     name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one, models: Collection[str] = ()
 ) -> Iterator[tuple[str, int]]:
-    """Run what is missing in processes of one thread each; yield each pair as its record is written."""
-    require_whole("processes", processes, 1)
-    todo, plan = missing(name, models), grid(name)
+    """Run the missing runs in processes of one thread each; yield each (model, seed) once its record is written."""
+    require_int("processes", processes, 1)
+    pairs, plan = missing(name, models), grid(name)
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool,
-        progress(total=len(todo), desc=name, unit="run") as bar,
+        progress(total=len(pairs), desc=name, unit="run") as bar,
     ):
-        waiting = {pool.submit(run, plan.job(*pair)): pair for pair in todo}
+        pair_of = {pool.submit(run, plan.job(*pair)): pair for pair in pairs}
         try:
-            for done in as_completed(waiting):
+            for future in as_completed(pair_of):
                 version = {} if plan.protocol is None else {"protocol": plan.protocol}
-                write_json(record_path(name, *waiting[done]), version | done.result())
+                write_json(record_path(name, *pair_of[future]), version | future.result())
                 bar.update()
-                yield waiting[done]
+                yield pair_of[future]
         except BrokenProcessPool:
-            raise RunError(f"{name}: a process died (out of memory?); what is recorded stays, run it again") from None
+            message = f"{name}: a process died (out of memory?); its finished runs are recorded, so run it again"
+            raise RunError(message) from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -263,11 +264,11 @@ def _quiet_worker() -> None:
 
     os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
-    Thread(target=_end_with_parent, daemon=True).start()
+    Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers: they would run on, beside those of the next call."""
+def _exit_with_parent() -> None:
+    """Exit if the parent is killed: it cannot stop its workers, which would compete with those of the next call."""
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,6 +1,7 @@
-"""The ledger of claims, data/claims.yml: what papers claim, what settles it here, and what came out."""
+"""The ledger of claims, data/claims.yml: what papers claim, how we test it, and the verdict."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
@@ -13,7 +14,8 @@ import yaml
 from dsmoe_lite.accounting import formula_flops, kv_cache_bytes, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.common.errors import InputError, require, require_choice
 from dsmoe_lite.common.files import write_text
-from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.common.paths import find_data
+from dsmoe_lite.common.schema import require_schema
 from dsmoe_lite.common.stats import EXPECTED, LEAST_SEEDS, WITH_MARGIN, holm, p_value, paired, trend_verdict
 from dsmoe_lite.config import from_dict, read_yaml
 from dsmoe_lite.layers.rope import softmax_scale
@@ -21,10 +23,24 @@ from dsmoe_lite.presets import preset
 from dsmoe_lite.study.grids import grid, records
 from dsmoe_lite.study.published import as_printed
 
-PATH = DATA / "claims.yml"
+PATH = find_data("claims.yml")
 SCHEMA_VERSION = 1
 VERDICTS = ("exact", "differs", "holds", "leans", "inconclusive", "reversed", "not tested")
-DECIMALS = 4  # of what is stored of runs
+DECIMALS = 4  # of the stored results of trends
+
+
+def _cache_in_groups(model: str) -> float:
+    """Groups of GQA, with heads of d_h channels, whose cache per layer is as large as the model's."""
+    config = preset(model)
+    return kv_cache_elements(config) / config.n_layers / (2 * config.attention.v_dim)
+
+
+def _yarn_scale(model: str) -> float:
+    """The factor by which YaRN multiplies attention scores."""
+    attention = preset(model).attention
+    assert attention.yarn is not None
+    return softmax_scale(attention.qk_dim, attention.yarn) * math.sqrt(attention.qk_dim)
+
 
 EXACT: dict[str, Callable[..., float]] = {
     "parameters": lambda model, count: getattr(parameters(preset(model)), count),
@@ -35,11 +51,11 @@ EXACT: dict[str, Callable[..., float]] = {
     "kv_cache_elements": lambda model: kv_cache_elements(preset(model)),
     "kv_cache_bytes": lambda model, bits: kv_cache_bytes(preset(model), 1, bits),
     "cache_reduction": lambda model, against: 1 - kv_cache_elements(preset(model)) / kv_cache_elements(preset(against)),
-    "cache_in_groups": lambda model: _groups(model),
-    "yarn_scale": lambda model: _yarn_scale(model),
+    "cache_in_groups": _cache_in_groups,
+    "yarn_scale": _yarn_scale,
 }
 
-METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
+METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "loss": lambda record: record["heldout_loss"],
     "recall, frequent people": lambda record: record["recall"]["head"],
     "recall, rare people": lambda record: record["recall"]["tail"],
@@ -47,7 +63,7 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
     "loss, shared expert swapped": lambda record: record["shared_swapped"]["heldout_loss"],
     "loss, 4 routed experts": lambda record: record["active"]["4"]["heldout_loss"],
     "rise, best experts masked": lambda record: (
-        mean(found["heldout_loss"] for found in record["masked"].values()) - record["heldout_loss"]
+        mean(masked["heldout_loss"] for masked in record["masked"].values()) - record["heldout_loss"]
     ),
     "needles at 256, RoPE": lambda record: mean(record["recall"]["plain"]["256"]),
     "needles at 256, YaRN": lambda record: mean(record["recall"]["yarn"]["256"]),
@@ -58,7 +74,7 @@ METRICS: dict[str, Callable[[dict[str, Any]], float]] = {
 
 @dataclass(frozen=True)
 class Exact:
-    """A number that one of EXACT computes; it must be the published one, in its unit and to its digits."""
+    """A number computed by one of EXACT. It must equal the published one, in its unit and to its last digit."""
 
     function: str
     arguments: dict[str, Any]
@@ -69,10 +85,10 @@ class Exact:
 
 @dataclass(frozen=True)
 class Trend:
-    """A difference over the seeds of a grid: `metric` of `model` minus `other_metric` of `other`, seed by seed.
+    """A paired difference over the seeds of a grid: `metric` of `model` minus `other_metric` of `other`.
 
-    Claims of one figure are corrected together (Holm). margin: how far apart equals may lie, or how far above `other`
-    a model may be that is no worse.
+    The p-values of one figure's claims are corrected together (Holm). margin: the largest difference that still counts
+    as "equal" or "not above".
     """
 
     grid: str
@@ -81,7 +97,7 @@ class Trend:
     other: str
     metric: str
     expected: str
-    other_metric: str | None = None  # None: the same
+    other_metric: str | None = None  # None: the same as `metric`
     margin: float = 0.0
 
     def __post_init__(self) -> None:
@@ -92,47 +108,47 @@ class Trend:
             require_choice("metric", metric, METRICS)
         require_choice("expected", self.expected, EXPECTED)
         fits = (self.margin > 0) == (self.expected in WITH_MARGIN)
-        require(fits, "margin", self.margin, f"goes with expected = {' or '.join(map(repr, WITH_MARGIN))}")
+        remedy = f"must be above 0 if expected is {' or '.join(map(repr, WITH_MARGIN))}, and 0 otherwise"
+        require(fits, "margin", self.margin, remedy)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and what became of it. `where` is a chapter's number and one of its headings."""
+    """One claim of a paper, our result and the verdict."""
 
     id: str
-    says: str  # in our words
+    says: str  # the claim in our words
     source: str
-    published: str  # as printed; of a trend, what the paper found
-    where: str = ""
+    published: str  # as printed; for a trend, what the paper found
+    where: str = ""  # the chapter's number and heading that test it, as in "07, Figure 4"
     exact: Exact | None = None
     trend: Trend | None = None
-    ours: str = ""
+    ours: str = ""  # our result
     verdict: str = "not tested"
     why: str = ""
 
     def __post_init__(self) -> None:
-        require(self.exact is None or self.trend is None, "claim", self.id, "has exact or trend, not both")
+        require(self.exact is None or self.trend is None, "claim", self.id, "must have exact or trend, not both")
         require_choice("verdict", self.verdict, VERDICTS)
 
 
 def load(path: Path = PATH) -> list[Claim]:
-    """Read the ledger. InputError names the claim that is wrong, or a schema that is not this package's."""
+    """Read the ledger. Raises InputError if its schema version is unknown, or naming the claim that is wrong."""
     values = read_yaml(path)
-    version = values.get("schema_version")
-    require(version == SCHEMA_VERSION, "schema_version", version, f"{path}: this package reads {SCHEMA_VERSION}")
-    found = []
+    require_schema(values.get("schema_version"), {SCHEMA_VERSION}, "restore the file from the repository", path)
+    claims = []
     for entry in values["claims"]:
         try:
-            found.append(from_dict(Claim, entry))
+            claims.append(from_dict(Claim, entry))
         except InputError as error:
             raise InputError(f"{path}: claim {entry.get('id')!r}: {error}") from None
-    twice = {claim.id for claim in found if sum(other.id == claim.id for other in found) > 1}
-    require(not twice, "claims", sorted(twice), f"{path}: an id stands for one claim")
-    return found
+    repeated = sorted(id for id, count in Counter(claim.id for claim in claims).items() if count > 1)
+    require(not repeated, "claims", repeated, f"{path}: an id must be unique")
+    return claims
 
 
 def write(claims: Sequence[Claim], path: Path = PATH) -> None:
-    """Write the ledger whole."""
+    """Write the ledger atomically."""
     entries = [{key: value for key, value in asdict(claim).items() if value not in (None, "")} for claim in claims]
     for entry in entries:
         if "trend" in entry:
@@ -142,79 +158,68 @@ def write(claims: Sequence[Claim], path: Path = PATH) -> None:
 
 
 def settle(claims: Sequence[Claim]) -> list[Claim]:
-    """The claims with `ours` and `verdict` recomputed: exact ones from configs, trends from recorded runs."""
-    by_figure: dict[str, dict[str, float]] = {}
+    """Return the claims with `ours` and `verdict` computed anew: exact ones from configs, trends from recorded runs."""
     trends = {claim.id: claim.trend for claim in claims if claim.trend is not None}
     runs = {name: records(name, diverged=True) for name in {trend.grid for trend in trends.values()}}
-    found = {id: differences(trend, runs[trend.grid]) for id, trend in trends.items()}
-    for claim in claims:
-        if claim.trend is not None and _whole(claim.trend, found[claim.id]):
-            p = p_value(list(found[claim.id].values()), claim.trend.expected, claim.trend.margin)
-            by_figure.setdefault(claim.trend.figure, {})[claim.id] = p
-    corrected = {id: p for p_values in by_figure.values() for id, p in holm(p_values).items()}
-    p_values = {id: p for found_in in by_figure.values() for id, p in found_in.items()}
-    return [
-        _counted(claim)
-        if claim.exact is not None
-        else _tried(claim, found[claim.id], p_values, corrected)
-        if claim.trend is not None
-        else replace(claim, ours="", verdict="not tested")
-        for claim in claims
-    ]
+    gaps = {id: differences(trend, runs[trend.grid]) for id, trend in trends.items()}
+    p_values = _p_values(trends, gaps)
+
+    def settled(claim: Claim) -> Claim:
+        if claim.exact is not None:
+            return _settle_exact(claim, claim.exact)
+        if claim.trend is not None:
+            return _settle_trend(claim, claim.trend, gaps[claim.id], p_values.get(claim.id))
+        return replace(claim, ours="", verdict="not tested")
+
+    return [settled(claim) for claim in claims]
 
 
-def differences(trend: Trend, found: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """The trend's difference of each seed whose two runs are among the records `found` and did not diverge."""
-    runs = {(record["model_name"], record["seed"]): record for record in found if "diverged" not in record}
-    one, other = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
+def differences(trend: Trend, results: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """The trend's difference by seed, for seeds with both runs among the records `results`, neither diverged."""
+    runs = {(record["model_name"], record["seed"]): record for record in results if "diverged" not in record}
+    metric, other_metric = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
     seeds = [seed for seed in grid(trend.grid).seeds if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
-    return {seed: one(runs[trend.model, seed]) - other(runs[trend.other, seed]) for seed in seeds}
+    return {seed: metric(runs[trend.model, seed]) - other_metric(runs[trend.other, seed]) for seed in seeds}
 
 
-def _whole(trend: Trend, found: Mapping[int, float]) -> bool:
-    return set(found) == set(grid(trend.grid).seeds)
+def _p_values(trends: Mapping[str, Trend], gaps: Mapping[str, Mapping[int, float]]) -> dict[str, tuple[float, float]]:
+    """The p-value of each trend with all its seeds, before and after the correction within its figure."""
+    by_figure: dict[str, dict[str, float]] = {}
+    for id, trend in trends.items():
+        if _is_complete(trend, gaps[id]):
+            p = p_value(list(gaps[id].values()), trend.expected, trend.margin)
+            by_figure.setdefault(trend.figure, {})[id] = p
+    return {
+        id: (p_values[id], corrected) for p_values in by_figure.values() for id, corrected in holm(p_values).items()
+    }
 
 
-def _counted(claim: Claim) -> Claim:
-    assert claim.exact is not None
-    ours = as_printed(EXACT[claim.exact.function](**claim.exact.arguments), claim.published)
+def _is_complete(trend: Trend, gaps: Mapping[int, float]) -> bool:
+    return set(gaps) == set(grid(trend.grid).seeds)
+
+
+def _settle_exact(claim: Claim, exact: Exact) -> Claim:
+    ours = as_printed(EXACT[exact.function](**exact.arguments), claim.published)
     return replace(claim, ours=ours, verdict="exact" if ours == claim.published else "differs")
 
 
-def _tried(
-    claim: Claim, found: Mapping[int, float], p_values: Mapping[str, float], corrected: Mapping[str, float]
-) -> Claim:
-    trend = claim.trend
-    assert trend is not None
-    if not _whole(trend, found) or len(found) < LEAST_SEEDS:
-        missing = sorted(set(grid(trend.grid).seeds) - set(found))
-        return replace(claim, ours=f"n = {len(found)}, seeds missing or diverged: {missing}", verdict="not tested")
-    result = paired(list(found.values()))
-    p, p_holm = p_values[claim.id], corrected[claim.id]
+def _settle_trend(claim: Claim, trend: Trend, gaps: Mapping[int, float], p_values: tuple[float, float] | None) -> Claim:
+    if p_values is None or len(gaps) < LEAST_SEEDS:
+        missing = sorted(set(grid(trend.grid).seeds) - set(gaps))
+        return replace(claim, ours=f"n = {len(gaps)}, seeds missing or diverged: {missing}", verdict="not tested")
+    result = paired(list(gaps.values()))
+    p, corrected = p_values
     ours = (
         f"{result.mean:+.{DECIMALS}f}, 95% from {result.low:+.{DECIMALS}f} to {result.high:+.{DECIMALS}f}, "
-        f"n = {result.n}, d_z = {result.effect:+.2f}, p = {p:.2g}, corrected {p_holm:.2g}"
+        f"n = {result.n}, d_z = {result.effect:+.2f}, p = {p:.2g}, corrected {corrected:.2g}"
     )
-    return replace(claim, ours=ours, verdict=trend_verdict(result, trend.expected, p, p_holm, trend.margin))
+    return replace(claim, ours=ours, verdict=trend_verdict(result, trend.expected, p, corrected, trend.margin))
 
 
 def by_id(claims: Sequence[Claim], id: str) -> Claim:
-    """The claim of that id; raises InputError naming close ones."""
+    """Return the claim with this id. Raises InputError naming close ids if there is none."""
     known = {claim.id: claim for claim in claims}
     if id in known:
         return known[id]
     close = get_close_matches(id, known, n=3, cutoff=0.3)
-    raise InputError(f"claim = {id!r}: there is none; close: {', '.join(close) or 'none'}")
-
-
-def _groups(model: str) -> float:
-    """Groups of GQA with heads of d_h channels whose cache is as large as the model's, layer by layer."""
-    config = preset(model)
-    return kv_cache_elements(config) / config.n_layers / (2 * config.attention.v_dim)
-
-
-def _yarn_scale(model: str) -> float:
-    """What YaRN multiplies the scale of scores by."""
-    attention = preset(model).attention
-    assert attention.yarn is not None
-    return softmax_scale(attention.qk_dim, attention.yarn) * math.sqrt(attention.qk_dim)
+    raise InputError(f"claim = {id!r}: there is no such claim; close ids: {', '.join(close) or 'none'}")

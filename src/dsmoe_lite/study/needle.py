@@ -1,14 +1,15 @@
-"""Find a needle at four times the length that was trained: plain rotary positions, interpolated ones, YaRN.
+"""Find a needle at four times the trained length, with plain rotary positions, interpolated positions and YaRN.
 
-A small MLA model learns to answer at 64 tokens, from strings that repeat first (`data.needle.copy_batch`), and is then
-asked at 64, 128 and 256: with the same weights and other positions, and after a short training at 256.
+A small MLA model is pretrained at 64 tokens, first on strings that repeat (`data.needle.copy_batch`), then on needles.
+Its recall is measured at 64, 128 and 256 tokens: with the same weights and other positions, and after a short training
+at 256 tokens.
 
-What was tried on seeds 100 to 104 before this was fixed stands in data/README.md.
+data/README.md lists what was tried on seeds 100 to 104 before these settings were fixed.
 """
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsmoe_lite.common.errors import DivergedError, require, require_choice, require_number, require_same, require_whole
+from dsmoe_lite.common.errors import DivergedError, require, require_choice, require_int, require_number, require_same
 from dsmoe_lite.common.progress import progress
+from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
 from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig, from_dict, to_dict
 from dsmoe_lite.data.needle import NeedleBatch, NeedleConfig, copy_batch, depth_bins, needle_batch
 from dsmoe_lite.layers.attention import Attention
@@ -30,15 +32,15 @@ from dsmoe_lite.training.provenance import provenance
 
 BATCHES = {"copy": copy_batch, "needle": needle_batch}
 KINDS = ("plain", "sharper", "interpolated", "yarn-frequencies", "yarn")
-EXTENDED = ("plain", "interpolated", "yarn")  # trained on at the greater length
+EXTENDED = ("plain", "interpolated", "yarn")  # also trained further at the greater length
 SCHEMA_VERSION = 1
 CURVE_EVERY = 10  # steps between two entries of the recorded curve
-EVALUATION_ROWS = 64  # through the model at once
+EVALUATION_ROWS = 64  # batch size of an evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Some steps of training on rows of one kind and length."""
+    """Training steps on rows of one kind and length."""
 
     rows: str  # copy or needle
     seq_len: int
@@ -48,11 +50,11 @@ class Stage:
     def __post_init__(self) -> None:
         require_choice("rows", self.rows, tuple(BATCHES))
         for name in ("seq_len", "batch_size", "steps"):
-            require_whole(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1)
 
 
 def _model() -> ModelConfig:
-    """Two layers of MLA; 8 rotated pairs, of which two turn more than once in 64 tokens and a third just does."""
+    """Two layers of MLA with 8 rotated pairs: in 64 tokens two of them turn more than once, and a third just once."""
     attention = MLAConfig(n_heads=4, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, kv_lora_rank=32)
     return ModelConfig(
         vocab_size=NeedleConfig().vocab_size,
@@ -67,10 +69,10 @@ def _model() -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class NeedleJob:
-    """Everything that decides a run.
+    """All settings of a run.
 
     YaRN has the printed beta_fast = 32 and beta_slow = 1. No pair turns 32 times in 64 tokens (the fastest turns 10.2
-    times), so only the fastest pair keeps its frequency, and from the fourth on all are divided by the whole factor.
+    times). So only the fastest pair keeps its frequency, and those from the fourth on are divided by the full factor.
     """
 
     model: ModelConfig = field(default_factory=_model)
@@ -85,39 +87,39 @@ class NeedleJob:
     yarn: YarnConfig = field(default_factory=lambda: YarnConfig(factor=4.0, original_max_len=64))
     extension: Stage = field(default_factory=lambda: Stage(rows="needle", seq_len=256, batch_size=8, steps=50))
     extension_lr: float = 1e-3
-    probes: tuple[int, ...] = (5, 10, 20)  # steps of the extension after which recall is taken at its length
+    probes: tuple[int, ...] = (5, 10, 20)  # steps of the extension after which recall is measured at its length
     lengths: tuple[int, ...] = (64, 128, 256)
-    bins: int = 8
-    per_bin: int = 64  # questions
+    bins: int = 8  # of the needle's depth
+    per_bin: int = 64  # questions per bin
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = self.needle.vocab_size
-        require(self.model.vocab_size == known, "vocab_size", self.model.vocab_size, f"must be {known}, the needle's")
+        n, expected = self.model.vocab_size, self.needle.vocab_size
+        require(n == expected, "vocab_size", n, f"must be {expected}, as in the needle config")
         longest = max(*self.lengths, self.extension.seq_len, *(stage.seq_len for stage in self.stages))
         fits = longest <= self.model.max_seq_len
         require(fits, "max_seq_len", self.model.max_seq_len, f"must be at least {longest}, the longest row")
         for name in ("lr", "extension_lr"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for step in self.probes:
-            require_whole("probes", step, 1, self.extension.steps)
-        require_whole("seed", self.seed, 0)
+            require_int("probes", step, 1, self.extension.steps)
+        require_int("seed", self.seed, 0)
 
     def seeded(self, seed: int, n_streams: int) -> "NeedleJob":
-        """The same run with another seed: it draws weights, rows and questions."""
+        """Return the same run with another seed, which decides weights, rows and questions."""
         return replace(self, seed=seed)
 
     def run(self) -> dict[str, Any]:
-        """Train, stretch, ask; return the record."""
+        """Pretrain, change the positions, extend, measure recall; return the record."""
         wall, cpu = time.perf_counter(), time.process_time()
-        model, curve = learn(self)
-        asked = {length: self.questions(length) for length in self.lengths}
-        found = {kind: _by_length(stretched(model, kind, self.yarn), asked) for kind in KINDS}
+        model, curve = pretrain(self)
+        questions = {length: self.questions(length) for length in self.lengths}
+        recall = {kind: _recall_by_length(with_positions(model, kind, self.yarn), questions) for kind in KINDS}
         extension = {}
         for kind in EXTENDED:
-            longer = stretched(model, kind, self.yarn)
-            extension[kind] = self.extend(longer)
-            found[f"{kind}-extended"] = _by_length(longer, asked)
+            extended = with_positions(model, kind, self.yarn)
+            extension[kind] = self.extend(extended)
+            recall[f"{kind}-extended"] = _recall_by_length(extended, questions)
         return {
             "schema_version": SCHEMA_VERSION,
             "finished": True,
@@ -125,37 +127,38 @@ class NeedleJob:
             "seconds": round(time.perf_counter() - wall, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             "curve": curve,
-            "recall": found,
+            "recall": recall,
             "extension": extension,
             "provenance": provenance(),
         }
 
     def check_record(self, record: Mapping[str, Any]) -> None:
-        """Raise InputError naming the first setting in which a record is not of this run."""
+        """Raise InputError if `record` has an unknown schema version, or naming the first setting that differs."""
+        require_schema(record.get("schema_version"), {SCHEMA_VERSION}, RECORD_REMEDY)
         require_same(to_dict(from_dict(NeedleJob, record["job"])), to_dict(self))
 
     def questions(self, length: int) -> list[NeedleBatch]:
-        """What a model of this seed is asked at one length: one batch a depth bin, the same for all kinds."""
+        """Draw the questions of this seed at one length: one batch per depth bin, the same for all kinds."""
         return depth_bins(self.needle, length, self.bins, self.per_bin, "asked", self.seed)
 
     def extend(self, model: Transformer) -> dict[str, Any]:
-        """Train `model` on at the greater length; its curve, and its mean recall there after `probes` steps."""
-        asked, means = self.questions(self.extension.seq_len), {}
+        """Train `model` further at the greater length; return its curve, and its mean recall there at `probes`."""
+        questions, means = self.questions(self.extension.seq_len), {}
 
         def probe(step: int) -> None:
             if step in self.probes:
-                means[str(step)] = mean(needle_recall(model, asked))
+                means[str(step)] = mean(needle_recall(model, questions))
 
         config = TrainConfig(steps=self.extension.steps, lr=self.extension_lr, warmup_steps=5, weight_decay=0.01)
         curve = _fit(model, [self.extension], self.needle, config, ("extension", self.seed), after=probe)
         return {"curve": curve, "recall": means}
 
 
-def learn(job: NeedleJob) -> tuple[Transformer, list[dict[str, Any]]]:
+def pretrain(job: NeedleJob) -> tuple[Transformer, list[dict[str, Any]]]:
     """Train a model through the job's stages; return it and its curve, rows {step, rows, seq_len, loss, right}.
 
-    Embeddings start with standard deviation 1. Started like all weights they are drowned by what the layers add to
-    them, and the model does not learn which token came before which.
+    Embeddings start with standard deviation 1. If they started as small as other weights, the outputs of the layers
+    would drown them in the residual stream, and the model would not learn the order of tokens.
     """
     torch.manual_seed(job.seed)
     model = Transformer(job.model)
@@ -164,12 +167,12 @@ def learn(job: NeedleJob) -> tuple[Transformer, list[dict[str, Any]]]:
     return model, _fit(model, job.stages, job.needle, config, ("learn", job.seed))
 
 
-def stretched(model: Transformer, kind: str, yarn: YarnConfig) -> Transformer:
-    """Return a copy of `model` with other positions.
+def with_positions(model: Transformer, kind: str, yarn: YarnConfig) -> Transformer:
+    """Return a copy of `model` with another kind of positions.
 
-    plain: as it is. sharper: its frequencies, scores multiplied as YaRN multiplies them. interpolated: every frequency
-    divided by the factor (arXiv:2306.15595), scores as they are. yarn-frequencies: YaRN without its factor on scores.
-    yarn: both.
+    plain: unchanged. sharper: the same frequencies, and attention scores multiplied as in YaRN. interpolated: every
+    frequency divided by the factor (arXiv:2306.15595), scores unchanged. yarn-frequencies: YaRN without its factor on
+    scores. yarn: YaRN. Raises InputError for any other kind.
     """
     require_choice("kind", kind, KINDS)
     attention = model.config.attention
@@ -191,7 +194,7 @@ def stretched(model: Transformer, kind: str, yarn: YarnConfig) -> Transformer:
 
 @torch.no_grad()
 def needle_recall(model: Transformer, bins: Sequence[NeedleBatch]) -> list[float]:
-    """Share of questions whose answer is the likeliest token, for each batch. The model keeps the mode it was in."""
+    """The share of questions whose answer is the likeliest token, for each batch."""
     device, shares = model.embed.weight.device, []
     with eval_mode(model):
         for batch in bins:
@@ -201,8 +204,8 @@ def needle_recall(model: Transformer, bins: Sequence[NeedleBatch]) -> list[float
     return shares
 
 
-def _by_length(model: Transformer, asked: Mapping[int, Sequence[NeedleBatch]]) -> dict[str, list[float]]:
-    return {str(length): needle_recall(model, bins) for length, bins in asked.items()}
+def _recall_by_length(model: Transformer, questions: Mapping[int, Sequence[NeedleBatch]]) -> dict[str, list[float]]:
+    return {str(length): needle_recall(model, bins) for length, bins in questions.items()}
 
 
 def _fit(
@@ -211,18 +214,18 @@ def _fit(
     needle: NeedleConfig,
     config: TrainConfig,
     key: tuple[object, ...],
-    after: Any = None,
+    after: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train through `stages` with one optimizer and one schedule; after(steps done) is called after each step."""
+    """Train through `stages` with one optimizer and one schedule; call after(steps taken) after each step."""
     optimizer, curve, device = make_optimizer(model, config), [], model.embed.weight.device
     model.train()
     steps = [stage for stage in stages for _ in range(stage.steps)]
     for step, stage in enumerate(progress(steps, desc="needle", unit="step")):
         set_learning_rate(optimizer, learning_rate(step, config))
         batch = BATCHES[stage.rows](needle, stage.batch_size, stage.seq_len, *key, step)
-        told = batch.weights.to(device) > 0
-        targets = batch.tokens[:, 1:].to(device)[told]
-        logits = model(batch.tokens[:, :-1].to(device)).logits[told]
+        scored = batch.weights.to(device) > 0
+        targets = batch.tokens[:, 1:].to(device)[scored]
+        logits = model(batch.tokens[:, :-1].to(device)).logits[scored]
         loss = F.cross_entropy(logits, targets)
         loss.backward()
         if not math.isfinite(loss.item()):

@@ -1,4 +1,4 @@
-"""How the paper's validation models are trained again at a size that its reader can run."""
+"""The protocol of chapter 07: the paper's validation models, scaled down to a size that a reader can train."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,13 +12,14 @@ from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
 
 VERSION = 1  # of the protocol, notebooks/07_protocol.md
-MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # Figure 4
-ACTIVE = (3, 4, 5, 6)  # Figure 5, beside the 7 of training
+MASKED = (1 / 16, 2 / 16, 3 / 16, 4 / 16)  # Figure 4: shares of each token's top experts
+ACTIVE = (3, 4, 5, 6)  # Figure 5: routed experts per token; training has 7
 STANDARD = preset("dense-0.2B").ffn_width  # one standard FFN of DeepSeekMoE (arXiv:2401.06066), Section 4.1
 GATES = ("printed", "softmax", "softmax x m", "sigmoid", "sigmoid x m", "normalised x m")
 
 
-def _cut(m: int, n_shared_experts: int, n_routed_experts: int, top_k: int) -> ModelConfig:
+def _finer(m: int, n_shared_experts: int, n_routed_experts: int, top_k: int) -> ModelConfig:
+    """DeepSeekMoE 2B with experts of 1 / m of a standard FFN."""
     model = preset("deepseekmoe-2B")
     assert model.moe is not None
     moe = replace(model.moe, n_shared_experts=n_shared_experts, n_routed_experts=n_routed_experts, top_k=top_k)
@@ -36,21 +37,21 @@ MODELS: dict[str, ModelConfig] = {
     "gshard-x1.2": preset("gshard-x1.2"),
     "gshard-x1.5": preset("gshard-x1.5"),
     "deepseekmoe": preset("deepseekmoe-2B"),
-    # Figure 3, between gshard and deepseekmoe; the first is GShard with the gates of the others
-    "0+2-of-16": _cut(1, 0, 16, 2),
-    "1+1-of-15": _cut(1, 1, 15, 1),
-    "1+3-of-31": _cut(2, 1, 31, 3),
+    # Figure 3, between gshard and deepseekmoe; the first is GShard with DeepSeekMoE's kind of gates
+    "0+2-of-16": _finer(1, 0, 16, 2),
+    "1+1-of-15": _finer(1, 1, 15, 1),
+    "1+3-of-31": _finer(2, 1, 31, 3),
     # Section 4.4
-    "0+8-of-64": _cut(4, 0, 64, 8),
-    "2+6-of-62": _cut(4, 2, 62, 6),
-    "4+4-of-60": _cut(4, 4, 60, 4),
+    "0+8-of-64": _finer(4, 0, 64, 8),
+    "2+6-of-62": _finer(4, 2, 62, 6),
+    "4+4-of-60": _finer(4, 4, 60, 4),
     # Figure 6
-    "1+3-of-63": _cut(4, 1, 63, 3),
+    "1+3-of-63": _finer(4, 1, 63, 3),
 }
 
 
-# FFN and expert parameters in standard FFNs, all of a model's and those that a token meets: what the paper holds equal.
-# gshard-x1.2 is left out: its experts are 1.2 standard FFNs wide only as nearly as whole channels allow.
+# Total and active parameters of FFNs and experts, in standard FFNs, which the paper holds equal. gshard-x1.2 is left
+# out, because its experts are 1.2 standard FFNs wide only up to rounding to whole channels.
 UNITS = {
     "dense": (1, 1),
     "dense-x4": (4, 4),
@@ -61,20 +62,24 @@ UNITS = {
     "gshard-x1.5": (24, 3),
 }
 
-# Models that share a learning rate and gates of their own.
-FAMILIES = {
-    name: "dense" if model.moe is None else name.split("-")[0] if name[0].isalpha() else "deepseekmoe"
-    for name, model in MODELS.items()
-}
+
+def _family(name: str) -> str:
+    """A family shares a learning rate and gates; models named by their experts, as in 1+3-of-31, are DeepSeekMoE."""
+    if MODELS[name].moe is None:
+        return "dense"
+    return name.split("-")[0] if name[0].isalpha() else "deepseekmoe"
+
+
+FAMILIES = {name: _family(name) for name in MODELS}
 
 
 @dataclass(frozen=True)
 class Tier:
-    """Sizes and schedule at which the models of the paper are trained again.
+    """The sizes and the schedule with which the models of the paper are trained.
 
-    `dense` has one standard FFN; every width of the paper is scaled as that one is. Gates of a family: as printed,
-    which they are where none are named, or the softmax or sigmoid scores of the chosen experts, not normalised, or the
-    softmax scores normalised; "x m" times the number of pieces that a standard expert is cut in.
+    `dense` has one standard FFN; every width of the paper is scaled by the same ratio. The gates of a family are as
+    printed, which is the default, or the softmax or sigmoid scores of the chosen experts, not normalised, or their
+    softmax scores, normalised. "x m" multiplies them by m, the number of experts made from one standard FFN.
     """
 
     dense: ModelConfig
@@ -82,8 +87,8 @@ class Tier:
     corpus: CorpusConfig
     vocab_size: int
     balance: float  # weight of the expert-level loss, DeepSeekMoE Eq 12
-    gates: Mapping[str, str] = field(default_factory=dict)  # of families
-    lr: Mapping[str, float] = field(default_factory=dict)  # of families that have one of their own
+    gates: Mapping[str, str] = field(default_factory=dict)  # by family
+    lr: Mapping[str, float] = field(default_factory=dict)  # by family; others have that of `train`
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -93,24 +98,25 @@ class Tier:
             require_choice("gates", gates, GATES)
 
     def job(self, name: str) -> Job:
-        """The run of one of MODELS."""
+        """Return the run of one of MODELS."""
         require_choice("model", name, MODELS)
-        model, family = self.shrink(MODELS[name], self.gates.get(FAMILIES[name], "printed")), FAMILIES[name]
+        family = FAMILIES[name]
+        model = self.shrink(MODELS[name], self.gates.get(family, "printed"))
         balance = {"expert": self.balance} if model.moe and model.moe.scoring_func != "hash" else {}
         train = replace(self.train, balance=balance, lr=self.lr.get(family, self.train.lr))
         return Job(model=model, train=train, corpus=self.corpus, vocab_size=self.vocab_size, device=self.device)
 
     def jobs(self) -> dict[str, Job]:
-        """The runs of all MODELS, with what Figures 4 and 5 ask of a trained model.
+        """Return the runs of all MODELS, with the evaluations of Figures 4 and 5.
 
-        InputError where sizes are not those of UNITS: this tier's widths cannot be cut as the paper cuts its own.
+        Raises InputError if a model's size differs from UNITS: this tier's widths cannot be divided as in the paper.
         """
         jobs = {name: self.job(name) for name in MODELS}
         unit = parameters(self.dense).ffn.total
         for name, (total, active) in UNITS.items():
-            found = parameters(jobs[name].model).ffn
-            remedy = f"{name} needs {total * unit} and {active * unit}; choose a dense.ffn_width that 4 divides"
-            require((found.total, found.active) == (total * unit, active * unit), "expert parameters", found, remedy)
+            ffn = parameters(jobs[name].model).ffn
+            remedy = f"{name} needs {total * unit} and {active * unit}; choose a dense.ffn_width divisible by 4"
+            require((ffn.total, ffn.active) == (total * unit, active * unit), "expert parameters", ffn, remedy)
         return jobs | {
             "gshard-x1.5": replace(jobs["gshard-x1.5"], masked=MASKED),
             "gshard": replace(jobs["gshard"], masked=MASKED),
@@ -118,21 +124,21 @@ class Tier:
         }
 
     def shrink(self, model: ModelConfig, gates: str = "printed") -> ModelConfig:
-        """The model of the paper with this tier's sizes, and these gates."""
-        moe = model.moe and replace(model.moe, expert_width=self._width(model.moe.expert_width))
+        """Return a model of the paper with this tier's sizes and these gates."""
+        moe = model.moe and replace(model.moe, expert_width=self._scaled(model.moe.expert_width))
         if moe and gates != "printed":
-            scores, normalised = gates.removesuffix(" x m"), gates.startswith("normalised")
-            scores = "softmax" if normalised else scores
-            pieces = max(1, round(self.dense.ffn_width / moe.expert_width)) if " x m" in gates else 1
-            moe = replace(moe, scoring_func=scores, norm_topk_prob=normalised, routed_scaling_factor=float(pieces))
-        return replace(self.dense, ffn_width=self._width(model.ffn_width), moe=moe)
+            normalised = gates.startswith("normalised")
+            scores = "softmax" if normalised else gates.removesuffix(" x m")
+            m = max(1, round(self.dense.ffn_width / moe.expert_width)) if gates.endswith(" x m") else 1
+            moe = replace(moe, scoring_func=scores, norm_topk_prob=normalised, routed_scaling_factor=float(m))
+        return replace(self.dense, ffn_width=self._scaled(model.ffn_width), moe=moe)
 
-    def _width(self, printed: int) -> int:
+    def _scaled(self, printed: int) -> int:
         return round(printed * self.dense.ffn_width / STANDARD)
 
 
 def world(n_entities: int, n_relations: int, n_names: int = 32) -> WorldConfig:
-    """People whose relations share eight lists of 32 values: every word is one token, and text never comes twice."""
+    """A world whose relations share eight lists of 32 values: every word is one token, and no text is seen twice."""
     return WorldConfig(
         n_first=n_names,
         n_last=n_names,
@@ -145,7 +151,7 @@ def world(n_entities: int, n_relations: int, n_names: int = 32) -> WorldConfig:
     )
 
 
-# What the pilot settled, notebooks/07_protocol.md.
+# The outcome of the pilot, notebooks/07_protocol.md.
 CPU = Tier(
     ModelConfig(
         vocab_size=1024,
@@ -163,8 +169,8 @@ CPU = Tier(
     lr={"hash": 0.04},
 )
 
-# Sixteen times the facts, the expert weights and the tokens. No try was made at this size: rates are the CPU tier's
-# over the ratio of the widths, as matrices want it under AdamW (muP, arXiv:2203.03466).
+# Sixteen times the facts, the expert weights and the tokens. Nothing was tuned at this size: learning rates are those
+# of the CPU tier over the ratio of the widths, as muP scales those of matrices under AdamW (arXiv:2203.03466).
 GPU = Tier(
     ModelConfig(
         vocab_size=1024,

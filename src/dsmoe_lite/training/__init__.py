@@ -1,1 +1,1 @@
-"""Train a model: the loop, a whole job from one description, its folder, and where its results came from."""
+"""Training: the loop, a job from config to record, its run folder and checkpoints, and the provenance of results."""

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: its folder is locked, its settings checked, its state restored and saved."""
+"""The checkpoints of a run: lock its folder, check its settings, restore and save its state."""
 
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,9 +17,9 @@ from dsmoe_lite.training.run_folder import check_settings, lock
 
 
 class Checkpointer:
-    """Resumes a run from its folder and saves it there; without a folder it starts anew and saves nothing.
+    """Resumes a run from its folder and saves checkpoints there; without a folder it starts anew and saves nothing.
 
-    As a context manager it holds the folder's lock. Every method is collective.
+    As a context manager, it locks the folder. Every method is collective.
     """
 
     def __init__(
@@ -33,47 +33,51 @@ class Checkpointer:
     ) -> None:
         self._folder, self._model, self._optimizer = folder, model, optimizer
         self._batches, self._config, self._processes = batches, config, processes
-        self._held = ExitStack()
+        self._lock = ExitStack()
 
     def __enter__(self) -> "Checkpointer":
         folder = self._folder
         if folder is not None:
-            self._processes.on_rank0(lambda: self._held.enter_context(lock(folder)))
+            self._processes.on_rank0(lambda: self._lock.enter_context(lock(folder)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._held.close()
+        self._lock.close()
 
     def resume(self) -> Run:
         """Restore the newest checkpoint, if there is one, and return the run so far.
 
-        InputError if the folder holds a run with other settings, or a checkpoint of another version.
+        Raises InputError if the folder holds a run with other settings, or a checkpoint that does not fit.
         """
         torch.manual_seed(self._config.seed)
-        run = Run() if self._folder is None else self._restored(self._folder)
+        run = Run() if self._folder is None else self._restore(self._folder)
         self._processes.seed_rank(run.steps_done)
         return run
 
     def save_if_due(self, run: Run, *, last: int, stopped: bool) -> None:
-        """Save after the step just taken if it is the `last`, if training was stopped, or every checkpoint_every."""
+        """Save a checkpoint after the `last` step, if training was stopped, and every checkpoint_every steps."""
         every = self._config.checkpoint_every
         due = stopped or run.steps_done == last or (every and run.steps_done % every == 0)
         if self._folder is not None and due:
             state = vars(run) | {"batches": self._batches.state_dict()}
             self._processes.save(self._folder, run.steps_done, self._model, self._optimizer, state)
 
-    def _restored(self, folder: Path) -> Run:
+    def _restore(self, folder: Path) -> Run:
         model, processes = self._model, self._processes
-        data = self._batches.describe()
-        settings = {"model": to_dict(model.config), "train": to_dict(self._config), "data": data}
+        settings = {
+            "model": to_dict(model.config),
+            "train": to_dict(self._config),
+            "data": self._batches.describe(),
+        }
         processes.check_same(settings)
         processes.on_rank0(lambda: check_settings(folder, settings))
         state = processes.load(folder, model, self._optimizer)
         if state is None:
             return Run()
         known = state.keys() == {"batches", *vars(Run())}
-        require(known, "checkpoint", str(folder), "another version of dsmoe wrote it")
+        remedy = "another version of dsmoe-lite wrote it; resume with that version, or choose another folder"
+        require(known, "checkpoint", str(folder), remedy)
         self._batches.load_state_dict(state.pop("batches"))
         return Run(**state)

@@ -1,15 +1,15 @@
-"""How to train, as a frozen dataclass that refuses what cannot work when it is made."""
+"""The training config: a frozen dataclass that refuses values that cannot work when it is created."""
 
 from dataclasses import dataclass, field
 
-from dsmoe_lite.common.errors import require, require_choice, require_number, require_whole
+from dsmoe_lite.common.errors import require, require_choice, require_int, require_number
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How to train. A step sees batch_size * grad_accum sequences of seq_len tokens."""
+    """How to train. A step trains on batch_size * grad_accum sequences of seq_len tokens."""
 
     steps: int
     batch_size: int = 16
@@ -17,23 +17,23 @@ class TrainConfig:
     grad_accum: int = 1
     lr: float = 3e-3
     warmup_steps: int = 50
-    final_lr_share: float = 0.1  # the cosine ends at this share of lr
-    weight_decay: float = 0.1  # on matrices; not on norms, nor on the router
+    final_lr_share: float = 0.1  # of lr, at the end of the cosine decay
+    weight_decay: float = 0.1  # on matrices, but not on norms or routers
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0
-    balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # loss -> weight, on each MoE layer
-    bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves in a step
+    balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # name -> alpha, for every MoE layer
+    bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves per step
     precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
-    checkpoint_every: int = 0  # steps; 0: only when the run ends or is interrupted
-    routing_every: int = 20  # steps between two entries of balance figures
+    checkpoint_every: int = 0  # steps; 0: only if the run ends or is interrupted
+    routing_every: int = 20  # steps between two records of balance figures
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "seq_len", "grad_accum", "routing_every"):
-            require_whole(name, getattr(self, name), 1)
+            require_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "checkpoint_every", "seed"):
-            require_whole(name, getattr(self, name), 0, 2**31 - 1)
+            require_int(name, getattr(self, name), 0, 2**31 - 1)
         for name in ("lr", "grad_clip"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("weight_decay", "bias_speed"):
@@ -46,19 +46,19 @@ class TrainConfig:
         require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
 
     def check_fits(self, moe: MoEConfig | None) -> None:
-        """Raise InputError if a model lacks what a loss or the bias needs; a dense model ignores the other losses."""
-        by_devices = moe is not None and moe.n_group > 1
-        by_logits = moe is not None and moe.noisy_gating and not moe.expert_bias and moe.topk_group == moe.n_group
+        """Raise InputError if a model lacks what a loss or the bias needs. A dense model ignores the other losses."""
+        has_devices = moe is not None and moe.n_group > 1
+        top_logits_win = moe is not None and moe.noisy_gating and not moe.expert_bias and moe.topk_group == moe.n_group
         needs = {
-            **dict.fromkeys(DEVICE_LOSSES, (by_devices, "needs a model with n_group > 1")),
-            "load": (
-                by_logits,
-                "needs a model with noisy_gating, without expert_bias, and topk_group = n_group: the K best logits win",
+            **dict.fromkeys(DEVICE_LOSSES, (has_devices, "needs a model with n_group > 1")),
+            "load": (  # defined only if the K largest noisy logits win
+                top_logits_win,
+                "needs a model with noisy_gating, without expert_bias, and topk_group = n_group",
             ),
             "sequence": (moe is None or moe.chooser == "token", "is not defined for a model with chooser = 'expert'"),
         }
         for name, (fits, remedy) in needs.items():
             weight = self.balance.get(name, 0.0)
             require(fits or not weight, f"balance weight of {name}", weight, remedy)
-        biased = moe is not None and moe.expert_bias
-        require(biased or not self.bias_speed, "bias_speed", self.bias_speed, "needs a model with expert_bias")
+        has_bias = moe is not None and moe.expert_bias
+        require(has_bias or not self.bias_speed, "bias_speed", self.bias_speed, "needs a model with expert_bias")

@@ -1,4 +1,4 @@
-"""A whole run from one description: model, corpus, tokenizer, training, evaluation, record."""
+"""A job: one description of model, corpus, training and evaluation, from which a run makes its record."""
 
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -10,9 +10,10 @@ import torch
 from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import save_model
-from dsmoe_lite.common.errors import InputError, require, require_choice, require_number, require_same, require_whole
+from dsmoe_lite.common.errors import InputError, require, require_choice, require_int, require_number, require_same
 from dsmoe_lite.common.files import write_json
 from dsmoe_lite.common.machine import resolve_device
+from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
 from dsmoe_lite.config import ModelConfig, from_dict, read_yaml, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
@@ -27,7 +28,7 @@ from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
-from dsmoe_lite.training.record import Run, run_record
+from dsmoe_lite.training.record import READABLE_VERSIONS, Run, run_record
 from dsmoe_lite.training.train import train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
@@ -35,7 +36,7 @@ CORPORA = ("world", "stdlib", "folder", "hub")
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Which text: `world` with its own settings, `stdlib`, `folder` with a path, `hub` with a data set's name."""
+    """The corpus: `world` with its settings, `stdlib`, `folder` with a path, or `hub` with the name of a data set."""
 
     kind: str = "world"
     world: WorldConfig = field(default_factory=WorldConfig)
@@ -50,75 +51,79 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Everything that decides a run. The model's vocabulary is set by the tokenizer that is trained on the corpus."""
+    """All settings of a run. The tokenizer trained on the corpus sets the vocabulary of the model."""
 
     model: ModelConfig
     train: TrainConfig
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     vocab_size: int = 1024
-    first_document: int = 0  # where in the corpus training starts to read
+    first_document: int = 0  # the document of the corpus at which training starts
     n_heldout_batches: int = 16
-    masked: tuple[float, ...] = ()  # evaluated again with these shares of each token's best experts out of reach
-    active: tuple[int, ...] = ()  # evaluated again with so many routed experts a token
+    masked: tuple[float, ...] = ()  # also evaluate with each of these shares of every token's top experts masked
+    active: tuple[int, ...] = ()  # also evaluate with each of these numbers of routed experts per token
     device: str = "auto"
-    expert_parallel: int = 0  # under torchrun, processes that share one set of experts; 0: all of them
+    expert_parallel: int = 0  # under torchrun, the processes that share one set of experts; 0: all of them
 
     def __post_init__(self) -> None:
-        require_whole("vocab_size", self.vocab_size, 257)
-        require_whole("first_document", self.first_document, 0)
-        require_whole("n_heldout_batches", self.n_heldout_batches, 1)
+        require_int("vocab_size", self.vocab_size, 257)
+        require_int("first_document", self.first_document, 0)
+        require_int("n_heldout_batches", self.n_heldout_batches, 1)
         require_choice("device", self.device, ("auto", "cpu", "cuda"))
-        require_whole("expert_parallel", self.expert_parallel, 0)
+        require_int("expert_parallel", self.expert_parallel, 0)
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
         self.train.check_fits(self.model.moe)
         for share in self.masked:
             require_number("masked", share, 0.0, 1.0)
         for k in self.active:
-            require_whole("active", k, 1)
+            require_int("active", k, 1)
 
     def seeded(self, seed: int, n_streams: int) -> "Job":
-        """The same run with another seed: it draws the weights and sets where in the corpus reading starts.
+        """Return the same run with another seed, which decides the weights and the first document.
 
-        The corpus has n_streams parts, one a seed.
+        The corpus is divided into n_streams parts, one per seed.
         """
         start = seed * self.corpus.world.n_documents // n_streams
         return replace(self, train=replace(self.train, seed=seed), first_document=start)
 
     def run(self) -> dict[str, Any]:
-        """The run's record."""
+        """Run the job and return its record."""
         return run_job(self)
 
     def check_record(self, record: Mapping[str, Any]) -> None:
-        """Raise InputError naming the first setting in which a record is not of this run.
+        """Raise InputError if `record` has an unknown schema version, or naming the first setting that differs.
 
-        Records of schema_version 1 describe balance losses otherwise: of how they were trained only steps and seed are
-        compared.
+        Records of version 1 describe balance losses differently: of their training, only steps and seed are compared.
         """
         require(bool(record.get("model")), "model", record.get("model"), "is missing: not the record of a run")
+        version = record.get("schema_version")
+        require_schema(version, READABLE_VERSIONS, RECORD_REMEDY)
         model = from_dict(ModelConfig, record["model"])
-        found: dict[str, Any] = {"model": to_dict(model), "first_document": record["first_document"]}
-        found["train"] = record["train"]
-        wanted: dict[str, Any] = {
+        recorded: dict[str, Any] = {
+            "model": to_dict(model),
+            "first_document": record["first_document"],
+            "train": record["train"],
+        }
+        expected: dict[str, Any] = {
             "model": to_dict(replace(self.model, vocab_size=model.vocab_size)),
             "first_document": self.first_document,
             "train": to_dict(self.train),
         }
-        if record["schema_version"] == 1:
-            for settings in (found, wanted):
+        if version == 1:
+            for settings in (recorded, expected):
                 settings["train"] = {name: settings["train"][name] for name in ("steps", "seed")}
         else:
-            found["train"] = to_dict(from_dict(TrainConfig, found["train"]))
-        found |= {name: sorted(record.get(name, {})) for name in ("masked", "active")}
-        wanted |= {"masked": sorted(map(str, self.masked)), "active": sorted(map(str, self.active))}
+            recorded["train"] = to_dict(from_dict(TrainConfig, recorded["train"]))
+        recorded |= {name: sorted(record.get(name, {})) for name in ("masked", "active")}
+        expected |= {"masked": sorted(map(str, self.masked)), "active": sorted(map(str, self.active))}
         if self.corpus.kind == "world":
-            found["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
-            wanted["corpus"] = to_dict(self.corpus.world)
-        require_same(found, wanted)
+            recorded["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
+            expected["corpus"] = to_dict(self.corpus.world)
+        require_same(recorded, expected)
 
 
 def read_job(path: Path) -> Job:
-    """Read a job from YAML or JSON; `model` may be a preset's name. InputError names what is wrong."""
+    """Read a job from YAML or JSON; `model` may be the name of a preset. Raises InputError naming what is wrong."""
     values = read_yaml(path)
     try:
         if isinstance(values.get("model"), str):
@@ -129,7 +134,7 @@ def read_job(path: Path) -> Job:
 
 
 def make_corpus(config: CorpusConfig) -> Corpus:
-    """Return the corpus a config names."""
+    """Make the corpus that a config names."""
     if config.kind == "world":
         return World(config.world)
     if config.kind == "stdlib":
@@ -137,18 +142,21 @@ def make_corpus(config: CorpusConfig) -> Corpus:
     return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
 
 
-def corpus_of(facts: Mapping[str, Any]) -> Corpus:
-    """Return the corpus that a model file was trained on, by its facts. InputError where they do not hold enough."""
-    trained_on: Mapping[str, Any] = facts.get("corpus", {})
-    name = trained_on.get("name")
+def corpus_of(metadata: Mapping[str, Any]) -> Corpus:
+    """Make the corpus that a model was trained on, from the metadata of its file.
+
+    Raises InputError if the metadata does not locate the corpus: a folder, or a data set of the Hub.
+    """
+    corpus: Mapping[str, Any] = metadata.get("corpus", {})
+    name = corpus.get("name")
     if name == "world":
-        return World(from_dict(WorldConfig, trained_on["config"]))
-    require(name == "stdlib", "corpus", name, "a model file does not say where such text lies; give a folder of text")
+        return World(from_dict(WorldConfig, corpus["config"]))
+    require(name == "stdlib", "corpus", name, "the model file does not locate this text; give a folder of text")
     return Stdlib()
 
 
 def first_steps(job: Job, steps: int) -> Run:
-    """The first `steps` steps of a run, as they are in the whole one; nothing is evaluated or kept."""
+    """Take the first `steps` steps of a run, exactly as in the full run; evaluate nothing and write nothing."""
     _, _, model, batches = _prepare(job, SINGLE_PROCESS)
     return train(model, batches, job.train, until=steps)
 
@@ -156,71 +164,71 @@ def first_steps(job: Job, steps: int) -> Run:
 def run_job(
     job: Job, folder: Path | None = None, *, snapshots: Collection[int] = (), processes: Processes = SINGLE_PROCESS
 ) -> dict[str, Any]:
-    """Train and evaluate; with `folder`, resume what is there and leave model.safetensors and record.json.
+    """Train and evaluate a model; return the run's record.
 
-    `snapshots`, for which a folder is needed: also the model after so many steps, as step<n>.safetensors. Of many
-    `processes`, each of which must call with the same job, one gathers the trained model, evaluates it and returns the
-    record; the others do not wait for it, and return nothing.
-    Interrupted, it ends with KeyboardInterrupt after the current step; `folder` then holds a checkpoint to go on from.
+    folder: the run folder, from which a stopped run resumes. It gets model.safetensors and record.json.
+    snapshots: also save the model after each of these numbers of steps, as step<n>.safetensors; needs `folder`.
+    processes: if many, all must call with the same job. Rank 0 gathers the trained model, evaluates it and returns the
+    record. The others return an empty record without waiting for it.
+
+    An interrupt raises KeyboardInterrupt after the current step; `folder` then has a checkpoint from which to resume.
     """
     for step in snapshots:
-        require_whole("snapshot", step, 1, job.train.steps)
-    require(folder is not None or not snapshots, "snapshots", snapshots, "need a folder")
+        require_int("snapshot", step, 1, job.train.steps)
+    require(folder is not None or not snapshots, "snapshots", snapshots, "need a run folder")
     corpus, tokenizer, model, batches = _prepare(job, processes)
-    held_back = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
-    about = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
+    heldout = heldout_batches(corpus, tokenizer, 64, job.train.seq_len, job.n_heldout_batches)
+    metadata = {"corpus": corpus.fingerprint(), "tokenizer": tokenizer.to_str()}
 
-    def keep(step: int) -> None:
+    def save_snapshot(step: int) -> None:
         if folder is None or step not in snapshots:
             return
         path, full = folder / f"step{step}.safetensors", processes.gather_model(model)
-        processes.on_rank0(lambda: save_model(path, cast(Transformer, full), **about))
+        processes.on_rank0(lambda: save_model(path, cast(Transformer, full), **metadata))
 
-    run = train(model, batches, job.train, folder=folder, after=keep, processes=processes)
+    run = train(model, batches, job.train, folder=folder, after=save_snapshot, processes=processes)
     if run.steps_done < job.train.steps:
         raise KeyboardInterrupt
     full = processes.gather_model(model)
     if full is None:
         return {}
     if folder is not None:
-        save_model(folder / "model.safetensors", full, **about)
+        save_model(folder / "model.safetensors", full, **metadata)
     facts = {"first_document": job.first_document, "processes": processes.size}
-    facts |= _evaluated(job, full, corpus, tokenizer, held_back)
+    facts |= _evaluate(job, full, corpus, tokenizer, heldout)
     record = run_record(run, full, job.train, **facts)
     if folder is not None:
         write_json(folder / "record.json", record)
     return record
 
 
-def _evaluated(
-    job: Job, model: Transformer, corpus: Corpus, tokenizer: Tokenizer, held_back: list[Batch]
+def _evaluate(
+    job: Job, model: Transformer, corpus: Corpus, tokenizer: Tokenizer, heldout: list[Batch]
 ) -> dict[str, Any]:
-    """What a trained model knows, and what is left of it after the job's interventions."""
-    held_out = heldout_loss(model, held_back, corpus.domains)
-    known: dict[str, float] = {}
-    if isinstance(corpus, World):
-        known = recall(model, tokenizer, corpus.all_questions())
+    """Measure held-out loss and recall of a trained model, and its held-out loss after the job's interventions."""
+
+    def losses(changed: Transformer) -> dict[str, Any]:
+        result = heldout_loss(changed, heldout, corpus.domains)
+        return {"heldout_loss": result.loss, "heldout_by_domain": result.by_domain}
+
+    result = heldout_loss(model, heldout, corpus.domains)
+    recalls = recall(model, tokenizer, corpus.all_questions()) if isinstance(corpus, World) else {}
     facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
-    facts |= {"heldout_loss": held_out.loss, "heldout_by_domain": held_out.by_domain, "recall": known}
-    if held_out.experts:
-        facts["heldout_experts"] = [to_dict(layer) for layer in held_out.experts]
-
-    def losses_of(changed: Transformer) -> dict[str, Any]:
-        found = heldout_loss(changed, held_back, corpus.domains)
-        return {"heldout_loss": found.loss, "heldout_by_domain": found.by_domain}
-
+    facts |= {"heldout_loss": result.loss, "heldout_by_domain": result.by_domain, "recall": recalls}
+    if result.experts:
+        facts["heldout_experts"] = [to_dict(layer) for layer in result.experts]
     if job.model.moe is not None and job.model.moe.n_shared_experts:
-        with suppress(InputError):  # one more routed expert may be out of reach
-            facts["shared_swapped"] = losses_of(swap_shared(model, job.model.moe.n_shared_experts))
+        with suppress(InputError):  # there may be no further routed experts to replace the shared ones
+            facts["shared_swapped"] = losses(swap_shared(model, job.model.moe.n_shared_experts))
     if job.masked:
-        facts["masked"] = {str(share): losses_of(mask_top(model, share)) for share in job.masked}
+        facts["masked"] = {str(share): losses(mask_top(model, share)) for share in job.masked}
     if job.active:
-        facts["active"] = {str(k): losses_of(with_active(model, k)) for k in job.active}
+        facts["active"] = {str(k): losses(with_active(model, k)) for k in job.active}
     return facts
 
 
 def _prepare(job: Job, processes: Processes) -> tuple[Corpus, Tokenizer, Transformer, Batches]:
-    """What a run starts with: its text, and the model as it is before the first step."""
+    """Make corpus, tokenizer, the model before its first step, and its batches."""
     device = resolve_device(job.device)
     processes.join(device)
     processes.check_same(to_dict(job))

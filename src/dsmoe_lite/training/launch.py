@@ -1,4 +1,4 @@
-"""The processes of a training run as torchrun started them, and how they end when one of them is lost."""
+"""The processes of a training run as torchrun started them, and how they exit if one of them is lost."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,22 +11,22 @@ from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
 
 
 @contextmanager
-def launched_processes(patience: float = 600.0) -> Iterator[Processes]:
+def launched_processes(timeout: float = 600.0) -> Iterator[Processes]:
     """Yield torchrun's processes, or a single process if torchrun did not start this one.
 
-    patience: seconds to wait for another process. If one is lost, or silent for longer, RunError is raised on one
-    process per host; NCCL aborts with its own message instead. An error on all processes, or an interrupt, is raised on
-    rank 0; the others exit silently.
+    timeout: seconds to wait for another process. If one is lost, or silent for longer, raises RunError on one process
+    per host; NCCL aborts with its own message instead. An error on all processes, or an interrupt, is raised on rank 0;
+    the others exit silently.
     """
-    require_number("patience", patience, 0.0, open_low=True)
+    require_number("patience", timeout, 0.0, open_low=True)  # named as the option of `dsmoe train`
     if not dist.is_torchelastic_launched():
         yield SINGLE_PROCESS
         return
-    from dsmoe_lite.parallel.distributed import Distributed  # imports for half a second
+    from dsmoe_lite.parallel.distributed import Distributed  # its import takes half a second
 
     store, rank, size = next(dist.rendezvous("env://"))
-    store.set_timeout(timedelta(seconds=patience))
-    processes = Distributed(store, rank, size, patience)
+    store.set_timeout(timedelta(seconds=timeout))
+    processes = Distributed(store, rank, size, timeout)
     try:
         yield processes
     except (InputError, RunError, OSError) as error:
@@ -34,7 +34,7 @@ def launched_processes(patience: float = 600.0) -> Iterator[Processes]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        processes.exit_after_loss(" ".join(str(error).split()))
+        processes.exit_after_failed_collective(" ".join(str(error).split()))
     except KeyboardInterrupt:
         if processes.is_rank0:
             raise
@@ -44,5 +44,5 @@ def launched_processes(patience: float = 600.0) -> Iterator[Processes]:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed: NCCL raises a class of its own, gloo only a message."""
+    """Whether a collective failed: NCCL raises its own class, gloo only a message."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -20,7 +20,7 @@ PLAIN_LOSSES = {
     "expert": balance.expert_loss,
     "sequence": balance.sequence_loss,
 }
-DEVICE_LOSSES = ("device", "communication")  # each group of experts of the config is a device
+DEVICE_LOSSES = ("device", "communication")  # a group of experts in the config is a device
 BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
 
 
@@ -30,7 +30,7 @@ def balance_terms(
     weights: Mapping[str, float],
     all_reduce: balance.AllReduce = balance.single_process,
 ) -> Tensor:
-    """Sum the balance losses of every MoE layer, times their `weights` (name -> alpha); 0 for a dense model.
+    """Sum the balance losses of all MoE layers, times their `weights` (name -> alpha); 0 for a dense model.
 
     all_reduce: as in `layers.balance`, for a batch that is divided among processes.
     """

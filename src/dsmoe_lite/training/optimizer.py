@@ -1,4 +1,4 @@
-"""AdamW with a warm-up and a cosine decay, and gradient clipping."""
+"""AdamW, and its learning rate: a warm-up and a cosine decay."""
 
 import math
 
@@ -9,19 +9,19 @@ from dsmoe_lite.training.config import TrainConfig
 
 
 def make_optimizer(model: Transformer, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices only, not on the router."""
+    """Return AdamW with weight decay on all matrices but those of routers."""
     decayed = [p for name, p in model.named_parameters() if p.ndim >= 2 and ".router." not in name]
-    plain = [p for name, p in model.named_parameters() if p.ndim < 2 or ".router." in name]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    undecayed = [p for name, p in model.named_parameters() if p.ndim < 2 or ".router." in name]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of `step` (from 0): linear warm-up, then a cosine down to final_lr_share * lr."""
+    """Return the learning rate of `step` (from 0): a linear warm-up, then a cosine decay to final_lr_share * lr."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    progress = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr * (config.final_lr_share + (1 - config.final_lr_share) * cosine)
 
 

@@ -1,6 +1,6 @@
-"""The processes that train one model: a single one here, many in `parallel.distributed`.
+"""The processes that train one model: the protocol, and a single process. `parallel.distributed` has many.
 
-The training loop asks for what differs between one process and many by these names only.
+Everything in training that differs between one process and many is a method of this protocol.
 """
 
 import signal
@@ -15,13 +15,13 @@ from dsmoe_lite.checkpoint import CHECKPOINT, load_training, save_training
 from dsmoe_lite.common.errors import require
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint_folders import CHECKPOINTS, newest
+from dsmoe_lite.parallel.checkpoint_folders import CHECKPOINTS, newest_checkpoint
 
 T = TypeVar("T")
 
 
 class Processes(Protocol):
-    """The processes of one run. What is marked collective must be called by all of them, in the same order."""
+    """The processes of one run. All of them must call the collective methods, in the same order."""
 
     rank: int
     size: int
@@ -38,60 +38,66 @@ class Processes(Protocol):
         """Raise InputError unless all processes have the same JSON-able `settings`. Collective."""
 
     def shard(self, model: Transformer, expert_parallel: int) -> None:
-        """Shard `model` in place; `expert_parallel` processes share one set of experts, 0: all of them. Collective."""
+        """Shard `model` in place over the processes. Collective.
+
+        expert_parallel: processes that share one set of experts; 0: all. Raises InputError if it does not fit.
+        """
 
     def gather_model(self, model: Transformer) -> Transformer | None:
         """Gather the full model on rank 0; None elsewhere. Collective."""
 
     def rows(self, n_sequences: int, moe: MoEConfig | None) -> slice:
-        """The sequences of a batch that this process takes. InputError if the batch cannot be divided."""
+        """The sequences of a batch that this process takes. Raises InputError if the batch cannot be divided."""
 
     def all_reduce_sum(self, part: Tensor) -> Tensor:
-        """Sum over processes; the gradient is that of this process's part. Collective."""
+        """Sum `part` over processes; the gradient is that of this process's part. Collective."""
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process. Collective."""
 
     def grad_norm(self, weights: list[nn.Parameter]) -> Tensor:
-        """The norm of all gradients of the full model. Collective."""
+        """The norm of all gradients of the full model; `weights` are this process's. Collective."""
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0; return its result, plain data, or raise its error on every process. Collective."""
+        """Run `work` on rank 0; return its result, which must be plain data, or raise its error on all. Collective."""
 
     def seed_rank(self, step: int) -> None:
-        """Seed this process's noise from `step` on, unlike that of any other process."""
+        """Give each process its own random numbers from `step` on."""
 
     def save(
         self, folder: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW, state: dict[str, Any]
     ) -> None:
-        """Write a checkpoint into the run folder. RunError if the disk refuses. Collective."""
+        """Write a checkpoint into the run folder. Raises RunError if it cannot be written. Collective."""
 
     def load(self, folder: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any] | None:
-        """Restore the newest checkpoint and return its `state`, or None. InputError if it does not fit. Collective."""
+        """Restore the newest checkpoint and return its `state`, or None if there is none. Collective.
+
+        Raises InputError if the checkpoint is damaged or of another model.
+        """
 
 
 class SingleProcess:
-    """One process: it takes every row, and its sums are already complete."""
+    """A single process: it takes all rows, and its sums are already complete."""
 
     rank, size = 0, 1
     is_rank0 = True
     stop_signals: tuple[signal.Signals, ...] = (signal.SIGINT,)
 
     def join(self, device: str) -> None:
-        """Nothing to join."""
+        """Do nothing: there is no process group."""
 
     def check_same(self, settings: dict[str, Any]) -> None:
-        """Nothing to compare with."""
+        """Do nothing: there is no other process."""
 
     def shard(self, model: Transformer, expert_parallel: int) -> None:
-        """Leave the model whole."""
+        """Leave the model unsharded."""
 
     def gather_model(self, model: Transformer) -> Transformer | None:
-        """Return the model itself."""
+        """Return `model`."""
         return model
 
     def rows(self, n_sequences: int, moe: MoEConfig | None) -> slice:
-        """All rows."""
+        """Return all rows."""
         return slice(0, n_sequences)
 
     def all_reduce_sum(self, part: Tensor) -> Tensor:
@@ -103,7 +109,7 @@ class SingleProcess:
         return flag
 
     def grad_norm(self, weights: list[nn.Parameter]) -> Tensor:
-        """The norm of all gradients."""
+        """Return the norm of all gradients."""
         return torch.nn.utils.get_total_norm([weight.grad for weight in weights if weight.grad is not None])
 
     def on_rank0(self, work: Callable[[], T]) -> T:
@@ -111,18 +117,18 @@ class SingleProcess:
         return work()
 
     def seed_rank(self, step: int) -> None:
-        """Keep the random state: it resumes exactly."""
+        """Keep the random state, which checkpoints restore exactly."""
 
     def save(
         self, folder: Path, step: int, model: Transformer, optimizer: torch.optim.AdamW, state: dict[str, Any]
     ) -> None:
-        """Write one file, replacing the checkpoint before it."""
+        """Write one file in place of the earlier checkpoint."""
         save_training(folder / CHECKPOINT, model, optimizer, state)
 
     def load(self, folder: Path, model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Any] | None:
-        """Read that file. InputError if a run of torchrun started this folder."""
-        sharded = newest(folder / CHECKPOINTS)
-        remedy = "torchrun's processes wrote it; continue with torchrun, with one process if need be"
+        """Read that file. Raises InputError if the folder has a checkpoint of torchrun's processes."""
+        sharded = newest_checkpoint(folder / CHECKPOINTS)
+        remedy = "torchrun's processes wrote it; continue with torchrun, which may start a single process"
         require(sharded is None, "checkpoint", str(sharded), remedy)
         checkpoint = folder / CHECKPOINT
         return load_training(checkpoint, model, optimizer) if checkpoint.is_file() else None

@@ -1,4 +1,4 @@
-"""Where a result came from: versions, device, commit."""
+"""The provenance of a result: versions, device and commit."""
 
 import os
 import platform
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_lite import __version__
-from dsmoe_lite.common.paths import REPOSITORY
+from dsmoe_lite.common.paths import IS_CLONE, REPOSITORY
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, device, threads and commit for a run record. A tree with changes is marked `+changes`."""
+    """Return versions, device, threads and commit for a record. Uncommitted changes add `+changes` to the commit."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -31,9 +31,9 @@ def provenance() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The processor's name as its maker gives it, "" where the system does not say."""
+    """The processor's model name, or "" if the system does not report it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux, where platform says nothing
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()  # Linux: platform reports nothing
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,9 +41,12 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+    if not IS_CLONE:
+        return None  # the environment may be inside the checkout of another project
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(REPOSITORY), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""What a training run leaves: losses, balance figures, time, and its JSON record."""
+"""The results of a training run: losses, balance figures, times, and the JSON record."""
 
 import math
 import time
@@ -17,12 +17,13 @@ from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import Processes
 from dsmoe_lite.training.provenance import provenance
 
-SCHEMA_VERSION = 2  # version 1 had one balance loss, and no loads
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # version 1 has one balance loss, and no loads
 
 
 @dataclass
 class Run:
-    """One loss per step, balance figures every routing_every steps, time and progress."""
+    """The results so far: a loss per step, balance figures every routing_every steps, and times."""
 
     losses: list[float] = field(default_factory=list)  # next-token cross-entropy in nats, without balance losses
     routing: list[dict[str, Any]] = field(default_factory=list)  # as `routing_figures` returns them
@@ -41,7 +42,7 @@ class Run:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def add_step(self, loss: float, config: TrainConfig, stopwatch: "Stopwatch") -> None:
-        """Record one step. DivergedError if its loss is not finite."""
+        """Record one step. Raises DivergedError if its loss is not finite."""
         if not math.isfinite(loss):
             raise DivergedError(
                 f"loss = {loss} at step {self.steps_done}: lower lr = {config.lr:g} or raise warmup_steps"
@@ -60,30 +61,30 @@ class Stopwatch:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def lap(self) -> tuple[float, float]:
-        """Return the seconds since the last lap, and start the next."""
+        """Return the wall and CPU seconds since the last lap, and start the next one."""
         wall, cpu = time.perf_counter(), time.process_time()
-        took = wall - self._wall, cpu - self._cpu
+        elapsed = wall - self._wall, cpu - self._cpu
         self._wall, self._cpu = wall, cpu
-        return took
+        return elapsed
 
 
 def routing_figures(step: int, routings: Sequence[Routing], processes: Processes) -> dict[str, Any]:
     """Balance figures of one batch: step, max_vio and drop_rate (means over MoE layers), loads (MoE layers, E).
 
-    Collective: every process passes the routings of its own part of the batch.
+    Collective: every process passes the routings of its own rows of the batch.
     """
     counts = processes.all_reduce_sum(torch.stack([routing.counts for routing in routings]))  # (MoE layers, E)
-    kept = processes.all_reduce_sum(torch.stack([routing.kept.sum() for routing in routings])).tolist()
-    assigned, n_layers = counts.sum(dim=1).clamp(min=1).tolist(), len(routings)
+    n_kept = processes.all_reduce_sum(torch.stack([routing.kept.sum() for routing in routings])).tolist()
+    n_choices, n_layers = counts.sum(dim=1).clamp(min=1).tolist(), len(routings)
     loads = relative_load(counts).tolist()
-    vio = sum(max(layer) - 1 for layer in loads) / n_layers
-    dropped = sum(1 - k / n for k, n in zip(kept, assigned, strict=True)) / n_layers
+    max_vio = sum(max(layer) - 1 for layer in loads) / n_layers
+    drop_rate = sum(1 - kept / choices for kept, choices in zip(n_kept, n_choices, strict=True)) / n_layers
     rounded = [[round(value, 3) for value in layer] for layer in loads]
-    return {"step": step, "max_vio": round(vio, 4), "drop_rate": round(dropped, 4), "loads": rounded}
+    return {"step": step, "max_vio": round(max_vio, 4), "drop_rate": round(drop_rate, 4), "loads": rounded}
 
 
 def run_record(run: Run, model: Transformer, config: TrainConfig, **facts: Any) -> dict[str, Any]:
-    """Return the JSON-able record of a run: configs, seeds, curve, speed, versions, commit, and `facts`."""
+    """Return the JSON-able record of a run: configs with the seed, curve, speed, `facts` and provenance."""
     return {
         "schema_version": SCHEMA_VERSION,
         "model": to_dict(model.config),

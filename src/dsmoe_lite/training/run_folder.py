@@ -1,7 +1,7 @@
-"""A training run's folder: one process at a time trains in it, and its settings never change."""
+"""The folder of a training run: one process at a time trains in it, and its settings never change."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,31 +14,31 @@ from dsmoe_lite.common.files import write_json
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Make `folder` and lock it for this process; RunError if another process holds the lock."""
+    """Make `folder` and lock it for this process. Raises RunError if another process has locked it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock", timeout=0):
             yield
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{folder}: is not a folder; choose another place for the run") from None
+        raise InputError(f"{folder}: is not a folder; choose another folder for the run") from None
     except Timeout:
         raise RunError(f"{folder}: another process is training in this folder; wait for it or choose another") from None
 
 
 def check_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
-    """Write `settings` into a new run's folder; in an old one raise InputError if they differ from those recorded."""
+    """Store the `settings` of a new run, or raise InputError if those stored in the folder differ."""
     path = folder / "settings.json"
     if not path.is_file():
         write_json(path, settings)
-    recorded = _read(path, settings)
+    stored = _read(path, settings)
     current: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     for part, values in current.items():
         for name, value in values.items():
-            old = recorded[part].get(name)
+            old = stored[part].get(name)
             require(old == value, f"{part}.{name}", value, f"{folder} holds a run with {old!r}; choose another folder")
 
 
-def _read(path: Path, parts: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _read(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Any]]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         return {part: dict(settings[part]) for part in parts}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from dsmoe_lite.common.errors import require_whole
+from dsmoe_lite.common.errors import require_int
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.layers.balance import update_bias
@@ -32,22 +32,23 @@ def train(
     after: Callable[[int], None] | None = None,
     processes: Processes = SINGLE_PROCESS,
 ) -> Run:
-    """Train `model` in place and return its Run; with `folder`, keep checkpoints there and resume from the newest.
+    """Train `model` in place and return its Run.
 
-    until: stop after this many of config.steps, with the learning rates of the whole run; None: take them all.
-    after: called with the number of steps taken, after each.
-    processes: if many, `model` is sharded over them, all call with the same arguments, and all get the same Run but for
-    its seconds.
+    folder: save checkpoints there, and resume from the newest; None: save nothing.
+    until: stop after this many of config.steps, with the learning rates of the full run; None: take all.
+    after: called after each step with the number of steps taken.
+    processes: if many, `model` is sharded over them, all call with the same arguments, and all return the same Run
+    except for its seconds.
 
-    An interrupt ends training after the current step: the model keeps what it has learnt and a line says so. Raises
-    DivergedError if the loss is not finite, RunError if another process trains in `folder`, InputError if `folder`
-    holds a run with other settings, a balance loss does not fit the model, or a batch cannot be divided.
+    An interrupt ends training after the current step: the model keeps its progress, and a line is printed. Raises
+    DivergedError if the loss is not finite, RunError if another process trains in `folder`, and InputError if `folder`
+    holds a run with other settings, if a balance loss does not fit the model, or if a batch cannot be divided.
     """
     moe, device = model.config.moe, model.embed.weight.device
     config.check_fits(moe)
     last = config.steps if until is None else until
-    require_whole("until", last, 1, config.steps)
-    rows = processes.rows(config.batch_size, moe)  # of each batch, the sequences that this process takes
+    require_int("until", last, 1, config.steps)
+    rows = processes.rows(config.batch_size, moe)  # the sequences of each batch that this process takes
     share = (rows.stop - rows.start) / config.batch_size
     optimizer = make_optimizer(model, config)
     weights = list(model.parameters())
@@ -62,13 +63,13 @@ def train(
         for step in range(run.steps_done, last):
             set_learning_rate(optimizer, learning_rate(step, config))
             mean_loss = 0.0
-            counts: list[Any] = [0] * len(model.moe_layers)  # (E,) of each, over all micro-batches
+            counts: list[Any] = [0] * len(model.moe_layers)  # of each layer (E,), over all micro-batches
             for _ in range(config.grad_accum):
                 tokens = next(batches).tokens[rows].to(device, non_blocking=True)  # (B, S + 1)
                 with _autocast(config.precision, device):
                     output = model(tokens[:, :-1])
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
-                loss = processes.all_reduce_sum(loss * share)  # the mean over the whole batch
+                loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
                 terms = balance_terms(output, moe, config.balance, processes.all_reduce_sum)
                 objective = (loss + terms) / config.grad_accum
                 (objective * processes.size).backward()  # FSDP averages gradients over processes
@@ -93,12 +94,12 @@ def train(
                 break
         bar.close()
     if run.steps_done < last and processes.is_rank0:
-        kept = f"run it again to continue from {folder}" if folder else "the model keeps what it has learnt so far"
-        print(f"Stopped after step {run.steps_done} of {config.steps}: {kept}.")
+        advice = f"run it again to continue from {folder}" if folder else "the model keeps its progress so far"
+        print(f"Stopped after step {run.steps_done} of {config.steps}: {advice}.")
     return run
 
 
 def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """bfloat16 autocast if `precision` asks for it, or if it is "auto" on a GPU."""
-    half = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16) if half else nullcontext()
+    """Autocast to bfloat16 if `precision` is "bf16", or "auto" on a GPU."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

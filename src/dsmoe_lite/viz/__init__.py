@@ -1,1 +1,1 @@
-"""Charts of the course: `renderer.enable()` once, then `charts.<name>(rows)`; a chart is the cell's last value."""
+"""Charts and widgets of the course: call `renderer.enable()` once, then end a cell with `charts.<name>(rows)`."""

@@ -1,24 +1,24 @@
-"""Every chart of the course, by name; each takes plain rows and returns an Altair chart with title and description."""
+"""Every chart of the course by name: a function from plain rows to an Altair chart with a title and a description."""
 
 from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
 from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
-from dsmoe_lite.viz.context import needle, rotary_frequencies
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
-from dsmoe_lite.viz.devices import device_flow
+from dsmoe_lite.viz.device_flow import device_flow
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
 from dsmoe_lite.viz.expert_spread import expert_spread
-from dsmoe_lite.viz.expert_worth import worth_scatter
+from dsmoe_lite.viz.expert_worth import expert_worth
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
 from dsmoe_lite.viz.finer_experts import finer_experts
 from dsmoe_lite.viz.interventions import loss_against_active, loss_against_disabled
 from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
-from dsmoe_lite.viz.parallel import exchange_matrix, link_timeline, scaling_curve
+from dsmoe_lite.viz.long_context import needle, rotary_frequencies
+from dsmoe_lite.viz.many_devices import exchange_matrix, link_timeline, scaling_curve
 from dsmoe_lite.viz.specialization import specialization_against_null
-from dsmoe_lite.viz.tokens import token_routing
+from dsmoe_lite.viz.token_routing import token_routing
 from dsmoe_lite.viz.trend_intervals import trend_intervals
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "exchange_matrix",
     "expert_load",
     "expert_spread",
+    "expert_worth",
     "finer_experts",
     "launch_counts",
     "link_timeline",
@@ -56,5 +57,4 @@ __all__ = [
     "token_routing",
     "training_curves",
     "trend_intervals",
-    "worth_scatter",
 ]

@@ -1,4 +1,8 @@
-"""Charts that set models side by side: results with intervals, where parameters and FLOPs sit."""
+"""Charts that compare models, and the question that each answers.
+
+- model_comparison: how do the models differ in each metric?
+- parameter_split: which components have the parameters and FLOPs of each model?
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +12,16 @@ import altair as alt
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.parts import (
-    CHARACTER,
+from dsmoe_lite.viz.helpers import (
+    CHARACTER_WIDTH,
     data,
-    in_order,
-    listed,
-    need_rows,
+    distinct,
     nice_range,
     number_format,
     plain,
-    short,
+    require_rows,
+    short_number,
+    word_list,
 )
 
 Rows = Sequence[dict[str, Any]]
@@ -32,31 +36,31 @@ def model_comparison(
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.ConcatChart:
-    """One panel a metric: each seed a small ring, the mean a dot with its 95% t-interval and its value written out.
+    """Draw one panel per metric: a small ring per seed, and the mean as a dot with its 95% t-interval and its value.
 
     rows: {model, metric, value, seed (optional)}. Panels and models keep the order of the rows. `number` is the format
-    of what is written, for values that three digits do not tell apart.
+    of the values, if three digits cannot distinguish them.
     """
-    need_rows(rows, "model", "metric", "value")
-    models, metrics = in_order(row["model"] for row in rows), in_order(row["metric"] for row in rows)
+    require_rows(rows, "model", "metric", "value")
+    models, metrics = distinct(row["model"] for row in rows), distinct(row["metric"] for row in rows)
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         values.setdefault((row["metric"], row["model"]), []).append(float(plain(row["value"])))
-    repeated = any(len(seen) > 1 for seen in values.values())
+    repeated = any(len(seeds) > 1 for seeds in values.values())
     if not subtitle and repeated:
         subtitle = "Ring: one seed. Dot and bar: mean and its 95% interval."
     if not description:
         parts = [
-            f"{metric}: " + listed([f"{m} {_written(mean_and_half_width(values[metric, m])[0], None, number)}"
+            f"{metric}: " + word_list([f"{m} {_mean_text(mean_and_half_width(values[metric, m])[0], None, number)}"
                                     for m in models if (metric, m) in values])
             for metric in metrics
         ]  # fmt: skip
-        description = f"Dot chart of {len(models)} models by {listed(metrics)}. Means: {'; '.join(parts)}."
+        description = f"Dot chart of {len(models)} models by {word_list(metrics)}. Means: {'; '.join(parts)}."
     columns = min(len(metrics), 3)
-    names = min(max(len(model) for model in models) * 12 * CHARACTER, 150)
-    width = int((theme.MAX_WIDTH - 50 - names) / columns - 36)
+    names_width = min(max(len(model) for model in models) * 12 * CHARACTER_WIDTH, 150)
+    width = int((theme.MAX_WIDTH - 50 - names_width) / columns - 36)
     panels = [
-        _metric(
+        _metric_panel(
             metric,
             {m: values[metric, m] for m in models if (metric, m) in values},
             models,
@@ -69,32 +73,30 @@ def model_comparison(
     return theme.finish(alt.concat(*panels, columns=columns, spacing=22), title, subtitle, description)
 
 
-def _written(mean: float, half: float | None, number: str) -> str:
-    text = format(mean, number) if number else short(mean)
-    return text if half is None else f"{text} ± {float(f'{half:.2g}'):g}"
+def _mean_text(mean: float, half_width: float | None, number: str) -> str:
+    text = format(mean, number) if number else short_number(mean)
+    return text if half_width is None else f"{text} ± {float(f'{half_width:.2g}'):g}"
 
 
-def _metric(
+def _metric_panel(
     metric: str, values: dict[str, list[float]], models: list[str], number: str, width: int, first: bool
 ) -> Any:
     means: list[dict[str, Any]] = []
-    for model, seen in values.items():
-        mean, half = mean_and_half_width(seen)
-        text = _written(mean, half, number)
-        means.append(
-            {"model": model, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0), "text": text}
-        )
-    seeds = [{"model": model, "value": v} for model, seen in values.items() for v in seen if len(seen) > 1]
+    for model, of_seeds in values.items():
+        mean, half_width = mean_and_half_width(of_seeds)
+        text, margin = _mean_text(mean, half_width, number), half_width or 0
+        means.append({"model": model, "mean": mean, "low": mean - margin, "high": mean + margin, "text": text})
+    seeds = [{"model": model, "value": v} for model, of_seeds in values.items() for v in of_seeds if len(of_seeds) > 1]
     low, high = nice_range(
-        [m["low"] for m in means] + [m["high"] for m in means] + [v for seen in values.values() for v in seen]
+        [m["low"] for m in means] + [m["high"] for m in means] + [v for of_seeds in values.values() for v in of_seeds]
     )
     scale = alt.Scale(domain=[low, high], nice=False, zero=False)
     axis = alt.Axis(tickCount=3, format=number_format(high))
     y = alt.Y("model:N", sort=models, title=None, scale=alt.Scale(domain=models),
               axis=alt.Axis(labels=first, labelColor=theme.LIGHT["ink"], labelLimit=150, grid=True))  # fmt: skip
-    for row in means:  # keep the number inside the panel
-        half_text = len(row["text"]) * 11.5 * CHARACTER / 2 / width * (high - low)
-        row["at"] = min(max(row["mean"], low + half_text), high - half_text)
+    for row in means:  # keep the text inside the panel
+        half_text = len(row["text"]) * 11.5 * CHARACTER_WIDTH / 2 / width * (high - low)
+        row["text_x"] = min(max(row["mean"], low + half_text), high - half_text)
     dots = alt.Chart(data(means)).encode(y=y)
     layers: list[Any] = [
         dots.mark_rule(strokeWidth=2, color=theme.LIGHT["line1"]).encode(
@@ -106,7 +108,7 @@ def _metric(
         dots.mark_circle(size=80, color=theme.LIGHT["line1"], opacity=1).encode(
             x="mean:Q", tooltip=["model:N", "text:N"]
         ),
-        dots.mark_text(dy=-15, fontSize=11.5).encode(x="at:Q", text="text:N"),
+        dots.mark_text(dy=-15, fontSize=11.5).encode(x="text_x:Q", text="text:N"),
     ]  # fmt: skip
     heading = alt.TitleParams(metric, fontSize=12.5, offset=10)
     return alt.layer(*layers).properties(width=width, height=48 * len(models), title=heading)
@@ -116,55 +118,61 @@ def parameter_split(
     rows: Rows,
     *,
     shares: bool = False,
-    title: str = "Where do parameters and FLOPs sit?",
+    title: str = "Where are the parameters and FLOPs?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.VConcatChart:
-    """One bar a model, cut by component, for parameters stored, parameters used per token and FLOPs per token.
+    """Draw one bar per model, split by component: parameters stored, parameters used per token, FLOPs per token.
 
-    rows: {model, component, total, active, flops}; measures that no row holds are left out. At most eight components.
-    shares: every bar is as long, for models of very different size.
+    rows: {model, component, total, active, flops}; measures that no row has are left out. At most eight components.
+    shares: make all bars equally long, for models of very different size.
     """
-    need_rows(rows, "model", "component")
-    models, components = in_order(row["model"] for row in rows), in_order(row["component"] for row in rows)
+    require_rows(rows, "model", "component")
+    models, components = distinct(row["model"] for row in rows), distinct(row["component"] for row in rows)
     if len(components) > len(theme.FILLS):
         raise InputError(
-            f"components = {len(components)}: at most {len(theme.FILLS)} can be told apart; join small ones"
+            f"components = {len(components)}: at most {len(theme.FILLS)} can be distinguished; join small ones"
         )
     measures = [measure for measure in MEASURES if any(row.get(measure) is not None for row in rows)]
     if not measures:
-        raise InputError(f"rows: no row holds any of {', '.join(MEASURES)}")
-    width = int(theme.MAX_WIDTH - 130 - min(max(len(model) for model in models) * 12 * CHARACTER, 150))
-    panels, said = [], []
+        raise InputError(f"rows: no row has any of {', '.join(MEASURES)}")
+    width = int(theme.MAX_WIDTH - 130 - min(max(len(model) for model in models) * 12 * CHARACTER_WIDTH, 150))
+    panels, totals = [], []
     for measure in measures:
         segments, sums, lengths = _segments(rows, measure, models, width, shares)
-        said.append(f"{MEASURES[measure]}: " + listed([f"{model} {short(sums[model])}" for model in models]))
+        totals.append(
+            f"{MEASURES[measure]}: " + word_list([f"{model} {short_number(sums[model])}" for model in models])
+        )
         panels.append(_bars(segments, sums, lengths, components, width, MEASURES[measure]))
-    description = description or f"Stacked bars of {len(models)} models by {listed(components)}. {'; '.join(said)}."
+    description = (
+        description or f"Stacked bars of {len(models)} models by {word_list(components)}. {'; '.join(totals)}."
+    )
     return theme.finish(alt.vconcat(*panels, spacing=16), title, subtitle, description)
 
 
 def _segments(
     rows: Rows, measure: str, models: list[str], width: int, shares: bool
 ) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
-    """Bars cut into segments, each labelled where the label fits; the sum of each bar; its length, 1 the longest."""
+    """Return the segments of all bars, labelled if the label fits; each bar's sum; its share of the longest bar."""
     sums = {m: float(sum(plain(row.get(measure) or 0) for row in rows if row["model"] == m)) for m in models}
-    widest = max(sums.values()) or 1.0
-    lengths = {m: 1.0 if shares and sums[m] else sums[m] / widest for m in models}
+    largest = max(sums.values()) or 1.0
+    lengths = {m: 1.0 if shares and sums[m] else sums[m] / largest for m in models}
     segments = []
     for model in models:
-        at = 0.0
+        start = 0.0
         for row in rows:
             size = float(plain(row.get(measure) or 0)) if row["model"] == model else 0.0
             if size <= 0:
                 continue
             share = size / sums[model]
             length = share * lengths[model]
-            room = (length * width - 8) / (10.5 * CHARACTER)
-            text = next((t for t in (f"{row['component']} {share:.0%}", f"{share:.0%}") if len(t) <= room), "")
-            segments.append({"model": model, "component": row["component"], "x0": at, "x1": at + length,
-                             "middle": at + length / 2, "value": size, "share": share, "text": text})  # fmt: skip
-            at += length
+            max_characters = (length * width - 8) / (10.5 * CHARACTER_WIDTH)
+            text = next(
+                (t for t in (f"{row['component']} {share:.0%}", f"{share:.0%}") if len(t) <= max_characters), ""
+            )
+            segments.append({"model": model, "component": row["component"], "x0": start, "x1": start + length,
+                             "middle": start + length / 2, "value": size, "share": share, "text": text})  # fmt: skip
+            start += length
     return segments, sums, lengths
 
 
@@ -187,8 +195,8 @@ def _bars(
                alt.Tooltip("share:Q", format=".1%")]  # fmt: skip
     base = alt.Chart(data(segments)).encode(y=y)
     bars = base.mark_bar(stroke=theme.LIGHT["card"], strokeWidth=1).encode(x=x, x2="x1:Q", color=color, tooltip=tooltip)
-    inside = base.mark_text(fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
-    whole = alt.Chart(data([{"model": m, "end": lengths[m], "text": short(sums[m])} for m in models]))
-    beside = whole.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
+    segment_texts = base.mark_text(fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
+    ends = alt.Chart(data([{"model": m, "end": lengths[m], "text": short_number(sums[m])} for m in models]))
+    total_texts = ends.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
     heading = alt.TitleParams(name, fontSize=12.5, offset=4)
-    return alt.layer(bars, inside, beside).properties(width=width, height=30 * len(models), title=heading)
+    return alt.layer(bars, segment_texts, total_texts).properties(width=width, height=30 * len(models), title=heading)

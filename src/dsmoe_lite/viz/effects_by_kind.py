@@ -1,4 +1,4 @@
-"""Chart of kinds of token: what something does to each of them, beside what it does to all tokens."""
+"""The chart `effects_by_kind`: which kinds of token does an intervention affect more than the average token?"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,12 +9,12 @@ import altair as alt
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.parts import CHARACTER, data, in_order, listed, need_rows, plain
+from dsmoe_lite.viz.helpers import CHARACTER_WIDTH, data, distinct, plain, require_rows, word_list
 
-PANELS = 4
+MAX_PANELS = 4
 ROW = 24  # px
-TEXT = 11.5
-TICK_GAP = 34  # px between two ticks whose labels do not touch
+TEXT_SIZE = 11.5  # font size
+MIN_TICK_GAP = 34  # px between two ticks whose labels do not touch
 
 
 def effects_by_kind(
@@ -24,36 +24,37 @@ def effects_by_kind(
     kinds_are: str = "kinds of token",
     dashed: str = "all tokens",
     number: str = "+.3f",
-    title: str = "Which tokens does it hit?",
+    title: str = "Which tokens are affected?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.ConcatChart:
-    """One panel an effect, one row a kind of token: the mean with its 95% t-interval over parts of the text.
+    """Draw one panel per effect, one row per kind of token: the mean with its 95% t-interval over parts of the text.
 
-    rows: {kind, effect, value, part (optional)}; overall: each effect over all tokens, a dashed line, which is where
-    every dot would lie if the kind did not matter. `kinds_are` and `dashed` name the two. The largest mean of a panel
-    stands out. At most four panels, each with a scale of its own; `number` is the format of the values.
+    rows: {kind, effect, value, part (optional)}; overall: each effect on all tokens, drawn as a dashed line, on which
+    every dot would be if the kind did not matter. `kinds_are` and `dashed` name the rows and the line. The largest
+    mean of a panel is highlighted. At most four panels, each with its own scale; `number` is the format of the values.
     """
-    need_rows(rows, "kind", "effect", "value")
-    kinds, effects = in_order(row["kind"] for row in rows), in_order(row["effect"] for row in rows)
-    if len(effects) > PANELS:
-        raise InputError(f"effects = {len(effects)}: at most {PANELS} panels fit side by side")
-    lacking = [effect for effect in effects if effect not in overall]
-    if lacking:
-        raise InputError(f"overall = {dict(overall)!r}: has no value for {lacking[0]!r}")
+    require_rows(rows, "kind", "effect", "value")
+    kinds, effects = distinct(row["kind"] for row in rows), distinct(row["effect"] for row in rows)
+    if len(effects) > MAX_PANELS:
+        raise InputError(f"effects = {len(effects)}: at most {MAX_PANELS} panels fit side by side")
+    missing = [effect for effect in effects if effect not in overall]
+    if missing:
+        raise InputError(f"overall = {dict(overall)!r}: has no value for {missing[0]!r}")
     levels = {effect: float(plain(overall[effect])) for effect in effects}
     values: dict[str, dict[str, list[float]]] = {effect: {} for effect in effects}
     for row in rows:
         values[row["effect"]].setdefault(row["kind"], []).append(float(plain(row["value"])))
-    labels = int(max(len(kind) for kind in kinds) * 12 * CHARACTER) + 14
-    width = int((theme.MAX_WIDTH - 40 - labels) / len(effects)) - 20
+    label_width = int(max(len(kind) for kind in kinds) * 12 * CHARACTER_WIDTH) + 14
+    width = int((theme.MAX_WIDTH - 40 - label_width) / len(effects)) - 20
     marks = {effect: _marks(values[effect], number) for effect in effects}
     if not description:
-        said = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_top(marks[effect])}" for effect in effects]
-        description = f"Dot chart of {len(kinds)} {kinds_are} by {listed(effects)}. {'; '.join(said)}."
-    subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: the largest of a panel."
+        texts = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_largest(marks[effect])}"
+                 for effect in effects]  # fmt: skip
+        description = f"Dot chart of {len(kinds)} {kinds_are} by {word_list(effects)}. {'; '.join(texts)}."
+    subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: largest of the panel."
     panels = [
-        _panel(marks[effect], kinds, levels[effect], number, width, labels if i == 0 else 0).properties(
+        _panel(marks[effect], kinds, levels[effect], number, width, label_width if i == 0 else 0).properties(
             title=alt.TitleParams(
                 effect,
                 subtitle=f"{dashed} {levels[effect]:{number}}",
@@ -64,42 +65,45 @@ def effects_by_kind(
         )
         for i, effect in enumerate(effects)
     ]
-    return theme.finish(alt.concat(*panels, columns=PANELS, spacing=20), title, subtitle, description)
+    return theme.finish(alt.concat(*panels, columns=MAX_PANELS, spacing=20), title, subtitle, description)
 
 
 def _marks(values: dict[str, list[float]], number: str) -> list[dict[str, Any]]:
     marks: list[dict[str, Any]] = []
-    for kind, seen in values.items():
-        mean, half = mean_and_half_width(seen)
-        marks.append({"kind": kind, "mean": mean, "low": mean - (half or 0), "high": mean + (half or 0),
-                      "text": _said(mean, number)})  # fmt: skip
+    for kind, of_parts in values.items():
+        mean, half_width = mean_and_half_width(of_parts)
+        margin = half_width or 0
+        marks.append({"kind": kind, "mean": mean, "low": mean - margin, "high": mean + margin,
+                      "text": _format(mean, number)})  # fmt: skip
     largest = max(mark["mean"] for mark in marks)
     return [{**mark, "largest": mark["mean"] == largest} for mark in marks]
 
 
-def _said(value: float, number: str) -> str:
-    """`value` in the format `number`, without a sign where all its digits are 0."""
+def _format(value: float, number: str) -> str:
+    """Format `value` as `number`, without a sign if all its digits are 0."""
     text = f"{value:{number}}"
     return text if any(digit in text for digit in "123456789") else text.lstrip("+-")
 
 
-def _top(marks: list[dict[str, Any]]) -> str:
+def _largest(marks: list[dict[str, Any]]) -> str:
     return next(f"{mark['kind']} {mark['text']}" for mark in marks if mark["largest"])
 
 
-def _panel(marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, labels: int) -> Any:
-    """Dots from zero, numbers in a column at the right end that no dot reaches."""
-    text_share = (max(len(mark["text"]) for mark in marks) * TEXT * CHARACTER + 14) / width
+def _panel(
+    marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, label_width: int
+) -> Any:
+    """Draw dots on a scale with zero, and their numbers in a column at the right that no dot reaches."""
+    text_share = (max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH + 14) / width
     low = min(0.0, level, *(mark["low"] for mark in marks))
     high = max(0.0, level, *(mark["high"] for mark in marks)) or 1.0
-    end = low + (high - low) / max(1 - text_share, 0.2)
-    tick = _round_below(0.9 * high)
-    ticks = [0.0, tick] if tick / (end - low) * width > TICK_GAP else [tick]
+    right = low + (high - low) / max(1 - text_share, 0.2)
+    tick = _round_down(0.9 * high)
+    ticks = [0.0, tick] if tick / (right - low) * width > MIN_TICK_GAP else [tick]
     percent = "%" if number.endswith("%") else alt.Undefined
-    x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, end], nice=False, zero=False),
+    x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, right], nice=False, zero=False),
               axis=alt.Axis(values=ticks, format=percent, grid=False))  # fmt: skip
-    axis = alt.Axis(labels=labels > 0, labelColor=theme.LIGHT["ink"], grid=True, labelLimit=200,
-                    minExtent=labels, maxExtent=labels)  # fmt: skip
+    axis = alt.Axis(labels=label_width > 0, labelColor=theme.LIGHT["ink"], grid=True, labelLimit=200,
+                    minExtent=label_width, maxExtent=label_width)  # fmt: skip
     y = alt.Y("kind:N", sort=kinds, title=None, scale=alt.Scale(domain=kinds), axis=axis)
     base = alt.Chart(data(marks)).encode(y=y)
     color = alt.condition("datum.largest", alt.value(theme.LIGHT["line2"]), alt.value(theme.LIGHT["line1"]))
@@ -112,13 +116,13 @@ def _panel(marks: list[dict[str, Any]], kinds: list[str], level: float, number: 
         base.mark_circle(size=64, opacity=1).encode(
             x=x, color=color, tooltip=["kind:N", alt.Tooltip("text:N", title="mean")]
         ),
-        numbers.transform_filter("!datum.largest").mark_text(align="right", fontSize=TEXT),
-        numbers.transform_filter("datum.largest").mark_text(align="right", fontSize=TEXT, fontWeight=700),
+        numbers.transform_filter("!datum.largest").mark_text(align="right", fontSize=TEXT_SIZE),
+        numbers.transform_filter("datum.largest").mark_text(align="right", fontSize=TEXT_SIZE, fontWeight=700),
     ]
     return alt.layer(*layers).properties(width=width, height=ROW * len(kinds))
 
 
-def _round_below(value: float) -> float:
-    """The largest of 1, 2 and 5, times a power of ten, that is not above `value`."""
+def _round_down(value: float) -> float:
+    """Return the largest 1, 2 or 5 times a power of ten that is not above `value`."""
     size = 10.0 ** math.floor(math.log10(value))
     return next(digit * size for digit in (5, 2, 1) if digit * size <= value * (1 + 1e-9))

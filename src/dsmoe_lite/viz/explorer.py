@@ -1,4 +1,4 @@
-"""The routing explorer: a text, token by token, and the experts that each token finds, layer by layer."""
+"""The routing explorer, a widget: which experts does each token of a text choose, layer by layer?"""
 
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -10,22 +10,22 @@ import numpy as np
 import traitlets
 from tokenizers import Tokenizer
 
-from dsmoe_lite.common.errors import InputError, RunError, require, require_whole
+from dsmoe_lite.common.errors import InputError, RunError, require, require_int
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.interventions import switch_off
-from dsmoe_lite.routing.trace import RoutingTrace, cut
+from dsmoe_lite.routing.trace import RoutingTrace, tokenize
 from dsmoe_lite.viz import renderer, theme
-from dsmoe_lite.viz.tokens import MOST_TOKENS as MOST_IN_PICTURE
-from dsmoe_lite.viz.tokens import token_routing
+from dsmoe_lite.viz.token_routing import MAX_TOKENS as MAX_PICTURE_TOKENS
+from dsmoe_lite.viz.token_routing import token_routing
 
 STATIC = Path(__file__).parent / "static"
-MOST_TOKENS = 512
-MOST_CHARACTERS = 8_000
+MAX_TOKENS = 512
+MAX_CHARACTERS = 8_000
 NONE = 0xFFFF  # no expert
-MOST_VIEWS = 2
+MAX_VIEWS = 2
 
-Off = frozenset[tuple[int, int]]  # (MoE layer, expert) of those switched off
-Recompute = Callable[[str, str, Off], RoutingTrace]  # name of the model, text, experts switched off
+Disabled = frozenset[tuple[int, int]]  # (MoE layer, expert) of experts switched off
+Recompute = Callable[[str, str, Disabled], RoutingTrace]  # (name of the model, text, experts switched off)
 
 
 def explore(
@@ -38,36 +38,35 @@ def explore(
     layer: int = 0,
     expert: int | None = None,
 ) -> "Explorer":
-    """An explorer of one model or two side by side, for a text that the reader may change.
+    """Explore one model, or two side by side, with a text that the reader can change.
 
-    window: tokens that a model sees at once, as RoutingTrace.of takes it; n_devices: where experts stand, in order;
-    layer, expert: shown first (the busiest expert). The models are copied: training them on does not change the
-    explorer. InputError for an empty text, one of more than 512 tokens, a model without experts, a layer or expert that
-    is not there.
+    window, n_devices: as in `RoutingTrace.of`; layer, expert: shown first, by default layer 0 and its busiest expert.
+    The models are copied, so further training does not change the explorer. Raises InputError if the text is empty or
+    has more than 512 tokens, if a model has no experts, or if the layer or expert does not exist.
     """
 
-    def recompute(name: str, text: str, off: Off) -> RoutingTrace:
+    def recompute(name: str, text: str, disabled: Disabled) -> RoutingTrace:
         _check_length(tokenizer, text)
         by_layer: dict[int, set[int]] = {}
-        for at, e in off:
-            by_layer.setdefault(at, set()).add(e)
-        model = switch_off(own[name], by_layer) if off else own[name]
+        for i, e in disabled:
+            by_layer.setdefault(i, set()).add(e)
+        model = switch_off(copies[name], by_layer) if disabled else copies[name]
         return RoutingTrace.of(model, tokenizer, text, window=window, n_devices=n_devices)
 
-    require(1 <= len(models) <= MOST_VIEWS, "models", len(models), f"must be 1 to {MOST_VIEWS}")
-    own = {name: deepcopy(model).eval() for name, model in models.items()}
-    traces = {name: recompute(name, text, frozenset()) for name in own}
+    require(1 <= len(models) <= MAX_VIEWS, "models", len(models), f"must be 1 to {MAX_VIEWS}")
+    copies = {name: deepcopy(model).eval() for name, model in models.items()}
+    traces = {name: recompute(name, text, frozenset()) for name in copies}
     return Explorer(traces, text=text, recompute=recompute, layer=layer, expert=expert)
 
 
 class OutOfRangeError(InputError, traitlets.TraitError):
-    """A layer, token or expert that is not there: traitlets takes such a value back, also where the page sent it."""
+    """A layer, token or expert that does not exist: traitlets restores the old value, also if the page sent it."""
 
 
 class Explorer(anywidget.AnyWidget):
-    """The widget. Without `recompute` it shows recorded traces, and neither text nor experts can be changed.
+    """The widget. Without `recompute` it shows recorded traces: text and experts cannot be changed.
 
-    Its traits are what the page draws; `layer`, `token` and `focus` (the expert in focus of each model) may be set.
+    The page draws its traits; `layer`, `token` and `focus` (the expert in focus of each model) can be set.
     """
 
     _esm = STATIC / "explorer.js"
@@ -91,15 +90,15 @@ class Explorer(anywidget.AnyWidget):
         layer: int = 0,
         expert: int | None = None,
     ) -> None:
-        require(1 <= len(traces) <= MOST_VIEWS, "traces", len(traces), f"must be 1 to {MOST_VIEWS}")
-        same = {trace.tokens for trace in traces.values()}
-        require(len(same) == 1, "traces", list(traces), "cut the text into different tokens: trace with one tokenizer")
-        require_whole("layer", layer, 0, max(trace.n_layers for trace in traces.values()) - 1)
+        require(1 <= len(traces) <= MAX_VIEWS, "traces", len(traces), f"must be 1 to {MAX_VIEWS}")
+        texts = {trace.tokens for trace in traces.values()}
+        require(len(texts) == 1, "traces", list(traces), "have different tokens: trace one text with one tokenizer")
+        require_int("layer", layer, 0, max(trace.n_layers for trace in traces.values()) - 1)
         if expert is not None:
-            require_whole("expert", expert, 0, min(trace.n_routed for trace in traces.values()) - 1)
+            require_int("expert", expert, 0, min(trace.n_experts for trace in traces.values()) - 1)
         first = next(iter(traces.values()))
         self._recompute, self._traces = recompute, dict(traces)
-        self._off: dict[str, Off] = dict.fromkeys(traces, frozenset())
+        self._disabled: dict[str, Disabled] = dict.fromkeys(traces, frozenset())
         self._css = style()
         super().__init__(
             views=[_view(name, trace) for name, trace in traces.items()],
@@ -111,50 +110,54 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._receive)
 
     @traitlets.validate("layer")
-    def _layer_is_there(self, proposal: Any) -> int:
-        return _one_of("layer", proposal["value"], max((view["n_layers"] for view in self.views), default=1))
+    def _validate_layer(self, proposal: Any) -> int:
+        return _require_index("layer", proposal["value"], max((view["n_layers"] for view in self.views), default=1))
 
     @traitlets.validate("token")
-    def _token_is_there(self, proposal: Any) -> int:
-        return _one_of("token", proposal["value"], max((len(view["tokens"]) for view in self.views), default=1))
+    def _validate_token(self, proposal: Any) -> int:
+        return _require_index("token", proposal["value"], max((len(view["tokens"]) for view in self.views), default=1))
 
     @traitlets.validate("focus")
-    def _experts_are_there(self, proposal: Any) -> list[int]:
+    def _validate_focus(self, proposal: Any) -> list[int]:
         focus = list(proposal["value"])
         if len(focus) != len(self.views):
             raise OutOfRangeError(f"focus = {focus}: must be one expert for each of {len(self.views)} models")
-        return [_one_of("expert", e, view["n_experts"]) for e, view in zip(focus, self.views, strict=True)]
+        return [_require_index("expert", e, view["n_experts"]) for e, view in zip(focus, self.views, strict=True)]
 
     def _receive(self, _: Any, content: dict[str, Any], __: Any) -> None:
-        """What the page asks for: {"do": "hello" | "route" | "toggle" | "all on", ...}."""
+        """Handle a request of the page: {"do": "hello" | "route" | "toggle" | "all on", ...}."""
         if self._recompute is None:
             return
         if content.get("do") == "hello":
             self.send({"do": "ready"})
         elif content.get("do") == "route":
-            self._show(str(content.get("text", "")), self._off)
+            self._show(str(content.get("text", "")), self._disabled)
         elif content.get("do") == "all on":
-            self._show(self.text, dict.fromkeys(self._off, frozenset()))
+            self._show(self.text, dict.fromkeys(self._disabled, frozenset()))
         elif content.get("do") == "toggle":
             name = list(self._traces)[content["view"]]
-            one = frozenset({(content["layer"], content["expert"])})
-            self._show(self.text, {**self._off, name: self._off[name] ^ one})
+            toggled = frozenset({(content["layer"], content["expert"])})
+            self._show(self.text, {**self._disabled, name: self._disabled[name] ^ toggled})
 
-    def _show(self, text: str, off: dict[str, Off]) -> None:
-        """Trace `text` with these experts off; what cannot be done leaves all as it was and says why."""
+    def _show(self, text: str, disabled: dict[str, Disabled]) -> None:
+        """Trace `text` with these experts switched off; on an error, report it and keep the old state."""
         assert self._recompute is not None
         self.busy, self.message = True, ""
         try:
-            same = text == self.text
-            whole = self._traces if same else {name: self._recompute(name, text, frozenset()) for name in off}
-            now = {name: self._recompute(name, text, off[name]) if off[name] else whole[name] for name in off}
-            views = [_view(name, now[name], whole[name], off[name]) for name in off]
+            if text == self.text:
+                intact = self._traces
+            else:
+                intact = {name: self._recompute(name, text, frozenset()) for name in disabled}
+            views = []
+            for name, experts in disabled.items():
+                trace = self._recompute(name, text, experts) if experts else intact[name]
+                views.append(_view(name, trace, intact[name], experts))
         except (InputError, RunError) as error:
             self.message = str(error)
-        except Exception as error:  # nobody reads the log of a widget
+        except Exception as error:  # a widget's log is rarely read
             self.message = f"{type(error).__name__}: {error}"
         else:
-            self._traces, self._off = whole, off
+            self._traces, self._disabled = intact, disabled
             with self.hold_sync():
                 self.token = min(self.token, len(views[0]["tokens"]) - 1)
                 self.views, self.text = views, text
@@ -162,7 +165,7 @@ class Explorer(anywidget.AnyWidget):
             self.busy = False
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The live widget and, where no script runs, a picture of the first model in this layer."""
+        """Return the live widget and, for pages without scripts, a picture of the first model in this layer."""
         bundle = super()._repr_mimebundle_(**kwargs)
         name, trace = next(iter(self._traces.items()))
         picture = _picture(name, trace, min(self.layer, trace.n_layers - 1), self.focus[0])
@@ -171,47 +174,49 @@ class Explorer(anywidget.AnyWidget):
         return data, {"image/png": metadata["image/png"]}
 
 
-def _one_of(name: str, value: Any, n: int) -> int:
+def _require_index(name: str, value: Any, n: int) -> int:
     try:
-        require_whole(name, value, 0, n - 1)
+        require_int(name, value, 0, n - 1)
     except InputError as error:
         raise OutOfRangeError(str(error)) from None
     return int(value)
 
 
 def _check_length(tokenizer: Tokenizer, text: str) -> None:
-    """Refuse a long text before a model reads it."""
-    if len(text) > MOST_CHARACTERS:
-        raise InputError(f"text = {len(text):,} characters: the explorer takes at most {MOST_CHARACTERS:,}; shorten it")
-    _check_tokens(sum(1 for _ in cut(tokenizer, text)))
+    """Raise InputError for a text that is too long, before a model reads it."""
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"text = {len(text):,} characters: the explorer takes at most {MAX_CHARACTERS:,}; shorten it")
+    _check_tokens(sum(1 for _ in tokenize(tokenizer, text)))
 
 
 def _check_tokens(n: int) -> None:
-    if n > MOST_TOKENS:
-        raise InputError(f"text = {n:,} tokens: the explorer shows at most {MOST_TOKENS}; shorten it")
+    if n > MAX_TOKENS:
+        raise InputError(f"text = {n:,} tokens: the explorer shows at most {MAX_TOKENS}; shorten it")
 
 
-def _view(name: str, trace: RoutingTrace, whole: RoutingTrace | None = None, off: Off = frozenset()) -> dict[str, Any]:
-    """A trace as the page takes it: plain facts, and arrays as bytes, gates in 65,535ths of the highest."""
+def _view(
+    name: str, trace: RoutingTrace, intact: RoutingTrace | None = None, disabled: Disabled = frozenset()
+) -> dict[str, Any]:
+    """Return a trace in the form that the page reads: arrays as bytes, gates as multiples of the highest / 65,535."""
     _check_tokens(len(trace.tokens))
-    gate = trace.gate.astype(np.float64)
-    top = float(gate.max()) or 1.0
+    gates = trace.gates.astype(np.float64)
+    max_gate = float(gates.max()) or 1.0
     return {
         "name": name,
         "tokens": list(trace.tokens),
         "n_layers": trace.n_layers,
-        "n_experts": trace.n_routed,
+        "n_experts": trace.n_experts,
         "n_shared": trace.n_shared,
         "n_devices": trace.n_devices,
         "top_k": trace.top_k,
-        "ids": np.where(trace.expert < 0, NONE, trace.expert).astype("<u2").tobytes(),
-        "gates": (gate / top * 65535).round().astype("<u2").tobytes(),
-        "gate_top": top,
+        "ids": np.where(trace.topk_ids < 0, NONE, trace.topk_ids).astype("<u2").tobytes(),
+        "gates": (gates / max_gate * 65535).round().astype("<u2").tobytes(),
+        "gate_top": max_gate,
         "kept": trace.kept.astype(np.uint8).tobytes(),
         "devices": trace.device_of.astype(np.uint8).tobytes(),
         "loss": trace.loss.astype("<f4").tobytes(),
-        "before": whole.loss.astype("<f4").tobytes() if whole is not None and off else b"",
-        "off": [list(one) for one in sorted(off)],
+        "before": intact.loss.astype("<f4").tobytes() if intact is not None and disabled else b"",
+        "off": [list(pair) for pair in sorted(disabled)],
     }
 
 
@@ -220,25 +225,25 @@ def _busiest(trace: RoutingTrace, layer: int) -> int:
 
 
 def _picture(name: str, trace: RoutingTrace, layer: int, expert: int) -> Any:
-    shown = slice(0, MOST_IN_PICTURE)
+    shown = slice(0, MAX_PICTURE_TOKENS)
     layers = [
-        {"topk_ids": trace.expert[i, shown], "gates": trace.gate[i, shown], "kept": trace.kept[i, shown]}
+        {"topk_ids": trace.topk_ids[i, shown], "gates": trace.gates[i, shown], "kept": trace.kept[i, shown]}
         for i in range(trace.n_layers)
     ]
-    mine = (trace.expert[layer] == expert).any(axis=1)
+    chosen = (trace.topk_ids[layer] == expert).any(axis=1)
     return token_routing(
         [token or "∙" for token in trace.tokens[shown]],
         layers,
         focus=expert,
         layer=layer,
-        title=f"{name}, layer {layer}: who goes to e{expert}?",
+        title=f"{name}, layer {layer}: which tokens go to e{expert}?",
         description=f"Routing explorer of {name}: {len(trace.tokens)} tokens in {trace.n_layers} MoE layers of "
-        f"{trace.n_routed} experts. In layer {layer}, expert e{expert} is chosen by {mine.sum()} tokens.",
+        f"{trace.n_experts} experts. In layer {layer}, expert e{expert} is chosen by {chosen.sum()} tokens.",
     )
 
 
 def style() -> str:
-    """The explorer's CSS: the theme as variables, light and dark, then its rules."""
+    """Return the explorer's CSS: the palette as variables, light and dark, then the rules of explorer.css."""
 
     def block(selector: str, colours: Mapping[str, str]) -> str:
         return f"{selector} {{ {' '.join(f'--dx-{role}: {colour};' for role, colour in colours.items())} }}\n"

@@ -1,4 +1,8 @@
-"""Charts of interventions: the loss without some of the experts, and with fewer of them active."""
+"""Charts of ablations at inference, and the question that each answers.
+
+- loss_against_disabled: how fast does the loss rise if each token's top experts are disabled?
+- loss_against_active: how many active experts are enough?
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +11,11 @@ import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.curves import PER_PANEL, Lines, line_panel, over_seeds, width_beside
-from dsmoe_lite.viz.parts import in_order, listed, need_rows, plain, short
+from dsmoe_lite.viz.curves import MAX_LINES, Lines, line_panel, over_seeds, width_beside
+from dsmoe_lite.viz.helpers import distinct, plain, require_rows, short_number, word_list
 
 Rows = Sequence[dict[str, Any]]
-MOST_TICKS = 12
+MAX_TICKS = 12
 HEIGHT = 280  # px
 
 
@@ -23,23 +27,23 @@ def loss_against_disabled(
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart:
-    """Loss against the share of each token's top routed experts that are disabled, one line a model.
+    """Draw loss against the share of routed experts, each token's best, that are disabled; one line per model.
 
     rows: {model, share, loss, seed (optional)}; share in [0, 1]; at most four models, a band from lowest to highest
-    seed. relative: the loss of each seed minus its own at share 0, which must then be among the rows.
+    seed. relative: subtract the loss of the same seed at share 0, which must then be among the rows.
     """
-    need_rows(rows, "model", "share", "loss")
+    require_rows(rows, "model", "share", "loss")
     for row in rows:
         if not 0 <= plain(row["share"]) <= 1:
             raise InputError(f"share = {row['share']!r}: must be 0 to 1")
     lines = _lines(_above_intact(rows) if relative else rows, "share")
     value = "rise in loss (nats per token)" if relative else "loss (nats per token)"
-    said = _said(lines, ".1%")
-    description = description or f"Line chart of {value} against the share of top routed experts disabled. {said}"
+    ends = _end_texts(lines, ".1%")
+    description = description or f"Line chart of {value} against the share of top routed experts disabled. {ends}"
     ticks = {**_ticks(lines), "format": ".3~%"}
     x_title = "share of a token's top routed experts disabled"
     panel = line_panel(lines, "share", x_title, value, width_beside(list(lines)), HEIGHT, dots=True, ticks=ticks)
-    return theme.finish(panel, title, subtitle or _seeds(rows), description)
+    return theme.finish(panel, title, subtitle or _seeds_subtitle(rows), description)
 
 
 def loss_against_active(
@@ -50,30 +54,32 @@ def loss_against_active(
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart:
-    """Loss against the number of routed experts active a token, one line a model, beside the loss of other models.
+    """Draw loss against the number of active routed experts per token, one line per model, beside other models.
 
     rows: {model, active, loss, seed (optional)}; at most four models, a band from lowest to highest seed. reference:
-    the loss of each model that has no such number, a dashed horizontal line with its name.
+    the loss of models for comparison, each a dashed horizontal line with its name.
     """
-    need_rows(rows, "model", "active", "loss")
-    levels = {f"{name} {short(float(plain(loss)))}": float(plain(loss)) for name, loss in (reference or {}).items()}
+    require_rows(rows, "model", "active", "loss")
+    levels = {
+        f"{name} {short_number(float(plain(loss)))}": float(plain(loss)) for name, loss in (reference or {}).items()
+    }
     lines = _lines(rows, "active")
     value = "loss (nats per token)"
     description = description or (
-        f"Line chart of {value} against the number of active experts. {_said(lines, 'g')}"
-        + (f" For comparison: {listed(list(levels))}." if levels else "")
+        f"Line chart of {value} against the number of active experts. {_end_texts(lines, 'g')}"
+        + (f" For comparison: {word_list(list(levels))}." if levels else "")
     )
     panel = line_panel(
-        lines, "active experts", "active routed experts a token", value, width_beside([*lines, *levels]), HEIGHT,
+        lines, "active experts", "active routed experts per token", value, width_beside([*lines, *levels]), HEIGHT,
         dots=True, ticks={**_ticks(lines), "format": "d"}, levels=levels,
     )  # fmt: skip
-    return theme.finish(panel, title, subtitle or _seeds(rows), description)
+    return theme.finish(panel, title, subtitle or _seeds_subtitle(rows), description)
 
 
 def _lines(rows: Rows, x: str) -> Lines:
     lines = over_seeds(rows, "loss", x=x)
-    if len(lines) > PER_PANEL:
-        raise InputError(f"models = {len(lines)}: at most {PER_PANEL} lines can be told apart in one panel")
+    if len(lines) > MAX_LINES:
+        raise InputError(f"models = {len(lines)}: at most {MAX_LINES} lines can be distinguished in one panel")
     return lines
 
 
@@ -86,18 +92,21 @@ def _above_intact(rows: Rows) -> list[dict[str, Any]]:
 
 
 def _ticks(lines: Lines) -> dict[str, Any]:
-    """Ticks at the measured places, where there are few of them."""
-    places = sorted({point["x"] for points in lines.values() for point in points})
-    return {"values": places} if len(places) <= MOST_TICKS else {"tickCount": MOST_TICKS // 2}
+    """Put a tick at each measured value, unless there are many."""
+    x_values = sorted({point["x"] for points in lines.values() for point in points})
+    return {"values": x_values} if len(x_values) <= MAX_TICKS else {"tickCount": MAX_TICKS // 2}
 
 
-def _said(lines: Lines, place: str) -> str:
-    """First and last point of each line; `place` is the format of where they lie."""
-    ends = {model: " to ".join(f"{short(p['mean'])} at {p['x']:{place}}" for p in points[:: max(1, len(points) - 1)])
-            for model, points in lines.items()}  # fmt: skip
-    return "; ".join(f"{model}: {said}" for model, said in ends.items()) + "."
+def _end_texts(lines: Lines, x_format: str) -> str:
+    """Write the first and last point of each line; `x_format` is the format of their x values."""
+    ends = {model: points[:: max(1, len(points) - 1)] for model, points in lines.items()}
+    texts = {
+        model: " to ".join(f"{short_number(p['mean'])} at {p['x']:{x_format}}" for p in points)
+        for model, points in ends.items()
+    }
+    return "; ".join(f"{model}: {text}" for model, text in texts.items()) + "."
 
 
-def _seeds(rows: Rows) -> str:
-    seeds = in_order(row.get("seed") for row in rows)
+def _seeds_subtitle(rows: Rows) -> str:
+    seeds = distinct(row.get("seed") for row in rows)
     return f"Line: mean over {len(seeds)} seeds. Band: lowest to highest seed." if len(seeds) > 1 else ""

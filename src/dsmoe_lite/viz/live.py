@@ -1,4 +1,4 @@
-"""A chart that Python draws again when the reader moves a control."""
+"""A chart with controls: Python redraws it when the reader moves a slider or chooses from a menu."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,15 +10,15 @@ from IPython.display import display
 
 from dsmoe_lite.common.errors import InputError, RunError
 
-SECONDS = 0.5  # between two drawings
+REDRAW_INTERVAL = 0.5  # seconds, at least
 
 
 def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
-    """Show `controls` and beneath them the chart `draw(**their values)`, drawn again when one moves.
+    """Show `controls` and, below them, the chart `draw(**their values)`, redrawn when a control moves.
 
-    At most twice a second, with the last values. While Python works the line under the controls says so; where `draw`
-    raises, it holds the error, and the chart stays as it was. Without a kernel the first chart remains, and can be
-    read everywhere.
+    The chart is redrawn at most twice per second, with the latest values. A status line below the controls reports that
+    Python is working; if `draw` raises, it shows the error and the chart stays as it was. Without a kernel the first
+    chart remains visible.
     """
     for control in controls.values():
         control.style.description_width = "initial"
@@ -27,50 +27,50 @@ def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
     row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
     view = ipywidgets.VBox([row, status])._repr_mimebundle_()
     names = ", ".join(control.description or name for name, control in controls.items())
-    display({**view, "text/plain": f"Here JupyterLab shows what can be moved: {names}."}, raw=True)
+    display({**view, "text/plain": f"JupyterLab shows controls here: {names}."}, raw=True)
     redraw = _Redraw(draw, controls, status, display(first, display_id=True))
     for control in controls.values():
-        control.observe(redraw.soon, names="value")
+        control.observe(redraw.schedule, names="value")
 
 
 class _Redraw:
-    """Draws once for many movements: now, or as soon as the last drawing is old enough."""
+    """Combines many changes into one redraw: now, or `REDRAW_INTERVAL` after the last one."""
 
-    def __init__(self, draw: Callable[..., Any], controls: dict[str, Any], status: Any, shown: Any) -> None:
-        self._draw, self._controls, self._status, self._shown = draw, controls, status, shown
-        self._waiting = False
-        self._free_at = 0.0  # of the loop's clock
+    def __init__(self, draw: Callable[..., Any], controls: dict[str, Any], status: Any, output: Any) -> None:
+        self._draw, self._controls, self._status, self._output = draw, controls, status, output
+        self._scheduled = False
+        self._next_redraw = 0.0  # earliest, by the event loop's clock
 
-    def soon(self, _: Any) -> None:
-        if self._waiting:
+    def schedule(self, _: Any) -> None:
+        if self._scheduled:
             return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # no kernel
-            self._now()
+            self._redraw()
             return
-        self._waiting = True
-        self._say("Computing …")
-        loop.call_at(max(self._free_at, loop.time()), self._in_loop, loop)
+        self._scheduled = True
+        self._report("Computing …")
+        loop.call_at(max(self._next_redraw, loop.time()), self._redraw_in_loop, loop)
 
-    def _in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._waiting = False
-        self._now()
-        self._free_at = loop.time() + SECONDS
+    def _redraw_in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._scheduled = False
+        self._redraw()
+        self._next_redraw = loop.time() + REDRAW_INTERVAL
 
-    def _now(self) -> None:
+    def _redraw(self) -> None:
         try:
             chart = self._draw(**_values(self._controls))
         except (InputError, RunError) as error:
-            self._say(str(error), wrong=True)
-        except Exception as error:  # a reader's own code, perhaps: the page must not hang
-            self._say(f"{type(error).__name__}: {error}", wrong=True)
+            self._report(str(error), is_error=True)
+        except Exception as error:  # perhaps from a reader's own code
+            self._report(f"{type(error).__name__}: {error}", is_error=True)
         else:
-            self._shown.update(chart)
-            self._say("")
+            self._output.update(chart)
+            self._report("")
 
-    def _say(self, text: str, *, wrong: bool = False) -> None:
-        weight = "bold" if wrong else "normal"
+    def _report(self, text: str, *, is_error: bool = False) -> None:
+        weight = "bold" if is_error else "normal"
         self._status.value = f'<span role="status" style="font-weight: {weight}">{escape(text)}</span>'
 
 

@@ -1,4 +1,4 @@
-"""Chart of specialisation beside chance: which experts go beyond what shuffled labels give."""
+"""The chart `specialization_against_null`: which experts are more specialised than chance, shuffled labels, gives?"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,17 @@ import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.parts import CHARACTER, data, expert_axis, flattened, in_order, need_rows, nice_range, plain, short
+from dsmoe_lite.viz.helpers import (
+    CHARACTER_WIDTH,
+    data,
+    distinct,
+    expert_axis,
+    flatten_packed,
+    nice_range,
+    plain,
+    require_rows,
+    short_number,
+)
 
 Rows = Sequence[dict[str, Any]]
 STATES = {
@@ -15,7 +25,7 @@ STATES = {
     "within chance": ("muted", "diamond"),
     "below chance": ("line2", "triangle-down"),
 }
-NUMBERS = ("value", "null_low", "null", "null_high")
+FIELDS = ("value", "null_low", "null", "null_high")
 WIDTH = 600  # px
 
 
@@ -27,31 +37,31 @@ def specialization_against_null(
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart | alt.VConcatChart:
-    """A mark for each observed value, over a bar that holds what shuffled labels give, with a tick at its middle.
+    """Draw a mark per observed value over a bar, the interval of shuffled labels, with a tick at its middle value.
 
-    rows: {what, expert (optional), value, null_low, null, null_high}; with experts, one panel a layer or model, highest
-    value first; without, one row each. Shape and colour tell above, within and below chance.
+    rows: {what, expert (optional), value, null_low, null, null_high}. With experts there is one panel per layer or
+    model (`what`), highest value first; without, one row each. Shape and colour show above, within and below chance.
     """
-    need_rows(rows, "what", *NUMBERS)
+    require_rows(rows, "what", *FIELDS)
     marks = [_mark(row) for row in rows]
     by_expert = sum("expert" in mark for mark in marks)
     if by_expert not in (0, len(marks)):
-        raise InputError("rows: either every row has an 'expert' or none")
-    names = in_order(mark["what"] for mark in marks)
-    own = {name: [mark for mark in marks if mark["what"] == name] for name in names}
-    said = {name: _beyond(own[name]) if by_expert else _one(own[name][0]) for name in names}
+        raise InputError("rows: some have an 'expert' and some do not: give it in all rows or in none")
+    names = distinct(mark["what"] for mark in marks)
+    groups = {name: [mark for mark in marks if mark["what"] == name] for name in names}
+    texts = {name: _experts_text(groups[name]) if by_expert else _value_text(groups[name][0]) for name in names}
     if not description:
         unit = "experts" if by_expert else "values"
         description = f"{value_title} of {len(marks)} {unit} beside shuffled labels. "
-        description += ". ".join(f"{name}: {said[name]}" for name in names) + "."
-    subtitle = subtitle or "Mark: observed. Bar: interval of shuffled labels, tick: their middle."
+        description += ". ".join(f"{name}: {texts[name]}" for name in names) + "."
+    subtitle = subtitle or "Mark: observed. Bar and tick: interval and middle value with shuffled labels."
     states = [state for state in STATES if any(mark["state"] == state for mark in marks)]
     limits = nice_range([mark[key] for mark in marks for key in ("value", "null_low", "null_high")])
     if not by_expert:
         return theme.finish(_rows(marks, names, states, limits, value_title), title, subtitle, description)
     panels = [
-        _panel(own[name], states, limits, value_title).properties(
-            title=alt.TitleParams(name, subtitle=said[name], fontSize=12.5, subtitleFontSize=11.5, offset=6)
+        _panel(groups[name], states, limits, value_title).properties(
+            title=alt.TitleParams(name, subtitle=texts[name], fontSize=12.5, subtitleFontSize=11.5, offset=6)
         )
         for name in names
     ]
@@ -59,41 +69,42 @@ def specialization_against_null(
 
 
 def _mark(row: dict[str, Any]) -> dict[str, Any]:
-    value, low, null, high = (float(plain(row[field])) for field in NUMBERS)
+    value, low, null, high = (float(plain(row[field])) for field in FIELDS)
     if not low <= null <= high:
         raise InputError(f"rows: {row['what']}: null_low = {low:g}, null = {null:g}, null_high = {high:g} must rise")
     state = "above chance" if value > high else "below chance" if value < low else "within chance"
     expert = {} if row.get("expert") is None else {"expert": f"e{int(plain(row['expert']))}"}
-    numbers = dict(zip(NUMBERS, (value, low, null, high), strict=True))
+    numbers = dict(zip(FIELDS, (value, low, null, high), strict=True))
     return {"what": row["what"], **expert, **numbers, "state": state}
 
 
-def _beyond(marks: list[dict[str, Any]]) -> str:
+def _experts_text(marks: list[dict[str, Any]]) -> str:
     states = [mark["state"] for mark in marks]
-    top = max(marks, key=lambda mark: mark["value"])
+    highest = max(marks, key=lambda mark: mark["value"])
     below = states.count("below chance")
     return (f"{states.count('above chance')} of {len(marks)} above chance" + (f", {below} below" if below else "")
-            + f"; highest {top['expert']} {short(top['value'])}, by chance {short(top['null'])}")  # fmt: skip
+            + f"; highest {highest['expert']} {short_number(highest['value'])}, "
+            f"by chance {short_number(highest['null'])}")  # fmt: skip
 
 
-def _one(mark: dict[str, Any]) -> str:
-    return f"{short(mark['value'])}, by chance {short(mark['null'])}"
+def _value_text(mark: dict[str, Any]) -> str:
+    return f"{short_number(mark['value'])}, by chance {short_number(mark['null'])}"
 
 
 def _panel(marks: list[dict[str, Any]], states: list[str], limits: tuple[float, float], value_title: str) -> Any:
-    """One layer's experts side by side, highest value first."""
+    """Draw the experts of one layer or model side by side, highest value first."""
     marks = sorted(marks, key=lambda mark: -mark["value"])
     if len({mark["expert"] for mark in marks}) < len(marks):
         raise InputError(f"rows: {marks[0]['what']} has an expert twice")
     step = min(30.0, WIDTH / len(marks))
-    across = expert_axis([int(mark["expert"][1:]) for mark in marks], title=None)
-    value = alt.Y("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
+    x = expert_axis([int(mark["expert"][1:]) for mark in marks], title=None)
+    y = alt.Y("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
                   axis=alt.Axis(tickCount=4))  # fmt: skip
-    columns = {field: " ".join(f"{mark[field]:.4g}" for mark in marks) for field in NUMBERS}
+    columns = {field: " ".join(f"{mark[field]:.4g}" for mark in marks) for field in FIELDS}
     columns["e"] = " ".join(mark["expert"][1:] for mark in marks)
     columns["code"] = " ".join(str(states.index(mark["state"])) for mark in marks)
-    layers = _layers({"x": across}, "expert:N", states, {"y": value}, 0.6 * step, 45)
-    chart = flattened(alt.layer(*layers, data=data([columns])), list(columns)).transform_calculate(
+    layers = _layers({"x": x}, "expert:N", states, {"y": y}, 0.6 * step, 45)
+    chart = flatten_packed(alt.layer(*layers, data=data([columns])), list(columns)).transform_calculate(
         expert="'e' + datum.e", state=f"split('{'|'.join(states)}', '|')[datum.code]"
     )
     return chart.properties(width=step * len(marks), height=120)
@@ -102,10 +113,10 @@ def _panel(marks: list[dict[str, Any]], states: list[str], limits: tuple[float, 
 def _rows(
     marks: list[dict[str, Any]], names: list[str], states: list[str], limits: tuple[float, float], value_title: str
 ) -> Any:
-    """One row a layer or model."""
+    """Draw one row per layer or model."""
     if len(names) < len(marks):
         raise InputError("rows: without 'expert', each 'what' has one row")
-    width = WIDTH - int(min(max(len(name) for name in names) * 12 * CHARACTER, 200))
+    width = WIDTH - int(min(max(len(name) for name in names) * 12 * CHARACTER_WIDTH, 200))
     y = alt.Y("what:N", sort=names, title=None, axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=200))
     x = alt.X("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
               axis=alt.Axis(tickCount=5, grid=False))  # fmt: skip
@@ -114,23 +125,23 @@ def _rows(
 
 
 def _layers(
-    place: dict[str, Any], name: str, states: list[str], value: dict[str, Any], thick: float, size: int
+    name_axis: dict[str, Any], name: str, states: list[str], value_axis: dict[str, Any], thickness: float, size: int
 ) -> list[Any]:
-    """Bar, tick and mark: `place` is the channel of the names with its axis, `value` that of the numbers."""
-    base: Any = alt.Chart().encode(**place)
-    ((channel, axis),) = value.items()
-    span = {channel: "null_low:Q", f"{channel}2": "null_high:Q"}
+    """Return bars, ticks and marks; each axis is given as {channel: encoding}."""
+    base: Any = alt.Chart().encode(**name_axis)
+    ((channel, axis),) = value_axis.items()
+    interval = {channel: "null_low:Q", f"{channel}2": "null_high:Q"}
     colors, shapes = zip(*(STATES[state] for state in states), strict=True)
     color = alt.Color("state:N", scale=alt.Scale(domain=states, range=[theme.LIGHT[role] for role in colors]),
                       legend=alt.Legend(title=None, orient="top"))  # fmt: skip
     shape = alt.Shape("state:N", scale=alt.Scale(domain=states, range=list(shapes)))
-    numbers = [alt.Tooltip(f"{field}:Q", format=".3~g") for field in NUMBERS]
+    numbers = [alt.Tooltip(f"{field}:Q", format=".3~g") for field in FIELDS]
     tooltip = [alt.Tooltip(name), alt.Tooltip("state:N"), *numbers]
     orient = "vertical" if channel == "x" else "horizontal"
-    tick = base.mark_tick(orient=orient, size=thick, thickness=1.5, opacity=1, color=theme.LIGHT["ink"])
+    tick = base.mark_tick(orient=orient, size=thickness, thickness=1.5, opacity=1, color=theme.LIGHT["ink"])
     marks = base.mark_point(filled=True, size=size, opacity=1).encode(color=color, shape=shape, tooltip=tooltip)
     return [
-        base.mark_rule(color=theme.LIGHT["fair"], strokeWidth=thick).encode(**span),
+        base.mark_rule(color=theme.LIGHT["fair"], strokeWidth=thickness).encode(**interval),
         tick.encode(**{channel: "null:Q"}),
         marks.encode(**{channel: axis}),
     ]

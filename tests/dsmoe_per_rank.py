@@ -1,4 +1,4 @@
-"""What torchrun runs where every process has arguments of its own: argv[rank + 1], split at spaces, for `dsmoe`."""
+"""A script for torchrun that gives each rank its own `dsmoe` command: argv[rank + 1], split at spaces."""
 
 import os
 import sys

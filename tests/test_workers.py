@@ -1,4 +1,4 @@
-"""Functions of a notebook in several processes: what they say arrives, and none outlives its listener."""
+"""Functions of a notebook in several worker processes: events arrive, and no worker outlives its listener."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ def count(steps: int) -> None:
         time.sleep(0.05)
 
 
-def stumble() -> None:
+def fail_on_rank_1() -> None:
     import os
 
     if os.environ["RANK"] == "1":
-        raise ValueError("the second process stumbles")
+        raise ValueError("rank 1 fails")
 
 
 def wait_for_each_other() -> None:
@@ -42,21 +42,21 @@ def wait_for_each_other() -> None:
         time.sleep(0.1)
 
 
-def test_every_process_is_heard() -> None:
+def test_events_of_every_process_arrive() -> None:
     events = list(run_workers(count, 2, 3))
     for rank in (0, 1):
-        own = [event for event in events if event["rank"] == rank]
-        assert [event["step"] for event in own] == [1, 2, 3]
-        assert len({event["pid"] for event in own}) == 1
+        of_rank = [event for event in events if event["rank"] == rank]
+        assert [event["step"] for event in of_rank] == [1, 2, 3]
+        assert len({event["pid"] for event in of_rank}) == 1
     assert all(event["restart"] == 0 for event in events)
 
 
-def test_what_failed_is_said() -> None:
-    with pytest.raises(RunError, match=r"stumble: its processes failed: .*ValueError: the second process stumbles"):
-        list(run_workers(stumble, 2))
+def test_a_failure_is_reported() -> None:
+    with pytest.raises(RunError, match=r"fail_on_rank_1: its processes failed: .*ValueError: rank 1 fails"):
+        list(run_workers(fail_on_rank_1, 2))
 
 
-def test_who_stops_listening_ends_them() -> None:
+def test_workers_end_if_nobody_listens() -> None:
     pids = set()
     for event in run_workers(count, 2, 10_000):
         pids.add(event["pid"])
@@ -70,20 +70,20 @@ def test_who_stops_listening_ends_them() -> None:
     assert not any(map(psutil.pid_exists, pids))
 
 
-def test_a_process_that_dies_is_started_again() -> None:
+def test_a_process_that_dies_is_restarted() -> None:
     killed = False
-    seen = []
+    progress = []
     for event in run_workers(wait_for_each_other, 2, restarts=1):
         if event["rank"] == 1 and event["at"] == 5 and not killed:
             os.kill(event["pid"], signal.SIGKILL)
             killed = True
-        seen.append((event["restart"], event["at"]))
+        progress.append((event["restart"], event["at"]))
     assert killed
-    assert max(seen) == (1, 19)
-    assert (0, 19) not in seen
+    assert max(progress) == (1, 19)
+    assert (0, 19) not in progress
 
 
-@pytest.mark.parametrize(("processes", "restarts", "said"), [(0, 0, "processes = 0"), (2, -1, "restarts = -1")])
-def test_numbers_that_cannot_be_are_named(processes: int, restarts: int, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+@pytest.mark.parametrize(("processes", "restarts", "message"), [(0, 0, "processes = 0"), (2, -1, "restarts = -1")])
+def test_bad_numbers_are_one_line(processes: int, restarts: int, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         next(run_workers(count, processes, 1, restarts=restarts))

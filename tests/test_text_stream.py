@@ -1,4 +1,4 @@
-"""Words as they come: what is shown grows, ends without a bar, and is what `generate` says."""
+"""Streamed text: the output grows, ends without a progress bar, and equals what `generate` returns."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from dsmoe_lite.viz import text_stream
 
 
 class Shown:
-    """What a display was given, first and later."""
+    """Stands in for IPython's display: collects the bundles it was given."""
 
     def __init__(self) -> None:
         self.bundles: list[dict[str, str]] = []
@@ -28,11 +28,11 @@ class Shown:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
-    """The display of `speak`, drawn again at every token."""
-    found = Shown()
-    monkeypatch.setattr(text_stream, "display", found)
-    monkeypatch.setattr(text_stream, "SECONDS", 0.0)
-    return found
+    """The display of `stream_text`, redrawn at every token."""
+    output = Shown()
+    monkeypatch.setattr(text_stream, "display", output)
+    monkeypatch.setattr(text_stream, "REDRAW_INTERVAL", 0.0)
+    return output
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +54,13 @@ def model() -> tuple[Transformer, Tokenizer]:
     ), tokenizer
 
 
-def test_words_grow_and_are_those_that_generate_says(shown, model):
+def test_text_grows_and_equals_what_generate_returns(shown, model):
     transformer, tokenizer = model
     prompts = ["The home of", "x <b>"]
-    texts = text_stream.speak(transformer, tokenizer, prompts, 12, temperature=1.0, seed=3)
+    texts = text_stream.stream_text(transformer, tokenizer, prompts, 12, temperature=1.0, seed=3)
     ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-    said = generate(transformer, ids, 12, temperature=1.0, generator=torch.Generator().manual_seed(3))
-    assert texts == [tokenizer.decode(row) for row in said]
+    generated = generate(transformer, ids, 12, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    assert texts == [tokenizer.decode(row) for row in generated]
     lengths = [len(bundle["text/plain"]) for bundle in shown.bundles]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 5
@@ -71,20 +71,20 @@ def test_words_grow_and_are_those_that_generate_says(shown, model):
     assert "x &lt;b&gt;" in last["text/html"]
 
 
-def test_another_seed_says_something_else(shown, model):
-    one, two = (text_stream.speak(*model, ["The home of"], 12, temperature=1.0, seed=seed) for seed in (0, 1))
+def test_another_seed_samples_another_text(shown, model):
+    one, two = (text_stream.stream_text(*model, ["The home of"], 12, temperature=1.0, seed=seed) for seed in (0, 1))
     assert one != two
 
 
-def test_it_ends_at_a_stop_token_and_shows_that(shown, model):
+def test_generation_ends_at_a_stop_token_and_shows_it(shown, model):
     transformer, tokenizer = model
     (first, *_), *_ = generate(transformer, [tokenizer.encode("The").ids], 1)
-    (text,) = text_stream.speak(transformer, tokenizer, ["The"], 12, stop=[first])
+    (text,) = text_stream.stream_text(transformer, tokenizer, ["The"], 12, stop=[first])
     assert text == tokenizer.decode([first])
     assert shown.bundles[-1]["text/plain"] == "The" + text
 
 
 def test_a_prompt_without_text_is_refused_before_anything_is_shown(shown, model):
-    with pytest.raises(InputError, match="prompt 1 = '': must hold some text"):
-        text_stream.speak(*model, ["The", ""], 3)
+    with pytest.raises(InputError, match="prompt 1 = '': must have some text"):
+        text_stream.stream_text(*model, ["The", ""], 3)
     assert not shown.bundles
