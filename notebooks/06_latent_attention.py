@@ -152,7 +152,9 @@ print("and without a cache, together and alone")
 # Watch it speak:
 
 # %% tags=["measured"]
-_ = stream_text(model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed)
+_ = stream_text(
+    model, tokenizer, ["The home of"], 60, temperature=0.8, top_p=0.9, seed=seed
+)
 
 # %% [markdown]
 # ## What it costs

@@ -214,7 +214,8 @@ def spread_out(x, ids, gates):
 with torch.no_grad():
     x = x_seen[0].flatten(0, 1)
     mine = spread_out(x, routing.topk_ids, routing.gates)
-    assert_close(mine, layer.experts(dispatch(x, routing)))
+    dispatched = dispatch(x, routing)
+    assert_close(mine, layer.experts.combine(layer.experts(dispatched), dispatched))
 print("experts spread over processes: mine equals one place")
 
 # %% [markdown]
@@ -632,7 +633,9 @@ predict("11-real", None)  # times as long
 
 def of_choices(ids):  # seconds of a layer, load of the busiest device
     own = torch.arange(E).repeat_interleave(len(ids) // E)
-    rows = count_traffic(ids, torch.ones_like(ids).bool(), own, consecutive_placement(E, E), 8)
+    rows = count_traffic(
+        ids, torch.ones_like(ids).bool(), own, consecutive_placement(E, E), 8
+    )
     rows = longer(rows, tokens / (len(ids) // E))
     taken = layer_time(rows, machine, 2048, 1408, bytes_sent, bytes_back)
     return taken.sequential, float(rows.choices.max() / rows.choices.mean())

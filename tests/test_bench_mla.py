@@ -206,7 +206,7 @@ def test_the_command_prints_and_records(small: Path, capsys: pytest.CaptureFixtu
     assert result["provenance"]["threads"] == 1
     assert dsmoe("bench", "mla", "--rounds", "3", "--contexts", "4,6") == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert all(title in printed for title in ("one decoding step", "Prefill", "Cost per cached token", "Goals"))
+    assert all(title in printed for title in ("one decode step", "Prefill", "Cost per cached token", "Goals"))
     assert json.loads(path.read_text(encoding="utf-8")) == result  # no --record, nothing written
 
 

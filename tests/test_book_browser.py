@@ -235,4 +235,4 @@ def test_the_reference_is_searched(browser, course):
         first = opened.page.locator("#search-results li a").first
         first.wait_for()
         assert "layers.html" in first.get_attribute("href")
-        opened.assert_quiet()
+        assert opened.outside == []

@@ -1,5 +1,6 @@
 """A Sphinx extension for the API reference: no typographic quotes, no search for types of other packages."""
 
+import re
 from typing import Any
 
 from docutils import nodes  # type: ignore[import-untyped]
@@ -8,6 +9,8 @@ from sphinx.transforms import SphinxTransform
 
 from dsmoe_lite.book.api import FOLDER
 from dsmoe_lite.book.api_source import PACKAGE
+
+PARAMETERS = re.compile(r'(?<=<span class="sig-paren">\(</span>)\s*<dl>(.*?)</dl>\s*', re.DOTALL)
 
 
 class PlainReference(SphinxTransform):
@@ -28,7 +31,19 @@ class PlainReference(SphinxTransform):
                 link.replace_self(nodes.Text(link["reftarget"]))
 
 
+def mark_up_parameters(_: Any, page: str, template: str, context: dict[str, Any], __: Any) -> None:
+    """Replace the list of parameters of a long signature, which has no terms: screen readers reject such a list."""
+    if page.startswith(f"{FOLDER}/"):
+        context["body"] = PARAMETERS.sub(_parameters, context["body"])
+
+
+def _parameters(match: re.Match[str]) -> str:
+    items = match[1].replace("<dd>", '<span class="api-parameter">').replace("</dd>", "</span>")
+    return items.strip().replace("\n", "")
+
+
 def setup(app: Any) -> dict[str, bool]:
-    """Sphinx calls this."""
+    """Called by Sphinx."""
     app.add_transform(PlainReference)
+    app.connect("html-page-context", mark_up_parameters)
     return {"parallel_read_safe": True}

@@ -11,7 +11,7 @@ from dsmoe_lite.common import paths
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Folder to write.  [default: build/book]")
 def command(out: Path | None) -> None:
     """Build the book from the executed chapters. Any warning is an error."""
-    paths.require_clone("dsmoe book")
+    paths.require_clone("book")
     from dsmoe_lite.book.build import build
 
     first = build(paths.REPOSITORY / "book.yml", (out or paths.REPOSITORY / "build" / "book").resolve())

@@ -4,8 +4,8 @@ import click
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.labs.chapters import chapters, find_chapter
-from dsmoe_lite.labs.packages import require_packages
 from dsmoe_lite.labs.jupyter_server import has_display, serve
+from dsmoe_lite.labs.packages import require_packages
 from dsmoe_lite.labs.reader_copies import copy_chapters, renew
 
 

@@ -12,7 +12,7 @@ from dsmoe_lite.labs.refresh import refresh_chapter
 @click.option("--measure", is_flag=True, help="Also replace the outputs of cells tagged `measured`.")
 def command(chapters: tuple[str, ...], measure: bool) -> None:
     """Execute CHAPTERS (by default all notebooks/*.py) and write their .ipynb files."""
-    paths.require_clone("dsmoe refresh")
+    paths.require_clone("refresh")
     if chapters:
         sources = [find_chapter(name, ".py") for name in chapters]
     else:

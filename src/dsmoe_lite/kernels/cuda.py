@@ -25,7 +25,7 @@ def permute(x: Tensor, token: Tensor) -> Tensor:
 
 
 def combine(rows: Tensor, row_of_choice: Tensor) -> Tensor:
-    """y (T, D) with y_t = sum over k of rows[row_of_choice[t, k]], in float32; row_of_choice (T, K) int32, -1 where there is no row."""
+    """y (T, D), y_t = sum over k of rows[row_of_choice[t, k]] in float32; row_of_choice (T, K) int32, -1: no row."""
     check_tensors(rows=rows)
     check_ids(rows.device, row_of_choice=(row_of_choice, torch.int32))
     (T, K), (N, D) = row_of_choice.shape, rows.shape

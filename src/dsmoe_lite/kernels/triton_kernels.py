@@ -281,7 +281,7 @@ def permute(x: Tensor, token: Tensor) -> Tensor:
 
 
 def combine(rows: Tensor, row_of_choice: Tensor) -> Tensor:
-    """Return y (T, D), y[t] = sum_k rows[row_of_choice[t, k]], of rows (N, D); row_of_choice (T, K) int32, -1 adds nothing."""
+    """y (T, D), y_t = sum over k of rows[row_of_choice[t, k]]; row_of_choice (T, K) int32, -1: no row."""
     size = _sizes(rows=(rows, "ND"), row_of_choice=(row_of_choice, "TK"))
     return _sum_rows(rows, row_of_choice, size["T"], size["K"])
 

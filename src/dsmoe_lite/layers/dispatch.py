@@ -68,16 +68,21 @@ def dispatch(x: Tensor, routing: Routing) -> Dispatched:
 
 def combine(y_sorted: Tensor, dispatched: Dispatched) -> Tensor:
     """Add up the rows y_sorted (N, D) of each token: y (T, D). A token that no expert kept gets zero."""
-    return _Combine.apply(y_sorted, dispatched.token, len(dispatched.x))
+    return sum_by_token(y_sorted, dispatched.token, len(dispatched.x))
 
 
-class _Combine(torch.autograd.Function):
-    """index_add, whose own backward would keep y_sorted."""
+def sum_by_token(rows: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+    """Add up the rows (N, D) of each token, (T, D). token (N,): the token of each row."""
+    return _SumByToken.apply(rows, token, n_tokens)
+
+
+class _SumByToken(torch.autograd.Function):
+    """index_add, whose own backward pass would keep the rows."""
 
     @staticmethod
-    def forward(ctx: Any, y_sorted: Tensor, token: Tensor, n_tokens: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, token: Tensor, n_tokens: int) -> Tensor:
         ctx.save_for_backward(token)
-        return y_sorted.new_zeros(n_tokens, y_sorted.shape[1]).index_add_(0, token, y_sorted)
+        return rows.new_zeros(n_tokens, rows.shape[1]).index_add_(0, token, rows)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ IMPLEMENTATIONS = {
 
 
 class Experts(nn.Module):
-    """E experts FFN_e(x) = W_down,e (silu(W_gate,e x) * W_up,e x). Each of the three weights is one tensor (E, out, in).
+    """E experts FFN_e(x) = W_down,e (silu(W_gate,e x) * W_up,e x). Each weight is one tensor (E, out, in).
 
     `dispatch`, `forward` and `combine` are the last three steps of an MoE layer; `backend` runs the last two.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
-from dsmoe_lite.layers.dispatch import Dispatched
+from dsmoe_lite.layers.dispatch import Dispatched, sum_by_token
 
 
 class SendPlan(NamedTuple):
@@ -85,4 +85,4 @@ def all_to_all_dispatch(dispatched: Dispatched, group: ProcessGroup) -> Received
 def all_to_all_combine(y: Tensor, plan: ReturnPlan) -> Tensor:
     """Return the sums y (R', D) of the received rows to their senders and add them up by token: (T, D). Collective."""
     returned = all_to_all_single_autograd(y, plan.rows_sent, plan.rows_received, plan.group)
-    return returned.new_zeros(plan.n_tokens, y.shape[1]).index_add_(0, plan.token, returned)
+    return sum_by_token(returned, plan.token, plan.n_tokens)

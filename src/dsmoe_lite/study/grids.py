@@ -199,8 +199,8 @@ def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
 def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
     """Read the records of a grid's runs, job by job, and add `model_name` and `seed` to each.
 
-    diverged: whether to return the records of diverged runs too; they have an entry `diverged` and no results. Raises
-    InputError for such a record otherwise, and for one of another schema version, protocol or setting than the grid's.
+    diverged: also return the records of diverged runs, which have an entry `diverged` and no results. Raises InputError
+    for a record of another schema version, protocol or setting than the grid's, and for an unwanted diverged run.
     """
     plan, results = grid(name), []
     for model in plan.jobs:
