@@ -1,5 +1,5 @@
 # The course in a container, installed from its wheel:
-#   docker build --build-arg PIP_EXTRA_INDEX_URL=<index of torch's CPU builds> --tag dsmoe-lite .
+#   docker build --build-arg PIP_EXTRA_INDEX_URL=<index of torch CPU builds> --tag dsmoe-lite .
 #   docker run --rm --publish 127.0.0.1:8888:8888 --volume dsmoe-lite:/course dsmoe-lite
 # Without the build argument pip takes torch's CUDA build, several GB more. work/ and runs/ stay in the volume.
 
