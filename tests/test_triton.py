@@ -212,7 +212,7 @@ def check_refusals() -> None:
         (partial(kernels.rows_backward, rows, rows, matrices, matrices, ends), r"gate.shape = .* be \(E, F = 4, D\)"),
         (partial(kernels.gate_up, rows, matrices, matrices, rows[:, 0], ends, True), r"gates.stride\(\) = \(4,\)"),
         (partial(kernels.permute, rows, ends), "token.dtype = torch.int32: must be torch.int64"),
-        (partial(kernels.combine, rows, ends.view(2, 1).long()), "place.dtype = torch.int64: must be torch.int32"),
+        (partial(kernels.combine, rows, ends.view(2, 1).long()), "row_of_choice.dtype = torch.int64: must be torch.int32"),
     ]  # fmt: skip
     for call, message in wrong:
         with pytest.raises(InputError, match=message):
@@ -263,7 +263,7 @@ def compile_for_hopper(name: str) -> tuple[str, str]:
         tile = kernel.configs[0]
         options |= {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         kernel, constants = kernel.fn, constants | tile.kwargs
-    pointers = {"ends": "*i32", "partial": "*fp32", "place": "*i64" if name == "permute" else "*i32"}
+    pointers = {"ends": "*i32", "partial": "*fp32", "row_of_choice": "*i64" if name == "permute" else "*i32"}
     signature = {
         arg: "constexpr" if arg in constants else "i32" if arg.isupper() else pointers.get(arg, "*bf16")
         for arg in kernel.arg_names
