@@ -212,7 +212,8 @@ def check_refusals() -> None:
         (partial(kernels.rows_backward, rows, rows, matrices, matrices, ends), r"gate.shape = .* be \(E, F = 4, D\)"),
         (partial(kernels.gate_up, rows, matrices, matrices, rows[:, 0], ends, True), r"gates.stride\(\) = \(4,\)"),
         (partial(kernels.permute, rows, ends), "token.dtype = torch.int32: must be torch.int64"),
-        (partial(kernels.combine, rows, ends.view(2, 1).long()), "row_of_choice.dtype = torch.int64: must be torch.int32"),
+        (partial(kernels.combine, rows, ends.view(2, 1).long()),
+         "row_of_choice.dtype = torch.int64: must be torch.int32"),
     ]  # fmt: skip
     for call, message in wrong:
         with pytest.raises(InputError, match=message):
