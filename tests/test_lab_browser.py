@@ -215,7 +215,7 @@ def move_and_switch(page) -> None:
     status, tokens = explorer.get_by_role("status"), explorer.locator(".dx-tokens [role=option]")
     switch = explorer.get_by_role("button", name="Switch e4 of layer 0 off")
     switch.click()
-    explorer.get_by_text("by the experts switched off").wait_for(timeout=MINUTE)
+    explorer.get_by_text("from the experts switched off").wait_for(timeout=MINUTE)
     assert explorer.locator(".dx-worse, .dx-better").count() > 0
     assert "dx-off" in explorer.locator(".dx-experts [role=option]").nth(4).get_attribute("class")
     cells = page.locator(".jp-Cell").count()
