@@ -14,13 +14,22 @@ from dsmoe_lite.study import equations
 
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
 ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"
-ONE_WORD_OF_EACH_COLOUR = """() => {
+ONE_OF_EACH_KIND = """() => {
     const seen = new Set();
     for (const word of document.querySelectorAll('article .highlight pre span[class]')) {
         if (seen.has(word.className)) word.replaceWith(...word.childNodes);
         else seen.add(word.className);
     }
-}"""
+    for (const drawing of document.querySelectorAll('mjx-container > svg')) drawing.replaceChildren();
+    for (const group of document.querySelectorAll('figure.chart svg g')) {
+        const tags = new Set();
+        for (const mark of [...group.children]) {
+            const kind = mark.tagName + mark.getAttribute('class') + mark.getAttribute('fill');
+            if (tags.has(kind)) mark.remove();
+            tags.add(kind);
+        }
+    }
+}"""  # axe takes most of its time for thousands of alike words, marks and strokes
 LOCAL = ("127.0.0.1", "localhost")
 WIDE, PHONE = (1280, 900), (390, 844)
 CHAPTER = "01_second.html"
@@ -109,6 +118,7 @@ def serious_faults(page):
     """The serious and critical faults that axe-core finds in the article."""
     from axe_playwright_python.sync_playwright import Axe
 
+    page.evaluate(ONE_OF_EACH_KIND)
     return {
         (violation["id"], node["html"][:200])
         for violation in Axe().run(page, context="article").response["violations"]
