@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.errors import InputError, RunError, require
 from dsmoe_lite.common.files import atomic_write
 from dsmoe_lite.common.schema import CHECKPOINT_REMEDY, require_schema
 from dsmoe_lite.config import ModelConfig, from_dict, to_dict
@@ -22,8 +22,30 @@ CHECKPOINT = "checkpoint.safetensors"  # of a single process, in its run folder
 
 
 def save_model(path: Path, model: Transformer, **metadata: Any) -> None:
-    """Write the weights, the config and any JSON-able `metadata` (training data, tokenizer, commit) to one file."""
-    write_tensors(path, dict(model.state_dict()), {"config": to_dict(model.config), **metadata})
+    """Write the weights, the config and any JSON-able `metadata` (training data, tokenizer, commit) to one file.
+
+    A compiled model is saved as the model that was compiled. Raises InputError if load_model could not rebuild `model`
+    from its config: a wrapped or changed model, or one with experts switched off, masked or silenced.
+    """
+    model = getattr(model, "_orig_mod", model)
+    is_ours = isinstance(model, Transformer)
+    require(is_ours, "model", type(model).__name__, "must be a Transformer; pass the one inside, such as model.module")
+    tensors = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    for layer in model.moe_layers:
+        intact = not (layer.router.forbidden or layer.router.silenced)
+        require(intact, "model", "with interventions", "a file cannot hold them; save the original and intervene again")
+    _require_shapes_of(model, tensors)
+    write_tensors(path, tensors, {"config": to_dict(model.config), **metadata})
+
+
+def _require_shapes_of(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Require the tensors that a model of the same config has."""
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in Transformer(model.config).state_dict().items()}
+    found = {name: value.shape for name, value in tensors.items()}
+    for name in dict.fromkeys((*expected, *found)):
+        ours, theirs = (None if shape is None else tuple(shape) for shape in (expected.get(name), found.get(name)))
+        require(ours == theirs, name, theirs, f"its config makes it {ours}; merge adapters and undo changes, then save")
 
 
 def load_model(path: Path) -> Transformer:
@@ -78,11 +100,30 @@ def load_training(path: Path, model: Transformer, optimizer: torch.optim.Optimiz
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write tensors, atomically, with JSON metadata in the header. Raises RunError if the system refuses."""
-    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    """Write tensors, atomically, with JSON metadata in the header.
+
+    A tensor with several names, such as tied embeddings, is written once; the metadata's `aliases` gives the others.
+    Raises InputError for a tensor without values, on the meta device, and RunError if the system refuses.
+    """
+    first_name: dict[Any, str] = {}
+    aliases: dict[str, str] = {}
+    on_cpu: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, value in tensors.items():
+        require(not value.is_meta, name, "meta", "has no values; load weights before you save")
+        memory = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        first = first_name.setdefault(memory, name) if value.numel() else name
+        if first != name:
+            aliases[name] = first
+            continue
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        on_cpu[name] = value.clone() if storage in storages else value  # safetensors refuses views of one storage
+        storages.add(storage)
+    facts = metadata | ({"aliases": aliases} if aliases else {})
     with atomic_write(path) as temporary:
         try:
-            save_file(on_cpu, temporary, metadata={name: json.dumps(value) for name, value in metadata.items()})
+            save_file(on_cpu, temporary, metadata={name: json.dumps(value) for name, value in facts.items()})
         except SafetensorError as error:
             raise RunError(f"{path}: not written ({error}); an earlier file is intact") from None
 
@@ -95,7 +136,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
             require_schema(metadata.pop("schema_version", 1), {SCHEMA_VERSION}, CHECKPOINT_REMEDY, path)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            aliases = metadata.pop("aliases", {})
+            return tensors | {name: tensors[first] for name, first in aliases.items()}, metadata
     except (SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: damaged checkpoint ({error}); restore a copy, or remove it to start again") from None
 

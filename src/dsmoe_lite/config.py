@@ -29,15 +29,25 @@ The letters of all shapes and formulas; each has one meaning in the whole course
 Letters of a single paper, such as those of MLA and YaRN, are introduced in the module that uses them.
 """
 
-import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from numbers import Number
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import dacite
 
-from dsmoe_lite.common.errors import InputError, require, require_bool, require_choice, require_int, require_number
+from dsmoe_lite.common.errors import (
+    InputError,
+    find_name,
+    require,
+    require_bool,
+    require_choice,
+    require_int,
+    require_number,
+    require_type,
+    shorten,
+)
 
 SCORING_FUNCS = ("softmax", "sigmoid", "hash")
 CHOOSERS = ("token", "expert")
@@ -45,7 +55,17 @@ GROUP_SCORES = ("max", "top2")
 SECOND_CHOICES = ("all", "random")
 BACKENDS = ("loop", "padded", "grouped", "triton", "cuda", "auto")
 
+MAX_LAYERS = 10_000
+
 C = TypeVar("C")
+
+
+def make_plain(config: Any) -> None:
+    """Replace numpy's numbers in the fields of a frozen config by Python's, which JSON can store."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, Number) and hasattr(value, "item"):
+            object.__setattr__(config, field.name, value.item())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +84,7 @@ class YarnConfig:
     mscale: float = 1.0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         require_number("factor", self.factor, 1.0)
         require_int("original_max_len", self.original_max_len, 1)
         require_number("beta_slow", self.beta_slow, 0.0, open_low=True)
@@ -88,6 +109,8 @@ class AttentionConfig:
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        require_type("yarn", self.yarn, YarnConfig, type(None))
         require_int("n_heads", self.n_heads, 1)
         require_int("head_dim", self.head_dim, 2)
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "must be even: RoPE rotates pairs of channels")
@@ -142,6 +165,8 @@ class MLAConfig:
     yarn: YarnConfig | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        require_type("yarn", self.yarn, YarnConfig, type(None))
         for name in ("n_heads", "qk_nope_head_dim", "v_head_dim", "kv_lora_rank"):
             require_int(name, getattr(self, name), 1)
         require_int("qk_rope_head_dim", self.qk_rope_head_dim, 2)
@@ -217,6 +242,7 @@ class MoEConfig:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         E, K = self.n_routed_experts, self.top_k
         for name in ("n_routed_experts", "top_k", "expert_width", "n_group", "topk_group", "routing_groups"):
             require_int(name, getattr(self, name), 1)
@@ -322,10 +348,12 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "n_layers", "ffn_width", "interleave", "max_seq_len"):
+        make_plain(self)
+        for name in ("vocab_size", "d_model", "ffn_width", "interleave", "max_seq_len"):
             require_int(name, getattr(self, name), 1)
-        known = isinstance(self.attention, AnyAttention)
-        require(known, "attention", self.attention, "must be an AttentionConfig or an MLAConfig")
+        require_int("n_layers", self.n_layers, 1, MAX_LAYERS)
+        require_type("attention", self.attention, AttentionConfig, MLAConfig)
+        require_type("moe", self.moe, MoEConfig, type(None))
         require_int("n_dense_layers", self.n_dense_layers, 0, self.n_layers)
         if self.moe is not None:
             rest = self.n_layers - self.n_dense_layers
@@ -350,40 +378,53 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Make a config of class `cls` from plain data. Raises InputError for unknown fields and wrong types."""
+    _require_fields(cls, values, "")
+    config = dacite.Config(strict=True, type_hooks={AnyAttention: _attention, **_TUPLES})  # type: ignore[dict-item]
     try:
-        config = dacite.Config(strict=True, cast=[tuple], type_hooks={AnyAttention: _attention})  # type: ignore[dict-item]
         return dacite.from_dict(cls, values, config=config)
+    except dacite.WrongTypeError as error:
+        path, found = error.field_path, type(error.value).__name__
+        wanted = getattr(error.field_type, "__name__", None) or str(error.field_type)
+        raise InputError(f"{path} = {shorten(error.value)}: must be {wanted}, not {found}") from None
+    except dacite.MissingValueError as error:
+        raise InputError(f"{error.field_path}: is missing; {cls.__name__} needs it") from None
     except dacite.DaciteError as error:
         raise InputError(f"{cls.__name__}: {error}") from None
 
 
 def _attention(values: Any) -> Any:
     """Make the attention config that has the fields of `values`."""
-    if not isinstance(values, dict):
-        return values
-    return from_dict(MLAConfig if "kv_lora_rank" in values else AttentionConfig, values)
+    return from_dict(_attention_class(values), values) if isinstance(values, dict) else values
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """Read the mapping in a YAML file; 3e-3 is a number. Raises InputError naming the file and line of an error."""
-    import yaml
+def _attention_class(values: dict[str, Any]) -> type[AnyAttention]:
+    return MLAConfig if "kv_lora_rank" in values else AttentionConfig
 
-    class Loader(yaml.SafeLoader):
-        """Reads 3e-3 as a number; YAML 1.1 takes it for text."""
 
-    exponent = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+0123456789"))
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader)  # a SafeLoader
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise InputError(f"{path}: is not YAML: {error.problem}{line}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2001-99-99
-        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must be a mapping of names to values")
-    return values
+def _tuple(values: Any) -> Any:
+    """YAML and JSON write a tuple as a list."""
+    return tuple(values) if isinstance(values, list) else values
+
+
+_TUPLES = {tuple[kind, ...]: _tuple for kind in (int, float, str)}
+
+
+def _require_fields(cls: Any, values: Any, path: str) -> None:
+    """Require a mapping whose names are fields of `cls`, in nested configs too; `path` leads to `values`."""
+    require(isinstance(values, dict), path.removesuffix(".") or cls.__name__, values, "must be a mapping of names")
+    types = get_type_hints(cls)
+    for name, value in values.items():
+        if name not in types:
+            raise InputError(f"{path}{name} = {shorten(value)}: no such field; {find_name(name, types)}")
+        nested = _config_class(types[name], value)
+        if nested is not None and value is not None:
+            _require_fields(nested, value, f"{path}{name}.")
+
+
+def _config_class(annotation: Any, value: Any) -> Any:
+    """The config class that `value` is made of under a field's annotation; None if that is no config."""
+    union = get_origin(annotation) in (Union, UnionType)
+    classes = [one for one in (get_args(annotation) if union else [annotation]) if is_dataclass(one)]
+    if len(classes) > 1 and isinstance(value, dict):
+        return _attention_class(value)
+    return classes[0] if classes else None

@@ -51,8 +51,8 @@ class HeldOut:
 def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence[str]) -> HeldOut:
     """Evaluate on fixed batches. A domain without tokens is omitted. The model keeps its mode."""
     device = model.embed.weight.device
-    total = torch.zeros(len(domains), dtype=torch.float64)
-    count = torch.zeros(len(domains), dtype=torch.float64)
+    total = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
+    count = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
     tallies = [_Tally(layer.router.config) for layer in model.moe_layers]
     with eval_mode(model):
         for batch in progress(batches, desc="held-out"):
@@ -73,10 +73,10 @@ class _Tally:
     """Accumulates how one MoE layer uses its experts, batch by batch."""
 
     def __init__(self, moe: MoEConfig) -> None:
-        self.counts = torch.zeros(moe.n_routed_experts, dtype=torch.float64)
+        self.counts = torch.zeros(moe.n_routed_experts, dtype=torch.float64, device="cpu")
         self.dropped = self.overflow = 0.0  # choices
         self.reached, self.tokens = 0.0, 0
-        self.group_of = group_of(moe.n_routed_experts, moe.n_group)
+        self.group_of = group_of(moe.n_routed_experts, moe.n_group, torch.device("cpu"))
 
     def add(self, routing: Routing) -> None:
         counts = routing.counts.cpu().double()

@@ -14,7 +14,7 @@ from dsmoe_lite.layers.cache import Cache, LayerCache
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.rope import rope_tables
+from dsmoe_lite.layers.rope import RopeTables
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.sdpa import attention_mask
 
@@ -60,8 +60,9 @@ class Block(nn.Module):
         else:
             self.attention = Attention(D, config.attention)
         self.ffn_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.ffn: SwiGLU | MoELayer
-        if config.moe is not None and config.is_moe_layer(layer):
+        self.has_experts = config.is_moe_layer(layer)  # not the class of `ffn`, which others may wrap
+        self.ffn: nn.Module
+        if config.moe is not None and self.has_experts:
             self.ffn = MoELayer(D, config.moe, config.vocab_size, layer)
         else:
             self.ffn = SwiGLU(D, config.ffn_width)
@@ -72,7 +73,7 @@ class Block(nn.Module):
         """x (B, S, D), token_ids (B, S) -> (B, S, D) and the Routing, or None in a dense block."""
         u = x + self.attention(self.attention_norm(x), positions.cos, positions.sin, positions.mask, cache)
         normed = self.ffn_norm(u)
-        if isinstance(self.ffn, MoELayer):
+        if self.has_experts:
             y, routing = self.ffn(normed, token_ids)
             return u + y, routing
         return u + self.ffn(normed), None
@@ -80,9 +81,6 @@ class Block(nn.Module):
 
 class Transformer(nn.Module):
     """Token ids (B, S) to next-token logits (B, S, V)."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -94,9 +92,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         attention = config.attention
-        cos, sin = rope_tables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.rope = RopeTables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and not name.endswith("router.noise"):  # noise starts at softplus(0) for every expert
                 nn.init.normal_(weight, std=config.init_std)
@@ -104,7 +100,7 @@ class Transformer(nn.Module):
     @property
     def moe_layers(self) -> list[MoELayer]:
         """The MoE layers, first block first, in the order of Output.routings."""
-        return [block.ffn for block in self.blocks if isinstance(block.ffn, MoELayer)]
+        return [module for block in self.blocks for module in block.modules() if isinstance(module, MoELayer)]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None) -> Output:
         """Tokens (B, S) int64 -> Output.
@@ -119,7 +115,7 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.check(self.config, B)
             pad = cache.padding(pad)
-        positions = self._positions(S, cache, pad)
+        positions = self._positions(S, tokens.device, cache, pad)
         x, routings = self.embed(tokens), []
         for index, block in enumerate(self.blocks):
             x, routing = block(x, positions, tokens, None if cache is None else cache.layers[index])
@@ -146,12 +142,13 @@ class Transformer(nn.Module):
             wrong = low if low < 0 else high
             require(low >= 0 and high < V, "token id", wrong, f"must be from 0 to {V - 1}, the model's vocabulary")
 
-    def _positions(self, S: int, cache: Cache | None, pad: Tensor | None) -> Positions:
+    def _positions(self, S: int, device: torch.device, cache: Cache | None, pad: Tensor | None) -> Positions:
         start = 0 if cache is None else cache.length
         layer_cache = None if cache is None else cache.layers[0]  # all layers cache the same positions
-        mask = attention_mask(S, self.cos.device, cache=layer_cache, window=self.config.attention.window, pad=pad)
+        mask = attention_mask(S, device, cache=layer_cache, window=self.config.attention.window, pad=pad)
+        cos, sin = self.rope.on(device)
         if pad is None:
-            return Positions(self.cos[start : start + S], self.sin[start : start + S], mask)
+            return Positions(cos[start : start + S], sin[start : start + S], mask)
         columns = torch.arange(start, start + S, device=pad.device)
         positions = (columns - pad[:, None, None]).clamp(min=0)  # (B, 1, S): each row counts from its first token
-        return Positions(self.cos[positions], self.sin[positions], mask)
+        return Positions(cos[positions], sin[positions], mask)

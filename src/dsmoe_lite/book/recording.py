@@ -10,12 +10,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from dsmoe_lite.checkpoint import load_model, read_metadata
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.common.machine import find_chromium
 from dsmoe_lite.common.paths import DATA, NOTEBOOKS
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.explorer import Explorer, explore
 
@@ -76,7 +75,7 @@ def record(browser: Any, mode: str, scale: int = SCALE) -> tuple[bytes, bytes]:
 
     mode: light or dark; scale: pixels of the picture per pixel of the page.
     """
-    tokenizer = Tokenizer.from_str(read_metadata(MODEL)["tokenizer"])
+    tokenizer = read_tokenizer(read_metadata(MODEL)["tokenizer"])
     explorer = explore({"GShard": load_model(MODEL)}, tokenizer, TEXT, window=64, expert=STORY[0][0])
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=scale)
     page.set_content(_page(explorer, mode))

@@ -9,7 +9,8 @@ import click
 from dsmoe_lite.accounting import by_component, kv_cache_bytes, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.cli.tables import json_option, print_rows
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.config import ModelConfig, from_dict, read_yaml
+from dsmoe_lite.common.yaml_files import read_yaml
+from dsmoe_lite.config import ModelConfig, from_dict
 from dsmoe_lite.presets import preset
 
 BF16 = 16  # bits

@@ -1,7 +1,14 @@
 """Errors that a user can understand: one line with the thing, its value and the remedy."""
 
+import difflib
+import reprlib
+import sys
 from collections.abc import Collection, Mapping
+from numbers import Integral, Real
 from typing import Any
+
+MAX_INT = 2**63 - 1  # of a tensor's size
+MAX_FLOAT = sys.float_info.max
 
 
 class InputError(ValueError):
@@ -22,25 +29,53 @@ class DivergedError(RunError):
 def require(condition: bool, name: str, value: Any, remedy: str) -> None:
     """Raise InputError("name = value: remedy") unless `condition` is true."""
     if not condition:
-        raise InputError(f"{name} = {value!r}: {remedy}")
+        raise InputError(f"{name} = {shorten(value)}: {remedy}")
+
+
+def shorten(value: Any) -> str:
+    """The repr of `value`, or its beginning and end if it is long, deep or a number of many digits."""
+    shortened = reprlib.Repr()  # Python 3.11 takes no limits here
+    shortened.maxstring = shortened.maxother = 200
+    shortened.maxlist = shortened.maxtuple = shortened.maxdict = 20
+    try:
+        return shortened.repr(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        return "a number of thousands of digits"
+
+
+def find_name(name: Any, known: Collection[str]) -> str:
+    """Say which of `known` names is nearest to one that does not exist, or all of them."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 
 
 def require_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Require an int in [low, high]; a bool is no int here."""
+    """Require a whole number in [low, high], Python's or numpy's; a bool is none. Without `high`, it fits 64 bits."""
     upper = "" if high is None else f" and at most {high}"
-    is_int = isinstance(value, int) and not isinstance(value, bool)
-    inside = is_int and value >= low and (high is None or value <= high)
+    is_int = isinstance(value, Integral) and not isinstance(value, bool)
+    inside = is_int and low <= value <= (MAX_INT if high is None else high)
     require(inside, name, value, f"must be a whole number of at least {low}{upper}")
 
 
-def require_number(name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """Require a finite number in [low, high], or in (low, high] with `open_low`. NaN never passes."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+def require_number(
+    name: str,
+    value: Any,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Require a finite number between low and high, Python's or numpy's; a bool is none, and NaN never passes.
+
+    The interval is closed; `open_low` and `open_high` exclude an end.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     above_low = is_number and (value > low if open_low else value >= low)
-    inside = above_low and value <= high and value != float("inf")
+    below_high = above_low and (value < high if open_high else value <= min(high, MAX_FLOAT))
     lower = f"above {low:g}" if open_low else f"of at least {low:g}"
-    upper = "" if high == float("inf") else f" and at most {high:g}"
-    require(inside, name, value, f"must be a finite number {lower}{upper}")
+    upper = "" if high == float("inf") else f" and {'below' if open_high else 'at most'} {high:g}"
+    require(below_high, name, value, f"must be a finite number {lower}{upper}")
 
 
 def require_bool(name: str, value: Any) -> None:
@@ -50,7 +85,13 @@ def require_bool(name: str, value: Any) -> None:
 
 def require_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """Require one of `choices`."""
-    require(value in choices, name, value, f"must be one of {', '.join(choices)}")
+    require(value in tuple(choices), name, value, f"must be one of {', '.join(choices)}")  # value may be unhashable
+
+
+def require_type(name: str, value: Any, *types: type) -> None:
+    """Require an instance of one of `types`; NoneType allows None."""
+    allowed = " or ".join("None" if one is type(None) else one.__name__ for one in types)
+    require(isinstance(value, types), name, value, f"must be {allowed}, not {type(value).__name__}")
 
 
 def require_same(actual: Mapping[str, Any], expected: Mapping[str, Any], prefix: str = "") -> None:

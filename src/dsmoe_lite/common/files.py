@@ -1,5 +1,6 @@
 """Atomic writes: a file is complete, or it is not there."""
 
+import glob
 import json
 import os
 from collections.abc import Iterator
@@ -7,19 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.errors import InputError, RunError
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
-    Raises RunError naming `path` if the system refuses, for example because the disk is full.
+    Also removes what processes that were killed left of this file. Raises RunError naming `path` if the system refuses,
+    for example because the disk is full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_remains(path)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner can read
         os.replace(temporary, path)
     except OSError as error:
         raise RunError(f"{path}: not written ({error.strerror or error}); an earlier file is intact") from None
@@ -27,10 +31,50 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _remove_remains(path: Path) -> None:
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdecimal() and not _is_alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the mapping in a JSON file. Raises InputError naming the file if it is missing, damaged or holds NaN."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not JSON ({error}); restore a copy, or move it away") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: must be a mapping of names to values; restore a copy, or move it away")
+    return values
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"it has the value {constant}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -130,8 +130,9 @@ def heldout_batches(corpus: Corpus, tokenizer: Tokenizer, batch_size: int, seq_l
 
 
 def _has_wrapped(batches: Batches) -> bool:
+    """Whether a token was read twice; at the start of epoch 1 each was read once."""
     state = batches.state_dict()
-    return state["epoch"] > 0 and (state["document"], state["offset"]) != (0, 0)
+    return state["epoch"] > 0 and state != {"epoch": 1, "document": 0, "offset": 0}
 
 
 def _groups(corpus: Corpus, tokenizer: Tokenizer, split: str, epoch: int, document: int) -> Iterator[_Group]:

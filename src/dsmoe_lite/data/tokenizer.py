@@ -9,32 +9,48 @@ import tokenizers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsmoe_lite.common import paths
-from dsmoe_lite.common.errors import InputError, require_int
-from dsmoe_lite.common.files import write_text
+from dsmoe_lite.common.errors import InputError, require, require_int
+from dsmoe_lite.common.files import write_json
 from dsmoe_lite.data.corpus import Corpus
 
 END = "<|end|>"  # follows every document
 END_ID = 0
 SAMPLE_BYTES = 20_000_000
-RECIPE = 1  # part of the cache key: raise it if the training changes
+RECIPE = 2  # part of the cache key: raise it if the training changes
 
 
 def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = None) -> Tokenizer:
     """Return the tokenizer of `corpus` with `vocab_size` ids: from `folder` (the cache), or trained on the first 20 MB.
 
     The 256 bytes are in the vocabulary, so every text can be encoded and decodes to itself. Each digit is a token.
-    Raises InputError if vocab_size leaves no room for END and the bytes, or is above 65536.
+    Raises InputError if vocab_size leaves no room for END and the bytes, or is above 65536, and for a file in the cache
+    that is damaged or was made for other text.
     """
     require_int("vocab_size", vocab_size, 257, 65_536)
     key = json.dumps([corpus.fingerprint(), vocab_size, SAMPLE_BYTES, RECIPE, tokenizers.__version__], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     path = (folder or paths.cache() / "tokenizers") / f"{corpus.name}-{vocab_size}-{digest}.json"
     if not path.exists():
-        write_text(path, _train(corpus, vocab_size).to_str(pretty=True))
+        write_json(path, {"made_for": key, "tokenizer": _train(corpus, vocab_size).to_str()})
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        require(stored["made_for"] == key, "made_for", stored["made_for"], f"this corpus and size have {key}")
+        return read_tokenizer(stored["tokenizer"])
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged tokenizer ({error}); remove it, and it will be trained again") from None
+
+
+def read_tokenizer(text: str) -> Tokenizer:
+    """Make a tokenizer from its JSON, for example from a model file's metadata. Raises InputError if it is damaged.
+
+    The characters of <|end|> in a text are encoded like all others: only END_ID is the end of a document.
+    """
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"damaged tokenizer ({error})") from None
+    tokenizer.encode_special_tokens = True  # the library's name for: take special tokens in a text for text
+    return tokenizer
 
 
 def _train(corpus: Corpus, vocab_size: int) -> Tokenizer:

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.common.errors import InputError, require, require_choice, require_int
 from dsmoe_lite.kernels.launch import check_ids, check_shape, check_tensors, contiguous_aligned, launch
 
@@ -69,7 +69,7 @@ class _Route(torch.autograd.Function):
         return scores, ids, gates, counts
 
     @staticmethod
-    @once_differentiable
+    @first_order("use layers.router.Router")
     def backward(ctx: Any, d_scores: Tensor, _: Any, d_gates: Tensor, __: Any) -> tuple[Tensor | None, ...]:
         (scores, ids), rule = ctx.saved_tensors, ctx.rule
         (T, E), sigmoid = scores.shape, int(ctx.rule.scoring_func == "sigmoid")

@@ -37,6 +37,10 @@ def check_ids(device: torch.device, **tensors: tuple[Tensor, torch.dtype]) -> No
 def _check_layout(name: str, tensor: Tensor) -> None:
     if not tensor.is_contiguous():
         raise InputError(f"{name}: must be contiguous, not of strides {tensor.stride()}; call .contiguous() first")
+    if tensor.numel() and not tensor.data_ptr():
+        raise InputError(
+            f"{name}: a {type(tensor).__name__} without memory of its own; pass a plain tensor, waited for"
+        )
     if tensor.data_ptr() % 16:
         raise InputError(
             f"{name}: must begin at a multiple of 16 bytes, which this slice does not; call .clone() first"

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import pad_sequence
 
+from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.layers.dispatch import Dispatched
+from dsmoe_lite.layers.dispatch import USE_LOOP, Dispatched
 
 BLOCK = 2**17  # hidden numbers that a block computes at once; measured: as fast as 2^18 to 2^20, in half the memory
 WASTE = 1.25  # rows that a block may compute for each real row
@@ -99,7 +99,7 @@ class _SwiGLU(torch.autograd.Function):
         return y_sorted
 
     @staticmethod
-    @once_differentiable
+    @first_order(USE_LOOP)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         row, token, x, gates, gate, up, down, *saved = ctx.saved_tensors
         product: Product = ctx.product
@@ -183,7 +183,7 @@ def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -
 
 def _row_of_slot(blocks: list[Block], n_rows: int) -> Tensor:
     """Return the row in every slot of all blocks, n_rows in padding."""
-    rows = torch.arange(n_rows)
+    rows = torch.arange(n_rows, device="cpu")
     padded = [pad_sequence(rows[b.rows].split(b.counts), batch_first=True, padding_value=n_rows) for b in blocks]
     return torch.cat([part.flatten() for part in padded])
 

@@ -60,7 +60,7 @@ class GrowingCache:
 
     def key_positions(self, n_tokens: int) -> Tensor:
         """All positions, from 0."""
-        return torch.arange(self.length + n_tokens)
+        return torch.arange(self.length + n_tokens, device="cpu")
 
     @property
     def nbytes(self) -> int:
@@ -109,9 +109,9 @@ class RollingCache:
     def key_positions(self, n_tokens: int) -> Tensor:
         """In the order of slots for one new token, in ascending order for several."""
         if n_tokens > 1:
-            return torch.cat((self._old_positions(), self.length + torch.arange(n_tokens)))
+            return torch.cat((self._old_positions(), self.length + torch.arange(n_tokens, device="cpu")))
         W, t = self._window, self.length
-        slots = torch.arange(min(t + 1, W))
+        slots = torch.arange(min(t + 1, W), device="cpu")
         return t - (t - slots) % W  # the newest position of each slot
 
     @property
@@ -121,7 +121,7 @@ class RollingCache:
 
     def _old_positions(self) -> Tensor:
         """Positions of the cached tokens that the first new token sees."""
-        return torch.arange(max(0, self.length - self._window + 1), self.length)
+        return torch.arange(max(0, self.length - self._window + 1), self.length, device="cpu")
 
 
 class Cache:

@@ -8,10 +8,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.kernels.launch import contiguous_aligned
-from dsmoe_lite.layers.dispatch import Dispatched, Implementation
+from dsmoe_lite.layers.dispatch import USE_LOOP, Dispatched, Implementation
 
 
 class Kernels(Protocol):
@@ -55,7 +55,7 @@ class _GateUp(torch.autograd.Function):
         return hidden, a, b
 
     @staticmethod
-    @once_differentiable
+    @first_order(USE_LOOP)
     def backward(ctx: Any, _: Any, da: Tensor, db: Tensor) -> tuple[Tensor | None, ...]:
         token, row_of_choice, ends, x, gate, up = ctx.saved_tensors
         kernels: Kernels = ctx.kernels
@@ -78,7 +78,7 @@ class _Down(torch.autograd.Function):
         return kernels.multiply(hidden, down, ends)
 
     @staticmethod
-    @once_differentiable
+    @first_order(USE_LOOP)
     def backward(ctx: Any, dy_rows: Tensor) -> tuple[Tensor | None, ...]:
         ends, gates, a, b, down = ctx.saved_tensors
         kernels: Kernels = ctx.kernels
@@ -99,7 +99,7 @@ class _Combine(torch.autograd.Function):
         return kernels.combine(y_sorted, row_of_choice)
 
     @staticmethod
-    @once_differentiable
+    @first_order(USE_LOOP)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (token,) = ctx.saved_tensors
         return None, None, None, ctx.kernels.permute(contiguous_aligned(dy), token)

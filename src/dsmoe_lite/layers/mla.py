@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.common.errors import require_choice
+from dsmoe_lite.common.errors import require, require_choice
 from dsmoe_lite.config import MLAConfig
 from dsmoe_lite.layers.cache import LayerCache
 from dsmoe_lite.layers.rope import apply_rope, softmax_scale
@@ -20,7 +20,9 @@ class MLA(nn.Module):
     The cache stores only c and k^R, as one tensor (B, 1, S, d_c + d_h^R). Two forms give the same numbers. The `naive`
     form computes the keys and values of every head from c. The `absorbed` form multiplies W_UK into the query and W_UV
     into the output, and attends to c itself: multi-query attention with keys of d_c + d_h^R channels and values of d_c
-    channels. The scale is 1 / sqrt(d_h + d_h^R) in both. `auto` takes the form with fewer multiplications.
+    channels. The scale is 1 / sqrt(d_h + d_h^R) in both. `auto` takes the form with fewer multiplications. The absorbed
+    form reads the matrix of `kv_up` and never calls it, so a `kv_up` that does more than multiply (an adapter, a hook,
+    a bias) is only used in the naive form.
 
     The equations omit norms; released models normalise each latent, as this layer does.
     """
@@ -66,8 +68,12 @@ class MLA(nn.Module):
         return self.output(mixed.transpose(1, 2).reshape(B, S, -1))
 
     def use(self, form: str) -> "MLA":
-        """Set the form: naive, absorbed or auto. Returns the layer. Raises InputError for another name."""
+        """Set the form: naive, absorbed or auto. Returns the layer.
+
+        Raises InputError for another name, and for absorbed if `kv_up` does more than multiply by its matrix.
+        """
         require_choice("form", form, FORMS)
+        self._require_form(form)
         self.form = form
         return self
 
@@ -89,10 +95,23 @@ class MLA(nn.Module):
         return torch.einsum("bhsc,hvc->bhsv", mixed[..., : c.kv_lora_rank], w_uv)
 
     def _use_absorbed(self, S: int, S_kv: int) -> bool:
+        self._require_form(self.form)  # kv_up may have changed
         if self.form != "auto":
             return self.form == "absorbed"
+        if not _only_multiplies(self.kv_up):
+            return False
         c = self.config
         kv_up = c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)  # multiplications per head and token
         naive = S_kv * kv_up + S * S_kv * (c.qk_dim + c.v_head_dim)
         absorbed = S * kv_up + S * S_kv * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         return absorbed < naive
+
+    def _require_form(self, form: str) -> None:
+        possible = form != "absorbed" or _only_multiplies(self.kv_up)
+        require(possible, "form", form, "kv_up has an adapter, a hook or a bias, which this form bypasses; use 'naive'")
+
+
+def _only_multiplies(module: nn.Module) -> bool:
+    """Whether calling `module` only multiplies by its `weight`, also if that is parametrized."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module.bias is None
+    return plain and not ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks)

@@ -5,6 +5,7 @@ neighbours: 2j with 2j + 1. The two layouts differ only in the order of the chan
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ def rope_frequencies(rope_dim: int, theta: float = 10_000.0, yarn: YarnConfig | 
     With `yarn`: ramp_j theta_j + (1 - ramp_j) theta_j / factor. The ramp falls from 1 to 0 between the channel pairs of
     `yarn_range` (arXiv:2309.00071, Section 3.2, which calls it gamma; arXiv:2405.04434, Section 3.1.4).
     """
-    frequencies = theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64) / rope_dim)
+    frequencies = theta ** (-torch.arange(0, rope_dim, 2, dtype=torch.float64, device="cpu") / rope_dim)
     if yarn is None:
         return frequencies
     low, high = yarn_range(rope_dim, theta, yarn)
-    pairs = torch.arange(rope_dim // 2, dtype=torch.float64)
+    pairs = torch.arange(rope_dim // 2, dtype=torch.float64, device="cpu")
     ramp = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
     return ramp * frequencies + (1 - ramp) * frequencies / yarn.factor
 
@@ -54,9 +55,31 @@ def rope_tables(
     rope_dim: int, length: int, theta: float = 10_000.0, yarn: YarnConfig | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position times frequency, each (length, rope_dim / 2) in float32."""
-    positions = torch.arange(length, dtype=torch.float64)
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
     angles = torch.outer(positions, rope_frequencies(rope_dim, theta, yarn))
     return angles.cos().float(), angles.sin().float()
+
+
+class RopeTables:
+    """The tables of `rope_tables` for a model: exact in float32, whatever dtype and device the model was moved through.
+
+    As buffers they would be rounded by `.half()` and left uninitialised by `.to_empty()`, and no file would restore
+    them.
+    """
+
+    def __init__(self, rope_dim: int, length: int, theta: float = 10_000.0, yarn: YarnConfig | None = None) -> None:
+        self._on = {torch.device("cpu"): rope_tables(rope_dim, length, theta, yarn)}
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin on `device`, each (length, rope_dim / 2) float32; copied there once."""
+        if device not in self._on:
+            with torch.inference_mode(False):  # a later call may need gradients
+                cos, sin = self._on[torch.device("cpu")]
+                self._on[device] = cos.to(device), sin.to(device)
+        return self._on[device]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RopeTables":
+        return self  # never changed
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

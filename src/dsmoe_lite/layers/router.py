@@ -77,13 +77,15 @@ class Router(nn.Module):
 
     Where tokens compete for slots, those of each of `groups` parts of the batch do so apart: GShard's groups.
 
-    `layer` is the block's number, for error lines. `forbidden`, for experiments on a trained router, takes the scores
-    (T, E) and returns which experts (T, E) a token may not choose; gates stay what the scores make them.
+    `layer` is the block's number, for error lines. Two settings are for experiments on a trained router
+    (`routing.interventions`): each of `forbidden` takes the scores (T, E) and returns which experts (T, E) a token may
+    not choose, and choices of the ranks `silenced`, 0 the best, are not kept. Gates stay what the scores make them.
     """
 
     hash_table: Tensor
     expert_bias: Tensor
-    forbidden: Callable[[Tensor], Tensor] | None = None
+    forbidden: tuple[Callable[[Tensor], Tensor], ...] = ()
+    silenced: frozenset[int] = frozenset()
 
     def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
@@ -93,7 +95,7 @@ class Router(nn.Module):
             require(
                 vocab_size >= E, "vocab_size", vocab_size, f"must be at least n_routed_experts = {E}, for hash routing"
             )
-            shuffled = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
+            shuffled = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0), device="cpu")
             self.register_buffer("hash_table", shuffled % E)  # every expert gets V/E token ids, rounded
             return
         self.weight = nn.Parameter(torch.empty(E, d_model))
@@ -153,12 +155,12 @@ class Router(nn.Module):
             return expert_choice(ranked, capacity(scores.shape[0], config.top_k, config.n_routed_experts, 1.0))
         if config.expert_bias:
             ranked = ranked + self.expert_bias
-        if self.forbidden is not None:
-            ranked = ranked.masked_fill(self.forbidden(scores.detach()), -math.inf)
+        for forbid in self.forbidden:
+            ranked = ranked.masked_fill(forbid(scores.detach()), -math.inf)
         if config.topk_group < config.n_group:
             ranked = limit_groups(ranked, config.n_group, config.topk_group, config.group_score)
         topk_ids = ordered_topk(ranked, config.top_k)
-        if self.forbidden is not None:
+        if self.forbidden:
             reached = int(ranked.gather(1, topk_ids).isfinite().sum(dim=1).min()) if len(topk_ids) else config.top_k
             require(reached == config.top_k, "experts left", reached, f"must be top_k = {config.top_k}: forbid fewer")
         return topk_ids
@@ -181,6 +183,8 @@ class Router(nn.Module):
             budget = group_budget(T, K, config.n_group, config.group_capacity_factor)
             exempt = exempt_tokens(batch_shape, config.never_drop_share, topk_ids.device)
             kept &= within_budget(groups, affinities, config.n_group, budget, exempt)
+        for rank in self.silenced:
+            kept[:, rank : rank + 1] = False  # empty for a rank that this batch does not have
         return kept
 
     def _by_table(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:

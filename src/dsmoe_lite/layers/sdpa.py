@@ -37,7 +37,7 @@ def attention_mask(
     pad: Tensor | None = None,
 ) -> Tensor | None:
     """Return the mask for n_tokens new tokens over the cache and themselves, in the form of `visible_keys`."""
-    queries = torch.arange(n_tokens) + (0 if cache is None else cache.length)
+    queries = torch.arange(n_tokens, device="cpu") + (0 if cache is None else cache.length)
     keys = queries if cache is None else cache.key_positions(n_tokens)
     mask = visible_keys(queries, keys, window, None if pad is None else pad.cpu())
     return None if mask is None else mask.to(device)

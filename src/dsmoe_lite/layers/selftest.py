@@ -74,10 +74,13 @@ def disagreement(
     """
     random, (D, F), N, E, K = torch.Generator().manual_seed(0), widths, sum(counts), len(counts), 4
     T = N * 8 // 7 // K + 1
-    choice = torch.randperm(T * K, generator=random)[:N].to(device)
-    ends = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+    choice = torch.randperm(T * K, generator=random, device="cpu")[:N].to(device)
+    ends = torch.tensor(counts, device="cpu").cumsum(0).to(device, torch.int32)
     shapes = [(T, D), (N,), (E, F, D), (E, F, D), (E, D, F), (T, D)]
-    *inputs, dy = (torch.randn(*s, generator=random).div_(s[-1] ** 0.5 if len(s) == 3 else 1).to(dtype) for s in shapes)
+    *inputs, dy = (
+        torch.randn(*s, generator=random, device="cpu").div_(s[-1] ** 0.5 if len(s) == 3 else 1).to(dtype)
+        for s in shapes
+    )
 
     def results(implementation: Implementation, dtype: torch.dtype) -> list[Tensor]:
         x, gates, *weights = (tensor.to(device, dtype).requires_grad_() for tensor in inputs)

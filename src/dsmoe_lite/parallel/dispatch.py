@@ -6,14 +6,15 @@ choices, the row that each choice reads, and the gates.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from torch.distributed._functional_collectives import all_to_all_single, wait_tensor
 
-from dsmoe_lite.layers.dispatch import Dispatched, sum_by_token
+from dsmoe_lite.common.autograd import first_order
+from dsmoe_lite.layers.dispatch import USE_LOOP, Dispatched, sum_by_token
 
 
 class SendPlan(NamedTuple):
@@ -63,14 +64,14 @@ def all_to_all_dispatch(dispatched: Dispatched, group: ProcessGroup) -> Received
     P = group.size()
     send = plan_send(dispatched, P)
     sizes = torch.cat([send.rows.unsqueeze(1), send.counts], dim=1)  # (P, 1 + E / P)
-    incoming = wait_tensor(all_to_all_single(sizes, None, None, group)).view_as(sizes)
+    incoming = _exchange(sizes, None, None, group).view_as(sizes)
     rows, counts = incoming[:, 0], incoming[:, 1:]
     rows_sent, choices_sent = send.rows.tolist(), send.counts.sum(dim=1).tolist()
     rows_received, choices_received = rows.tolist(), counts.sum(dim=1).tolist()
 
-    x = all_to_all_single_autograd(dispatched.x.index_select(0, send.token), rows_received, rows_sent, group)
-    gates = all_to_all_single_autograd(dispatched.gates, choices_received, choices_sent, group)
-    row = wait_tensor(all_to_all_single(send.row, choices_received, choices_sent, group))
+    x = _Exchange.apply(dispatched.x.index_select(0, send.token), rows_received, rows_sent, group)
+    gates = _Exchange.apply(dispatched.gates, choices_received, choices_sent, group)
+    row = _exchange(send.row, choices_received, choices_sent, group)
 
     N, E_local = len(row), counts.shape[1]
     row = row + (rows.cumsum(0) - rows).repeat_interleave(counts.sum(dim=1), output_size=N)
@@ -84,5 +85,27 @@ def all_to_all_dispatch(dispatched: Dispatched, group: ProcessGroup) -> Received
 
 def all_to_all_combine(y: Tensor, plan: ReturnPlan) -> Tensor:
     """Return the sums y (R', D) of the received rows to their senders and add them up by token: (T, D). Collective."""
-    returned = all_to_all_single_autograd(y, plan.rows_sent, plan.rows_received, plan.group)
+    returned = _Exchange.apply(y, plan.rows_sent, plan.rows_received, plan.group)
     return sum_by_token(returned, plan.token, plan.n_tokens)
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows; the gradients of the rows return to the processes that sent them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        return _exchange(rows, received, sent, group)
+
+    @staticmethod
+    @first_order(USE_LOOP)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return _exchange(dy, ctx.sent, ctx.received, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, received: list[int] | None, sent: list[int] | None, group: ProcessGroup) -> Tensor:
+    """Send sent[p] rows to process p and return its received[p] rows; None: equal parts.
+
+    The rows have arrived: a kernel that takes a pointer could not wait for torch's AsyncCollectiveTensor.
+    """
+    return wait_tensor(all_to_all_single(rows.contiguous(), received, sent, group))

@@ -1,19 +1,44 @@
-"""Ablations of a trained model: copies with experts removed, masked or exchanged, to measure what they were worth."""
+"""Ablations of a trained model: copies with experts removed, masked or exchanged, to measure what they were worth.
+
+Interventions compose: each keeps those of the model it is given. `save_model` refuses a model with experts switched
+off, masked or silenced, since its file could not say so.
+"""
 
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import replace
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dsmoe_lite.common.errors import require, require_int, require_number
 from dsmoe_lite.config import MoEConfig
-from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import ordered_topk
 from dsmoe_lite.model import Transformer
+
+
+@dataclass(frozen=True)
+class SwitchedOff:
+    """Forbid these experts to every token."""
+
+    experts: frozenset[int]
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """scores (T, E) -> which experts are forbidden, bool (T, E)."""
+        forbidden = torch.zeros(scores.shape[1], dtype=torch.bool, device=scores.device)
+        forbidden[sorted(self.experts)] = True
+        return forbidden.expand_as(scores)
+
+
+@dataclass(frozen=True)
+class MaskedTop:
+    """Forbid each token the n experts that it scores highest."""
+
+    n: int
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """scores (T, E) -> which experts are forbidden, bool (T, E)."""
+        return torch.zeros_like(scores, dtype=torch.bool).scatter(1, ordered_topk(scores, self.n), True)
 
 
 def swap_shared(model: Transformer, more_routed: int) -> Transformer:
@@ -26,7 +51,10 @@ def swap_shared(model: Transformer, more_routed: int) -> Transformer:
     shared = 0 if moe is None else moe.n_shared_experts
     require(shared > 0, "n_shared_experts", shared, "the model has no shared experts to remove")
     assert moe is not None
-    return _rebuilt(model, replace(moe, n_shared_experts=0, top_k=moe.top_k + more_routed))
+    changed = _with_config(model, replace(moe, n_shared_experts=0, top_k=moe.top_k + more_routed))
+    for layer in changed.moe_layers:
+        layer.shared = None
+    return changed
 
 
 def silence(model: Transformer, *, shared: bool = False, ranks: Collection[int] = ()) -> Transformer:
@@ -43,7 +71,7 @@ def silence(model: Transformer, *, shared: bool = False, ranks: Collection[int] 
         require_int("rank", rank, 0, moe.top_k - 1)
     changed = swap_shared(model, 0) if shared else deepcopy(model)
     for layer in changed.moe_layers:
-        layer.router.register_forward_hook(partial(_drop_ranks, sorted(ranks)))
+        layer.router.silenced |= set(ranks)
     return changed
 
 
@@ -54,17 +82,17 @@ def switch_off(model: Transformer, experts: Mapping[int, Collection[int]]) -> Tr
     remaining experts. Raises InputError for a layer or an expert that does not exist, if fewer than top_k experts would
     be left, or if experts are not chosen by score.
     """
-    moe, changed = _chosen_by_score(model), deepcopy(model)
-    E = moe.n_routed_experts
+    moe = _chosen_by_score(model.config.moe)
+    changed, E = deepcopy(model), moe.n_routed_experts
     for layer, disabled in experts.items():
         require_int("layer", layer, 0, len(changed.moe_layers) - 1)
         for e in disabled:
             require_int("expert", e, 0, E - 1)
-        left = E - len(set(disabled))
+        router = changed.moe_layers[layer].router
+        router.forbidden += (SwitchedOff(frozenset(disabled)),)
+        off = set().union(*(forbid.experts for forbid in router.forbidden if isinstance(forbid, SwitchedOff)))
+        left = E - len(off)
         require(left >= moe.top_k, "experts left", left, f"must be at least top_k = {moe.top_k}: switch fewer off")
-        forbidden = torch.zeros(E, dtype=torch.bool)
-        forbidden[sorted(disabled)] = True
-        changed.moe_layers[layer].router.forbidden = partial(_forbid_these, forbidden)
     return changed
 
 
@@ -72,16 +100,12 @@ def mask_top(model: Transformer, share: float) -> Transformer:
     """Return a copy of `model` in which each token may not choose the `share` of experts it scores highest.
 
     In every MoE layer it takes the K best of the rest (DeepSeekMoE, arXiv:2401.06066, Section 4.5 and Figure 4);
-    share * E is rounded. Raises InputError if fewer than top_k experts would be left, or if experts are not chosen by
-    score.
+    share * E is rounded. Experts that are switched off count among those it scores highest. Raises InputError if fewer
+    than top_k experts would be left, or if experts are not chosen by score.
     """
-    moe, changed = _chosen_by_score(model), deepcopy(model)
-    require_number("share", share, 0.0, 1.0)
-    masked = round(share * moe.n_routed_experts)
-    left = moe.n_routed_experts - masked
-    require(left >= moe.top_k, "share", share, f"leaves {left} experts, fewer than top_k = {moe.top_k}")
+    masked, changed = n_masked(model.config.moe, share), deepcopy(model)
     for layer in changed.moe_layers:
-        layer.router.forbidden = partial(_forbid_top, masked)
+        layer.router.forbidden += (MaskedTop(masked),)
     return changed
 
 
@@ -90,38 +114,37 @@ def with_active(model: Transformer, top_k: int) -> Transformer:
 
     Raises InputError, from the config, if a token cannot use that many.
     """
-    moe = _chosen_by_score(model)
-    second = moe.second_choice if top_k == moe.top_k else "all"
-    return _rebuilt(model, replace(moe, top_k=top_k, second_choice=second))
+    return _with_config(model, active_config(model.config.moe, top_k))
 
 
-def _rebuilt(model: Transformer, moe: MoEConfig) -> Transformer:
-    """Return a model of another config with those weights of `model` that it uses; torch's random state stays."""
-    with torch.random.fork_rng(devices=[]):
-        changed = Transformer(replace(model.config, moe=moe)).to(model.embed.weight)
-    weights = model.state_dict()
-    changed.load_state_dict({name: weights[name] for name in changed.state_dict()})
-    return changed.train(model.training)
+def n_masked(moe: MoEConfig | None, share: float) -> int:
+    """How many experts `mask_top` masks. Raises its errors, without a model."""
+    moe = _chosen_by_score(moe)
+    require_number("share", share, 0.0, 1.0)
+    masked = round(share * moe.n_routed_experts)
+    left = moe.n_routed_experts - masked
+    require(left >= moe.top_k, "share", share, f"leaves {left} experts, fewer than top_k = {moe.top_k}")
+    return masked
 
 
-def _chosen_by_score(model: Transformer) -> MoEConfig:
-    moe = model.config.moe
+def active_config(moe: MoEConfig | None, top_k: int) -> MoEConfig:
+    """The config that `with_active` gives its model. Raises its errors, without a model."""
+    moe = _chosen_by_score(moe)
+    return replace(moe, top_k=top_k, second_choice=moe.second_choice if top_k == moe.top_k else "all")
+
+
+def _with_config(model: Transformer, moe: MoEConfig) -> Transformer:
+    """Return a copy of `model` that routes as `moe` says."""
+    changed = deepcopy(model)
+    changed.config = replace(model.config, moe=moe)
+    for layer in changed.moe_layers:
+        layer.router.config = moe
+    return changed
+
+
+def _chosen_by_score(moe: MoEConfig | None) -> MoEConfig:
     require(moe is not None, "moe", moe, "the model has no experts to choose from")
     assert moe is not None
     require(moe.scoring_func != "hash", "scoring_func", moe.scoring_func, "hash routing has no next best expert")
     require(moe.chooser == "token", "chooser", moe.chooser, "under expert choice a token has no next best expert")
     return moe
-
-
-def _forbid_these(forbidden: Tensor, scores: Tensor) -> Tensor:
-    return forbidden.to(scores.device).expand_as(scores)
-
-
-def _forbid_top(n: int, scores: Tensor) -> Tensor:
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, ordered_topk(scores, n), True)
-
-
-def _drop_ranks(ranks: list[int], router: Any, inputs: Any, routing: Routing) -> Routing:
-    kept = routing.kept.clone()
-    kept[:, ranks] = False
-    return replace(routing, kept=kept)

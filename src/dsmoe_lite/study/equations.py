@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.common.schema import require_schema
-from dsmoe_lite.config import from_dict, read_yaml
+from dsmoe_lite.common.yaml_files import read_yaml
+from dsmoe_lite.config import from_dict
 
 PATH = DATA / "equations.yml"
 SCHEMA_VERSION = 1

@@ -17,7 +17,8 @@ from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.paths import find_data
 from dsmoe_lite.common.schema import require_schema
 from dsmoe_lite.common.stats import EXPECTED, LEAST_SEEDS, WITH_MARGIN, holm, p_value, paired, trend_verdict
-from dsmoe_lite.config import from_dict, read_yaml
+from dsmoe_lite.common.yaml_files import read_yaml
+from dsmoe_lite.config import from_dict
 from dsmoe_lite.layers.rope import softmax_scale
 from dsmoe_lite.presets import preset
 from dsmoe_lite.study.grids import grid, records

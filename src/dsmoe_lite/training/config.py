@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from dsmoe_lite.common.errors import require, require_choice, require_int, require_number
-from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.common.errors import require, require_choice, require_int, require_number, require_type
+from dsmoe_lite.config import MoEConfig, make_plain
 from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES
 
 
@@ -30,6 +30,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        require_type("balance", self.balance, dict)
         for name in ("steps", "batch_size", "seq_len", "grad_accum", "routing_every"):
             require_int(name, getattr(self, name), 1)
         for name in ("warmup_steps", "checkpoint_every", "seed"):
@@ -38,8 +40,9 @@ class TrainConfig:
             require_number(name, getattr(self, name), 0.0, open_low=True)
         for name in ("weight_decay", "bias_speed"):
             require_number(name, getattr(self, name), 0.0)
-        for name in ("final_lr_share", "beta1", "beta2"):
-            require_number(name, getattr(self, name), 0.0, 1.0)
+        require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
+        for name in ("beta1", "beta2"):
+            require_number(name, getattr(self, name), 0.0, 1.0, open_high=True)
         for name, weight in self.balance.items():
             require_choice("balance", name, BALANCE_LOSSES)
             require_number(f"balance weight of {name}", weight, 0.0)

@@ -10,22 +10,31 @@ import torch
 from tokenizers import Tokenizer
 
 from dsmoe_lite.checkpoint import save_model
-from dsmoe_lite.common.errors import InputError, require, require_choice, require_int, require_number, require_same
+from dsmoe_lite.common.errors import (
+    InputError,
+    require,
+    require_choice,
+    require_int,
+    require_number,
+    require_same,
+    require_type,
+)
 from dsmoe_lite.common.files import write_json
 from dsmoe_lite.common.machine import resolve_device
 from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
-from dsmoe_lite.config import ModelConfig, from_dict, read_yaml, to_dict
+from dsmoe_lite.common.yaml_files import read_yaml
+from dsmoe_lite.config import ModelConfig, from_dict, make_plain, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib
-from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.tokenizer import load_tokenizer, read_tokenizer
 from dsmoe_lite.data.world import World, WorldConfig
 from dsmoe_lite.evaluate import heldout_loss, recall
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.interventions import mask_top, swap_shared, with_active
+from dsmoe_lite.routing.interventions import active_config, mask_top, n_masked, swap_shared, with_active
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
 from dsmoe_lite.training.record import READABLE_VERSIONS, Run, run_record
@@ -45,6 +54,9 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, CORPORA)
+        require_type("world", self.world, WorldConfig)
+        require_type("path", self.path, str)
+        require_type("name", self.name, str)
         require(self.kind != "folder" or self.path != "", "path", self.path, "kind = 'folder' needs the folder's path")
         require(self.kind != "hub" or self.name != "", "name", self.name, "kind = 'hub' needs the data set's name")
 
@@ -65,6 +77,12 @@ class Job:
     expert_parallel: int = 0  # under torchrun, the processes that share one set of experts; 0: all of them
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        require_type("model", self.model, ModelConfig)
+        require_type("train", self.train, TrainConfig)
+        require_type("corpus", self.corpus, CorpusConfig)
+        require_type("masked", self.masked, tuple)
+        require_type("active", self.active, tuple)
         require_int("vocab_size", self.vocab_size, 257)
         require_int("first_document", self.first_document, 0)
         require_int("n_heldout_batches", self.n_heldout_batches, 1)
@@ -75,8 +93,10 @@ class Job:
         self.train.check_fits(self.model.moe)
         for share in self.masked:
             require_number("masked", share, 0.0, 1.0)
+            n_masked(self.model.moe, share)
         for k in self.active:
             require_int("active", k, 1)
+            active_config(self.model.moe, k)
 
     def seeded(self, seed: int, n_streams: int) -> "Job":
         """Return the same run with another seed, which decides the weights and the first document.
@@ -234,7 +254,7 @@ def _prepare(job: Job, processes: Processes) -> tuple[Corpus, Tokenizer, Transfo
     processes.check_same(to_dict(job))
     corpus = make_corpus(job.corpus)
     text = processes.on_rank0(lambda: load_tokenizer(corpus, job.vocab_size).to_str())
-    tokenizer = Tokenizer.from_str(text)
+    tokenizer = read_tokenizer(text)
     torch.manual_seed(job.train.seed)
     model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
     processes.shard(model, job.expert_parallel)
