@@ -51,9 +51,12 @@ def _require_shapes_of(model: Transformer, tensors: dict[str, Tensor]) -> None:
 def load_model(path: Path) -> Transformer:
     """Read a model that save_model wrote, in evaluation mode.
 
-    Raises InputError if the file is missing, damaged or of another kind.
+    Raises InputError if the file is missing, damaged, of another kind, or has a weight that is NaN or infinite.
     """
     tensors, metadata = read_tensors(path)
+    for name, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise InputError(f"{path}: {name} is NaN or infinite; training diverged, or the file is damaged")
     if "config" not in metadata:
         raise InputError(f"{path}: has no model config; it was not written by save_model")
     model = Transformer(from_dict(ModelConfig, metadata["config"]))

@@ -406,16 +406,23 @@ def _tuple(values: Any) -> Any:
     return tuple(values) if isinstance(values, list) else values
 
 
-_TUPLES = {tuple[kind, ...]: _tuple for kind in (int, float, str)}
+_TUPLES = {tuple[int, ...]: _tuple, tuple[float, ...]: _tuple, tuple[str, ...]: _tuple}
 
 
 def _require_fields(cls: Any, values: Any, path: str) -> None:
-    """Require a mapping whose names are fields of `cls`, in nested configs too; `path` leads to `values`."""
+    """Require a mapping whose names are fields of `cls`, with lists and mappings where the fields have them.
+
+    Nested configs are checked too; `path` leads to `values`.
+    """
     require(isinstance(values, dict), path.removesuffix(".") or cls.__name__, values, "must be a mapping of names")
     types = get_type_hints(cls)
     for name, value in values.items():
         if name not in types:
             raise InputError(f"{path}{name} = {shorten(value)}: no such field; {find_name(name, types)}")
+        if get_origin(types[name]) is tuple:
+            require(isinstance(value, list | tuple), f"{path}{name}", value, "must be a list")
+        if get_origin(types[name]) is dict:
+            require(isinstance(value, dict), f"{path}{name}", value, "must be a mapping of names")
         nested = _config_class(types[name], value)
         if nested is not None and value is not None:
             _require_fields(nested, value, f"{path}{name}.")

@@ -15,7 +15,7 @@ from dsmoe_lite.data.world import Question
 from dsmoe_lite.layers.load import relative_load
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
-from dsmoe_lite.model import Transformer, eval_mode
+from dsmoe_lite.model import Transformer, eval_mode, require_finite
 from dsmoe_lite.routing.metrics import drop_rate, groups_reached, overflow
 
 OVERFLOW_FACTOR = 1.25  # the capacity factor of ST-MoE in training
@@ -49,7 +49,10 @@ class HeldOut:
 
 @torch.no_grad()
 def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence[str]) -> HeldOut:
-    """Evaluate on fixed batches. A domain without tokens is omitted. The model keeps its mode."""
+    """Evaluate on fixed batches. A domain without tokens is omitted. The model keeps its mode.
+
+    Raises RunError if a logit is NaN or infinite.
+    """
     device = model.embed.weight.device
     total = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
     count = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
@@ -58,6 +61,7 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
         for batch in progress(batches, desc="held-out"):
             tokens = batch.tokens.to(device)
             output = model(tokens[:, :-1])
+            require_finite(output.logits)
             losses = F.cross_entropy(output.logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
             losses = losses.cpu().double()
             labels = batch.domains[:, 1:].flatten().long()

@@ -9,7 +9,7 @@ from dsmoe_lite.common.errors import InputError, require, require_int, require_n
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import ModelConfig
 from dsmoe_lite.layers.cache import Cache
-from dsmoe_lite.model import Transformer, eval_mode
+from dsmoe_lite.model import Transformer, eval_mode, require_finite
 
 PAD_ID = 0  # any id works: no other token sees a padding token
 
@@ -37,7 +37,8 @@ def generate(
     so far.
 
     The model keeps its mode. Raises InputError for prompts that are empty or leave no room for n_new, for ids outside
-    the vocabulary, in `stop` too, and for a cache if the experts of a token depend on its batch.
+    the vocabulary, in `stop` too, and for a cache if the experts of a token depend on its batch. Raises RunError if a
+    logit is NaN or infinite.
     """
     require_int("n_new", n_new, 0)
     require_number("temperature", temperature, 0.0)
@@ -54,7 +55,9 @@ def generate(
     ended = [False] * len(rows)
     with eval_mode(model):
         for _ in progress(range(n_new), desc="generating", unit="token", delay=2):
-            sampled = sample(_next_logits(model, tokens, cache, pad, chunk), temperature, top_p, generator)
+            logits = _next_logits(model, tokens, cache, pad, chunk)
+            require_finite(logits)
+            sampled = sample(logits, temperature, top_p, generator)
             tokens = torch.cat((tokens, sampled[:, None]), dim=1)
             for row, token in enumerate(sampled.tolist()):
                 if not ended[row]:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dsmoe_lite.common.errors import require
+from dsmoe_lite.common.errors import RunError, require
 from dsmoe_lite.config import MLAConfig, ModelConfig
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.cache import Cache, LayerCache
 from dsmoe_lite.layers.ffn import SwiGLU
 from dsmoe_lite.layers.mla import MLA
 from dsmoe_lite.layers.moe import MoELayer
-from dsmoe_lite.layers.rope import RopeTables
+from dsmoe_lite.layers.rope import RopeTables, rope_tables
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.sdpa import attention_mask
 
@@ -34,6 +34,12 @@ class Positions:
     cos: Tensor  # (S, rope_dim / 2), or (B, 1, S, rope_dim / 2) with padding
     sin: Tensor
     mask: Tensor | None  # from `attention_mask`
+
+
+def require_finite(logits: Tensor) -> None:
+    """Raise RunError if a logit of a trained model is NaN or infinite, as with damaged weights."""
+    if not torch.isfinite(logits).all():
+        raise RunError("logits: NaN or infinite; training diverged, or the weights are damaged: load other weights")
 
 
 @contextmanager
@@ -92,7 +98,8 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         attention = config.attention
-        self.rope = RopeTables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
+        tables = rope_tables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
+        self.rope = RopeTables(*tables)
         for name, weight in self.named_parameters():
             if weight.ndim > 1 and not name.endswith("router.noise"):  # noise starts at softplus(0) for every expert
                 nn.init.normal_(weight, std=config.init_std)

@@ -51,8 +51,6 @@ def _loader() -> Any:
     class Loader(yaml.SafeLoader):
         """Refuses a name that is given twice."""
 
-        yaml_implicit_resolvers: dict[str, Any] = {}
-
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen = set()
             for key, _ in node.value:
@@ -61,6 +59,7 @@ def _loader() -> Any:
                 seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {}  # not those of YAML 1.1
     for tag, pattern in SCALARS.items():
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), None)
     return Loader

@@ -14,7 +14,7 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from dsmoe_lite.common.errors import require, require_choice, require_int, require_number
+from dsmoe_lite.common.errors import require, require_choice, require_int, require_number, require_type
 from dsmoe_lite.data.corpus import Document, require_split
 from dsmoe_lite.data.words import make_words, stable_hash
 
@@ -63,6 +63,7 @@ class WorldConfig:
     shares: tuple[float, ...] = (0.77, 0.08, 0.05, 0.05, 0.05)
 
     def __post_init__(self) -> None:
+        require_type("shares", self.shares, tuple)
         for name in ("n_first", "n_last", "n_entities", "n_relations", "n_documents", "n_heldout"):
             require_int(name, getattr(self, name), 1)
         require_int("seed", self.seed, 0)

@@ -59,17 +59,20 @@ def choose_backend(x: Tensor, gate: Tensor) -> str:
     """Choose a backend for tokens like x and weights `gate` (E, F, D).
 
     On a GPU the first of `kernels_for` that passes its self-test. Else "grouped" if torch has a grouped product for
-    these tensors, else "padded", as also inside torch.compile.
-    Measured on CPUs in fp32, forward and backward, T 512 to 4096, D 64 to 512, one and
-    two threads, time of grouped over padded: on an AMD EPYC 0.8 to 1.1 with uniform routing, 0.6 to 1.0 with Zipf. On
-    one thread of an Intel Xeon padded was up to 1.2 times faster above N * F = 1.5 * 2^20 hidden numbers. The rule
-    takes the backend that never loses by much and computes no padding.
+    these tensors, else "padded". torch.compile, which cannot trace the others, always gets "padded".
+
+    Measured on CPUs in fp32, forward and backward, T 512 to 4096, D 64 to 512, one and two threads, time of grouped
+    over padded: on an AMD EPYC 0.8 to 1.1 with uniform routing, 0.6 to 1.0 with Zipf. On one thread of an Intel Xeon
+    padded was up to 1.2 times faster above N * F = 1.5 * 2^20 hidden numbers. The rule takes the backend that never
+    loses by much and computes no padding.
     """
-    if x.is_cuda and not torch.compiler.is_compiling():  # torch cannot compile a self-test
+    if torch.compiler.is_compiling():
+        return "padded"
+    if x.is_cuda:
         for name in kernels_for(x.dtype, *gate.shape[1:]):
             if passes_selftest(name, x.device):
                 return name
-    return "grouped" if can_group(x, gate) and not torch.compiler.is_compiling() else "padded"
+    return "grouped" if can_group(x, gate) else "padded"
 
 
 def kernels_for(dtype: torch.dtype, *widths: int) -> list[str]:

@@ -1,7 +1,9 @@
 """One mixture-of-experts layer: route, dispatch, run the experts, combine; then add the shared experts."""
 
+import torch
 from torch import Tensor, nn
 
+from dsmoe_lite.common.errors import require
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import SwiGLU
@@ -26,7 +28,12 @@ class MoELayer(nn.Module):
         """x (B, S, D), token_ids (B, S) for hash routing -> y (B, S, D) and the Routing of the T = B * S tokens.
 
         With expert parallelism (`parallel.shard`) dispatch and combine also exchange rows with the other processes.
+        Raises InputError for x of another shape, or of another dtype than the weights outside autocast.
         """
+        D, dtype = self.experts.gate.shape[-1], self.experts.gate.dtype
+        require(x.ndim == 3 and x.shape[-1] == D, "shape of x", tuple(x.shape), f"must be (batch, sequence, {D})")
+        mixed = torch.is_autocast_enabled(x.device.type) and x.is_floating_point()
+        require(x.dtype == dtype or mixed, "dtype of x", x.dtype, f"must be that of the weights, {dtype}")
         B, S, _ = x.shape
         flat = x.flatten(0, 1)  # (T, D)
         routing = self.router(flat, (B, S), None if token_ids is None else token_ids.flatten())

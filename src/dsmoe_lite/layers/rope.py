@@ -61,20 +61,20 @@ def rope_tables(
 
 
 class RopeTables:
-    """The tables of `rope_tables` for a model: exact in float32, whatever dtype and device the model was moved through.
+    """cos and sin of `rope_tables` for a model: in float32, whatever dtype and device the model was moved through.
 
     As buffers they would be rounded by `.half()` and left uninitialised by `.to_empty()`, and no file would restore
     them.
     """
 
-    def __init__(self, rope_dim: int, length: int, theta: float = 10_000.0, yarn: YarnConfig | None = None) -> None:
-        self._on = {torch.device("cpu"): rope_tables(rope_dim, length, theta, yarn)}
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._on = {cos.device: (cos, sin)}
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin on `device`, each (length, rope_dim / 2) float32; copied there once."""
         if device not in self._on:
             with torch.inference_mode(False):  # a later call may need gradients
-                cos, sin = self._on[torch.device("cpu")]
+                cos, sin = next(iter(self._on.values()))
                 self._on[device] = cos.to(device), sin.to(device)
         return self._on[device]
 

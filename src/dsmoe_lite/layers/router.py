@@ -124,8 +124,8 @@ class Router(nn.Module):
             return self._by_table(x, batch_shape, token_ids)
         clean, noise_scale = self._logits(x)
         logits = clean if noise_scale is None else clean + torch.randn_like(clean) * noise_scale
-        self._check_finite(logits)
-        scores = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        self._check_finite("router logits", logits)
+        scores = _sigmoid(logits) if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         topk_ids = self._choose(scores)
         chosen = topk_ids >= 0
         affinities = scores.gather(1, topk_ids.clamp(min=0)) * chosen
@@ -143,11 +143,11 @@ class Router(nn.Module):
             noise_scale = F.softplus(F.linear(x.to(dtype), self.noise.to(dtype))).clamp(LEAST_NOISE) if noisy else None
         return logits, noise_scale
 
-    def _check_finite(self, logits: Tensor) -> None:
+    def _check_finite(self, name: str, values: Tensor) -> None:
         """On the CPU only: on a GPU this would wait in every layer for the device; a NaN there appears in the loss."""
-        if logits.is_cpu and not torch.isfinite(logits).all():
+        if values.is_cpu and not torch.isfinite(values).all():
             layer = "" if self.layer is None else f" of layer {self.layer}"
-            raise RunError(f"router logits{layer}: NaN or infinite; check the input, or lower the learning rate")
+            raise RunError(f"{name}{layer}: NaN or infinite; check the input, or lower the learning rate")
 
     def _choose(self, scores: Tensor) -> Tensor:
         config, ranked = self.config, scores.detach()
@@ -191,9 +191,15 @@ class Router(nn.Module):
         shape = None if token_ids is None else tuple(token_ids.shape)
         require(shape == x.shape[:1], "token_ids", shape, f"hash routing needs the id of each of {len(x)} tokens")
         assert token_ids is not None
+        self._check_finite("router input", x)
         topk_ids = self.hash_table[token_ids].unsqueeze(1)  # (T, 1)
         scores = F.one_hot(topk_ids[:, 0], self.config.n_routed_experts)
         scores = scores.to(torch.promote_types(x.dtype, torch.float32))  # (T, E)
         gates = scores.gather(1, topk_ids)
         kept = self._kept(topk_ids, gates, gates, batch_shape)
         return Routing(scores.log(), scores, topk_ids, gates * self._scale(), kept, batch_shape)
+
+
+def _sigmoid(logits: Tensor) -> Tensor:
+    """The sigmoid, the same for equal logits: on a CPU, torch's last bit in float32 depends on a number's place."""
+    return logits.double().sigmoid().to(logits.dtype) if logits.is_cpu else logits.sigmoid()

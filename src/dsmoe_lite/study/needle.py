@@ -24,7 +24,7 @@ from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig, from_dict, to_
 from dsmoe_lite.data.needle import NeedleBatch, NeedleConfig, copy_batch, depth_bins, needle_batch
 from dsmoe_lite.layers.attention import Attention
 from dsmoe_lite.layers.mla import MLA
-from dsmoe_lite.layers.rope import rope_frequencies, softmax_scale
+from dsmoe_lite.layers.rope import RopeTables, rope_frequencies, softmax_scale
 from dsmoe_lite.model import Transformer, eval_mode
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -181,10 +181,9 @@ def with_positions(model: Transformer, kind: str, yarn: YarnConfig) -> Transform
     copy = Transformer(replace(model.config, attention=attention)).to(model.embed.weight.device)
     copy.load_state_dict(model.state_dict())
     if kind == "interpolated":
-        positions = torch.arange(len(copy.cos), dtype=torch.float64) / yarn.factor
+        positions = torch.arange(model.config.max_seq_len, dtype=torch.float64) / yarn.factor
         angles = torch.outer(positions, rope_frequencies(attention.rope_dim, attention.rope_theta))
-        copy.cos.copy_(angles.cos())
-        copy.sin.copy_(angles.sin())
+        copy.rope = RopeTables(angles.cos().float(), angles.sin().float())
     if kind == "sharper":
         for module in copy.modules():
             if isinstance(module, Attention | MLA):

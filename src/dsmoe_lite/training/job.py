@@ -147,7 +147,7 @@ def read_job(path: Path) -> Job:
     values = read_yaml(path)
     try:
         if isinstance(values.get("model"), str):
-            values["model"] = vars(preset(values["model"]))
+            values["model"] = to_dict(preset(values["model"]))
         return from_dict(Job, values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
