@@ -34,18 +34,18 @@ def save_model(path: Path, model: Transformer, **metadata: Any) -> None:
     for layer in model.moe_layers:
         intact = not (layer.router.forbidden or layer.router.silenced)
         require(intact, "model", "with interventions", "a file cannot hold them; save the original and intervene again")
-    _require_shapes_of(model, tensors)
+    _require_tensors_of(model.config, tensors)
     write_tensors(path, tensors, {"config": to_dict(model.config), **metadata})
 
 
-def _require_shapes_of(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Require the tensors that a model of the same config has."""
+def _require_tensors_of(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    """Require the tensors of a model of this config, by name and shape; allocates none."""
     with torch.device("meta"):
-        expected = {name: value.shape for name, value in Transformer(model.config).state_dict().items()}
-    found = {name: value.shape for name, value in tensors.items()}
-    for name in dict.fromkeys((*expected, *found)):
-        ours, theirs = (None if shape is None else tuple(shape) for shape in (expected.get(name), found.get(name)))
-        require(ours == theirs, name, theirs, f"its config makes it {ours}; merge adapters and undo changes, then save")
+        expected = {name: tuple(value.shape) for name, value in Transformer(config).state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    for name in dict.fromkeys((*expected, *shapes)):
+        shape, wanted = shapes.get(name), expected.get(name)
+        require(shape == wanted, name, shape, f"its config makes it {wanted}; save the model without what was changed")
 
 
 def load_model(path: Path) -> Transformer:
@@ -59,8 +59,10 @@ def load_model(path: Path) -> Transformer:
             raise InputError(f"{path}: {name} is NaN or infinite; training diverged, or the file is damaged")
     if "config" not in metadata:
         raise InputError(f"{path}: has no model config; it was not written by save_model")
-    model = Transformer(from_dict(ModelConfig, metadata["config"]))
     with _refusing_other_models(path):
+        config = from_dict(ModelConfig, metadata["config"])
+        _require_tensors_of(config, tensors)
+        model = Transformer(config)
         model.load_state_dict(tensors)
     return model.eval()
 
