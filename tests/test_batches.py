@@ -13,7 +13,7 @@ from dsmoe_lite.data import batches as batches_module
 from dsmoe_lite.data import tokenizer as tokenizer_module
 from dsmoe_lite.data.batches import Batches, heldout_batches
 from dsmoe_lite.data.corpus import Document
-from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.tokenizer import END_ID, load_tokenizer, read_tokenizer
 from dsmoe_lite.data.world import World
 
 
@@ -53,6 +53,38 @@ def world_tokenizer(tmp_path_factory):
 
 
 # Tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a<|end|>b", "<|end|>", "<|end|><|end|>", "x <|end|> y", "<|end|>\n", "é<|end|>🙂", "<|end", "|end|>", "\0\ufeff"],
+)
+def test_a_text_that_looks_like_the_end_token_is_text(tokenizer, text):
+    restored = read_tokenizer(tokenizer.to_str())
+    for one in (tokenizer, restored):
+        ids = one.encode(text).ids
+        assert END_ID not in ids
+        assert one.decode(ids) == text
+        assert one.encode_batch_fast([text])[0].ids == ids
+
+
+def test_markers_in_a_document_do_not_end_it(tokenizer):
+    marked = Shelf(4)
+    marked.all = [Document("a<|end|>b<|end|>", "odd")] * 4
+    stream = next(Batches(marked, tokenizer, 1, 4 * (len(tokenizer.encode("a<|end|>b<|end|>").ids) + 1) - 1))
+    assert (stream.tokens == END_ID).sum() == 4
+
+
+def test_a_cached_tokenizer_of_another_corpus_is_refused(tmp_path):
+    load_tokenizer(Shelf(sha256="one"), 300, folder=tmp_path)
+    (one,) = tmp_path.iterdir()
+    load_tokenizer(Shelf(9, sha256="two"), 300, folder=tmp_path)
+    (two,) = set(tmp_path.iterdir()) - {one}
+    before = one.read_bytes()
+    for content in (two.read_bytes(), b"", b"{}", b"[]", b"null", before[:90], before.replace(b"BPE", b"BPX"), b"\xff"):
+        one.write_bytes(content)
+        with pytest.raises(InputError, match=one.name):
+            load_tokenizer(Shelf(sha256="one"), 300, folder=tmp_path)
 
 
 def test_the_end_token_has_id_zero(tokenizer):
@@ -219,6 +251,20 @@ def test_heldout_text_is_never_counted_twice(shelf, tokenizer):
         heldout_batches(shelf, tokenizer, 1, total, 1)
     with pytest.raises(InputError, match="fills 5 batches"):
         heldout_batches(shelf, tokenizer, 1, total // 5 - 1, 6)
+    for times in (2, 3, 5):  # read to the end several times, exactly
+        with pytest.raises(InputError, match="fills 0 batches"):
+            heldout_batches(shelf, tokenizer, times, total - 1, 1)
+    if total % 2 == 0:
+        assert len(heldout_batches(shelf, tokenizer, 1, total // 2 - 1, 2)) == 2
+        with pytest.raises(InputError, match="fills 2 batches"):
+            heldout_batches(shelf, tokenizer, 1, total // 2 - 1, 4)
+
+
+def test_a_short_text_that_divides_the_batch_is_refused(tokenizer):
+    short = Shelf(2)
+    total = sum(len(tokenizer.encode(d.text).ids) + 1 for d in short.documents("heldout"))
+    with pytest.raises(InputError, match="n_batches = 3: the held-out text of shelf fills 0 batches"):
+        heldout_batches(short, tokenizer, 2 * total, total - 1, 3)
 
 
 def test_a_corpus_without_documents_is_refused(tokenizer):

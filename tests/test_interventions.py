@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,3 +209,86 @@ def test_models_without_the_experts_in_question_are_refused():
             silence(made(0), ranks=(rank,))
     with pytest.raises(InputError, match=f"top_k = {E + 1}"):
         swap_shared(made(0), E + 1 - K)
+
+
+# Interventions compose: the layer by hand with both
+
+
+def both_ways(first, second):
+    return [lambda model: second(first(model)), lambda model: first(second(model))]
+
+
+OFF, OFF_TOO = partial(switch_off, experts={0: (0, 2), 1: (0, 2)}), partial(switch_off, experts={0: (5,), 1: (5,)})
+PAIRS = {
+    "off, off": (OFF, OFF_TOO, {"disabled": (0, 2, 5)}),
+    "off, active": (OFF, partial(with_active, top_k=2), {"disabled": (0, 2), "top_k": 2}),
+    "masked, active": (partial(mask_top, share=1 / 6), partial(with_active, top_k=2), {"masked": 1, "top_k": 2}),
+    "masked, masked": (partial(mask_top, share=1 / 6), partial(mask_top, share=1 / 3), {"masked": 2}),
+    "off, silent": (OFF, partial(silence, ranks=(1,)), {"disabled": (0, 2), "left_out": (1,)}),
+    "silent, silent": (partial(silence, ranks=(0,)), partial(silence, ranks=(2,)), {"left_out": (0, 2)}),
+    "silent, without shared": (
+        partial(silence, ranks=(0,)), partial(silence, shared=True), {"left_out": (0,), "shared": False}
+    ),
+    "off, swapped": (OFF, partial(swap_shared, more_routed=1), {"disabled": (0, 2), "shared": False, "top_k": 4}),
+    "silent, swapped": (
+        partial(silence, ranks=(0,)),
+        partial(swap_shared, more_routed=2),
+        {"left_out": (0,), "shared": False, "top_k": 5},
+    ),
+    "silent, fewer": (partial(silence, ranks=(0,)), partial(with_active, top_k=2), {"left_out": (0,), "top_k": 2}),
+}  # fmt: skip
+
+
+@SEEDS
+@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize("name", PAIRS)
+def test_two_interventions_both_hold(seed, order, name):
+    *changes, expected = PAIRS[name]
+    model = made(seed)
+    changed = both_ways(*changes)[order](model)
+    x = torch.randn(1, 12, D, dtype=torch.float64)
+    for layer, before in zip(changed.moe_layers, model.moe_layers, strict=True):
+        torch.testing.assert_close(layer(x)[0][0], layer_by_hand(before, x[0], **expected))
+
+
+def test_a_masked_expert_that_is_off_counts_among_the_best():
+    model = made(0)
+    x = torch.randn(1, 30, D, dtype=torch.float64)
+    ids = mask_top(OFF(model), 1 / 6).moe_layers[0](x)[1].topk_ids
+    best = model.moe_layers[0](x)[1].topk_ids[:, :1]
+    assert not (ids == best).any()
+    assert not torch.isin(ids, torch.tensor([0, 2])).any()
+
+
+def test_silencing_a_rank_that_no_token_has_left_changes_nothing_more():
+    model, x = made(0), torch.randn(1, 12, D, dtype=torch.float64)
+    fewer = with_active(silence(model, ranks=(2,)), 2)
+    torch.testing.assert_close(fewer.moe_layers[0](x)[0], with_active(model, 2).moe_layers[0](x)[0])
+
+
+def test_a_copy_keeps_what_a_user_set():
+    model, calls = made(0), []
+    model.head.register_forward_hook(lambda *_: calls.append(1))
+    model.blocks[0].attention.query.weight.requires_grad_(False)
+    model.moe_layers[0].experts.backend = "loop"
+    for change in (partial(with_active, top_k=2), partial(swap_shared, more_routed=0), OFF):
+        changed = change(model)
+        changed(torch.zeros(1, 3, dtype=torch.int64))
+        assert calls.pop()
+        assert not changed.blocks[0].attention.query.weight.requires_grad
+        assert changed.moe_layers[0].experts.backend == "loop"
+        assert not model.moe_layers[0].router.forbidden
+
+
+def test_too_few_experts_left_by_two_interventions_are_refused():
+    with pytest.raises(InputError, match=f"experts left = {K - 1}: must be"):
+        switch_off(OFF(made(0)), {0: (1, 3)})
+    masked = mask_top(switch_off(made(0), {0: (0, 1, 2)}), 0.5)
+    with pytest.raises(InputError, match="experts left = "):
+        masked(torch.arange(40).view(1, -1))
+
+
+def test_numpy_numbers_name_experts():
+    x, model = torch.randn(1, 12, D, dtype=torch.float64), made(0)
+    named = switch_off(model, {np.int64(0): np.array([0, 2])})
+    assert torch.equal(named.moe_layers[0](x)[0], OFF(model).moe_layers[0](x)[0])

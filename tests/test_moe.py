@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing_by_hand import Decision, decide
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import dispatch
@@ -314,3 +315,29 @@ def test_one_token_batch() -> None:
     y, routing = make_layer(CONFIGS["deepseekmoe"])(torch.randn(1, 1, D, dtype=torch.float64))
     assert y.shape == (1, 1, D)
     assert routing.batch_shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (torch.zeros(2, 3, 9), r"shape of x = \(2, 3, 9\): must be \(batch, sequence, 8\)"),
+        (torch.zeros(3, 8), r"shape of x = \(3, 8\): must be"),
+        (torch.zeros(1, 2, 3, 8), r"shape of x = \(1, 2, 3, 8\): must be"),
+        (torch.zeros(2, 3, 8, dtype=torch.int64), "dtype of x = torch.int64: must be that of the weights, torch.f"),
+        (torch.zeros(2, 3, 8, dtype=torch.float64), "dtype of x = torch.float64"),
+        (torch.zeros(2, 3, 8, dtype=torch.bfloat16), "dtype of x = torch.bfloat16"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["loop", "padded", "grouped", "auto"])
+@pytest.mark.parametrize("shared", [0, 1])
+def test_an_input_that_does_not_fit_is_named(x: torch.Tensor, said: str, backend: str, shared: int) -> None:
+    config = MoEConfig(n_routed_experts=4, top_k=2, expert_width=8, n_shared_experts=shared, backend=backend)
+    with pytest.raises(InputError, match=said):
+        MoELayer(8, config, 32)(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_takes_both_dtypes(dtype: torch.dtype) -> None:
+    layer = MoELayer(8, MoEConfig(n_routed_experts=4, top_k=2, expert_width=8, n_shared_experts=1), 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(torch.ones(2, 3, 8, dtype=dtype))[0].isfinite().all()

@@ -372,3 +372,22 @@ def test_logits_are_float32_even_for_bfloat16_input() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         routing = Router(12, MoEConfig(n_routed_experts=8, top_k=2, expert_width=16), 64)(torch.randn(4, 12), (1, 4))
     assert routing.logits.dtype == routing.scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("E", [3, 7, 11, 16, 33])
+def test_equal_logits_tie_wherever_they_are_in_the_batch(E: int, scoring_func: str, dtype: torch.dtype) -> None:
+    router = Router(1, MoEConfig(n_routed_experts=E, top_k=2, expert_width=4, scoring_func=scoring_func), 8).to(dtype)
+    torch.nn.init.ones_(router.weight)
+    for T in (1, 3, 5, 64, 4001):
+        for x in (-0.48216742, 0.1, 1.7, -3.3):
+            routing = router(torch.full((T, 1), x, dtype=dtype), (1, T))
+            assert torch.equal(routing.topk_ids, torch.tensor([[0, 1]]).expand(T, 2))
+            assert (routing.gates == routing.gates[0, 0]).all()
+
+
+def test_hash_routing_names_an_input_that_is_not_finite() -> None:
+    router = Router(2, MoEConfig(n_routed_experts=2, top_k=1, expert_width=4, scoring_func="hash"), 8, layer=3)
+    with pytest.raises(RunError, match="router input of layer 3: NaN or infinite"):
+        router(torch.tensor([[1.0, float("nan")]]), (1, 1), torch.tensor([1]))

@@ -34,7 +34,7 @@ def load_tokenizer(corpus: Corpus, vocab_size: int, *, folder: Path | None = Non
         write_json(path, {"made_for": key, "tokenizer": _train(corpus, vocab_size).to_str()})
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        require(stored["made_for"] == key, "made_for", stored["made_for"], f"this corpus and size have {key}")
+        require(stored["made_for"] == key, "made_for", stored["made_for"], "is another corpus or size")
         return read_tokenizer(stored["tokenizer"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged tokenizer ({error}); remove it, and it will be trained again") from None
