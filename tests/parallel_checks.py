@@ -7,6 +7,7 @@ found, by name, into found.json of the folder that is named; a checkpoint stands
 import copy
 import json
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dsmoe_lite.common.errors import RunError
+from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.experts import Experts
@@ -51,6 +52,7 @@ MODEL = ModelConfig(
 )
 CHECKPOINTED = replace(
     MODEL,
+    tie_embeddings=True,
     moe=MoEConfig(
         n_routed_experts=8, top_k=2, expert_width=12, n_shared_experts=1, scoring_func="sigmoid", expert_bias=True
     ),
@@ -195,6 +197,30 @@ def empty(expert: int) -> None:
         FOUND[f"empty {backend}"] = worst((whole(mine), wanted) for mine, wanted in zip(*found, strict=True))
 
 
+def backends(expert: int) -> None:
+    """Every backend on exchanged rows, forward and backward, against the same backend on all rows."""
+    config = MoEConfig(n_routed_experts=8, top_k=3, expert_width=16)
+    mesh = make_mesh("cpu", config, expert)
+    names = ["loop", "padded", "grouped", "auto", *(["cuda"] if shutil.which("g++") else [])]
+    for name in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(0)
+            experts = Experts(8, D, 16, name).to(dtype)
+            spread = ParallelExperts(experts, mesh["expert"])
+            x = torch.randn(9, D, dtype=dtype).requires_grad_()
+            routing = Router(D, config, V)(x.detach().float(), (1, 9))
+            found = [
+                torch.autograd.grad(output(way, x, routing).float().square().sum(), (x, *way.parameters()))
+                for way in (spread, experts)
+            ]
+            pairs = zip(*found, strict=True)
+            FOUND[f"backend {name} {dtype}"] = worst((whole(mine).float(), wanted.float()) for mine, wanted in pairs)
+        try:
+            torch.autograd.grad(output(spread, x, routing).sum(), x, create_graph=True)
+        except InputError as error:
+            FOUND[f"second derivative {name}"] = str(error)
+
+
 def losses() -> None:
     """Every balance loss and its gradient on a batch that is spread over the processes."""
     torch.manual_seed(0)
@@ -310,6 +336,7 @@ def check(folder: Path, processes: Processes) -> None:
         payload(2)
         save(folder)
     train_both("float32 4", MODEL, 4)
+    backends(4)
 
 
 def main(mode: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Experts spread over processes: the same numbers as one process, and no row sent twice."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import needs_gxx
 from parallel_checks import CHECKPOINTED, loss_of
 from torchrun import torchrun
 
@@ -24,7 +26,8 @@ from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
 from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
 from dsmoe_lite.parallel.dispatch import plan_send
-from dsmoe_lite.parallel.mesh import check_placement, groups_per_rank, rows_of_rank
+from dsmoe_lite.parallel.mesh import check_placement, groups_per_rank, make_mesh, rows_of_rank
+from dsmoe_lite.parallel.shard import parallelize
 
 CHECKS = Path(__file__).with_name("parallel_checks.py")
 
@@ -73,6 +76,33 @@ def test_the_norm_of_gradients_counts_every_part_once(found: dict[str, Any], nam
 @pytest.mark.parametrize("backend", ["loop", "padded"])
 def test_a_process_whose_experts_get_no_token_still_takes_part(found: dict[str, Any], backend: str) -> None:
     assert found[f"empty {backend}"] < 1e-12
+
+
+BACKENDS = ["loop", "padded", "grouped", "auto", pytest.param("cuda", marks=needs_gxx)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_computes_exchanged_rows(found: dict[str, Any], backend: str) -> None:
+    assert found[f"backend {backend} torch.float32"] < 1e-5
+    assert found[f"backend {backend} torch.bfloat16"] < 0.05
+    assert "backend='loop', without expert parallelism" in found[f"second derivative {backend}"]
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_backend_trains_under_a_single_process_of_torchrun(backend: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    moe = MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, backend=backend)
+    model = Transformer(replace(CHECKPOINTED, moe=moe, tie_embeddings=False)).to(dtype)
+    spread = copy.deepcopy(model)
+    parallelize(spread, make_mesh("cpu", moe))
+    tokens = torch.randint(0, 40, (4, 12), generator=torch.Generator().manual_seed(5))
+    for one in (model, spread):
+        one(tokens).logits.float().square().mean().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), spread.parameters(), strict=True):
+        gradient = theirs.grad.full_tensor()
+        torch.testing.assert_close(gradient, ours.grad, msg=name, rtol=0.05, atol=1e-3 * float(ours.grad.abs().max()))
 
 
 @pytest.mark.parametrize("processes", [2, 4])

@@ -73,9 +73,10 @@ def load_sharded(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -
 
 def _tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Weights and optimizer state; a weight with several names, such as tied embeddings, once."""
+    state = model.state_dict()  # first: FSDP then gives the modules their sharded parameters back
     weights = dict(model.named_parameters())
     aliases = dict(model.named_parameters(remove_duplicate=False)).keys() - weights.keys()
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name not in aliases}
+    tensors = {f"model.{name}": value for name, value in state.items() if name not in aliases}
     for name, weight in weights.items():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[weight].items()}
     return tensors
