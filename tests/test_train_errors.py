@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from training_samples import CONFIG, WORLD, make, small_world
 
 from dsmoe_lite.checkpoint import load_model, load_training, save_model
 from dsmoe_lite.common.errors import InputError, RunError
-from dsmoe_lite.config import to_dict
+from dsmoe_lite.config import MoEConfig, to_dict
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.data.world import World
 from dsmoe_lite.model import Transformer
+from dsmoe_lite.presets import preset
+from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.job import Job, run_job
 from dsmoe_lite.training.optimizer import make_optimizer
 from dsmoe_lite.training.train import train
 
@@ -103,3 +107,18 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
         save_model(path, model)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["m.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"moe": MoEConfig(n_routed_experts=10**9, top_k=2, expert_width=8)},
+        {"d_model": 10**6},
+        {"ffn_width": 10**12},
+        {"n_layers": 10_000, "d_model": 4096},
+    ],
+)
+def test_a_model_beyond_the_machine_is_refused_before_it_is_made(change: dict[str, Any]) -> None:
+    job = Job(model=replace(preset("course-dense"), **change), train=TrainConfig(steps=1), vocab_size=300)
+    with pytest.raises(InputError, match=r"model = '[\d,]+ parameters': needs [\d,.]+ GB to train, and cpu has"):
+        run_job(job)

@@ -1,4 +1,4 @@
-"""What this machine has for the course. Only `resolve_device` imports torch, so that `dsmoe check` is fast."""
+"""What this machine has for the course. Only questions to its devices import torch: `dsmoe check` stays fast."""
 
 import os
 import platform
@@ -60,6 +60,18 @@ def resolve_device(name: str) -> str:
     has_gpu = torch.cuda.is_available()
     require(name != "cuda" or has_gpu, "device", name, "torch finds no GPU here; use auto or cpu")
     return ("cuda" if has_gpu else "cpu") if name == "auto" else name
+
+
+def memory_bytes(device: str) -> int | None:
+    """The memory of the CPU's machine, or of the first GPU for "cuda"; None if the system does not report it."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def version(package: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from tokenizers import Tokenizer
 
+from dsmoe_lite.accounting import parameters
 from dsmoe_lite.checkpoint import save_model
 from dsmoe_lite.common.errors import (
     InputError,
@@ -20,7 +21,7 @@ from dsmoe_lite.common.errors import (
     require_type,
 )
 from dsmoe_lite.common.files import write_json
-from dsmoe_lite.common.machine import resolve_device
+from dsmoe_lite.common.machine import memory_bytes, resolve_device
 from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
 from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import ModelConfig, from_dict, make_plain, to_dict
@@ -247,6 +248,16 @@ def _evaluate(
     return facts
 
 
+def _require_memory(config: ModelConfig, device: str, n_processes: int) -> None:
+    """Require memory for the weights, and for each process's share of their gradients and AdamW's two moments."""
+    weights, memory = 4 * parameters(config).total, memory_bytes(device)
+    needed = weights + 3 * weights // n_processes
+    remedy = (
+        f"needs {needed / 1e9:,.1f} GB to train, and {device} has {(memory or 0) / 1e9:,.1f}: choose a smaller model"
+    )
+    require(memory is None or needed <= memory, "model", f"{parameters(config).total:,} parameters", remedy)
+
+
 def _prepare(job: Job, processes: Processes) -> tuple[Corpus, Tokenizer, Transformer, Batches]:
     """Make corpus, tokenizer, the model before its first step, and its batches."""
     device = resolve_device(job.device)
@@ -256,7 +267,9 @@ def _prepare(job: Job, processes: Processes) -> tuple[Corpus, Tokenizer, Transfo
     text = processes.on_rank0(lambda: load_tokenizer(corpus, job.vocab_size).to_str())
     tokenizer = read_tokenizer(text)
     torch.manual_seed(job.train.seed)
-    model = Transformer(replace(job.model, vocab_size=tokenizer.get_vocab_size())).to(device)
+    config = replace(job.model, vocab_size=tokenizer.get_vocab_size())
+    _require_memory(config, device, processes.size)
+    model = Transformer(config).to(device)
     processes.shard(model, job.expert_parallel)
     batches = Batches(corpus, tokenizer, job.train.batch_size, job.train.seq_len)
     try:
