@@ -379,7 +379,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(cls: type[C], values: dict[str, Any]) -> C:
     """Make a config of class `cls` from plain data. Raises InputError for unknown fields and wrong types."""
     _require_fields(cls, values, "")
-    config = dacite.Config(strict=True, type_hooks={AnyAttention: _attention, **_TUPLES})  # type: ignore[dict-item]
+    config = dacite.Config(strict=True, cast=[tuple], type_hooks={AnyAttention: _attention})  # type: ignore[dict-item]
     try:
         return dacite.from_dict(cls, values, config=config)
     except dacite.WrongTypeError as error:
@@ -399,14 +399,6 @@ def _attention(values: Any) -> Any:
 
 def _attention_class(values: dict[str, Any]) -> type[AnyAttention]:
     return MLAConfig if "kv_lora_rank" in values else AttentionConfig
-
-
-def _tuple(values: Any) -> Any:
-    """YAML and JSON write a tuple as a list."""
-    return tuple(values) if isinstance(values, list) else values
-
-
-_TUPLES = {tuple[int, ...]: _tuple, tuple[float, ...]: _tuple, tuple[str, ...]: _tuple}
 
 
 def _require_fields(cls: Any, values: Any, path: str) -> None:
