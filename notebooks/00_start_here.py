@@ -78,16 +78,15 @@ print(f"{'profile to use':16} {machine.profile()}")
 # sums, brackets and code beside.
 
 # %%
-from tokenizers import Tokenizer
-
 from dsmoe_lite import RoutingTrace, accounting, load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.viz import charts
 
 checkpoint = DATA / "models" / "world-gshard.safetensors"
 model = load_model(checkpoint).to(lab.device)
-tokenizer = Tokenizer.from_str(read_metadata(checkpoint)["tokenizer"])
+tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
 count = accounting.parameters(model.config)
 print(
     f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token"

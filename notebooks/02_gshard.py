@@ -240,18 +240,17 @@ print(
 # %%
 from statistics import mean
 
-from tokenizers import Tokenizer
-
 from dsmoe_lite import Transformer, load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import World
 
 world = World()
 checkpoint = DATA / "models" / "world-gshard.safetensors"
 trained_model = load_model(checkpoint)
-tokenizer = Tokenizer.from_str(read_metadata(checkpoint)["tokenizer"])
+tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
 V = tokenizer.get_vocab_size()
 held_out = heldout_batches(world, tokenizer, 64, 64, 8)
 torch.manual_seed(seed)

@@ -384,19 +384,18 @@ for name in ("gshard-2.0B", "deepseekmoe-2B"):
 # **Ask.** After a short training, by how much does the held-out loss of the finest model differ from that of $m = 1$?
 
 # %%
-from tokenizers import Tokenizer
-
 from dsmoe_lite import TrainConfig, Transformer, train
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import Batches, heldout_batches
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import World
 
 predict("03-gap", None)  # the finest model's held-out loss minus that of m = 1
 
 world = World()
 facts = read_metadata(DATA / "models" / "world-gshard.safetensors")
-tokenizer = Tokenizer.from_str(facts["tokenizer"])
+tokenizer = read_tokenizer(facts["tokenizer"])
 held_out = heldout_batches(world, tokenizer, 64, 64, 8)
 train_config = TrainConfig(
     steps=steps,

@@ -77,16 +77,15 @@ def with_shared(shared):
 # mark, a name, a relation or a value; elsewhere simply the domain.
 
 # %%
-from tokenizers import Tokenizer
-
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import Batch, heldout_batches
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import WORD, World
 
 world = World()
 folder = DATA / "models"
-tokenizer = Tokenizer.from_str(
+tokenizer = read_tokenizer(
     read_metadata(folder / "world-gshard.safetensors")["tokenizer"]
 )
 V = tokenizer.get_vocab_size()

@@ -122,17 +122,16 @@ print("attention: mine equals the package's")
 
 
 # %%
-from tokenizers import Tokenizer
-
 from dsmoe_lite import load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.generate import generate
 from dsmoe_lite.viz.text_stream import stream_text
 
 shipped = DATA / "models" / "world-deepseekmoe.safetensors"
 model = load_model(shipped).double()
-tokenizer = Tokenizer.from_str(read_metadata(shipped)["tokenizer"])
+tokenizer = read_tokenizer(read_metadata(shipped)["tokenizer"])
 prompts = ["The home of", "Anna"]
 ids = [tokenizer.encode(prompt).ids for prompt in prompts]
 n_new = {"smoke": 40, "cpu": 200, "gpu": 200}[profile]

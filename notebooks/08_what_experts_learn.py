@@ -57,7 +57,6 @@ from collections import namedtuple
 from pathlib import Path
 
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 
 from dsmoe_lite import load_model
 from dsmoe_lite.checkpoint import read_metadata
@@ -65,6 +64,7 @@ from dsmoe_lite.common.errors import require, require_choice
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.folder import Folder
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.training.job import corpus_of
 
 n_batches = lab.choose(smoke=1, cpu=4, gpu=16)  # of 64 rows
@@ -92,7 +92,7 @@ for name, model in models.items():
     require(layer < n_layers, "layer", layer, has)
 
 facts = read_metadata(next(iter(files.values()))[0])
-tokenizer = Tokenizer.from_str(facts["tokenizer"])
+tokenizer = read_tokenizer(facts["tokenizer"])
 corpus = Folder(Path(text_folder)) if text_folder else corpus_of(facts)
 length = min(64, *(model.config.max_seq_len for model in models.values()))
 parts = heldout_batches(corpus, tokenizer, 64, length, n_batches)

@@ -112,12 +112,11 @@ for name, config in MODELS.items():
 # **Ask.** A fair die would leave a share of $1/P$ of these rows at home. Does a trained router leave more?
 
 # %%
-from tokenizers import Tokenizer
-
 from dsmoe_lite import load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.simulate.placement import consecutive_placement
 from dsmoe_lite.simulate.traffic import rows_between
@@ -127,7 +126,7 @@ predict("11-home", None)  # "more", "fewer" or "as many"
 P = processes
 file = DATA / "models" / "world-gshard.safetensors"
 trained = load_model(file)
-tokenizer = Tokenizer.from_str(read_metadata(file)["tokenizer"])
+tokenizer = read_tokenizer(read_metadata(file)["tokenizer"])
 text = heldout_batches(World(), tokenizer, 16, 64, 1)[0].tokens
 x_seen = []
 layer = trained.moe_layers[0]
