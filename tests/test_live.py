@@ -151,7 +151,12 @@ def test_a_move_after_a_reload_asks_to_run_the_cell(page, monkeypatch):
 
 @pytest.mark.parametrize(
     ("value", "base", "low", "high", "step"),
-    [(40.0, 2.0, 0.0, 7.0, 0.5), (0.03, 10.0, -4.0, 0.0, 0.25), (1.0, 10.0, -4.0, 0.0, 0.25), (0.01, 10.0, -3, 1.5, 0.25)],
+    [
+        (40.0, 2.0, 0.0, 7.0, 0.5),
+        (0.03, 10.0, -4.0, 0.0, 0.25),
+        (1.0, 10.0, -4.0, 0.0, 0.25),
+        (0.01, 10.0, -3, 1.5, 0.25),
+    ],
 )
 def test_a_logarithmic_slider_starts_on_a_step(page, value, base, low, high, step):
     slider = ipywidgets.FloatLogSlider(value, base=base, min=low, max=high, step=step)

@@ -23,7 +23,7 @@ def command(chapter: str, assignments: tuple[str, ...], out: Path | None, as_jso
     notebook = find_notebook(chapter)
     run = run_chapter(notebook, parse_assignments(chapter_schema(notebook), assignments), out)
     if run.kept:
-        click.echo(f"{run.kept} was edited and is kept; this run is {run.notebook.name}", err=True)
+        click.echo(f"dsmoe: {run.kept} was edited and is kept; this run is {run.notebook.name}", err=True)
     if as_json:
         print_rows([{"notebook": str(run.notebook), "parameters": run.parameters, "result": run.result}], as_json=True)
         return

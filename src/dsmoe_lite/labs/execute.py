@@ -71,7 +71,9 @@ def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> st
 
     source = executed.with_name("chapter.ipynb")  # papermill would format braces in the reader's path
     source.write_bytes(chapter.read_bytes())
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of defaults that it cannot parse, as text with "="
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # it warns of defaults that it cannot parse, as text with "="
     try:
         papermill.execute_notebook(
             source,
