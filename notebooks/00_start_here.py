@@ -59,6 +59,9 @@ lab = begin(globals())
 # the chapter's parameters and their ranges; a value outside is refused in one line. To predict, write your guess in place
 # of `None`; it is kept in `work/predictions.json`, never in the notebook.
 #
+# Some exercises give a command, such as `dsmoe run 01 -p ffn_width=32`. Run it in a cell of its own, with `!` before it, or in
+# a terminal in the course's folder: there `.venv/bin/dsmoe` is its full name, if `dsmoe` alone is not found.
+#
 # ## Your machine
 
 # %% tags=["measured"]

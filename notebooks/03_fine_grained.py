@@ -338,13 +338,13 @@ predict("03-what-grows", None)  # a share of the experts' FLOPs
 
 def counted(pieces, n_tokens=256):
     """FLOPs of one live layer's matrix products, forward and backward, a token."""
-    live = MoELayer(D, finer(pieces, backend="loop"), vocab_size=1)
+    counted_layer = MoELayer(D, finer(pieces, backend="loop"), vocab_size=1)
     x = torch.randn(1, n_tokens, D, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
-        live(x)[0].sum().backward()
+        counted_layer(x)[0].sum().backward()
     total = counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        live.router(x[0], (1, n_tokens)).scores.sum().backward()
+        counted_layer.router(x[0], (1, n_tokens)).scores.sum().backward()
     router = counter.get_total_flops()
     return (total - router) // n_tokens, router // n_tokens
 
@@ -420,13 +420,13 @@ print(f"{runs[1].tokens:,} tokens each")
 # %% tags=["trained"]
 from dsmoe_lite.study.rows import curve_gaps
 
-live = [
+learning = [
     {"model_name": pieces, "seed": seed, "losses": run.losses}
     for pieces, run in runs.items()
 ]
 names = {pieces: f"m = {pieces}" for pieces in runs if pieces > 1}
 charts.training_curves(
-    curve_gaps(live, names, baseline=1, window=steps // 15),
+    curve_gaps(learning, names, baseline=1, window=steps // 15),
     y_title="training loss minus that of m = 1",
     title="Does a finer model learn faster from the same tokens?",
 )
@@ -686,13 +686,13 @@ def products(experts, rows):  # rows (mE, T K / E, D): each expert's tokens
 ffn = SwiGLU(D, K * F_width)
 timed = {"dense": forward_and_backward(ffn, x, ffn)}
 for pieces in SPLITS:
-    layer = MoELayer(D, finer(pieces), vocab_size=1)
+    timed_layer = MoELayer(D, finer(pieces), vocab_size=1)
     rows = torch.randn(pieces * E, len(x) * K // E, D, requires_grad=True)
     timed[f"m = {pieces}, layer"] = forward_and_backward(
-        layer, x, lambda x, layer=layer: layer(x[None])[0]
+        timed_layer, x, lambda x, layer=timed_layer: layer(x[None])[0]
     )
     timed[f"m = {pieces}, products alone"] = forward_and_backward(
-        layer, rows, partial(products, layer.experts)
+        timed_layer, rows, partial(products, timed_layer.experts)
     )
 for row in compare(timed, rounds={"smoke": 3, "cpu": 12, "gpu": 50}[profile])[1:]:
     print(

@@ -14,8 +14,8 @@ import nbformat
 import pytest
 
 from dsmoe_lite.common import paths
-from dsmoe_lite.labs.chapters import chapters
-from dsmoe_lite.labs.execute import chapter_schema, run_chapter
+from dsmoe_lite.labs.chapters import chapter_schema, chapters
+from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
 from dsmoe_lite.labs.parameters import check_value, find_parameter
 from dsmoe_lite.labs.refresh import LIMIT, WIDGET_STATE

@@ -58,6 +58,16 @@ def tiny_notebook() -> nbformat.NotebookNode:
     return new_notebook(cells=cells, metadata={"kernelspec": kernel, "language_info": {"name": "python"}})
 
 
+def live_notebook() -> nbformat.NotebookNode:
+    draw = (
+        "from IPython.display import Markdown\nfrom ipywidgets import FloatLogSlider\n"
+        "from dsmoe_lite.viz.live import live\n"
+        "live(lambda s: Markdown(f'chart {s:.1f}'), s=FloatLogSlider(40.0, base=2, min=0, max=7, step=0.5))"
+    )
+    cells = [new_code_cell("!command -v dsmoe"), new_code_cell(draw)]
+    return new_notebook(cells=cells, metadata=tiny_notebook().metadata)
+
+
 def set_profile(copy: Path, profile: str) -> None:
     """Write `profile` into the parameters cell and clear all outputs, so that a number at a prompt means a run."""
     notebook = nbformat.read(copy, as_version=4)
@@ -77,6 +87,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     notebooks = repository / "notebooks"
     shutil.copytree(paths.NOTEBOOKS, notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     nbformat.write(tiny_notebook(), notebooks / "99_tiny.ipynb")
+    nbformat.write(live_notebook(), notebooks / "98_live.ipynb")
     (notebooks / "99_tiny.py").write_text("# %% [markdown]\n# # Tiny\n\n# %%\n1 + 1\n", encoding="utf-8")
     (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
     settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
@@ -255,6 +266,30 @@ def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: L
     assert explorer.get_by_role("button", name="Switch e7 of layer 0 off").is_disabled()
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
     assert hosts <= {"localhost", "127.0.0.1", None}
+    page.close()
+
+
+def test_a_reloaded_page_asks_to_run_the_cell_of_a_live_chart_again(browser, lab: Lab, screenshots: Path) -> None:
+    page, _ = open_notebook(browser, lab, "work/98_live.ipynb")
+    run_all(page, MINUTE)
+    page.get_by_text(str(Path(sys.executable).with_name("dsmoe")), exact=True).wait_for(timeout=MINUTE)
+    chart, handle = page.locator(".jp-RenderedMarkdown p", has_text="chart"), page.locator(".noUi-handle")
+    page.get_by_text("chart 40.0", exact=True).wait_for(timeout=MINUTE)
+    page.keyboard.press("Control+s")
+    page.wait_for_function("!document.querySelector('.lm-TabBar-tab.jp-mod-dirty')", timeout=MINUTE)
+    handle.press("ArrowRight")  # one step: 40 times the root of 2
+    page.get_by_text("chart 56.6", exact=True).wait_for(timeout=MINUTE)
+    assert page.get_by_text("run this cell again").count() == 0
+
+    page.on("dialog", lambda dialog: dialog.accept())  # changes that are not saved
+    page.reload()  # the file has the chart of 40, the kernel the slider at 56.6
+    page.get_by_text("run this cell again").wait_for(timeout=MINUTE)
+    page.screenshot(path=screenshots / "lab_reloaded.png")
+    run_all(page, MINUTE)
+    page.get_by_text("run this cell again").wait_for(state="detached", timeout=MINUTE)
+    handle.press("ArrowRight")
+    page.get_by_text("chart 56.6", exact=True).wait_for(timeout=MINUTE)
+    assert chart.count() == 1
     page.close()
 
 

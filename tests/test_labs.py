@@ -14,18 +14,19 @@ import pytest
 import torch
 
 from dsmoe_lite.cli import main
+from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.labs import check_exercise, claim, claims, predict
-from dsmoe_lite.labs.chapters import chapters, find_chapter
+from dsmoe_lite.labs.chapters import PARAMETERS, chapter_schema, chapters, find_chapter
 from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.parameters import (
-    check_parameters,
     check_value,
     find_parameter,
     parse_assignments,
     parse_value,
     read_schema,
 )
+from dsmoe_lite.labs.session import check_parameters
 
 CELL = """\
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -145,16 +146,92 @@ def test_bad_assignments_are_refused(assignments):
         parse_assignments(read_schema(CELL), assignments)
 
 
+def run_cells(*cells: str, **more) -> dict:
+    """The namespace of a session in which `cells` were run; one that fails keeps its place in the history."""
+    namespace = {"In": ["", *cells], **more}
+    for cell in cells:
+        exec(cell, namespace)
+    return namespace
+
+
 def test_current_values_of_parameters_are_checked():
-    names = {p.name: p.default for p in read_schema(CELL).values()}
-    assert check_parameters({"In": ["", "import os", CELL], **names})
-    edited = {"In": ["", CELL, CELL.replace("1..4", "1..9")], **names, "top_k": 9}
+    assert check_parameters(run_cells("import os", CELL))
     with pytest.raises(InputError, match=r"top_k = 9: must be a whole number, 1\.\.4"):
-        check_parameters(edited)
+        check_parameters(run_cells(CELL, "top_k = 9"))
     with pytest.raises(InputError, match="unknown parameter topk"):
-        check_parameters({"In": ["", CELL, "# Parameters\ntopk = 1\n"], **names, "topk": 1})
+        check_parameters(run_cells(CELL, "# Parameters\ntopk = 1\n"))
+    assert check_parameters(run_cells(CELL, "# Parameters\ntopk = 1\n", "# Parameters\ntop_k = 2\n"))
     with pytest.raises(InputError, match="from its top"):
-        check_parameters({"In": ["", "import os"], **names})
+        check_parameters(run_cells("import os"))
+
+
+def test_a_corrected_value_counts_without_a_restart():
+    refused = CELL.replace("top_k: int = 2", "top_k: int = 99")
+    with pytest.raises(InputError, match=r"top_k = 99: must be a whole number, 1\.\.4"):
+        check_parameters(run_cells(refused))
+    session = run_cells(refused, CELL)
+    assert check_parameters(session)
+    assert session["top_k"] == 2
+    for broken in (
+        CELL.replace("top_k: int = 2", "top_k: int = two", 1),
+        CELL.replace(": 1..4", ""),
+        "top_k: int = = 2",
+    ):
+        assert check_parameters({**run_cells(CELL), "In": ["", broken, CELL]})
+
+
+def test_a_parameter_without_its_type_or_range_is_named():
+    for cell, name in ((CELL.replace("top_k: int", "top_k"), "line 3"), (CELL.replace(": 1..4", ""), "top_k = 2")):
+        with pytest.raises(InputError, match=name):
+            check_parameters(run_cells(cell))
+
+
+def test_an_edit_in_a_session_is_no_default_of_an_own_notebook():
+    assert not check_parameters(run_cells(CELL, CELL.replace("top_k: int = 2", "top_k: int = 3")))
+    assert not check_parameters(run_cells(CELL, "top_k = 3"))
+    assert check_parameters(run_cells(CELL.replace("top_k: int = 2", "top_k: int = 3")))  # the notebook's own value
+
+
+@pytest.mark.parametrize("source", sorted(paths.NOTEBOOKS.glob("[0-9]*.py")), ids=lambda path: path.stem)
+def test_an_edited_value_is_not_the_chapters_own(source):
+    """Also in a fresh session, whose history has only the edited cell."""
+    (cell,) = PARAMETERS.findall(source.read_text(encoding="utf-8"))
+    assert check_parameters(run_cells(cell))
+    assert chapter_schema(source) == chapter_schema(source.with_suffix(".ipynb"))
+    for parameter in chapter_schema(source).values():
+        if parameter.choices:
+            other = next(choice for choice in parameter.choices if choice != parameter.default)
+        elif parameter.type == "str":
+            other = "x"
+        else:
+            other = next(end for end in (parameter.low, parameter.high) if end != parameter.default)
+        lines = cell.splitlines()
+        (at,) = [i for i, line in enumerate(lines) if line.startswith(f"{parameter.name}: ")]
+        lines[at] = f"{parameter.name}: {parameter.type} = {other!r}  # {lines[at].split('  # ')[1]}"
+        own = parameter.name in ("profile", "seed")
+        assert check_parameters(run_cells("\n".join(lines))) is own
+        assert check_parameters(run_cells(cell, f"# Parameters\n{parameter.name} = {other!r}\n")) is own
+
+
+def test_the_defaults_are_those_of_a_wheel_too(course):
+    """A wheel has the notebooks and not their sources."""
+    course.write().with_suffix(".py").unlink()
+    (course.notebooks / "04_damaged.ipynb").write_text("{")
+    cell = CELL.partition("rate: ")[0]
+    assert check_parameters(run_cells(cell))
+    assert not check_parameters(run_cells(cell.replace("top_k: int = 2", "top_k: int = 3")))
+    assert not check_parameters(
+        run_cells(cell.replace("top_k: int = 2", "top_k: int = 3") + "extra: bool = True  # e\n")
+    )
+
+
+@pytest.mark.parametrize("name", ["01_dense_transformer", "05_balance"])
+def test_a_chapter_as_a_script_says_how_to_run_it(name):
+    """Without the imports of the cell, which take seconds."""
+    code = f"from dsmoe_lite.labs import begin; __file__ = 'notebooks/{name}.py'; begin(globals())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    remedy = f"open it with `make lab`, or run it with `dsmoe run {name[:2]}`"
+    assert (run.returncode, run.stderr) == (EXIT_FAILURE, f"{name}.py is a notebook: {remedy}\n")
 
 
 def test_the_check_loads_nothing_heavy():
@@ -215,6 +292,21 @@ def test_an_exercise_never_raises(answer, verdict, message_part, capsys):
     assert printed.count("\n") == 1
 
 
+@pytest.mark.parametrize("answer", ["lambda x: x + 1", "lambda x: 2 * x", "None", "5"])
+def test_no_exercise_is_judged_without_assertions(answer):
+    code = f"""
+def test(answer):
+    assert answer(3) == 6
+
+from dsmoe_lite.labs import check_exercise
+print(check_exercise({answer}, test))
+"""
+    run = subprocess.run([sys.executable, "-O", "-c", code], capture_output=True, text=True)
+    line, verdict = run.stdout.splitlines()
+    assert line.startswith("not checked: Python runs without assertions here")
+    assert verdict == "None"
+
+
 def test_an_exercise_takes_a_value():
     def is_four(answer):
         assert answer == 4
@@ -252,6 +344,13 @@ def test_chapters_are_found_by_number_name_and_path(course):
         find_chapter("smal")
 
 
+@pytest.mark.parametrize("name", ["mine/03_small.ipynb", "mine/03_small.py", "../notebooks/03_small.ipynb"])
+def test_a_path_elsewhere_is_no_chapter(course, name):
+    course.write()
+    with pytest.raises(InputError, match="the chapters are in"):
+        find_chapter(name)
+
+
 def test_a_book_that_names_a_missing_chapter_is_refused(course):
     with pytest.raises(InputError, match="03_small"):
         chapters()
@@ -281,6 +380,112 @@ def test_three_parameter_sets_give_three_results(course, monkeypatch, tmp_path, 
         for c in executed.cells
         for output in c.get("outputs", [])
     )
+
+
+def test_a_notebook_outside_the_course_is_run_itself(course, monkeypatch, tmp_path, capsys):
+    """With its own schema, and without replacing the result of the chapter that has its name."""
+    chapter = course.write("\n# %%\nfrom dsmoe_lite.labs import report\n\nreport(top_k=top_k)\n")
+    mine = tmp_path / "mine" / chapter.name
+    mine.parent.mkdir()
+    text = chapter.read_text(encoding="utf-8")
+    mine.write_text(text.replace("top_k: int = 2", "top_k: int = 7").replace("1..4", "1..9"), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name, top_k in (("03", 2), (f"mine/{chapter.name}", 7), (str(mine), 7)):
+        assert exit_status("run", name, "--json") == 0
+        assert json.loads(capsys.readouterr().out)[0]["result"] == {"top_k": top_k}
+    assert len(list(course.runs.iterdir())) == 2
+    assert exit_status("run", f"mine/{chapter.name}", "-p", "top_k=10") == EXIT_INPUT
+    assert "1..9" in capsys.readouterr().err
+    monkeypatch.chdir(mine.parent)
+    assert exit_status("run", chapter.name, "-p", "top_k=8", "--json", "--out", "out.ipynb") == 0
+    assert json.loads(capsys.readouterr().out)[0]["result"] == {"top_k": 8}
+    assert exit_status("run", chapter.name, "--out", chapter.name) == EXIT_INPUT
+    assert "is no unedited result" in capsys.readouterr().err
+    assert exit_status("run", "elsewhere/03_small.ipynb") == EXIT_INPUT
+    assert "the chapters are in" in capsys.readouterr().err
+
+
+def test_a_result_that_a_person_edited_is_kept(course, capsys):
+    course.write("\n# %%\nprint(top_k)\n")
+    command = ("run", "03", "-p", "seed=3")
+    assert [exit_status(*command), exit_status(*command)] == [0, 0]
+    (result,) = course.runs.iterdir()  # unedited: replaced
+    capsys.readouterr()
+    notebook = nbformat.read(result, as_version=4)
+    notebook.metadata["language_info"]["version"] = "3"  # as JupyterLab writes it
+    nbformat.write(notebook, result)
+    assert exit_status(*command) == 0
+    assert capsys.readouterr().err == ""
+
+    notebook.cells.append(nbformat.v4.new_markdown_cell("my notes"))
+    nbformat.write(notebook, result)
+    edited = result.read_bytes()
+    for _ in range(2):
+        assert exit_status(*command, "--json") == 0
+        printed = capsys.readouterr()
+        assert printed.err == f"dsmoe: {result} was edited and is kept; this run is {result.stem}-2.ipynb\n"
+        assert json.loads(printed.out)[0]["notebook"] == str(result.with_name(f"{result.stem}-2.ipynb"))
+        assert result.read_bytes() == edited
+    assert len(list(course.runs.iterdir())) == 2
+
+    assert exit_status(*command, "--out", str(result)) == EXIT_INPUT
+    assert "is no unedited result of `dsmoe run`; name another file" in capsys.readouterr().err
+    assert result.read_bytes() == edited
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "not JSON", '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}']
+)
+def test_a_file_of_another_origin_is_not_replaced(course, capsys, content):
+    course.write()
+    other = course.root / "other.ipynb"
+    other.write_text(content)
+    assert exit_status("run", "03", "--out", str(other)) == EXIT_INPUT
+    assert "is no unedited result" in capsys.readouterr().err
+    assert other.read_text() == content
+
+
+def test_text_with_an_equals_sign_gives_no_warning_of_papermill(course):
+    course.write()
+    source = course.notebooks / "03_small.py"
+    import jupytext
+
+    more = 'text: str = "a = b"  # some text: 1..9\n\n# %%\nfrom dsmoe'
+    source.write_text(source.read_text(encoding="utf-8").replace("\n# %%\nfrom dsmoe", more, 1), encoding="utf-8")
+    jupytext.write(jupytext.read(source), source.with_suffix(".ipynb"))
+    code = (
+        "import sys; from pathlib import Path; from dsmoe_lite.common import paths; from dsmoe_lite.cli import main;"
+        "root = Path(sys.argv[1]); paths.NOTEBOOKS = root / 'notebooks'; paths.RUNS = root / 'runs';"
+        "main(['run', '03', '-p', 'text=c = d'])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(course.root)], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", [["run", "03", "-p", "profile=gpu"], ["course", "--profile", "gpu"]])
+def test_profile_gpu_without_a_gpu_is_refused_before_a_kernel_starts(course, capsys, monkeypatch, command):
+    course.write()
+    monkeypatch.setattr("dsmoe_lite.labs.execute._execute", None)
+    assert exit_status(*command) == EXIT_INPUT
+    assert capsys.readouterr().err == "dsmoe: profile = 'gpu': torch finds no GPU here; use cpu or smoke\n"
+
+
+def test_a_cell_finds_the_command(course):
+    chapter = course.write(
+        "\n# %%\nimport shutil\n\nfrom dsmoe_lite.labs import report\n\nreport(found=shutil.which('python'))\n"
+    )
+    assert run_chapter(chapter, {}).result == {"found": str(Path(sys.executable).with_name("python"))}
+
+
+@pytest.mark.parametrize("command", [["check"], ["count", "course-gshard"], ["claims"], ["run", "…"]])
+def test_a_terminal_of_ascii_gets_every_line(command):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    run = subprocess.run(
+        [sys.executable, "-m", "dsmoe_lite", *command], capture_output=True, text=True, env=environment
+    )
+    assert "Unicode" not in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 @pytest.mark.parametrize(
@@ -380,7 +585,7 @@ def test_ctrl_c_leaves_no_partial_files(course, tmp_path):
     running.send_signal(signal.SIGINT)
     _, message = running.communicate(timeout=60)
     assert running.returncode == EXIT_STOPPED
-    assert message.strip().splitlines()[-1] == "dsmoe: stopped"
+    assert message.split() == ["dsmoe:", "stopped"]
     assert course.files() == before
     assert list((tmp_path / "tmp").iterdir()) == []
     with pytest.raises(ProcessLookupError):

@@ -1,6 +1,7 @@
 """Live controls: redrawn with the latest values, at most twice per second; errors are reported in one line."""
 
 import asyncio
+import math
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -34,13 +35,13 @@ def page(monkeypatch):
         seen.bundles.append(value)
         return None
 
-    def html():
-        seen.status = make_html()
+    def status():
+        seen.status = make_status()
         return seen.status
 
-    make_html = ipywidgets.HTML
+    make_status = module._Status
     monkeypatch.setattr(module, "display", display)
-    monkeypatch.setattr(ipywidgets, "HTML", html)
+    monkeypatch.setattr(module, "_Status", status)
     return seen
 
 
@@ -121,3 +122,54 @@ def test_an_error_in_the_first_chart_fails_in_the_cell(page):
 def test_anything_that_can_be_displayed_can_be_drawn(page):
     module.live(lambda k: Markdown(f"**{k}**"), k=control())
     assert page.first[0].data == "**2**"
+
+
+def test_a_page_that_was_loaded_again_asks_to_run_the_cell(page, monkeypatch):
+    """JupyterLab restores the controls from the kernel, the chart from the file, and can no longer update the chart."""
+    monkeypatch.setattr(module, "_current_page", lambda: "first")
+    k = control()
+    module.live(lambda k: f"chart {k}", k=k)
+    k.value = 3
+    assert page.status.get_state()["value"].endswith("></span>")  # the same page has lost and found its kernel
+    monkeypatch.setattr(module, "_current_page", lambda: "second")
+    assert page.status.get_state("description") == {"description": ""}
+    assert module.RELOADED in page.status.get_state()["value"]
+    k.value = 4
+    assert page.shown.charts == ["chart 3"]
+    assert module.RELOADED in page.status.value
+
+
+def test_a_move_after_a_reload_asks_to_run_the_cell(page, monkeypatch):
+    monkeypatch.setattr(module, "_current_page", lambda: "first")
+    k = control()
+    module.live(lambda k: f"chart {k}", k=k)
+    monkeypatch.setattr(module, "_current_page", lambda: "second")
+    k.value = 4
+    assert page.shown.charts == []
+    assert module.RELOADED in page.status.value
+
+
+@pytest.mark.parametrize(
+    ("value", "base", "low", "high", "step"),
+    [
+        (40.0, 2.0, 0.0, 7.0, 0.5),
+        (0.03, 10.0, -4.0, 0.0, 0.25),
+        (1.0, 10.0, -4.0, 0.0, 0.25),
+        (0.01, 10.0, -3, 1.5, 0.25),
+    ],
+)
+def test_a_logarithmic_slider_starts_on_a_step(page, value, base, low, high, step):
+    slider = ipywidgets.FloatLogSlider(value, base=base, min=low, max=high, step=step)
+    module.live(lambda k: f"chart {k:g}", k=slider)
+    assert slider.value == value
+    assert page.first == [f"chart {value:g}"]
+    steps = (math.log(value, base) - slider.min) / step
+    assert steps == pytest.approx(round(steps), abs=1e-6)
+    assert low <= slider.min < low + step
+    assert high - step < slider.max <= high
+
+
+def test_a_logarithmic_slider_on_a_step_keeps_its_ends(page):
+    slider = ipywidgets.FloatLogSlider(0.01, min=-3, max=1.5, step=0.25)
+    module.live(lambda k: f"chart {k:g}", k=slider)
+    assert (slider.min, slider.max) == (-3.0, 1.5)

@@ -1,6 +1,7 @@
 """The `dsmoe` command: one module per subcommand, imported only when the subcommand is called."""
 
 import importlib
+import io
 import sys
 
 import click
@@ -50,6 +51,9 @@ def group() -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line. Errors are one line; exit 2 on bad input, 1 on failure, 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # "?" for what the terminal's encoding lacks, such as "…" in ASCII
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         status = group.main(arguments, prog_name="dsmoe", standalone_mode=False)
     except click.exceptions.Abort:

@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.labs.chapters import find_chapter
-from dsmoe_lite.labs.execute import chapter_schema, run_chapter
+from dsmoe_lite.labs.chapters import chapter_schema, find_notebook
+from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.parameters import parse_assignments
 
 
@@ -16,9 +16,14 @@ from dsmoe_lite.labs.parameters import parse_assignments
 @click.option("--out", type=click.Path(path_type=Path), help="Folder or .ipynb file to write to.  [default: runs/]")
 @json_option
 def command(chapter: str, assignments: tuple[str, ...], out: Path | None, as_json: bool) -> None:
-    """Run CHAPTER (02, gshard, ...) with parameters, write the executed notebook and print its results."""
-    notebook = find_chapter(chapter)
+    """Run CHAPTER with parameters, write the executed notebook and print its results.
+
+    CHAPTER is a number (02), a name (gshard) or the path of a notebook of your own.
+    """
+    notebook = find_notebook(chapter)
     run = run_chapter(notebook, parse_assignments(chapter_schema(notebook), assignments), out)
+    if run.kept:
+        click.echo(f"dsmoe: {run.kept} was edited and is kept; this run is {run.notebook.name}", err=True)
     if as_json:
         print_rows([{"notebook": str(run.notebook), "parameters": run.parameters, "result": run.result}], as_json=True)
         return

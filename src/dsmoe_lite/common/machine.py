@@ -1,4 +1,4 @@
-"""What this machine has for the course. Only questions to its devices import torch: `dsmoe check` stays fast."""
+"""What this machine has for the course. What imports torch does so late: `dsmoe check` is fast."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sys
 import sysconfig
 from dataclasses import dataclass
 from importlib import metadata
@@ -51,6 +52,14 @@ def parts() -> list[Part]:
 def profile() -> str:
     """The profile for chapters on this machine: "gpu" if torch can use a CUDA GPU, else "cpu"."""
     return "gpu" if gpu() and torch_cuda() else "cpu"
+
+
+def require_profile(name: str) -> None:
+    """Raises InputError if the profile of a chapter is "gpu" and torch finds no GPU."""
+    if name == "gpu":
+        import torch
+
+        require(torch.cuda.is_available(), "profile", name, "torch finds no GPU here; use cpu or smoke")
 
 
 def resolve_device(name: str) -> str:
@@ -103,6 +112,13 @@ def torch_cuda() -> str | None:
         return None
     version_file = Path(spec.origin).with_name("version.py")  # it has assignments only
     return runpy.run_path(str(version_file)).get("cuda") if version_file.exists() else None
+
+
+def path_with_programs() -> str:
+    """The PATH with the programs of this environment first, so that a cell or a terminal finds `dsmoe`."""
+    programs = str(Path(sys.executable).parent)
+    others = [folder for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder != programs]
+    return os.pathsep.join([programs, *others])
 
 
 def find_nvcc() -> str | None:

@@ -3,7 +3,7 @@
 from dsmoe_lite.labs.begin import begin
 from dsmoe_lite.labs.claims import claim
 from dsmoe_lite.labs.exercises import check_exercise, predict
-from dsmoe_lite.labs.parameters import check_parameters
 from dsmoe_lite.labs.results import report
+from dsmoe_lite.labs.session import check_parameters
 
 __all__ = ["begin", "check_exercise", "check_parameters", "claim", "predict", "report"]

@@ -4,9 +4,9 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from dsmoe_lite.common.errors import require
+from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.labs.packages import require_packages
-from dsmoe_lite.labs.parameters import check_parameters
+from dsmoe_lite.labs.session import check_parameters
 
 T = TypeVar("T")
 
@@ -38,8 +38,7 @@ def begin(namespace: MutableMapping[str, Any], *packages: str) -> Lab:
     from dsmoe_lite.viz import renderer
 
     profile = namespace["profile"]
-    has_gpu = profile != "gpu" or torch.cuda.is_available()
-    require(has_gpu, "profile", profile, "torch finds no GPU here; use cpu or smoke")
+    require_profile(profile)
     renderer.enable()
     torch.set_num_threads(1)
     torch.manual_seed(namespace["seed"])

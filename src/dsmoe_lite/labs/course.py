@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.common.progress import progress
-from dsmoe_lite.labs.chapters import chapters, find_chapter
-from dsmoe_lite.labs.execute import chapter_schema, run_chapter
+from dsmoe_lite.labs.chapters import chapter_schema, chapters, find_chapter
+from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.parameters import find_parameter, parse_value
 
 
@@ -25,7 +26,11 @@ class Outcome:
 
 
 def run_course(profile: str, names: Sequence[str] = (), out: Path | None = None) -> list[Outcome]:
-    """Run the chapters `names`, or all in the order of book.yml, with `profile`; continue after one that fails."""
+    """Run the chapters `names`, or all in the order of book.yml, with `profile`; continue after one that fails.
+
+    Raises InputError for an unknown chapter, and for profile gpu without a GPU.
+    """
+    require_profile(profile)
     selected = [find_chapter(name) for name in names] or chapters()
     bar = progress(selected, desc="course", unit="chapter", disable=None)
     return [_run_one(chapter, profile, out) for chapter in bar]

@@ -2,68 +2,64 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, RunError, require
 from dsmoe_lite.common.files import write_text
-from dsmoe_lite.labs.parameters import Parameter, read_schema
+from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.labs.results import read_result
 
 NAME_LENGTH = 60  # characters of the parameters in a file name
+DIGEST = "dsmoe_digest"  # key in a result's metadata: the hash of its cells, which shows whether a person edited them
 
 
 @dataclass(frozen=True)
 class ExecutedChapter:
-    """An executed chapter: its notebook, the results that it reported, and its seconds (`cpu_s`: all processes)."""
+    """An executed chapter: its notebook, the results that it reported, and its seconds (`cpu_s`: all processes).
+
+    kept: an earlier result of the same command that a person has edited, so that `notebook` has a new name.
+    """
 
     notebook: Path
     parameters: dict[str, Any]
     result: dict[str, Any]
     wall_s: float
     cpu_s: float
-
-
-def chapter_schema(chapter: Path) -> dict[str, Parameter]:
-    """The parameters of the notebook `chapter`. Raises InputError if no cell is tagged `parameters`."""
-    import nbformat
-
-    try:
-        cells = nbformat.read(chapter, as_version=4).cells
-    except (ValueError, nbformat.ValidationError):
-        raise InputError(f"{chapter} is not a notebook any more: restore it from the repository") from None
-    for cell in cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return read_schema(cell.source)
-    raise InputError(f"{chapter.name} has no cell tagged parameters")
+    kept: Path | None = None
 
 
 def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None = None) -> ExecutedChapter:
     """Execute `chapter` with checked `parameters` and write it to `out`, a folder or an .ipynb file (default: runs/).
 
-    Nothing is written before the chapter has ended. Raises RunError if it fails, with the notebook saved as
-    *.failed.ipynb, and InputError, with nothing saved, for bad input that the chapter itself rejects.
+    Nothing is written before the chapter has ended, and what a person has edited is never replaced: in a folder the
+    result gets a new name. Raises RunError if the chapter fails, with the notebook saved as *.failed.ipynb. Raises
+    InputError, with nothing saved, for profile gpu without a GPU, for a file `out` that is not an unedited result, and
+    for bad input that the chapter itself rejects.
     """
+    require_profile(parameters.get("profile", ""))
     target = _target(chapter, parameters, out or paths.RUNS)
     start, cpu = time.perf_counter(), _children_cpu()
     with tempfile.TemporaryDirectory(prefix="dsmoe-run-") as folder:
         executed = Path(folder) / "executed.ipynb"
         failure = _execute(chapter, parameters, executed)
-        if failure is None:
-            write_text(target, _without_pairing(executed, chapter))
-        else:
-            failed = target.with_suffix(".failed.ipynb")
-            write_text(failed, _without_pairing(executed, chapter))
-            raise RunError(f"{chapter.stem}: {failure}; kept as {failed}")
+        wanted = target if failure is None else target.with_suffix(".failed.ipynb")
+        notebook = _free_name(wanted)
+        write_text(notebook, _finished(executed, chapter))
+    if failure is not None:
+        raise RunError(f"{chapter.stem}: {failure}; kept as {notebook}")
     wall_s, cpu_s = time.perf_counter() - start, _children_cpu() - cpu
-    return ExecutedChapter(target, dict(parameters), read_result(target), wall_s, cpu_s)
+    kept = None if notebook == wanted else wanted
+    return ExecutedChapter(notebook, dict(parameters), read_result(notebook), wall_s, cpu_s, kept)
 
 
 def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> str | None:
@@ -75,6 +71,9 @@ def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> st
 
     source = executed.with_name("chapter.ipynb")  # papermill would format braces in the reader's path
     source.write_bytes(chapter.read_bytes())
+    logging.getLogger("papermill").setLevel(
+        logging.ERROR
+    )  # it warns of defaults that it cannot parse, as text with "="
     try:
         papermill.execute_notebook(
             source,
@@ -99,9 +98,14 @@ def _target(chapter: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     out = out.expanduser().resolve()
     if out.suffix == ".ipynb":
         target = out
+        edited = "is no unedited result of `dsmoe run`; name another file, or move this one away"
+        require(_may_replace(target), "out", str(out), edited)
     else:
         values = "".join(f"-{re.sub('[^A-Za-z0-9.+=_-]+', '_', f'{n}={v}')}" for n, v in sorted(parameters.items()))
-        digest = hashlib.sha256(json.dumps(dict(parameters), sort_keys=True).encode()).hexdigest()[:8]
+        given: Any = dict(parameters)
+        if chapter.parent != paths.NOTEBOOKS:  # a notebook of the reader's, perhaps named as a chapter
+            given = [given, str(chapter)]
+        digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
         target = out / f"{chapter.stem}{values[:NAME_LENGTH]}-{digest}.ipynb"
     require(paths.NOTEBOOKS.resolve() not in target.parents, "out", str(out), "a chapter is never run in place")
     parent = next(folder for folder in target.parents if folder.exists())
@@ -110,13 +114,38 @@ def _target(chapter: Path, parameters: Mapping[str, Any], out: Path) -> Path:
     return target
 
 
-def _without_pairing(executed: Path, chapter: Path) -> str:
-    """The executed notebook without its link to the .py source and without the temporary folder's paths."""
+def _free_name(target: Path) -> Path:
+    """`target`, or the first of target-2, target-3, ... that is free or may be replaced."""
+    names = (target if n == 1 else target.with_name(f"{target.stem}-{n}.ipynb") for n in count(1))
+    return next(name for name in names if _may_replace(name))
+
+
+def _may_replace(target: Path) -> bool:
+    """Whether there is no such file, or a result as it was written: no cell or output was edited since."""
+    import nbformat
+
+    if not target.exists():
+        return True
+    try:
+        notebook = nbformat.read(target, as_version=4)
+        return notebook.metadata.get(DIGEST) == _digest(notebook)
+    except (OSError, ValueError, AttributeError, nbformat.ValidationError):
+        return False
+
+
+def _digest(notebook: Any) -> str:
+    cells = [[cell.cell_type, cell.source, cell.get("outputs", [])] for cell in notebook.cells]
+    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _finished(executed: Path, chapter: Path) -> str:
+    """The executed notebook without its link to the .py source and the temporary folder's paths, with its digest."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("jupytext", None)
     notebook.metadata.papermill.update(input_path=chapter.name, output_path="")
+    notebook.metadata[DIGEST] = _digest(notebook)
     return nbformat.writes(notebook) + "\n"
 
 

@@ -13,6 +13,7 @@ import click
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.machine import path_with_programs
 from dsmoe_lite.labs.jupyter_settings import write_settings
 
 PORT = 8888  # Jupyter's default; if it is in use, the next free port
@@ -72,6 +73,7 @@ def _config() -> Path:
 def _environment(token: str) -> dict[str, str]:
     installed = str(Path(sys.prefix) / "share" / "jupyter")
     return {
+        "PATH": path_with_programs(),  # of kernels and terminals: the chapters call `dsmoe run`
         "JUPYTER_TOKEN": token,  # not an argument: every user of the machine can read the arguments
         # Kernels run in this environment, even if the reader has installed kernels elsewhere.
         "JUPYTER_PATH": os.pathsep.join(filter(None, [installed, os.environ.get("JUPYTER_PATH")])),

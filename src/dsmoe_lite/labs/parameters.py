@@ -14,7 +14,7 @@ import difflib
 import io
 import re
 import tokenize
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 RANGE = re.compile(r"(?P<low>[^\s.]\S*?)\.\.(?P<high>\S+)(?: .+)?")
 SYNTAX = "write `name: type = value  # help: low..high` or `# help: this | that`"
-INJECTED = "# Parameters"  # first line of the cell that papermill adds
 
 
 @dataclass(frozen=True)
@@ -104,27 +103,6 @@ def parse_assignments(schema: Mapping[str, Parameter], assignments: Iterable[str
     return values
 
 
-def check_parameters(namespace: MutableMapping[str, Any]) -> bool:
-    """Check the current values of a chapter's parameters: call `check_parameters(globals())` in the cell after them.
-
-    Return whether all except profile and seed have their default values; only for these the claims are recorded.
-
-    The schema comes from the history of the session, so it stays valid after a reader's edit and after papermill's
-    injection. Raises InputError for a value that is not allowed and for an injected name that the schema lacks.
-    """
-    history = list(namespace.get("In", []))
-    start = next((i for i, source in enumerate(history) if _is_parameters_cell(source)), None)
-    if start is None:
-        raise InputError("no parameters cell has run in this session: run the notebook from its top")
-    schema = read_schema(history[start])
-    for source in history[start + 1 :]:
-        for name in _injected_names(source):
-            find_parameter(schema, name)
-    for name, parameter in schema.items():
-        namespace[name] = check_value(parameter, namespace.get(name))
-    return all(namespace[name] == schema[name].default for name in schema if name not in ("profile", "seed"))
-
-
 def _parse(statement: ast.stmt, comment: str) -> Parameter:
     match statement:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=ast.Name(id=kind), value=ast.expr() as value):
@@ -166,22 +144,3 @@ def _convert(kind: str, text: str, shown: Any, name: str = "") -> Any:
 def _comments(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {token.start[0]: token.string.lstrip("# ").strip() for token in tokens if token.type == tokenize.COMMENT}
-
-
-def _body(source: str) -> list[ast.stmt]:
-    try:
-        return ast.parse(source).body
-    except SyntaxError:
-        return []
-
-
-def _is_parameters_cell(source: str) -> bool:
-    typed = {s.target.id for s in _body(source) if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)}
-    return {"profile", "seed"} <= typed
-
-
-def _injected_names(source: str) -> list[str]:
-    if not source.lstrip().startswith(INJECTED + "\n"):
-        return []
-    targets = [target for s in _body(source) if isinstance(s, ast.Assign) for target in s.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]

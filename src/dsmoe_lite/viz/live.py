@@ -1,6 +1,8 @@
 """A chart with controls: Python redraws it when the reader moves a slider or chooses from a menu."""
 
 import asyncio
+import math
+import sys
 from collections.abc import Callable
 from html import escape
 from typing import Any
@@ -11,6 +13,7 @@ from IPython.display import display
 from dsmoe_lite.common.errors import InputError, RunError
 
 REDRAW_INTERVAL = 0.5  # seconds, at least
+RELOADED = "The page was loaded again, which cut the chart off from its controls: run this cell again."
 
 
 def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
@@ -18,12 +21,15 @@ def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
 
     The chart is redrawn at most twice per second, with the latest values. A status line below the controls reports that
     Python is working; if `draw` raises, it shows the error and the chart stays as it was. Without a kernel the first
-    chart remains visible.
+    chart remains visible. When the page is loaded again while the kernel runs, JupyterLab restores the controls as they
+    are now and the chart as it was saved, and can no longer update it: the status line then asks to run the cell again.
     """
     for control in controls.values():
         control.style.description_width = "initial"
+        if isinstance(control, ipywidgets.FloatLogSlider):
+            _start_on_a_step(control)
     first = draw(**_values(controls))
-    status = ipywidgets.HTML()
+    status = _Status()
     row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
     view = ipywidgets.VBox([row, status])._repr_mimebundle_()
     names = ", ".join(control.description or name for name, control in controls.items())
@@ -33,15 +39,42 @@ def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
         control.observe(redraw.schedule, names="value")
 
 
+class _Status(ipywidgets.HTML):
+    """The status line, which knows whether a page shows it that did not run its cell."""
+
+    def __init__(self) -> None:
+        self._page: str | None = None  # while the widget is being made
+        super().__init__()
+        self._page = _current_page()
+
+    def is_reloaded(self) -> bool:
+        """Whether the message that Python works on came from another page than the one that ran the cell."""
+        return _current_page() != self._page
+
+    def report(self, text: str, *, is_error: bool = False) -> None:
+        """Show one line."""
+        weight = "bold" if is_error else "normal"
+        self.value = f'<span role="status" style="font-weight: {weight}">{escape(text)}</span>'
+
+    def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
+        """The widget's state; all of it (no `key`) is what a page asks for when it is loaded."""
+        if key is None and self._page is not None and self.is_reloaded():
+            self.report(RELOADED, is_error=True)
+        return super().get_state(key, drop_defaults)
+
+
 class _Redraw:
     """Combines many changes into one redraw: now, or `REDRAW_INTERVAL` after the last one."""
 
-    def __init__(self, draw: Callable[..., Any], controls: dict[str, Any], status: Any, output: Any) -> None:
+    def __init__(self, draw: Callable[..., Any], controls: dict[str, Any], status: _Status, output: Any) -> None:
         self._draw, self._controls, self._status, self._output = draw, controls, status, output
         self._scheduled = False
         self._next_redraw = 0.0  # earliest, by the event loop's clock
 
     def schedule(self, _: Any) -> None:
+        if self._status.is_reloaded():
+            self._status.report(RELOADED, is_error=True)
+            return
         if self._scheduled:
             return
         try:
@@ -50,7 +83,7 @@ class _Redraw:
             self._redraw()
             return
         self._scheduled = True
-        self._report("Computing …")
+        self._status.report("Computing …")
         loop.call_at(max(self._next_redraw, loop.time()), self._redraw_in_loop, loop)
 
     def _redraw_in_loop(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -62,16 +95,31 @@ class _Redraw:
         try:
             chart = self._draw(**_values(self._controls))
         except (InputError, RunError) as error:
-            self._report(str(error), is_error=True)
+            self._status.report(str(error), is_error=True)
         except Exception as error:  # perhaps from a reader's own code
-            self._report(f"{type(error).__name__}: {error}", is_error=True)
+            self._status.report(f"{type(error).__name__}: {error}", is_error=True)
         else:
             self._output.update(chart)
-            self._report("")
+            self._status.report("")
 
-    def _report(self, text: str, *, is_error: bool = False) -> None:
-        weight = "bold" if is_error else "normal"
-        self._status.value = f'<span role="status" style="font-weight: {weight}">{escape(text)}</span>'
+
+def _start_on_a_step(slider: ipywidgets.FloatLogSlider) -> None:
+    """Shift the ends of a slider, inside its range, so that its value is on a step.
+
+    Its handle can rest on steps only: from a value between two it would show another one than the chart.
+    """
+    place, low, high, step = math.log(slider.value, slider.base), slider.min, slider.max, slider.step
+    offset = (place - low) % step
+    if min(offset, step - offset) > 1e-9:
+        slider.min = low + offset
+        slider.max = slider.min + math.floor((high - slider.min) / step + 1e-9) * step
+
+
+def _current_page() -> str | None:
+    """The page whose message the kernel works on: the id of its session, or None without a kernel."""
+    ipython = sys.modules.get("IPython")
+    kernel = getattr(ipython.get_ipython(), "kernel", None) if ipython else None
+    return kernel.get_parent("shell").get("header", {}).get("session") if kernel else None
 
 
 def _values(controls: dict[str, Any]) -> dict[str, Any]:
