@@ -446,7 +446,7 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 # The command line does all this for a config file, with one process and with many:
 #
 #     dsmoe train config.yml
-#     torchrun --standalone --nproc-per-node=4 --max-restarts=3 -m dsmoe_lite train config.yml
+#     torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=4 --max-restarts=3 -m dsmoe_lite train config.yml
 #
 # (for restarts torch 2.13 needs `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before the second command; without it the new processes
 # cannot meet).

@@ -13,6 +13,8 @@ from filelock import FileLock
 
 from dsmoe_lite.cli import main
 from dsmoe_lite.common import paths
+from dsmoe_lite.config import to_dict
+from dsmoe_lite.presets import preset
 
 INPUT, FAILURE, STOPPED = 2, 1, 130
 MODEL = "model: course-gshard\n"
@@ -159,6 +161,48 @@ def test_an_exponent_without_a_point_is_a_number(cwd: Path) -> None:
     assert dsmoe("train", "job.yaml", "--out", "run") == 0
     record = json.loads((cwd / "run" / "record.json").read_text())
     assert (record["train"]["lr"], record["train"]["weight_decay"]) == (0.003, 0.01)
+
+
+@pytest.mark.parametrize("name", ["...yaml", "....yaml", ".yaml", "..", ".hidden.yml"])
+def test_a_config_whose_name_is_no_folder_is_one_line(name: str, cwd: Path, capsys: pytest.CaptureFixture) -> None:
+    """...yaml without its suffix is .., the folder above runs/."""
+    if name != "..":
+        (cwd / name).write_text(JOB)
+    before = set(files(cwd)), sorted(paths.FOLDER.iterdir())
+    assert f"config = '{name}': its name without .yaml is no name for a run folder" in refused(capsys, "train", name)
+    assert (set(files(cwd)), sorted(paths.FOLDER.iterdir())) == before
+
+
+# Models of `dsmoe count`
+
+
+@pytest.mark.parametrize(
+    ("content", "message_part"),
+    [
+        ('{"architectures": ["LlamaForCausalLM"], "model_type": "llama"}', "architectures = ['LlamaForCausalLM']"),
+        ('{"model_type": "deepseek_v3", "hidden_size": 7168}', "model_type = 'deepseek_v3'"),
+        ('\t{"architectures": null}', "architectures = None"),
+        ('{"d_model": 64, "d_modle": 3}', "d_modle"),
+        ("[]", "must be a mapping"),
+        ("{", "is not JSON"),
+    ],
+)
+def test_a_json_file_that_is_no_model_of_ours_is_one_line(
+    content: str, message_part: str, cwd: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (cwd / "config.json").write_text(content)
+    line = refused(capsys, "count", "config.json")
+    assert message_part in line
+    assert "config.json" in line
+    if "mod" in message_part or "arch" in message_part:
+        assert ("d_model, n_layers" in line) == ("d_modle" not in message_part)
+
+
+def test_json_with_the_fields_of_a_model_is_counted(cwd: Path, capsys: pytest.CaptureFixture) -> None:
+    (cwd / "config.json").write_text(json.dumps(to_dict(preset("course-gshard")), indent="\t"))
+    assert dsmoe("count", "config.json", "course-gshard", "--json") == 0
+    one, other = json.loads(capsys.readouterr().out)
+    assert {**one, "name": ""} == {**other, "name": ""}
 
 
 # Folders of text

@@ -158,7 +158,14 @@ def test_the_newest_record_is_found_by_its_date(runs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "is not JSON"), ("[]", "is not a record"), (UNKNOWN, "schema_version = 2: this package reads 1")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "must be a mapping"),
+        ("{}", "schema_version = None"),
+        (UNKNOWN.replace("2,", "1,"), "provenance = None: must be a mapping"),
+        ('{"date": NaN}', "is not JSON"),
+        (UNKNOWN, "schema_version = 2: this package reads 1"),
+    ],
 )
 def test_a_file_that_is_no_record_is_named(text: str, message: str, runs: Path) -> None:
     (runs / "bench-kernels-x.json").write_text(text, encoding="utf-8")

@@ -257,9 +257,66 @@ def test_unreadable_files_are_named(many, monkeypatch):
     assert refusal(many).endswith("7.txt: cannot be read: Permission denied")
 
 
-def test_dangling_links_are_named(many):
-    (many / "gone.txt").symlink_to(many / "nowhere.txt")
-    assert "gone.txt: cannot be read: No such file" in refusal(many)
+# Links
+
+
+def with_link(root, name, target):
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).symlink_to(target, target_is_directory=True)
+
+
+def test_linked_folders_are_read(many, tmp_path):
+    before = Folder(many).fingerprint()
+    for i in range(3):
+        write(tmp_path / "elsewhere" / "deep" / f"{i}.txt", numbered(20, 100 * i, "linked"))
+    with_link(many, "linked", tmp_path / "elsewhere")
+    folder = Folder(many)
+    assert {"linked", "letters", "poems"} <= set(folder.domains)
+    lines = [line for text in all_texts(folder) for line in text.splitlines()]
+    assert sum(line.startswith("linked ") for line in lines) == 60
+    assert folder.fingerprint()["files"] == before["files"] + 3
+    assert folder.fingerprint() == Folder(many).fingerprint() != before
+
+
+@pytest.mark.parametrize("name", ["aaa", "zzz", "letters/again", "letters/0/1/2"])
+@pytest.mark.parametrize("target", [".", "poems", ".."])
+def test_a_link_to_what_is_read_already_adds_nothing(many, name, target):
+    """Also a cycle: the folder itself, and the one above it, which holds nothing else."""
+    before = Folder(many).fingerprint()
+    with_link(many, name, (many / target).resolve())
+    assert Folder(many).fingerprint() == before
+
+
+def test_two_links_to_one_folder_read_it_once(many, tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", numbered(20, 700_000))
+    with_link(tmp_path / "elsewhere", "back", many)  # a cycle through another folder
+    before = Folder(many).fingerprint()
+    for name in ("second", "first"):
+        with_link(many, name, tmp_path / "elsewhere")
+    after = Folder(many)
+    assert after.fingerprint()["files"] == before["files"] + 1
+    assert "first" in after.domains
+    assert "second" not in after.domains
+
+
+def test_a_corpus_that_is_a_link_is_the_same_corpus(many, tmp_path):
+    with_link(tmp_path, "link", many)
+    assert Folder(tmp_path / "link").fingerprint() == Folder(many).fingerprint()
+    assert all_texts(Folder(tmp_path / "link")) == all_texts(Folder(many))
+
+
+@pytest.mark.parametrize(("name", "target"), [("gone", "nowhere"), ("poems/gone", "nowhere"), ("self", "self")])
+def test_broken_links_are_named(many, name, target):
+    with_link(many, name, target)
+    assert f"{name}: is a broken link" in refusal(many)
+
+
+def test_hidden_links_are_left_out(many, tmp_path):
+    before = Folder(many).fingerprint()
+    write(tmp_path / "elsewhere" / "a.txt", numbered(20))
+    with_link(many, ".linked", tmp_path / "elsewhere")
+    with_link(many, ".gone", "nowhere")
+    assert Folder(many).fingerprint() == before
 
 
 # A dataset

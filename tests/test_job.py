@@ -345,7 +345,17 @@ def test_a_record_of_other_settings_is_refused_with_the_first_difference(
         ({"masked": {"0.25": {}}}, "masked = ['0.25']: this run has []"),
         ({"active": {"1": {}}}, "active = ['1']: this run has []"),
         ({"corpus": {"config": written["corpus"]["config"] | {"n_values": 4}}}, "corpus.n_values = 4"),
-        ({"model": None}, "model = None: is missing"),
+        ({"model": None}, "model = None: must be a mapping; not the record of a run"),
+        ({"model": 3}, "model = 3: must be a mapping"),
+        ({"model": {}}, "vocab_size: is missing"),
+        ({"train": []}, "train = []: must be a mapping"),
+        ({"train": {"steps": 3}}, "train.seed = None: must be a whole number"),
+        ({"first_document": None}, "first_document = None: must be a whole number"),
+        ({"losses": ["1.5"]}, "losses = '1.5': must be a finite number"),
+        ({"heldout_loss": "1.5"}, "heldout_loss = '1.5': must be a number"),
+        ({"masked": 3}, "masked = 3: must be a mapping"),
+        ({"corpus": {}}, "corpus.config = None: must be a mapping"),
+        ({"schema_version": [2]}, "schema_version = [2]: this package reads 1 and 2"),
     ):
         record("course-gshard", 1, **written | change)
         with pytest.raises(InputError, match=f"course-gshard-seed1.json: {re.escape(message)}"):

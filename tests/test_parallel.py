@@ -23,7 +23,7 @@ from dsmoe_lite.config import ModelConfig, MoEConfig
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.parallel.checkpoint import load_sharded, save_sharded
+from dsmoe_lite.parallel.checkpoint import METADATA, load_sharded, save_sharded
 from dsmoe_lite.parallel.checkpoint_folders import newest_checkpoint
 from dsmoe_lite.parallel.dispatch import plan_send
 from dsmoe_lite.parallel.mesh import check_placement, groups_per_rank, make_mesh, rows_of_rank
@@ -243,6 +243,68 @@ def test_what_is_no_checkpoint_of_this_model_is_named(found: dict[str, Any], fol
     file.write_bytes(file.read_bytes()[:500])
     with pytest.raises(InputError, match="step-00000003: damaged checkpoint"):
         load_sharded(broken, *alone())
+
+
+def test_a_checkpoint_lists_its_shards(folder: Path, found: dict[str, Any]) -> None:
+    path = newest_checkpoint(folder)
+    assert path is not None
+    shards = json.loads((path / METADATA).read_text())["shards"]
+    assert shards == sorted(shard.name for shard in path.glob("*.safetensors"))
+    assert len(shards) == 4
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize("keep", [None, 0, 500, -1])
+def test_a_shard_that_is_missing_or_cut_is_named(folder: Path, found: dict, keep: int | None, tmp_path: Path) -> None:
+    path = newest_checkpoint(folder)
+    assert path is not None
+    shutil.copytree(path, tmp_path / path.name)
+    shard = sorted((tmp_path / path.name).glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:keep])
+    if keep is None:
+        shard.unlink()
+    with pytest.raises(InputError) as caught:
+        load_sharded(tmp_path / path.name, *alone())
+    what = "is missing" if keep is None else "is damaged"
+    assert f"step-00000003: damaged checkpoint: {shard.name} {what}" in str(caught.value)
+    assert str(caught.value).endswith("restore it, or remove the checkpoint to continue from an earlier one")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_a_checkpoint_that_does_not_list_its_shards_loads(folder: Path, found: dict, tmp_path: Path) -> None:
+    """Earlier versions wrote no list."""
+    path = newest_checkpoint(folder)
+    assert path is not None
+    shutil.copytree(path, tmp_path / path.name)
+    file = tmp_path / path.name / METADATA
+    metadata = json.loads(file.read_text())
+    del metadata["shards"]
+    file.write_text(json.dumps(metadata))
+    assert load_sharded(tmp_path / path.name, *alone()) == {"step": 3}
+
+
+@pytest.mark.usefixtures("by_itself")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": None}, "state = None: must be a mapping"),
+        ({"state": [1]}, "state = [1]: must be a mapping"),
+        ({"config": 3}, "config = 3: must be a mapping"),
+        ({"shards": {}}, "shards = {}: must be a list"),
+        ({"shards": [3]}, "damaged checkpoint: 3 is missing"),
+        ({"state": {"loss": float("nan")}}, "it has the value NaN"),
+    ],
+)
+def test_damaged_facts_of_a_checkpoint_are_one_line(change: dict, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "step-00000001"
+    path.mkdir()
+    (path / METADATA).write_text(json.dumps({"config": {}, "state": {}, "shards": []} | change))
+    with pytest.raises(InputError) as caught:
+        load_sharded(path, *alone())
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("by_itself")

@@ -1,10 +1,15 @@
 """Recorded runs: the grids are complete, and rows for charts agree with the records."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from dsmoe_lite import accounting
+from dsmoe_lite.common import paths
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import from_dict
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
@@ -189,3 +194,59 @@ def test_rows_of_interventions_include_the_model_as_trained() -> None:
         ("A", 7, 1, 4.0),
         ("A", 7, 2, 1.0),
     ]
+
+
+# Records that are damaged
+
+
+@pytest.fixture
+def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """Copies the record of one run into an otherwise empty data folder."""
+    monkeypatch.setattr(paths, "DATA_FOLDERS", (tmp_path,))
+
+    def copy(name: str, file: str) -> Path:
+        target = tmp_path / "runs" / name / file
+        target.parent.mkdir(parents=True)
+        shutil.copyfile(paths.DATA / "runs" / name / file, target)
+        return target
+
+    return copy
+
+
+RUNS = [("neighbours", "course-switch-seed2.json"), ("paper", "deepseekmoe-seed3.json"), ("needle", "mla-seed1.json")]
+
+
+@pytest.mark.parametrize(("name", "file"), RUNS)
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "is not JSON"),
+        (lambda content: b"", "is not JSON"),
+        (lambda content: b"[" + content + b"]", "must be a mapping"),
+        (lambda content: content.decode().encode("utf-16"), "is not JSON"),
+        (lambda content: content.replace(b'"recall": {', b'"recall": {"x": NaN, '), "it has the value NaN"),
+        (lambda content: content.replace(b'"recall": {', b'"recall": {"x": 1e999, '), "it has the value 1e999"),
+        (lambda content: content.replace(b'"schema_version": ', b'"schema_version": 7'), "schema_version = 7"),
+        (lambda content: content.replace(b'"recall": {', b'"recall": 3, "was": {'), "recall = 3: must be a mapping"),
+        (lambda content: content.replace(b'"provenance"', b'"was"'), "provenance = None: must be a mapping"),
+        (lambda content: b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_damaged_record_is_one_line(
+    damage: Callable[[bytes], bytes], message: str, name: str, file: str, copied: Callable[[str, str], Path]
+) -> None:
+    path = copied(name, file)
+    assert len(records(name)) == 1
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError) as caught:
+        records(name)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_record_does_not_choose_its_own_name(copied: Callable[[str, str], Path]) -> None:
+    path = copied("neighbours", "course-switch-seed2.json")
+    path.write_text(path.read_text().replace("{", '{"model_name": "x", "seed": 77,', 1))
+    (record,) = records("neighbours")
+    assert (record["model_name"], record["seed"]) == ("course-switch", 2)

@@ -170,7 +170,18 @@ def rewritten(path: Path, **changed) -> None:
      ({"expert": np.zeros((3, T), np.int16)}, "expert and scores have 2 dimensions"),
      ({"expert": np.full((3, T, 2), 6, np.int16)}, "expert has ids beyond 5"),
      ({"device_of": np.full(6, -1, np.int8)}, "device_of has devices that do not exist"),
-     ({"domain": np.frombuffer(b'["a"]', np.uint8)}, "domain has 1 entries")],
+     ({"domain": np.frombuffer(b'["a"]', np.uint8)}, "domain has 1 entries"),
+     ({"domain": np.frombuffer(b"[" + b"1," * (T - 1) + b"1]", np.uint8)}, "domain has entries that are no strings"),
+     ({"gate": np.full((3, T, 2), np.nan, np.float16)}, "gate has values that are negative or not a number"),
+     ({"gate": np.full((3, T, 2), -0.5, np.float16)}, "gate has values that are negative or not a number"),
+     ({"scores": np.full((3, T, 6), np.nan, np.float16)}, "scores has values that are not a number"),
+     ({"expert": np.full((3, T, 2), 4, np.int16)}, "expert has an id twice for one token"),
+     ({"expert": np.zeros((3, T, 2), np.int32)}, "expert is int32"),
+     ({"n_devices": np.int64(10**9)}, "n_devices = 1000000000 is not from 1 to 6"),
+     ({"n_devices": np.int64(7)}, "n_devices = 7 is not from 1 to 6"),
+     ({"n_devices": np.int64(0), "device_of": np.zeros(6, np.int8)}, "n_devices = 0 is not from 1 to 6"),
+     ({"n_devices": np.float64(np.inf)}, "not a trace, or damaged"),
+     ({"n_shared": np.int64(-1)}, "n_shared = -1: damaged")],
 )  # fmt: skip
 def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, message):
     path = tmp_path / "trace.npz"
@@ -179,6 +190,26 @@ def test_other_versions_and_damage_are_refused_in_one_line(tmp_path, changed, me
     with pytest.raises(InputError, match=message) as error:
         RoutingTrace.load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("n_experts", "dtype"), [(32_768, np.int16), (32_769, np.int32), (40_000, np.int32)])
+def test_ids_of_very_many_experts_do_not_wrap(tmp_path, n_experts, dtype):
+    moe = MoEConfig(n_routed_experts=n_experts, top_k=2, expert_width=1)
+    config = replace(CONFIG, n_layers=1, d_model=4, moe=moe, attention=AttentionConfig(n_heads=1, head_dim=4))
+    model = Transformer(config)
+    for layer in model.moe_layers:
+        layer.router.weight.data[:-3] = 0  # choose among the last three, and the first for ties
+    trace = RoutingTrace.of(model, TOKENIZER, TEXT)
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor([trace.token_ids[:16].tolist()])).routings[0].topk_ids
+    assert trace.topk_ids.dtype == dtype
+    assert sorted(trace.topk_ids[0, 0].tolist()) == sorted(expected[0].tolist())
+    assert trace.topk_ids.max() >= n_experts - 3
+    assert int(trace.layer(0).counts.sum()) == 2 * T
+    trace.save(tmp_path / "trace.npz")
+    again = RoutingTrace.load(tmp_path / "trace.npz")
+    assert again.topk_ids.dtype == dtype
+    np.testing.assert_array_equal(again.topk_ids, trace.topk_ids)
 
 
 def test_no_flipped_bit_gives_anything_but_a_trace_or_an_input_error(tmp_path):

@@ -1,7 +1,7 @@
 """Models and training states on disk: safetensors only, atomic writes, and one line of error for a damaged file."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,22 +86,62 @@ def save_training(path: Path, model: Transformer, optimizer: torch.optim.Optimiz
 def load_training(path: Path, model: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore what save_training wrote, including the random state, and return its `state`.
 
-    Raises InputError if the checkpoint is missing, damaged or of another model.
+    Raises InputError if the checkpoint is missing, damaged or of another model; `model` and `optimizer` are unchanged
+    then.
     """
     tensors, metadata = read_tensors(path)
     if "training" not in metadata:
         raise InputError(f"{path}: is not a training checkpoint")
+    state = metadata["training"]
+    weights, slots = _with_prefix("model.", tensors), _with_prefix("optimizer.", tensors)
+    with _refusing_other_models(path):
+        require(isinstance(state, dict), "training", state, "must be a mapping")
+        _require_shapes(weights, _shapes(model.state_dict()), "model.")
+        steps_taken = bool(slots) or bool(state.get("losses"))
+        _require_shapes(slots, _slot_shapes(optimizer) if steps_taken else {}, "optimizer.")
+        _require_random_state(tensors)
     optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for name, value in _with_prefix("optimizer.", tensors).items():
+    for name, value in slots.items():
         index, key = name.split(".", 1)
         optimizer_state.setdefault(int(index), {})[key] = value
-    with _refusing_other_models(path):
-        model.load_state_dict(_with_prefix("model.", tensors))
-        optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["random.cpu"])
+    model.load_state_dict(weights)
+    optimizer.load_state_dict({"state": optimizer_state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random.cuda"])
-    return metadata["training"]
+    return state
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _slot_shapes(optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
+    """The shapes of AdamW's state after a step, by the names in a checkpoint: three slots per weight."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index, weight in enumerate(weights):
+        if weight.requires_grad:
+            shape = tuple(weight.shape)
+            shapes |= {f"{index}.step": (), f"{index}.exp_avg": shape, f"{index}.exp_avg_sq": shape}
+    return shapes
+
+
+def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+    """Require the tensors of `expected` and no others. The message names the first that differs, and both shapes."""
+    shapes = _shapes(tensors)
+    for name in dict.fromkeys((*expected, *shapes)):
+        shape, wanted = shapes.get(name), expected.get(name)
+        remedy = f"must have the shape {wanted}" if wanted is not None else "this model has no such tensor"
+        require(shape == wanted, f"{prefix}{name}", "missing" if shape is None else shape, remedy)
+
+
+def _require_random_state(tensors: Mapping[str, Tensor]) -> None:
+    """Require the random state of the CPU, and that generators accept all random states."""
+    require("random.cpu" in tensors, "random.cpu", "missing", "must be the random state of the CPU")
+    torch.Generator().set_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.Generator("cuda").set_state(tensors["random.cuda"])
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -144,7 +184,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
             aliases = metadata.pop("aliases", {})
             return tensors | {name: tensors[first] for name, first in aliases.items()}, metadata
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, json.JSONDecodeError, RecursionError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged checkpoint ({error}); restore a copy, or remove it to start again") from None
 
 
@@ -152,7 +192,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _refusing_other_models(path: Path) -> Iterator[None]:
     try:
         yield
-    except (KeyError, RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: holds another model, or another version wrote it ({reason})") from None
 

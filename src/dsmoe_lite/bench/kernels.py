@@ -1,6 +1,5 @@
 """All kernels on one GPU: correctness first, then the times of products, row moves and backends, and our goals."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,9 +16,10 @@ from dsmoe_lite.bench.grouped_products import FASTEST_RUNGS, Case, check_product
 from dsmoe_lite.bench.ratios import goal_row
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, require_int
+from dsmoe_lite.common.files import read_json
 from dsmoe_lite.common.machine import resolve_device
 from dsmoe_lite.common.progress import progress
-from dsmoe_lite.common.schema import require_schema
+from dsmoe_lite.common.schema import require_entries, require_schema
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.kernels.cuda import RUNGS
 from dsmoe_lite.training.provenance import provenance
@@ -156,12 +156,8 @@ def newest_record() -> dict[str, Any] | None:
     records = []
     remedy = "remove it and run `dsmoe bench kernels --record` again"
     for path in (path for folder in paths.DATA_FOLDERS for path in sorted(folder.glob("runs/bench-kernels-*.json"))):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{path}: is not JSON; {remedy}") from None
-        if not isinstance(record, dict) or "date" not in record:
-            raise InputError(f"{path}: is not a record; {remedy}")
+        record = read_json(path)
         require_schema(record.get("schema_version"), {SCHEMA_VERSION}, remedy, path)
+        require_entries(record, {"date": str, "provenance": dict}, remedy, f"{path}: ")
         records.append(record)
     return max(records, key=lambda record: record["date"], default=None)

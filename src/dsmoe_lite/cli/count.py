@@ -1,6 +1,7 @@
 """`dsmoe count`: parameters, FLOPs and KV cache of presets or config files, without building a model."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +9,24 @@ import click
 
 from dsmoe_lite.accounting import by_component, kv_cache_bytes, kv_cache_elements, parameters, training_flops
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.errors import InputError, require
+from dsmoe_lite.common.files import read_json
 from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import ModelConfig, from_dict
 from dsmoe_lite.presets import preset
 
 BF16 = 16  # bits
+HUGGING_FACE = ("architectures", "model_type")  # which their configs have
 
 
 @click.command(name="count")
-@click.argument("names", nargs=-1, required=True, metavar="NAME|CONFIG.yaml...")
+@click.argument("names", nargs=-1, required=True, metavar="NAME|CONFIG...")
 @click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sequence; the config's max_seq_len by default.")
 @json_option
 def command(names: tuple[str, ...], seq_len: int | None, as_json: bool) -> None:
     """Count parameters, training FLOPs and KV cache, and compare models if several are given.
 
-    A model is the NAME of a preset or a CONFIG.yaml with the fields of ModelConfig. No model is built.
+    A model is the NAME of a preset, or a CONFIG in .yaml or .json with the fields of ModelConfig. No model is built.
     """
     configs = {name: load_config(name) for name in names}
     models = {name: count(config, seq_len or config.max_seq_len) for name, config in configs.items()}
@@ -43,11 +46,14 @@ def command(names: tuple[str, ...], seq_len: int | None, as_json: bool) -> None:
 
 
 def load_config(name: str) -> ModelConfig:
-    """The ModelConfig of the preset `name`, or in the .yaml file `name`. Raises InputError."""
+    """The ModelConfig of the preset `name`, or in the .yaml or .json file `name`. Raises InputError."""
     path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    if path.suffix not in (".yaml", ".yml", ".json"):
         return preset(name)
-    values = read_yaml(path)
+    values = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    for key in HUGGING_FACE:
+        remedy = f"{path} is a Hugging Face config; describe the model with the fields of ModelConfig"
+        require(key not in values, key, values.get(key), f"{remedy}: {', '.join(f.name for f in fields(ModelConfig))}")
     try:
         return from_dict(ModelConfig, values)
     except InputError as error:

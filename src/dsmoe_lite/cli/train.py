@@ -6,6 +6,7 @@ from statistics import fmean
 import click
 
 from dsmoe_lite.cli.tables import json_option, print_rows
+from dsmoe_lite.common.errors import require
 
 EXPERT_METRICS = ("max_vio", "drop_rate")  # on held-out text
 
@@ -24,7 +25,7 @@ def command(config: Path, out: Path | None, patience: float, as_json: bool) -> N
     from dsmoe_lite.training.job import read_job, run_job
     from dsmoe_lite.training.launch import launched_processes
 
-    folder = out or paths.RUNS / config.stem
+    folder = out or paths.RUNS / _run_name(config)
     paths.require_writable(folder)
     with launched_processes(patience) as processes:
         record = run_job(read_job(config), folder, processes=processes)
@@ -43,3 +44,10 @@ def command(config: Path, out: Path | None, patience: float, as_json: bool) -> N
         }
     ]
     print_rows(rows, as_json=as_json, title="Training run")
+
+
+def _run_name(config: Path) -> str:
+    """The name of the run folder below runs/: that of the config without its suffix."""
+    remedy = "its name without .yaml is no name for a run folder; rename it, or name a folder with --out"
+    require(not config.stem.startswith(".") and config.stem != "", "config", str(config), remedy)
+    return config.stem

@@ -2,11 +2,12 @@
 
 import glob
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from dsmoe_lite.common.errors import InputError, RunError
 
@@ -61,9 +62,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the mapping in a JSON file. Raises InputError naming the file if it is missing, damaged or holds NaN."""
+    """Read the mapping in a JSON file.
+
+    Raises InputError naming the file if it is missing or damaged, or holds NaN or a number too large for a float.
+    """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite_float)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -73,8 +78,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _refuse_constant(constant: str) -> None:
+def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"it has the value {constant}")
+
+
+def _finite_float(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse_constant(digits)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -86,7 +86,7 @@ class Batches:
         """
         for name in ("epoch", "document", "offset"):
             require_int(name, state.get(name), 0)
-        self._seek(**state)
+        self._seek(state["epoch"], state["document"], state["offset"])
         require(self.state_dict() == state, "state", state, "belongs to another corpus or tokenizer")
 
     def _seek(self, epoch: int, document: int, offset: int) -> None:

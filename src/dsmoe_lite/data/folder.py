@@ -35,8 +35,10 @@ class _File:
 class Folder:
     """The text files of a folder. The domain is the first subfolder, or "text" for files outside any subfolder.
 
+    Links are followed; a folder that is linked several times, or is linked and inside the folder, is read once.
     One file in ten is held out, or one piece in ten if files would leave a split empty. Raises InputError for a folder
-    that is missing, empty or unreadable, and for a file that is binary or not UTF-8, even if only streaming finds it.
+    that is missing, empty or unreadable, for a broken link, and for a file that is binary or not UTF-8, even if only
+    streaming finds it.
     """
 
     name = "folder"
@@ -113,13 +115,14 @@ def _list_files(root: Path) -> list[_File]:
             f"{root}: {'is not a folder' if root.exists() else 'no such folder'}: name a folder of text files"
         )
     files = []
-    for folder, folders, names in os.walk(root, onerror=_refuse_unreadable):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for folder, names in _walk(root):
         for name in sorted(name for name in names if not name.startswith(".")):
-            path = Path(folder, name)
+            path = folder / name
             try:
                 size = path.stat().st_size
             except OSError as error:
+                if path.is_symlink():
+                    raise InputError(f"{path}: is a broken link: remove it, or restore its target") from None
                 _refuse_unreadable(error)
             if size and path.is_file():
                 relative = path.relative_to(root)
@@ -129,6 +132,25 @@ def _list_files(root: Path) -> list[_File]:
     if not files:
         raise InputError(f"{root}: holds no text: put UTF-8 text files into it")
     return files
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders below `root` with the names of their files, each folder once: linked ones after all others."""
+    seen: set[str] = set()
+    links = [root]
+    while links:
+        found: list[Path] = []
+        for link in links:
+            for folder, folders, names in os.walk(link, onerror=_refuse_unreadable):
+                real = os.path.realpath(folder)
+                if real in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = sorted(name for name in folders if not name.startswith("."))
+                found += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+                yield Path(folder), names
+        links = found
 
 
 def _read_piece(file: _File, piece: int) -> str:

@@ -1,7 +1,6 @@
 """Exercises, which never stop a chapter, and predictions, which never appear in its outputs."""
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +8,7 @@ from typing import Any
 import filelock
 
 from dsmoe_lite.common import paths
-from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.common.files import write_json
+from dsmoe_lite.common.files import read_json, write_json
 
 MESSAGE_LENGTH = 200  # characters
 
@@ -58,12 +56,7 @@ def predict(key: str, prediction: Any) -> None:
     path = paths.WORK / "predictions.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_name(".predictions.lock")):
-        predictions = {}
-        if path.exists():
-            try:
-                predictions = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
-                raise InputError(f"{path} is not JSON any more: repair it or move it away") from None
+        predictions = read_json(path) if path.exists() else {}
         write_json(path, {**predictions, key: prediction})
 
 

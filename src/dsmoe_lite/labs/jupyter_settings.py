@@ -1,11 +1,11 @@
 """The settings of JupyterLab for the course, written only into this environment."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.common.files import write_json
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.files import read_json, write_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # A chapter's .py source opens as a notebook.
@@ -25,8 +25,8 @@ def overrides_path(prefix: Path | None = None) -> Path:
 def write_settings(path: Path) -> bool:
     """Merge SETTINGS into the file at `path` and keep its other settings; return whether the file changed."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        before = read_json(path)
+    except InputError:
         before = {}
     after = dict(before)
     for plugin, values in SETTINGS.items():

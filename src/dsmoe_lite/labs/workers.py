@@ -7,21 +7,33 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import dedent
+from threading import Thread
 from typing import IO, Any
 
 from dsmoe_lite.common.errors import RunError, require_int
 from dsmoe_lite.common.progress import progress
 
-MAIN = "\n\nif __name__ == '__main__':\n    import json, sys\n\n    {name}(*json.loads(sys.argv[1]))\n"
+MAIN = """
+
+if __name__ == "__main__":
+    import json, sys
+
+    from dsmoe_lite.labs.workers import exit_with_parent
+
+    exit_with_parent(int(sys.argv[2]))
+    {name}(*json.loads(sys.argv[1]))
+"""
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # torch 2.13 cannot restart its processes without it
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",  # seconds until torchrun kills processes that do not end
 }
 PATIENCE = 30.0  # seconds until processes that were asked to terminate are killed
+PARENT_EVERY = 0.5  # seconds between two looks for the parent
 
 
 def run_workers(
@@ -31,17 +43,18 @@ def run_workers(
 
     `work` is passed as source text, so it must import what it needs; arguments must be JSON-able. Events with `step`
     and `of` move one progress bar per process; other output is printed. restarts: how often to restart all processes
-    when one dies. Closing the iterator terminates all processes. If they fail, raises RunError with the first error.
+    when one dies. Closing the iterator terminates all processes, and they exit if this process is killed. If they fail,
+    raises RunError with the first error.
     """
     require_int("processes", processes, 1)
     require_int("restarts", restarts, 0)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as stderr:
         script = Path(folder) / f"{work.__name__}.py"
         script.write_text(dedent(inspect.getsource(work)) + MAIN.format(name=work.__name__), encoding="utf-8")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        torchrun += [f"--max-restarts={restarts}", str(script), json.dumps(arguments)]
+        options = ["--standalone", "--local-addr=127.0.0.1"]  # the name of this machine may not resolve
+        options += [f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
         launcher = subprocess.Popen(
-            [sys.executable, *torchrun],
+            [sys.executable, "-m", __name__, str(os.getpid()), *options, str(script), json.dumps(arguments)],
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
             stderr=stderr,
@@ -80,6 +93,25 @@ def emit(**event: Any) -> None:
     sys.stdout.flush()
 
 
+def exit_with_parent(parent: int) -> None:
+    """Exit this process soon after its parent, whose id is `parent`, however the parent ended."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_EVERY)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+def _torchrun(caller: int, arguments: list[str]) -> None:
+    """Be torchrun for the process `caller`; its workers get the id of this process as their last argument."""
+    exit_with_parent(caller)
+    from torch.distributed.run import main
+
+    main([*arguments, str(os.getpid())])
+
+
 def _show(event: dict[str, Any], bars: dict[int, Any], processes: int) -> None:
     if "step" in event and "of" in event:
         for rank in range(len(bars), processes):  # in order, whichever process reports first
@@ -106,3 +138,7 @@ def _terminate(launcher: subprocess.Popen[str]) -> None:
             launcher.wait()
     if launcher.stdout is not None:
         launcher.stdout.close()
+
+
+if __name__ == "__main__":
+    _torchrun(int(sys.argv[1]), sys.argv[2:])

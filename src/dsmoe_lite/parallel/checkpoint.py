@@ -4,7 +4,6 @@ A checkpoint is a folder `step-00000100`. It is written under another name and r
 their shards.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dsmoe_lite.common.errors import InputError, RunError, require_same
-from dsmoe_lite.common.files import write_json
-from dsmoe_lite.common.schema import CHECKPOINT_REMEDY, require_schema
+from dsmoe_lite.common.files import read_json, write_json
+from dsmoe_lite.common.schema import CHECKPOINT_REMEDY, require_entries, require_schema
 from dsmoe_lite.config import to_dict
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint_folders import complete_checkpoints
@@ -26,7 +26,7 @@ from dsmoe_lite.parallel.collectives import on_rank0
 
 METADATA = "training.json"
 SCHEMA_VERSION = 1  # also of files without schema_version
-REMEDY = "remove it to continue from an earlier one"
+REMEDY = "remove the checkpoint to continue from an earlier one"
 MAX_CHECKPOINTS = 2  # older ones are removed
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -42,10 +42,10 @@ def save_sharded(
     path = folder / f"step-{step:08d}"
     temporary = folder / f".{path.name}.part"
     try:
-        on_rank0(lambda: _prepare(temporary, {"config": to_dict(model.config), "state": state}))
+        on_rank0(lambda: _prepare(temporary))
         writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
         dcp.save(_tensors(model, optimizer), storage_writer=writer)
-        on_rank0(lambda: _commit(temporary, path))
+        on_rank0(lambda: _commit(temporary, path, {"config": to_dict(model.config), "state": state}))
     except (RunError, CheckpointException) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -83,26 +83,37 @@ def _tensors(model: Transformer, optimizer: torch.optim.AdamW) -> dict[str, Tens
 
 
 def _read_metadata(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model's config and the training state."""
+    """The model's config and the training state, once all shards are found whole."""
     try:
-        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
-        version, config, state = metadata.get("schema_version", 1), metadata["config"], metadata["state"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        metadata = {"shards": _shards(path)} | read_json(path / METADATA)  # earlier versions do not list the shards
+    except InputError as error:
         raise InputError(f"{path}: missing or damaged checkpoint ({error}); {REMEDY}") from None
-    require_schema(version, {SCHEMA_VERSION}, CHECKPOINT_REMEDY, path)
-    return config, state
+    require_schema(metadata.get("schema_version", 1), {SCHEMA_VERSION}, CHECKPOINT_REMEDY, path)
+    entries: dict[str, type] = {"config": dict, "state": dict, "shards": list}
+    require_entries(metadata, entries, f"damaged checkpoint; {REMEDY}", f"{path}: ")
+    for name in metadata["shards"]:
+        try:
+            with safe_open(path / str(name), framework="pt"):
+                pass  # its header gives its size
+        except (OSError, SafetensorError) as error:
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"is damaged ({error})"
+            raise InputError(f"{path}: damaged checkpoint: {name} {reason}; restore it, or {REMEDY}") from None
+    return metadata["config"], metadata["state"]
 
 
-def _prepare(temporary: Path, metadata: dict[str, Any]) -> None:
+def _prepare(temporary: Path) -> None:
     """Make the folder to write into, and remove the remains of a killed run."""
     for remains in temporary.parent.glob(".step-*"):
         shutil.rmtree(remains)
     temporary.mkdir(parents=True)
-    write_json(temporary / METADATA, metadata)
 
 
-def _commit(temporary: Path, path: Path) -> None:
-    """Rename a complete checkpoint, and remove old ones: each gets a hidden name first, so that none is seen half."""
+def _commit(temporary: Path, path: Path, metadata: dict[str, Any]) -> None:
+    """Describe and rename a complete checkpoint, and remove old ones.
+
+    Old ones get a hidden name first, so that none is seen half.
+    """
+    write_json(temporary / METADATA, metadata | {"shards": _shards(temporary)})
     if path.exists():
         os.replace(path, _hidden(path))
     os.replace(temporary, path)
@@ -110,6 +121,10 @@ def _commit(temporary: Path, path: Path) -> None:
         os.replace(old, _hidden(old))
     for remains in path.parent.glob(".step-*"):
         shutil.rmtree(remains, ignore_errors=True)
+
+
+def _shards(folder: Path) -> list[str]:
+    return sorted(shard.name for shard in folder.glob("*.safetensors"))
 
 
 def _hidden(path: Path) -> Path:

@@ -26,6 +26,7 @@ from dsmoe_lite.routing.token_types import token_types
 SCHEMA_VERSION = 1
 MAX_CHARACTERS = 1_000_000
 MAX_DEVICES = 127  # device_of is int8
+MAX_INT16_EXPERTS = 2**15  # their ids fit 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class RoutingTrace:
     token_ids: np.ndarray  # (T,) int32
     domain: tuple[str, ...]  # T; "" if unknown
     token_type: tuple[str, ...]  # T, each one of token_types.TYPES
-    topk_ids: np.ndarray  # (L, T, K) int16, highest gate first; -1 for no expert
+    topk_ids: np.ndarray  # (L, T, K) int16 (int32 if E > 32768), highest gate first; -1 for no expert
     gates: np.ndarray  # (L, T, K) float16; 0 for no expert
     kept: np.ndarray  # (L, T, K) bool; False if capacity dropped the choice
     scores: np.ndarray  # (L, T, E) float16, the router's affinities
@@ -163,8 +164,8 @@ class RoutingTrace:
         return trace
 
 
-_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, zlib.error,
-                zipfile.BadZipFile)  # fmt: skip
+_READ_ERRORS = (OSError, ValueError, RuntimeError, KeyError, EOFError, TypeError, AttributeError, OverflowError,
+                zlib.error, zipfile.BadZipFile)  # fmt: skip
 _STRINGS = ("tokens", "domain", "token_type")
 _INTEGERS = ("n_shared", "n_devices")
 _ARRAYS = {
@@ -176,6 +177,11 @@ _STORED_NAMES = {"topk_ids": "expert", "gates": "gate"}  # the names in schema v
 
 def _stored_name(field: str) -> str:
     return _STORED_NAMES.get(field, field)
+
+
+def _dtype(field: str, n_experts: int) -> Any:
+    """The dtype of an array, in memory and in the file: ids of very many experts need 32 bits."""
+    return np.int32 if field == "topk_ids" and n_experts > MAX_INT16_EXPERTS else _ARRAYS[field]
 
 
 @dataclass(frozen=True)
@@ -252,10 +258,11 @@ def _stack(routings: Sequence[tuple[Routing, ...]]) -> dict[str, np.ndarray]:
         return {name: value.gather(1, order) for name, value in arrays.items()} | {"scores": routing.scores}
 
     layers = [[sorted_by_gate(routing) for routing in windows] for windows in zip(*routings, strict=True)]
+    n_experts = layers[0][0]["scores"].shape[1]
     return {
         name: torch.stack([torch.cat([window[name].cpu() for window in layer]) for layer in layers])
         .numpy()
-        .astype(_ARRAYS[name])
+        .astype(_dtype(name, n_experts))
         for name in ("topk_ids", "gates", "kept", "scores")
     }
 
@@ -266,7 +273,7 @@ def _pack_strings(strings: Sequence[str]) -> np.ndarray:
 
 
 def _check_shapes(path: Path, trace: RoutingTrace) -> None:
-    """Check that the parts fit together: one row per token, experts and devices that exist."""
+    """Check that the parts fit together: one row per token, experts and devices that exist, gates that are numbers."""
 
     def check(valid: bool, problem: str) -> None:
         if not valid:
@@ -277,11 +284,21 @@ def _check_shapes(path: Path, trace: RoutingTrace) -> None:
     T, (L, _, K), E = len(trace.tokens), ids.shape, trace.n_experts
     shapes = {"token_ids": (T,), "topk_ids": (L, T, K), "gates": (L, T, K), "kept": (L, T, K), "scores": (L, T, E),
               "loss": (T,), "device_of": (E,)}  # fmt: skip
-    for name, dtype in _ARRAYS.items():
+    for name in _ARRAYS:
         array = getattr(trace, name)
-        valid = array.shape == shapes[name] and array.dtype == dtype
+        valid = array.shape == shapes[name] and array.dtype == _dtype(name, E)
         check(valid, f"{_stored_name(name)} is {array.dtype}{list(array.shape)}")
     for name in _STRINGS:
-        check(len(getattr(trace, name)) == T, f"{name} has {len(getattr(trace, name))} entries, not {T}")
+        strings = getattr(trace, name)
+        check(len(strings) == T, f"{name} has {len(strings)} entries, not {T}")
+        check(all(isinstance(string, str) for string in strings), f"{name} has entries that are no strings")
     check(bool(((ids >= -1) & (ids < E)).all()), f"expert has ids beyond {E - 1}")
+    ordered = np.sort(ids, axis=2)
+    twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
+    check(not twice.any(), "expert has an id twice for one token")
+    check(bool((trace.gates >= 0).all()), "gate has values that are negative or not a number")
+    check(not np.isnan(trace.scores).any(), "scores has values that are not a number")
+    check(trace.n_shared >= 0, f"n_shared = {trace.n_shared}")
+    most = min(E, MAX_DEVICES)
+    check(1 <= trace.n_devices <= most, f"n_devices = {trace.n_devices} is not from 1 to {most}")
     check(bool(((devices >= 0) & (devices < trace.n_devices)).all()), "device_of has devices that do not exist")

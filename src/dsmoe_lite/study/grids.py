@@ -1,6 +1,5 @@
 """Named grids of runs. data/runs/ has one record per run; only missing runs are trained."""
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import DivergedError, InputError, RunError, require, require_choice, require_int
-from dsmoe_lite.common.files import write_json
+from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
@@ -200,14 +199,15 @@ def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
     """Read the records of a grid's runs, job by job, and add `model_name` and `seed` to each.
 
     diverged: also return the records of diverged runs, which have an entry `diverged` and no results. Raises InputError
-    for a record of another schema version, protocol or setting than the grid's, and for an unwanted diverged run.
+    naming the file for a record that is damaged, of another schema version, protocol or setting than the grid's, or of
+    an unwanted diverged run.
     """
     plan, results = grid(name), []
     for model in plan.jobs:
         for seed in plan.seeds:
             path = record_path(name, model, seed)
             if path.is_file():
-                record = {"model_name": model, "seed": seed, **json.loads(path.read_text(encoding="utf-8"))}
+                record = read_json(path) | {"model_name": model, "seed": seed}
                 try:
                     _check_record(record, plan, diverged)
                 except InputError as error:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from dsmoe_lite.common.errors import DivergedError, require, require_choice, require_int, require_number, require_same
 from dsmoe_lite.common.progress import progress
-from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
+from dsmoe_lite.common.schema import RECORD_REMEDY, require_entries, require_schema
 from dsmoe_lite.config import MLAConfig, ModelConfig, YarnConfig, from_dict, to_dict
 from dsmoe_lite.data.needle import NeedleBatch, NeedleConfig, copy_batch, depth_bins, needle_batch
 from dsmoe_lite.layers.attention import Attention
@@ -34,6 +34,7 @@ BATCHES = {"copy": copy_batch, "needle": needle_batch}
 KINDS = ("plain", "sharper", "interpolated", "yarn-frequencies", "yarn")
 EXTENDED = ("plain", "interpolated", "yarn")  # also trained further at the greater length
 SCHEMA_VERSION = 1
+ENTRIES = {"finished": bool, "job": dict, "curve": list, "recall": dict, "extension": dict, "provenance": dict}
 CURVE_EVERY = 10  # steps between two entries of the recorded curve
 EVALUATION_ROWS = 64  # batch size of an evaluation
 
@@ -135,6 +136,7 @@ class NeedleJob:
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise InputError if `record` has an unknown schema version, or naming the first setting that differs."""
         require_schema(record.get("schema_version"), {SCHEMA_VERSION}, RECORD_REMEDY)
+        require_entries(record, ENTRIES, f"not the record of a run; {RECORD_REMEDY}")
         require_same(to_dict(from_dict(NeedleJob, record["job"])), to_dict(self))
 
     def questions(self, length: int) -> list[NeedleBatch]:

@@ -1,11 +1,11 @@
 """The figures that papers print, from data/published.json, each with its source."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.files import read_json
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.common.schema import require_schema
 
@@ -15,8 +15,8 @@ UNITS = {"": 1.0, "K": 1e3, " KB": 1e3, "B": 1e9, "T": 1e12, "%": 0.01}  # of pr
 
 
 def load(path: Path = PATH) -> dict[str, Any]:
-    """Read the figures. Raises InputError if their schema version is unknown."""
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """Read the figures. Raises InputError if the file is damaged or its schema version unknown."""
+    values = read_json(path)
     require_schema(values.get("schema_version"), {SCHEMA_VERSION}, "restore the file from the repository", path)
     return values
 

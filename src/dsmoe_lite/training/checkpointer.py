@@ -7,6 +7,7 @@ from types import TracebackType
 import torch
 
 from dsmoe_lite.common.errors import require
+from dsmoe_lite.common.schema import require_entries
 from dsmoe_lite.config import to_dict
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.model import Transformer
@@ -14,6 +15,8 @@ from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import Processes
 from dsmoe_lite.training.record import Run
 from dsmoe_lite.training.run_folder import check_settings, lock
+
+STATE = {"losses": list, "routing": list, "seconds": float, "cpu_seconds": float, "tokens": int, "batches": dict}
 
 
 class Checkpointer:
@@ -76,8 +79,9 @@ class Checkpointer:
         state = processes.load(folder, model, self._optimizer)
         if state is None:
             return Run()
-        known = state.keys() == {"batches", *vars(Run())}
+        known = isinstance(state, dict) and state.keys() == {"batches", *vars(Run())}
         remedy = "another version of dsmoe-lite wrote it; resume with that version, or choose another folder"
         require(known, "checkpoint", str(folder), remedy)
+        require_entries(state, STATE, remedy, f"{folder}: checkpoint: ")
         self._batches.load_state_dict(state.pop("batches"))
         return Run(**state)

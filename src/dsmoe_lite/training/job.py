@@ -22,7 +22,7 @@ from dsmoe_lite.common.errors import (
 )
 from dsmoe_lite.common.files import write_json
 from dsmoe_lite.common.machine import memory_bytes, resolve_device
-from dsmoe_lite.common.schema import RECORD_REMEDY, require_schema
+from dsmoe_lite.common.schema import RECORD_REMEDY, require_entries, require_schema
 from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import ModelConfig, from_dict, make_plain, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
@@ -38,7 +38,7 @@ from dsmoe_lite.presets import preset
 from dsmoe_lite.routing.interventions import active_config, mask_top, n_masked, swap_shared, with_active
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
-from dsmoe_lite.training.record import READABLE_VERSIONS, Run, run_record
+from dsmoe_lite.training.record import ENTRIES, READABLE_VERSIONS, Run, run_record
 from dsmoe_lite.training.train import train
 
 CORPORA = ("world", "stdlib", "folder", "hub")
@@ -116,9 +116,14 @@ class Job:
 
         Records of version 1 describe balance losses differently: of their training, only steps and seed are compared.
         """
-        require(bool(record.get("model")), "model", record.get("model"), "is missing: not the record of a run")
         version = record.get("schema_version")
         require_schema(version, READABLE_VERSIONS, RECORD_REMEDY)
+        remedy = f"not the record of a run; {RECORD_REMEDY}"
+        optional = {name: dict for name in ("masked", "active", "shared_swapped") if name in record}
+        require_entries(record, ENTRIES | optional, remedy)
+        require_entries(record["train"], {"steps": int, "seed": int}, remedy, "train.")
+        for loss in record["losses"]:
+            require_number("losses", loss, 0.0)
         model = from_dict(ModelConfig, record["model"])
         recorded: dict[str, Any] = {
             "model": to_dict(model),
@@ -138,6 +143,7 @@ class Job:
         recorded |= {name: sorted(record.get(name, {})) for name in ("masked", "active")}
         expected |= {"masked": sorted(map(str, self.masked)), "active": sorted(map(str, self.active))}
         if self.corpus.kind == "world":
+            require_entries(record["corpus"], {"config": dict}, remedy, "corpus.")
             recorded["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
             expected["corpus"] = to_dict(self.corpus.world)
         require_same(recorded, expected)

@@ -19,6 +19,10 @@ from dsmoe_lite.training.provenance import provenance
 
 SCHEMA_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # version 1 has one balance loss, and no loads
+ENTRIES = {  # of every record of a run on a corpus
+    "model": dict, "train": dict, "finished": bool, "losses": list, "corpus": dict, "first_document": int,
+    "heldout_loss": float, "heldout_by_domain": dict, "recall": dict, "provenance": dict,
+}  # fmt: skip
 
 
 @dataclass

@@ -9,7 +9,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from dsmoe_lite.common.errors import InputError, RunError, require
-from dsmoe_lite.common.files import write_json
+from dsmoe_lite.common.files import read_json, write_json
+from dsmoe_lite.common.schema import require_entries
 
 
 @contextmanager
@@ -40,8 +41,9 @@ def check_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
 
 def _read(path: Path, parts: Iterable[str]) -> dict[str, dict[str, Any]]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        return {part: dict(settings[part]) for part in parts}
-    except (ValueError, KeyError, TypeError):
+        settings = read_json(path)
+        require_entries(settings, dict.fromkeys(parts, dict), "not the settings of a run")
+    except InputError:
         remedy = "choose another folder, or remove this one to start again"
         raise InputError(f"{path}: damaged settings; {remedy}") from None
+    return {part: settings[part] for part in parts}

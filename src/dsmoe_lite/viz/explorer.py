@@ -199,6 +199,7 @@ def _view(
 ) -> dict[str, Any]:
     """Return a trace in the form that the page reads: arrays as bytes, gates as multiples of the highest / 65,535."""
     _check_tokens(len(trace.tokens))
+    require(trace.n_experts <= NONE, "n_routed_experts", trace.n_experts, f"the explorer shows at most {NONE}")
     gates = trace.gates.astype(np.float64)
     max_gate = float(gates.max()) or 1.0
     return {
