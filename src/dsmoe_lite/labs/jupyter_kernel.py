@@ -36,7 +36,7 @@ class SameInterpreterKernelManager(AsyncKernelManager):
     Cells have a stderr of their own; what reaches the terminal is ipykernel's traceback after Ctrl-C.
     """
 
-    async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]
+    async def start_kernel(self, **options: Any) -> None:  # type: ignore[override]  # an alias of an async one
         """Start the kernel."""
         await super().start_kernel(**{**options, "stderr": subprocess.DEVNULL})
 
