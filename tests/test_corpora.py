@@ -388,7 +388,8 @@ from tokenizers import Tokenizer
 root, n_batches, cached = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 process, most = psutil.Process(), 0
 folder, has_tokenizer = Folder(root), cached.endswith(".json")
-tokenizer = Tokenizer.from_file(cached) if has_tokenizer else load_tokenizer(folder, 1024, folder=Path(cached))
+stored = json.loads(Path(cached).read_text())["tokenizer"] if has_tokenizer else ""
+tokenizer = Tokenizer.from_str(stored) if has_tokenizer else load_tokenizer(folder, 1024, folder=Path(cached))
 batches, epochs = Batches(folder, tokenizer, 16, 256), set()
 for i, batch in enumerate(islice(batches, n_batches)):
     if i % 20 == 0:

@@ -138,7 +138,7 @@ def test_claims_of_one_figure_are_corrected_together(small: Path) -> None:
 def test_a_diverged_run_is_never_averaged(small: Path) -> None:
     fill({0: -0.5, 1: -0.4, 2: -0.6, 3: float("nan"), 4: -0.5})
     claim = Claim("x", "says", "source", "published", trend=Trend(**FIELDS))
-    with pytest.raises(InputError, match="difference = nan"):
+    with pytest.raises(InputError, match="it has the value NaN"):
         settle([claim])
     record("fine", 3, 2.0, diverged="loss = nan at step 7")
     assert settle([claim])[0].ours == "n = 4, seeds missing or diverged: [3]"

@@ -277,3 +277,31 @@ def test_losing_a_host_ends_both_with_an_error(config: Path, tmp_path: Path) -> 
         (line,) = error_lines(err)
         assert line.startswith("dsmoe: one of 2 processes is lost, or silent for 5 s; run it again to continue from")
     assert time.monotonic() - began < 60
+
+
+# Processes that cannot meet
+
+
+@pytest.mark.parametrize("address", ["no-such-host-xyz", "127.0.0.1"])
+def test_an_address_that_nothing_answers_is_one_line_after_the_patience(
+    address: str, config: Path, tmp_path: Path
+) -> None:
+    """As torchrun starts the processes of a host: an unknown name, and a port that nobody listens to."""
+    environment = {"TORCHELASTIC_RUN_ID": "x", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": address}
+    environment |= {"MASTER_PORT": "9", "WORLD_SIZE": "2"} | QUIET
+    command = [sys.executable, "-m", "dsmoe_lite", "train", str(config), "--out", str(tmp_path / "run")]
+    runs = [
+        subprocess.Popen(
+            [*command, "--patience", "1"],
+            env=os.environ | environment | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    first, second = (run.communicate(timeout=60)[1] for run in runs)
+    assert [run.returncode for run in runs] == [1, 1]
+    (line,) = error_lines(first)
+    assert line.startswith(f"dsmoe: MASTER_ADDR = {address}:9: not reached within 1 s; on one machine, start torchrun")
+    assert "--local-addr=127.0.0.1" in line
+    assert error_lines(second) == []
