@@ -56,7 +56,8 @@ def all_end(pids: Collection[int]) -> bool:
 
 # A process that runs workers and prints the id of the worker of each event
 CALLER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
 sys.path.insert(0, {tests!r})
 from test_workers import count
 from dsmoe_lite.labs.workers import run_workers
