@@ -20,7 +20,7 @@ GOOD = "model: course-deepseekmoe\ntrain:\n  steps: 8\n"
 
 
 def refused(tmp_path: Path, text: str) -> str:
-    """What read_job says of a file, without the file's name."""
+    """The error of read_job for a file, without the file's name."""
     path = tmp_path / "job.yaml"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError) as caught:

@@ -97,7 +97,7 @@ def random_moe(draw: random.Random) -> dict[str, Any]:
 
 
 def random_config(draw: random.Random) -> dict[str, Any]:
-    """The fields of a small model; in about one case of four something nasty stands in one of them."""
+    """The fields of a small model; in about one case of four, one of them has a nasty value."""
     values: dict[str, Any] = {
         "vocab_size": draw.choice([8, 17, 40]),
         "d_model": draw.choice([4, 8, 12]),

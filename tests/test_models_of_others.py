@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import CONFIG, MOE, TOKENS, logits, made
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.parametrizations import weight_norm
@@ -18,17 +19,6 @@ from dsmoe_lite.generate import generate
 from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.model import Transformer
 
-MOE = MoEConfig(n_routed_experts=4, top_k=2, expert_width=12, n_shared_experts=1)
-CONFIG = ModelConfig(
-    vocab_size=41,
-    d_model=16,
-    n_layers=2,
-    attention=AttentionConfig(n_heads=2, head_dim=8),
-    ffn_width=24,
-    moe=MOE,
-    max_seq_len=32,
-    init_std=0.2,
-)
 LATENT = replace(
     CONFIG,
     attention=MLAConfig(n_heads=4, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, kv_lora_rank=6),
@@ -36,18 +26,6 @@ LATENT = replace(
 YARN = replace(
     CONFIG, attention=AttentionConfig(n_heads=2, head_dim=8, yarn=YarnConfig(factor=4.0, original_max_len=8))
 )
-TOKENS = torch.arange(24).view(2, 12) % 41
-
-
-def made(config: ModelConfig = CONFIG) -> Transformer:
-    torch.manual_seed(0)
-    return Transformer(config).eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(TOKENS).logits
-
 
 # Rotary tables follow the model anywhere
 
@@ -213,14 +191,12 @@ def test_a_compiled_model_computes_and_learns(dtype: torch.dtype, backend: str) 
     config = replace(CONFIG, moe=replace(MOE, backend=backend), n_layers=1)
     model = made(config).to(dtype)
     compiled = torch.compile(deepcopy(model), backend="aot_eager")
-    tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(logits(compiled), logits(model), **tolerance)
+    torch.testing.assert_close(logits(compiled), logits(model))
     for one in (model, compiled):
         one(TOKENS).logits.float().square().sum().backward()
     for (name, ours), theirs in zip(model.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(
-            theirs.grad, ours.grad, msg=name, rtol=0.1, atol=0.5 if dtype == torch.bfloat16 else 1e-3
-        )
+        error = (theirs.grad - ours.grad).float().norm() / ours.grad.float().norm()
+        assert error < 4 * torch.finfo(dtype).eps, name  # the same products, in an order that the compiler chooses
 
 
 def test_a_compiled_model_and_compiled_parts_are_saved_as_the_model(tmp_path: Path) -> None:
@@ -235,7 +211,7 @@ def test_a_compiled_model_and_compiled_parts_are_saved_as_the_model(tmp_path: Pa
         assert torch.equal(logits(load_model(tmp_path / f"{number}.safetensors")), logits(model))
 
 
-# A default device that is not the CPU; meta stands for a GPU
+# A default device that is not the CPU; the meta device takes the place of a GPU
 
 
 def test_positions_and_masks_do_not_follow_the_default_device() -> None:
@@ -250,11 +226,11 @@ def test_positions_and_masks_do_not_follow_the_default_device() -> None:
         with torch.no_grad():
             after = model(TOKENS[:, :6], pad=pad).logits
             cache = Cache(model.config, 2)
-            torch.set_default_device("meta")
             for column in TOKENS[:, :6].split(1, dim=1):
                 last = model(column, cache).logits
+        continued = generate(model, prompts, 4)
     finally:
         torch.set_default_device(None)
     assert torch.equal(after, before)
     torch.testing.assert_close(last, logits(model)[:, 5:6])
-    assert generate(model, prompts, 4) == wanted
+    assert continued == wanted

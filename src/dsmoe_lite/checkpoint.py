@@ -41,11 +41,8 @@ def save_model(path: Path, model: Transformer, **metadata: Any) -> None:
 def _require_tensors_of(config: ModelConfig, tensors: dict[str, Tensor]) -> None:
     """Require the tensors of a model of this config, by name and shape; allocates none."""
     with torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in Transformer(config).state_dict().items()}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    for name in dict.fromkeys((*expected, *shapes)):
-        shape, wanted = shapes.get(name), expected.get(name)
-        require(shape == wanted, name, shape, f"its config makes it {wanted}; save the model without what was changed")
+        expected = _shapes(Transformer(config).state_dict())
+    _require_shapes(tensors, expected)
 
 
 def load_model(path: Path) -> Transformer:
@@ -127,12 +124,12 @@ def _slot_shapes(optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str) -> None:
+def _require_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], prefix: str = "") -> None:
     """Require the tensors of `expected` and no others. The message names the first that differs, and both shapes."""
     shapes = _shapes(tensors)
     for name in dict.fromkeys((*expected, *shapes)):
         shape, wanted = shapes.get(name), expected.get(name)
-        remedy = f"must have the shape {wanted}" if wanted is not None else "this model has no such tensor"
+        remedy = f"must have the shape {wanted}" if wanted is not None else "a model of this config has no such tensor"
         require(shape == wanted, f"{prefix}{name}", "missing" if shape is None else shape, remedy)
 
 

@@ -44,7 +44,7 @@ def shorten(value: Any) -> str:
 
 
 def find_name(name: Any, known: Collection[str]) -> str:
-    """Say which of `known` names is nearest to one that does not exist, or all of them."""
+    """Return a hint for a name that does not exist: the nearest of `known`, or all of them."""
     near = difflib.get_close_matches(str(name), known, n=1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dsmoe_lite.layers.router import Routing
 
-USE_LOOP = "use backend='loop', without expert parallelism"  # what a backend without second derivatives tells its user
+USE_LOOP = "use backend='loop', without expert parallelism"  # the remedy of a backend without second derivatives
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Ablations of a trained model: copies with experts removed, masked or exchanged, to measure what they were worth.
 
 Interventions compose: each keeps those of the model it is given. `save_model` refuses a model with experts switched
-off, masked or silenced, since its file could not say so.
+off, masked or silenced, because its file could not record them.
 """
 
 from collections.abc import Collection, Mapping
@@ -134,7 +134,7 @@ def active_config(moe: MoEConfig | None, top_k: int) -> MoEConfig:
 
 
 def _with_config(model: Transformer, moe: MoEConfig) -> Transformer:
-    """Return a copy of `model` that routes as `moe` says."""
+    """Return a copy of `model` with the routing config `moe`."""
     changed = deepcopy(model)
     changed.config = replace(model.config, moe=moe)
     for layer in changed.moe_layers:
