@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from dsmoe_lite.study import grids
 from dsmoe_lite.study.grids import Grid, missing, record_path, records, run_missing
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job, corpus_of, first_steps, make_corpus, read_job, run_job
+from dsmoe_lite.training.optimizer import learning_rate
 
 WORLD = WorldConfig(n_entities=40, n_control=8, n_head=8, n_tail=8, n_documents=400, n_heldout=100)
 JOB = Job(
@@ -202,7 +204,7 @@ def test_a_profile_has_its_tier_of_a_grid() -> None:
 
 def test_only_the_named_models_are_run(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
-    done = run_missing("small", 1, lambda job: {"x": 1}, models=["course-gshard"])
+    done = run_missing("small", 1, lambda job, folder: {"x": 1}, models=["course-gshard"])
     assert sorted(done) == [("course-gshard", 0), ("course-gshard", 1)]
     assert missing("small") == [("course-dense", 0), ("course-dense", 1)]
 
@@ -213,7 +215,7 @@ def experiment(options: list[str]) -> None:
     assert stopped.value.code == 0
 
 
-def seeds_then_death(job: Job) -> dict[str, int]:
+def seeds_then_death(job: Job, at: Path) -> dict[str, int]:
     """A stand-in for run_job in a worker: seed 1 dies once both runs of seed 0 are recorded."""
     if job.train.seed == 0:
         return {"width": job.model.ffn_width, "threads": torch.get_num_threads()}
@@ -246,7 +248,7 @@ FOLDER = Path(sys.argv[1])
 class Endless:
     def seeded(self, seed, n_streams):
         return self
-    def run(self):
+    def run(self, folder):
         (FOLDER / f"{os.getpid()}.pid").touch()
         time.sleep(120)
 
@@ -295,15 +297,55 @@ class InThisProcess:
     def shutdown(self, **options: bool) -> None:
         pass
 
-    def submit(self, run, job):
+    def submit(self, run, *arguments):
         from concurrent.futures import Future
 
         future: Future = Future()
         try:
-            future.set_result(run(job))
+            future.set_result(run(*arguments))
         except BaseException as error:
             future.set_exception(error)
         return future
+
+
+def test_a_time_limit_interrupts_the_run_under_way_and_starts_no_other(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
+    started = []
+
+    def wait(job: Job, folder: Path) -> dict[str, int]:
+        started.append(folder.name)
+        time.sleep(60)
+        return {"x": 1}
+
+    assert list(run_missing("small", 1, wait, minutes=0.3 / 60)) == []
+    assert started == ["course-dense-seed0"]
+    assert len(missing("small")) == 4
+
+
+def test_an_interrupted_run_of_a_grid_goes_on_where_it_stopped(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(paths, "RUNS", small / "runs")
+    long = replace(JOB, train=replace(JOB.train, steps=8))
+    monkeypatch.setattr(grids, "GRIDS", {"small": Grid({"course-gshard": long}, (0,), 2)})
+    steps = []
+
+    def interrupt_once(step: int, config: TrainConfig) -> float:
+        steps.append(step)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return learning_rate(step, config)
+
+    monkeypatch.setattr("dsmoe_lite.training.train.learning_rate", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_missing("small", 1))
+    assert missing("small")
+    assert list(run_missing("small", 1)) == [("course-gshard", 0)]
+    assert steps == list(range(8))
+    assert not list((small / "runs").rglob("*.safetensors"))  # recorded: the checkpoint is not needed any more
+    (found,) = records("small")
+    assert found["losses"] == long.seeded(0, 2).run()["losses"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("loss = nan at step 3")])
@@ -312,7 +354,7 @@ def test_a_run_that_stops_early_is_not_recorded(
 ) -> None:
     monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
 
-    def stop(job: Job) -> dict[str, int]:
+    def stop(job: Job, folder: Path) -> dict[str, int]:
         raise error
 
     with pytest.raises(type(error)):
@@ -365,7 +407,7 @@ def test_a_record_of_other_settings_is_refused_with_the_first_difference(
 def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
     monkeypatch.setattr(grids, "GRIDS", {"small": replace(GRID, protocol=2)})
-    list(run_missing("small", 1, lambda job: {"x": 1}))
+    list(run_missing("small", 1, lambda job, folder: {"x": 1}))
     assert {record["protocol"] for record in records("small")} == {2}
     record("course-dense", 0, protocol=1)
     with pytest.raises(InputError, match="protocol = 1: this grid follows 2"):
@@ -375,7 +417,7 @@ def test_a_record_of_another_protocol_is_refused(small: Path, monkeypatch: pytes
 def test_a_run_that_diverges_is_recorded(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grids, "ProcessPoolExecutor", InThisProcess)
 
-    def diverge(self: Job) -> dict[str, object]:
+    def diverge(self: Job, folder: Path) -> dict[str, object]:
         if self.train.seed == 1:
             raise DivergedError("loss = nan at step 3")
         return {"x": 1}

@@ -1,5 +1,6 @@
 """Evaluation: held-out loss by domain, the load of every expert, and facts that a model recalls."""
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +12,18 @@ from tokenizers import Tokenizer
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import MoEConfig
 from dsmoe_lite.data.batches import Batch
+from dsmoe_lite.data.tokenizer import END_ID
 from dsmoe_lite.data.world import Question
 from dsmoe_lite.layers.load import relative_load
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Transformer, eval_mode, require_finite
 from dsmoe_lite.routing.metrics import drop_rate, groups_reached, overflow
+from dsmoe_lite.routing.specialization import shuffled, specialization, uncertainty_coefficient
 
 OVERFLOW_FACTOR = 1.25  # the capacity factor of ST-MoE in training
 BATCH_SIZE = 256  # questions
+NULL_DRAWS = 20
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,63 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
                 tally.add(routing)
     by_domain = {name: float(total[i] / count[i]) for i, name in enumerate(domains) if count[i]}
     return HeldOut(float(total.sum() / count.sum()), by_domain, [tally.use() for tally in tallies])
+
+
+def bits_per_byte(
+    heldout: HeldOut, batches: Sequence[Batch], tokenizer: Tokenizer, domains: Sequence[str]
+) -> dict[str, float]:
+    """Return the held-out loss in bits per byte of text, over all batches ("all") and by domain.
+
+    Unlike nats per token, it does not depend on the tokenizer. The end of a document is a target without bytes.
+    """
+    size = torch.tensor([len(tokenizer.id_to_token(i) or "") for i in range(tokenizer.get_vocab_size())], device="cpu")
+    size[END_ID] = 0  # a byte-level token has one character per byte
+    targets = torch.cat([batch.tokens[:, 1:].flatten() for batch in batches])
+    labels = torch.cat([batch.domains[:, 1:].flatten() for batch in batches])
+    shares = {name: labels == i for i, name in enumerate(domains)}
+    losses = {"all": (heldout.loss, torch.ones_like(labels, dtype=torch.bool))}
+    losses |= {name: (heldout.by_domain[name], share) for name, share in shares.items() if name in heldout.by_domain}
+    return {
+        name: loss * int(share.sum()) / (math.log(2) * int(size[targets[share]].sum()))
+        for name, (loss, share) in losses.items()
+    }
+
+
+@dataclass(frozen=True)
+class DomainUse:
+    """Which domains one MoE layer sends to which experts.
+
+    counts: how many tokens of each domain chose each expert. uncertainty: how much of the first choice the domain
+    determines (Theil's U). null: the same with the choices shuffled over the text, in whole rows.
+    """
+
+    counts: list[list[int]]  # (domains, E)
+    uncertainty: float
+    null: float
+
+
+@torch.no_grad()
+def domain_use(model: Transformer, batches: Sequence[Batch], n_domains: int) -> list[DomainUse]:
+    """Return the domains of every MoE layer's experts on fixed batches. The model keeps its mode."""
+    device, n_rows = model.embed.weight.device, sum(len(batch.tokens) for batch in batches)
+    chosen: list[list[torch.Tensor]] = [[] for _ in model.moe_layers]
+    with eval_mode(model):
+        for batch in batches:
+            for parts, routing in zip(chosen, model(batch.tokens[:, :-1].to(device)).routings, strict=True):
+                parts.append(routing.topk_ids.cpu())
+    domains = torch.cat([batch.domains[:, :-1].flatten() for batch in batches]).long()
+    E = 0 if model.config.moe is None else model.config.moe.n_routed_experts
+    uses = []
+    for parts in chosen:
+        ids = torch.cat(parts)  # (T, K)
+        n_chosen = torch.bincount(domains, minlength=n_domains)[:, None] * specialization(ids, domains, n_domains, E)
+
+        def first_choice(rows: torch.Tensor) -> float:
+            return uncertainty_coefficient(rows.reshape(-1, 1), domains, E)
+
+        draws = shuffled(first_choice, ids[:, 0].reshape(n_rows, -1), torch.Generator().manual_seed(0), NULL_DRAWS)
+        uses.append(DomainUse(n_chosen.round().long().tolist(), first_choice(ids[:, 0]), float(draws.mean())))
+    return uses
 
 
 class _Tally:

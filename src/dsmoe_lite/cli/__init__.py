@@ -14,6 +14,7 @@ COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> defines `
     "lab": "Open JupyterLab at your copy of a chapter.",
     "run": "Run one chapter with the parameters you give.",
     "course": "Run every chapter and print how long each takes.",
+    "corpus": "Make a corpus of real text from packages of Debian.",
     "train": "Train the model that a config file describes.",
     "experiment": "Train the runs that a grid of models and seeds lacks.",
     "replay": "Train a recorded run again and keep its weights.",

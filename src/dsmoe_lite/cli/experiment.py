@@ -1,6 +1,7 @@
 """`dsmoe experiment`: train the missing runs of a grid."""
 
 import os
+from math import inf
 
 import click
 
@@ -27,9 +28,16 @@ from dsmoe_lite.cli.tables import json_option, print_rows
     type=click.IntRange(1),
     help="Runs in parallel.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    help="Stop after so long; the same command resumes.  [default: no limit]",
+)
 @click.option("--plan", is_flag=True, help="Only list the missing runs.")
 @json_option
-def command(name: str, profile: str, models: str | None, processes: int, plan: bool, as_json: bool) -> None:
+def command(
+    name: str, profile: str, models: str | None, processes: int, minutes: float | None, plan: bool, as_json: bool
+) -> None:
     """Train every missing (model, seed) of the grid."""
     from dsmoe_lite.common import paths
     from dsmoe_lite.study.grids import grid_name, missing, run_missing
@@ -42,5 +50,7 @@ def command(name: str, profile: str, models: str | None, processes: int, plan: b
         print_rows([{"model": model, "seed": seed} for model, seed in todo], as_json=as_json, title=f"{name}: missing")
     else:
         paths.require_writable(paths.data_to_write("runs"))
-        for model, seed in run_missing(name, processes, models=only):
+        for model, seed in run_missing(name, processes, models=only, minutes=minutes or inf):
             click.echo(f"recorded {model}, seed {seed}")
+        if left := missing(name, only):
+            click.echo(f"{name}: stopped after {minutes:g} minutes; {len(left)} runs are missing: run it again")

@@ -26,10 +26,11 @@ class _File:
     size: int
     domain: str
     heldout: bool
+    piece_bytes: int
 
     @property
     def pieces(self) -> int:
-        return max(1, self.size // PIECE_BYTES)
+        return max(1, self.size // self.piece_bytes)
 
 
 class Folder:
@@ -43,9 +44,9 @@ class Folder:
 
     name = "folder"
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, *, piece_bytes: int = PIECE_BYTES) -> None:
         self._root = Path(path)
-        files = _list_files(self._root)
+        files = _list_files(self._root, piece_bytes)
         for file in files:
             _read_piece(file, 0)
         self.domains = tuple(sorted({file.domain for file in files}))
@@ -58,7 +59,7 @@ class Folder:
         else:
             self._pieces = {"train": _Pieces(files, every_tenth=False), "heldout": _Pieces(files, every_tenth=True)}
         if not len(self._pieces["heldout"]):
-            raise InputError(f"{path}: too little text to hold some out: needs two files or {2 * PIECE_BYTES} bytes")
+            raise InputError(f"{path}: too little text to hold some out: needs two files or {2 * piece_bytes} bytes")
 
     def documents(self, split: str, start: int = 0) -> Iterator[Document]:
         """Yield the pieces of a split in a fixed shuffled order, from number `start` on; skipping is free."""
@@ -109,7 +110,7 @@ class _Pieces:
         return self._files[file], piece - (self._ends[file - 1] if file else 0)
 
 
-def _list_files(root: Path) -> list[_File]:
+def _list_files(root: Path, piece_bytes: int) -> list[_File]:
     if not root.is_dir():
         raise InputError(
             f"{root}: {'is not a folder' if root.exists() else 'no such folder'}: name a folder of text files"
@@ -128,7 +129,7 @@ def _list_files(root: Path) -> list[_File]:
                 relative = path.relative_to(root)
                 domain = relative.parts[0] if len(relative.parts) > 1 else "text"
                 heldout = stable_hash("heldout", relative.as_posix()) % HELDOUT_EVERY == 0
-                files.append(_File(path, size, domain, heldout))
+                files.append(_File(path, size, domain, heldout, piece_bytes))
     if not files:
         raise InputError(f"{root}: holds no text: put UTF-8 text files into it")
     return files
@@ -155,8 +156,8 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _read_piece(file: _File, piece: int) -> str:
     with _open(file.path) as stream:
-        start = _boundary(stream, piece * PIECE_BYTES)
-        end = file.size if piece + 1 == file.pieces else _boundary(stream, (piece + 1) * PIECE_BYTES)
+        start = _boundary(stream, piece * file.piece_bytes)
+        end = file.size if piece + 1 == file.pieces else _boundary(stream, (piece + 1) * file.piece_bytes)
         stream.seek(start)
         content = stream.read(end - start)
     if b"\0" in content:

@@ -1,6 +1,10 @@
 """Named grids of runs. data/runs/ has one record per run; only missing runs are trained."""
 
+import math
 import os
+import shutil
+import signal
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -8,16 +12,24 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from threading import TIMEOUT_MAX, Thread, Timer
 from typing import Any, Protocol
 
 from dsmoe_lite.common import paths
-from dsmoe_lite.common.errors import DivergedError, InputError, RunError, require, require_choice, require_int
+from dsmoe_lite.common.errors import (
+    DivergedError,
+    InputError,
+    RunError,
+    require,
+    require_choice,
+    require_int,
+    require_number,
+)
 from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
-from dsmoe_lite.study import pilot, protocol
+from dsmoe_lite.study import pilot, protocol, text_pilot
 from dsmoe_lite.study.needle import NeedleJob
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
@@ -30,8 +42,8 @@ class Runnable(Protocol):
     def seeded(self, seed: int, n_streams: int) -> "Runnable":
         """Return the run with this seed, one of 0 to n_streams - 1."""
 
-    def run(self) -> dict[str, Any]:
-        """Run it and return its record."""
+    def run(self, folder: Path | None = None) -> dict[str, Any]:
+        """Run it and return its record; a run that can resume does so from `folder`."""
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise InputError if `record` belongs to a run with other settings."""
@@ -157,6 +169,8 @@ GRIDS = {
     "paper-gates": Grid(
         {"0+2-of-16": replace(protocol.CPU.job("0+2-of-16"), masked=protocol.MASKED)}, tuple(range(10)), n_streams=200
     ),
+    # The pilot, before the protocol on real text was fixed.
+    "pilot-text-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
 
@@ -226,37 +240,71 @@ def _check_record(record: Mapping[str, Any], plan: Grid, diverged: bool) -> None
         plan.job(record["model_name"], record["seed"]).check_record(record)
 
 
-def run_one(job: Runnable) -> dict[str, Any]:
+def run_one(job: Runnable, folder: Path | None = None) -> dict[str, Any]:
     """Run one job in a worker process; if training diverges, the record reports it."""
     try:
-        return job.run()
+        return job.run(folder)
     except DivergedError as error:
         return {"diverged": str(error), "provenance": provenance()}
 
 
 def run_missing(
-    name: str, processes: int, run: Callable[[Any], dict[str, Any]] = run_one, models: Collection[str] = ()
+    name: str,
+    processes: int,
+    run: Callable[[Any, Path | None], dict[str, Any]] = run_one,
+    models: Collection[str] = (),
+    minutes: float = math.inf,
 ) -> Iterator[tuple[str, int]]:
-    """Run the missing runs in processes of one thread each; yield each (model, seed) once its record is written."""
+    """Run the missing runs in processes of one thread each; yield each (model, seed) once its record is written.
+
+    After `minutes`, and if interrupted, the runs under way stop with a checkpoint below runs/, from which the next call
+    resumes them; only an interrupt raises KeyboardInterrupt.
+    """
     require_int("processes", processes, 1)
-    pairs, plan = missing(name, models), grid(name)
+    if minutes != math.inf:
+        require_number("minutes", minutes, 0.0, open_low=True)
+    pairs, plan, end = missing(name, models), grid(name), time.time() + 60 * minutes
     with (
         ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_quiet_worker) as pool,
         progress(total=len(pairs), desc=name, unit="run") as bar,
     ):
-        pair_of = {pool.submit(run, plan.job(*pair)): pair for pair in pairs}
+        pair_of = {pool.submit(_run_until, end, run, plan.job(*pair), _folder(name, *pair)): pair for pair in pairs}
         try:
             for future in as_completed(pair_of):
                 version = {} if plan.protocol is None else {"protocol": plan.protocol}
                 write_json(record_path(name, *pair_of[future]), version | future.result())
+                shutil.rmtree(_folder(name, *pair_of[future]), ignore_errors=True)
                 bar.update()
                 yield pair_of[future]
         except BrokenProcessPool:
             message = f"{name}: a process died (out of memory?); its finished runs are recorded, so run it again"
             raise RunError(message) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        except BaseException as error:
+            in_time = time.time() < end
+            pool.shutdown(wait=not in_time, cancel_futures=True)
+            if in_time or not isinstance(error, KeyboardInterrupt):
+                raise
+
+
+def _folder(name: str, model: str, seed: int) -> Path:
+    """Where a run keeps its checkpoint until it is recorded."""
+    return paths.RUNS / "experiments" / name / f"{model}-seed{seed}"
+
+
+def _run_until(
+    end: float, run: Callable[[Any, Path | None], dict[str, Any]], job: Runnable, folder: Path
+) -> dict[str, Any]:
+    """Run a job, and interrupt it at the time `end`."""
+    left = end - time.time()
+    if left <= 0:
+        raise KeyboardInterrupt
+    timer = Timer(min(left, TIMEOUT_MAX), os.kill, (os.getpid(), signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+    try:
+        return run(job, folder)
+    finally:
+        timer.cancel()
 
 
 def _quiet_worker() -> None:

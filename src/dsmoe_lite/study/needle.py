@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -110,8 +111,8 @@ class NeedleJob:
         """Return the same run with another seed, which decides weights, rows and questions."""
         return replace(self, seed=seed)
 
-    def run(self) -> dict[str, Any]:
-        """Pretrain, change the positions, extend, measure recall; return the record."""
+    def run(self, folder: Path | None = None) -> dict[str, Any]:
+        """Pretrain, change the positions, extend, measure recall; return the record. It cannot resume from `folder`."""
         wall, cpu = time.perf_counter(), time.process_time()
         model, curve = pretrain(self)
         questions = {length: self.questions(length) for length in self.lengths}

@@ -101,9 +101,13 @@ class Tier:
         """Return the run of one of MODELS."""
         require_choice("model", name, MODELS)
         family = FAMILIES[name]
-        model = self.shrink(MODELS[name], self.gates.get(family, "printed"))
+        return self.job_of(name, self.gates.get(family, "printed"), self.lr.get(family, self.train.lr))
+
+    def job_of(self, name: str, gates: str, lr: float) -> Job:
+        """Return the run of one of MODELS with these gates and this learning rate."""
+        model = self.shrink(MODELS[name], gates)
         balance = {"expert": self.balance} if model.moe and model.moe.scoring_func != "hash" else {}
-        train = replace(self.train, balance=balance, lr=self.lr.get(family, self.train.lr))
+        train = replace(self.train, balance=balance, lr=lr)
         return Job(model=model, train=train, corpus=self.corpus, vocab_size=self.vocab_size, device=self.device)
 
     def jobs(self) -> dict[str, Job]:

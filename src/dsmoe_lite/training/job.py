@@ -14,6 +14,7 @@ from dsmoe_lite.checkpoint import save_model
 from dsmoe_lite.common.errors import (
     InputError,
     require,
+    require_bool,
     require_choice,
     require_int,
     require_number,
@@ -27,39 +28,48 @@ from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import ModelConfig, from_dict, make_plain, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
+from dsmoe_lite.data.debian import N_DOCUMENTS, Debian
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.tokenizer import load_tokenizer, read_tokenizer
 from dsmoe_lite.data.world import World, WorldConfig
-from dsmoe_lite.evaluate import heldout_loss, recall
+from dsmoe_lite.evaluate import bits_per_byte, domain_use, heldout_loss, recall
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.interventions import active_config, mask_top, n_masked, swap_shared, with_active
+from dsmoe_lite.routing.interventions import active_config, mask_top, n_masked, silence, swap_shared, with_active
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
 from dsmoe_lite.training.record import ENTRIES, READABLE_VERSIONS, Run, run_record
 from dsmoe_lite.training.train import train
 
-CORPORA = ("world", "stdlib", "folder", "hub")
+INTERVENTIONS = ("masked", "silenced", "active", "shared_swapped", "shared_silenced", "domain_use")  # if asked for
+CORPORA = ("world", "stdlib", "debian", "folder", "hub")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """The corpus: `world` with its settings, `stdlib`, `folder` with a path, or `hub` with the name of a data set."""
+    """The corpus: `world` with its settings, `stdlib`, `debian`, `folder` with a path, `hub` with a data set's name."""
 
     kind: str = "world"
     world: WorldConfig = field(default_factory=WorldConfig)
     path: str = ""
     name: str = ""
+    sha256: str = ""  # which the corpus's fingerprint must have; empty: any
 
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, CORPORA)
         require_type("world", self.world, WorldConfig)
         require_type("path", self.path, str)
         require_type("name", self.name, str)
+        require_type("sha256", self.sha256, str)
         require(self.kind != "folder" or self.path != "", "path", self.path, "kind = 'folder' needs the folder's path")
         require(self.kind != "hub" or self.name != "", "name", self.name, "kind = 'hub' needs the data set's name")
+
+    @property
+    def n_documents(self) -> int:
+        """About how many documents there are for training; 0 if only reading can tell."""
+        return {"world": self.world.n_documents, "debian": N_DOCUMENTS}.get(self.kind, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +83,9 @@ class Job:
     first_document: int = 0  # the document of the corpus at which training starts
     n_heldout_batches: int = 16
     masked: tuple[float, ...] = ()  # also evaluate with each of these shares of every token's top experts masked
-    active: tuple[int, ...] = ()  # also evaluate with each of these numbers of routed experts per token
+    silenced: tuple[int, ...] = ()  # and with each token's best n routed experts silent, and none in their place
+    active: tuple[int, ...] = ()  # and with each of these numbers of routed experts per token
+    by_domain: bool = False  # also record which domains each expert gets, before and after training
     device: str = "auto"
     expert_parallel: int = 0  # under torchrun, the processes that share one set of experts; 0: all of them
 
@@ -83,7 +95,9 @@ class Job:
         require_type("train", self.train, TrainConfig)
         require_type("corpus", self.corpus, CorpusConfig)
         require_type("masked", self.masked, tuple)
+        require_type("silenced", self.silenced, tuple)
         require_type("active", self.active, tuple)
+        require_bool("by_domain", self.by_domain)
         require_int("vocab_size", self.vocab_size, 257)
         require_int("first_document", self.first_document, 0)
         require_int("n_heldout_batches", self.n_heldout_batches, 1)
@@ -95,6 +109,9 @@ class Job:
         for share in self.masked:
             require_number("masked", share, 0.0, 1.0)
             n_masked(self.model.moe, share)
+        for n in self.silenced:
+            require_int("silenced", n, 1, 0 if self.model.moe is None else self.model.moe.top_k)
+        require(not self.by_domain or self.model.moe is not None, "by_domain", self.by_domain, "needs experts")
         for k in self.active:
             require_int("active", k, 1)
             active_config(self.model.moe, k)
@@ -102,14 +119,14 @@ class Job:
     def seeded(self, seed: int, n_streams: int) -> "Job":
         """Return the same run with another seed, which decides the weights and the first document.
 
-        The corpus is divided into n_streams parts, one per seed.
+        The corpus is divided into n_streams parts, one per seed, if its size is known beforehand.
         """
-        start = seed * self.corpus.world.n_documents // n_streams
+        start = seed * self.corpus.n_documents // n_streams
         return replace(self, train=replace(self.train, seed=seed), first_document=start)
 
-    def run(self) -> dict[str, Any]:
-        """Run the job and return its record."""
-        return run_job(self)
+    def run(self, folder: Path | None = None) -> dict[str, Any]:
+        """Run the job and return its record; a stopped run resumes from `folder`."""
+        return run_job(self, folder)
 
     def check_record(self, record: Mapping[str, Any]) -> None:
         """Raise InputError if `record` has an unknown schema version, or naming the first setting that differs.
@@ -119,7 +136,7 @@ class Job:
         version = record.get("schema_version")
         require_schema(version, READABLE_VERSIONS, RECORD_REMEDY)
         remedy = f"not the record of a run; {RECORD_REMEDY}"
-        optional = {name: dict for name in ("masked", "active", "shared_swapped") if name in record}
+        optional = {name: dict for name in INTERVENTIONS if name in record}
         require_entries(record, ENTRIES | optional, remedy)
         require_entries(record["train"], {"steps": int, "seed": int}, remedy, "train.")
         for loss in record["losses"]:
@@ -140,12 +157,15 @@ class Job:
                 settings["train"] = {name: settings["train"][name] for name in ("steps", "seed")}
         else:
             recorded["train"] = to_dict(from_dict(TrainConfig, recorded["train"]))
-        recorded |= {name: sorted(record.get(name, {})) for name in ("masked", "active")}
-        expected |= {"masked": sorted(map(str, self.masked)), "active": sorted(map(str, self.active))}
+        for name in ("masked", "silenced", "active"):
+            recorded[name], expected[name] = sorted(record.get(name, {})), sorted(map(str, getattr(self, name)))
+        recorded["by_domain"], expected["by_domain"] = "domain_use" in record, self.by_domain
         if self.corpus.kind == "world":
             require_entries(record["corpus"], {"config": dict}, remedy, "corpus.")
             recorded["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
             expected["corpus"] = to_dict(self.corpus.world)
+        elif self.corpus.sha256:
+            recorded["sha256"], expected["sha256"] = record["corpus"].get("sha256"), self.corpus.sha256
         require_same(recorded, expected)
 
 
@@ -161,11 +181,21 @@ def read_job(path: Path) -> Job:
 
 
 def make_corpus(config: CorpusConfig) -> Corpus:
-    """Make the corpus that a config names."""
+    """Make the corpus that a config names. Raises InputError if its text has another hash than the config's."""
+    corpus = _make_corpus(config)
+    found = corpus.fingerprint() if config.sha256 else {}
+    remedy = f"this run has {config.sha256}: other text, or other versions of its packages"
+    require(found.get("sha256", "") == config.sha256, f"sha256 of {corpus.name}", found.get("sha256"), remedy)
+    return corpus
+
+
+def _make_corpus(config: CorpusConfig) -> Corpus:
     if config.kind == "world":
         return World(config.world)
     if config.kind == "stdlib":
         return Stdlib()
+    if config.kind == "debian":
+        return Debian()
     return Folder(Path(config.path)) if config.kind == "folder" else Hub(config.name)
 
 
@@ -178,6 +208,8 @@ def corpus_of(metadata: Mapping[str, Any]) -> Corpus:
     name = corpus.get("name")
     if name == "world":
         return World(from_dict(WorldConfig, corpus["config"]))
+    if name == "debian":
+        return Debian()
     require(name == "stdlib", "corpus", name, "the model file does not locate this text; give a folder of text")
     return Stdlib()
 
@@ -242,13 +274,25 @@ def _evaluate(
     recalls = recall(model, tokenizer, corpus.all_questions()) if isinstance(corpus, World) else {}
     facts: dict[str, Any] = {"corpus": corpus.fingerprint(), "vocab_size": tokenizer.get_vocab_size()}
     facts |= {"heldout_loss": result.loss, "heldout_by_domain": result.by_domain, "recall": recalls}
+    facts["heldout_bits_per_byte"] = bits_per_byte(result, heldout, tokenizer, corpus.domains)
     if result.experts:
         facts["heldout_experts"] = [to_dict(layer) for layer in result.experts]
     if job.model.moe is not None and job.model.moe.n_shared_experts:
         with suppress(InputError):  # there may be no further routed experts to replace the shared ones
             facts["shared_swapped"] = losses(swap_shared(model, job.model.moe.n_shared_experts))
+        facts["shared_silenced"] = losses(silence(model, shared=True))
     if job.masked:
         facts["masked"] = {str(share): losses(mask_top(model, share)) for share in job.masked}
+    if job.silenced:
+        facts["silenced"] = {str(n): losses(silence(model, ranks=range(n))) for n in job.silenced}
+    if job.by_domain:
+        torch.manual_seed(job.train.seed)
+        untrained = Transformer(model.config).to(model.embed.weight.device)
+        uses = {"untrained": untrained, "trained": model}
+        facts["domain_use"] = {
+            name: [to_dict(layer) for layer in domain_use(one, heldout, len(corpus.domains))]
+            for name, one in uses.items()
+        }
     if job.active:
         facts["active"] = {str(k): losses(with_active(model, k)) for k in job.active}
     return facts
