@@ -169,8 +169,11 @@ GRIDS = {
     "paper-gates": Grid(
         {"0+2-of-16": replace(protocol.CPU.job("0+2-of-16"), masked=protocol.MASKED)}, tuple(range(10)), n_streams=200
     ),
+    # Outside the protocol, after a review: Figure 4 with and without stand-ins, both kinds of gates for GShard, and
+    # DeepSeekMoE as printed.
+    "paper-figure-4": Grid(protocol.FIGURE_4, tuple(range(10)), n_streams=200),
     # The pilot, before the protocol on real text was fixed.
-    "pilot-text-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
+    "text-pilot-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
 

@@ -192,3 +192,24 @@ GPU = Tier(
     lr={family: lr / 4 for family, lr in CPU.lr.items()},
     device="cuda",
 )
+
+
+def _figure_4(name: str, gates: str) -> Job:
+    """A run of the CPU tier with each token's best routed experts masked, and silenced with none in their place."""
+    job = CPU.job_of(name, gates, CPU.train.lr)
+    assert job.model.moe is not None
+    K, E = job.model.moe.top_k, job.model.moe.n_routed_experts
+    one = () if E == 16 else (1 / E,)  # a sixteenth of 16 experts is one
+    return replace(job, masked=(*one, *MASKED), silenced=tuple(range(1, K + 1)))
+
+
+# Outside the protocol. GShard's gates are divided by their sum, and "softmax" are not; those of DeepSeekMoE are as
+# printed, or times m as in the protocol.
+FIGURE_4 = {
+    "gshard": _figure_4("gshard", "printed"),
+    "gshard-softmax": _figure_4("gshard", "softmax"),
+    "gshard-x1.5": _figure_4("gshard-x1.5", "printed"),
+    "gshard-x1.5-softmax": _figure_4("gshard-x1.5", "softmax"),
+    "deepseekmoe": _figure_4("deepseekmoe", "softmax x m"),
+    "deepseekmoe-printed": _figure_4("deepseekmoe", "printed"),
+}
