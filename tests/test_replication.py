@@ -40,6 +40,7 @@ VALUES: dict[str, Callable[[dict[str, Any]], float]] = {
     "recall, rare people": lambda r: r["recall"]["tail"],
     "MaxVio": lambda r: mean(layer["max_vio"] for layer in r["heldout_experts"]),
     "loss, shared expert swapped": lambda r: r["shared_swapped"]["heldout_loss"],
+    "loss, 3 routed experts": lambda r: r["active"]["3"]["heldout_loss"],
     "loss, 4 routed experts": lambda r: r["active"]["4"]["heldout_loss"],
     "rise, best experts masked": lambda r: mean(x["heldout_loss"] - r["heldout_loss"] for x in r["masked"].values()),
     "needles at 256, RoPE": lambda r: mean(r["recall"]["plain"]["256"]),
@@ -133,7 +134,18 @@ def test_every_verdict_follows_from_the_records() -> None:
         assert [float(stated[0]), float(stated[3]), float(stated[5])] == pytest.approx(
             [result["mean"], result["low"], result["high"]], abs=6e-5
         ), claim["id"]
-        assert float(stated[-1]) == pytest.approx(corrected, rel=0.06), claim["id"]
+        assert float(stated[stated.index("corrected") + 1]) == pytest.approx(corrected, rel=0.06), claim["id"]
+
+
+def test_claims_of_a_protocol_are_also_corrected_over_all_of_them() -> None:
+    family = [claim for claim in TRENDS if "over all" in claim["ours"]]
+    assert len(family) == 19
+    assert {claim["trend"]["grid"] for claim in family} == {"paper"}
+    together = [claim | {"trend": claim["trend"] | {"figure": "all"}} for claim in family]
+    results = verdicts(together, {claim["id"]: differences(claim["trend"]) for claim in family})
+    for claim in family:
+        assert float(claim["ours"].split()[-1]) == pytest.approx(results[claim["id"]][1], rel=0.06), claim["id"]
+        assert claim.get("survives") == (results[claim["id"]][1] < 0.05 if claim["verdict"] == "holds" else None)
 
 
 @pytest.mark.parametrize(("t", "degrees", "p"), [(2.262157, 9, 0.025), (2.776445, 4, 0.025), (-1.833113, 9, 0.95)])

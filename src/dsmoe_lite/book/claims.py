@@ -28,9 +28,10 @@ INTRODUCTION = """# What papers claim, and what we find
 
 Written by `dsmoe claims --write` from `data/claims.yml`. Verdicts are recomputed by `dsmoe claims` and by the tests:
 counts from the configs, trends from the recorded runs in `data/runs/`. Trends are differences between runs of one seed:
-their mean, its 95% interval, the number of seeds, the mean over the standard deviation ($d_z$), and p before and after
-correction. They come from models of this course's size: they show what happens *here*, not what is true of models a
-thousand times as large.
+their mean, its 95% interval, the number of seeds, the mean over the standard deviation ($d_z$), and p: as it is, and
+corrected by Holm's method within the claim's figure, which decides the verdict. Claims of a protocol also have p
+corrected over all claims of that protocol; "not over all" marks those that hold within their figure only. They come
+from models of this course's size: they show what happens *here*, not what is true of models a thousand times as large.
 """
 
 
@@ -53,8 +54,11 @@ def page(claims: Sequence[Claim], equations: Sequence[Equation]) -> str:
 
 def _row(claim: Claim, number: str) -> str:
     location = claim.source.removeprefix(f"arXiv:{number}, ")
-    says = f"{claim.says} <br>*{location}.* {claim.why}".rstrip()
-    return f"| {says} | {claim.published} | {claim.ours or '-'} | **{claim.verdict}** | {_link(claim)} |"
+    after = "Chosen after the runs." if claim.trend and claim.trend.after_runs else ""
+    easy = claim.easy and f"Could hardly have failed here: {claim.easy}"
+    says = " ".join(part for part in (f"{claim.says} <br>*{location}.*", after, easy, claim.why) if part)
+    verdict = f"**{claim.verdict}**" + (", not over all" if claim.survives is False else "")
+    return f"| {says} | {claim.published} | {claim.ours or '-'} | {verdict} | {_link(claim)} |"
 
 
 def _link(claim: Claim) -> str:

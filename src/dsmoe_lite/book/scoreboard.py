@@ -52,7 +52,8 @@ def picture(claims: Sequence[Claim]) -> str:
     tally = Counter(row["verdict"] for row in rows)
     undecided = len(rows) - tally["holds"] - tally["reversed"]
     title = f"{len(rows)} claims of the DeepSeekMoE paper, tried again at toy size: {tally['holds']} hold"
-    outcome = f"{tally['reversed']} comes out reversed, {undecided} stay undecided."
+    survivors = sum(row["survives"] for row in rows)
+    outcome = f"{survivors} also if corrected over all; {tally['reversed']} is reversed, {undecided} stay undecided."
     drawn, y = [], TOP
     for place, group in groupby(rows, key=lambda row: row["place"]):
         drawn.append(text(LEFT, y + 15, place, color=svg.MUTED))
@@ -67,7 +68,7 @@ def picture(claims: Sequence[Claim]) -> str:
         text(zero - 8, 84, "← against the paper", color=svg.MUTED, anchor="end"),
         text(zero + 8, 84, "as the paper reports →", color=svg.MUTED),
     ]
-    legend = "difference in loss (nats) and its 95% interval; tick: margin"
+    legend = "difference in loss (nats), 95% interval; tick: margin; filled: significant over all claims"
     foot = [text(PLOT, bottom + 26, legend, color=svg.MUTED, size=11)]
     axis = [part for value in TICKS for part in _tick(value, bottom)]
     sentences = "; ".join(f"{row['label']}: {row['verdict']}, {row['mean']:+.3f}" for row in rows)
@@ -83,7 +84,7 @@ def _effect(claim: Claim, row: dict[str, Any]) -> dict[str, Any]:
     low, high = sorted((sign * row["low"], sign * row["high"]))
     margins = [sign * limit for limit in row.get("limits", ())]
     return {"place": place, "label": label, "mean": sign * row["mean"], "low": low, "high": high, "margins": margins,
-            "verdict": claim.verdict}  # fmt: skip
+            "verdict": claim.verdict, "survives": bool(claim.survives)}  # fmt: skip
 
 
 def _row(row: dict[str, Any], y: float) -> list[str]:
@@ -97,7 +98,7 @@ def _row(row: dict[str, Any], y: float) -> list[str]:
     if row["high"] < LOW:
         head = f'<path d="M{PLOT + 9} {middle - 6} L{PLOT} {middle} L{PLOT + 9} {middle + 6} Z" fill="{color}"/>'
         return [head, line(PLOT + 8, middle, PLOT + 34, middle, color, 3), *words]
-    fill = color if row["verdict"] in ("holds", "reversed") else svg.CARD
+    fill = color if row["survives"] else svg.CARD
     margins = [line(_x(at), y + 4, _x(at), y + 18, svg.EDGE, 2) for at in row["margins"]]
     bar = line(_x(row["low"]), middle, _x(row["high"]), middle, color, 3)
     dot = f'<circle cx="{_x(row["mean"]):.5g}" cy="{middle:g}" r="5" fill="{fill}" stroke="{color}" stroke-width="2"/>'

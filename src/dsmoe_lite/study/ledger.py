@@ -16,7 +16,7 @@ from dsmoe_lite.common.errors import InputError, require, require_choice
 from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.paths import find_data
 from dsmoe_lite.common.schema import require_schema
-from dsmoe_lite.common.stats import EXPECTED, LEAST_SEEDS, WITH_MARGIN, holm, p_value, paired, trend_verdict
+from dsmoe_lite.common.stats import EXPECTED, LEAST_SEEDS, LEVEL, WITH_MARGIN, holm, p_value, paired, trend_verdict
 from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import from_dict
 from dsmoe_lite.layers.rope import softmax_scale
@@ -62,6 +62,7 @@ METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "recall, rare people": lambda record: record["recall"]["tail"],
     "MaxVio": lambda record: mean(layer["max_vio"] for layer in record["heldout_experts"]),
     "loss, shared expert swapped": lambda record: record["shared_swapped"]["heldout_loss"],
+    "loss, 3 routed experts": lambda record: record["active"]["3"]["heldout_loss"],
     "loss, 4 routed experts": lambda record: record["active"]["4"]["heldout_loss"],
     "rise, best experts masked": lambda record: (
         mean(masked["heldout_loss"] for masked in record["masked"].values()) - record["heldout_loss"]
@@ -100,6 +101,7 @@ class Trend:
     expected: str
     other_metric: str | None = None  # None: the same as `metric`
     margin: float = 0.0
+    after_runs: bool = False  # chosen after the runs were seen: exploration, whatever its verdict
 
     def __post_init__(self) -> None:
         known = grid(self.grid).jobs
@@ -126,7 +128,9 @@ class Claim:
     trend: Trend | None = None
     ours: str = ""  # our result
     verdict: str = "not tested"
+    survives: bool | None = None  # a claim of a protocol that holds: also if corrected over all of its claims?
     why: str = ""
+    easy: str = ""  # why the claim could hardly have failed here
 
     def __post_init__(self) -> None:
         require(self.exact is None or self.trend is None, "claim", self.id, "must have exact or trend, not both")
@@ -153,7 +157,7 @@ def write(claims: Sequence[Claim], path: Path = PATH) -> None:
     entries = [{key: value for key, value in asdict(claim).items() if value not in (None, "")} for claim in claims]
     for entry in entries:
         if "trend" in entry:
-            entry["trend"] = {key: value for key, value in entry["trend"].items() if value not in (None, 0.0)}
+            entry["trend"] = {key: value for key, value in entry["trend"].items() if value}
     content = {"schema_version": SCHEMA_VERSION, "claims": entries}
     write_text(path, yaml.safe_dump(content, sort_keys=False, width=110, allow_unicode=True))
 
@@ -163,14 +167,18 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
     trends = {claim.id: claim.trend for claim in claims if claim.trend is not None}
     runs = {name: records(name, diverged=True) for name in {trend.grid for trend in trends.values()}}
     gaps = {id: differences(trend, runs[trend.grid]) for id, trend in trends.items()}
-    p_values = _p_values(trends, gaps)
+    p_values = {id: p_value(list(gaps[id].values()), trend.expected, trend.margin)
+                for id, trend in trends.items() if _is_complete(trend, gaps[id])}  # fmt: skip
+    by_figure = _corrected(p_values, {id: trend.figure for id, trend in trends.items()})
+    by_protocol = _corrected(p_values, {id: _protocol(trend) for id, trend in trends.items()})
 
     def settled(claim: Claim) -> Claim:
         if claim.exact is not None:
             return _settle_exact(claim, claim.exact)
         if claim.trend is not None:
-            return _settle_trend(claim, claim.trend, gaps[claim.id], p_values.get(claim.id))
-        return replace(claim, ours="", verdict="not tested")
+            p = claim.id in p_values and (p_values[claim.id], by_figure[claim.id], by_protocol.get(claim.id))
+            return _settle_trend(claim, claim.trend, gaps[claim.id], p or None)
+        return replace(claim, ours="", verdict="not tested", survives=None)
 
     return [settled(claim) for claim in claims]
 
@@ -183,16 +191,17 @@ def differences(trend: Trend, results: Sequence[dict[str, Any]]) -> dict[int, fl
     return {seed: metric(runs[trend.model, seed]) - other_metric(runs[trend.other, seed]) for seed in seeds}
 
 
-def _p_values(trends: Mapping[str, Trend], gaps: Mapping[str, Mapping[int, float]]) -> dict[str, tuple[float, float]]:
-    """The p-value of each trend with all its seeds, before and after the correction within its figure."""
-    by_figure: dict[str, dict[str, float]] = {}
-    for id, trend in trends.items():
-        if _is_complete(trend, gaps[id]):
-            p = p_value(list(gaps[id].values()), trend.expected, trend.margin)
-            by_figure.setdefault(trend.figure, {})[id] = p
-    return {
-        id: (p_values[id], corrected) for p_values in by_figure.values() for id, corrected in holm(p_values).items()
-    }
+def _protocol(trend: Trend) -> int | None:
+    """The protocol that fixed the trend before its runs, or None."""
+    return None if trend.after_runs else grid(trend.grid).protocol
+
+
+def _corrected(p_values: Mapping[str, float], families: Mapping[str, object]) -> dict[str, float]:
+    """Correct p-values within each family by Holm's method; those of family None are left out."""
+    corrected: dict[str, float] = {}
+    for family in {families[id] for id in p_values} - {None}:
+        corrected |= holm({id: p for id, p in p_values.items() if families[id] == family})
+    return corrected
 
 
 def _is_complete(trend: Trend, gaps: Mapping[int, float]) -> bool:
@@ -204,17 +213,25 @@ def _settle_exact(claim: Claim, exact: Exact) -> Claim:
     return replace(claim, ours=ours, verdict="exact" if ours == claim.published else "differs")
 
 
-def _settle_trend(claim: Claim, trend: Trend, gaps: Mapping[int, float], p_values: tuple[float, float] | None) -> Claim:
+def _settle_trend(
+    claim: Claim, trend: Trend, gaps: Mapping[int, float], p_values: tuple[float, float, float | None] | None
+) -> Claim:
+    """Settle a trend by its p-value: as it is, corrected within its figure, and over all claims of its protocol."""
     if p_values is None or len(gaps) < LEAST_SEEDS:
         missing = sorted(set(grid(trend.grid).seeds) - set(gaps))
-        return replace(claim, ours=f"n = {len(gaps)}, seeds missing or diverged: {missing}", verdict="not tested")
+        ours = f"n = {len(gaps)}, seeds missing or diverged: {missing}"
+        return replace(claim, ours=ours, verdict="not tested", survives=None)
     result = paired(list(gaps.values()))
-    p, corrected = p_values
+    p, corrected, over_all = p_values
     ours = (
         f"{result.mean:+.{DECIMALS}f}, 95% from {result.low:+.{DECIMALS}f} to {result.high:+.{DECIMALS}f}, "
         f"n = {result.n}, d_z = {result.effect:+.2f}, p = {p:.2g}, corrected {corrected:.2g}"
     )
-    return replace(claim, ours=ours, verdict=trend_verdict(result, trend.expected, p, corrected, trend.margin))
+    verdict = trend_verdict(result, trend.expected, p, corrected, trend.margin)
+    survives = None if over_all is None or verdict != "holds" else over_all < LEVEL
+    if over_all is not None:
+        ours += f", over all {over_all:.2g}"
+    return replace(claim, ours=ours, verdict=verdict, survives=survives)
 
 
 def by_id(claims: Sequence[Claim], id: str) -> Claim:
