@@ -310,7 +310,8 @@ def test_a_claim_links_to_its_heading() -> None:
 def test_every_metric_reads_some_record() -> None:
     results = [record for name in ("balance", "needle") for record in grids.records(name)[:1]]
     changed = {"heldout_loss": 2.0}
-    results += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": {"3": changed, "4": changed}, "shared_swapped": changed}]
+    active = {"3": changed, "4": changed}
+    results += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": active, "shared_swapped": changed}]
     for name, metric in METRICS.items():
         values = []
         for result in results:

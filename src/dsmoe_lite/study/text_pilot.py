@@ -16,8 +16,8 @@ MODELS = {  # name -> (model of chapter 07, gates)
 }
 
 
-def tier(steps: int) -> Tier:
-    """Four layers of width 128 on the text of Debian's packages; 2,048 tokens a step."""
+def tier(steps: int, batch_size: int = 16, seq_len: int = 128) -> Tier:
+    """Four layers of width 128 on the text of Debian's packages."""
     return Tier(
         ModelConfig(
             vocab_size=2048,
@@ -27,16 +27,20 @@ def tier(steps: int) -> Tier:
             ffn_width=128,
             max_seq_len=256,
         ),
-        TrainConfig(steps=steps, batch_size=16, seq_len=128, routing_every=100),
+        TrainConfig(steps=steps, batch_size=batch_size, seq_len=seq_len, routing_every=100),
         CorpusConfig(kind="debian"),
         2048,
         balance=0.01,
     )
 
 
-def _at(lr: float, *models: str, steps: int = 600) -> dict[str, Job]:
-    return {f"{lr:g}-{model}": tier(steps).job_of(*MODELS[model], lr) for model in models or MODELS}
+def _at(lr: float, sizes: Tier, *models: str) -> dict[str, Job]:
+    return {f"{lr:g}-{model}": sizes.job_of(*MODELS[model], lr) for model in models}
 
 
-# Three rates for every model.
-RATES = _at(0.0025) | _at(0.005) | _at(0.01)
+# Steps of 2,048 tokens.
+LARGE = tier(600)
+LARGE_STEPS = _at(0.0025, LARGE, "dense", "switch") | _at(0.01, LARGE, "dense", "gshard")
+# The loss stayed high and the higher rate was worse. Half as many tokens a step.
+SMALL = tier(1200, seq_len=64)
+SMALL_STEPS = _at(0.0025, SMALL, "dense", "1+7-of-63-m") | _at(0.005, SMALL, "dense", "1+7-of-63-m")
