@@ -20,11 +20,11 @@ from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.words import stable_shuffle
 
-RECIPE = 1  # raise it if the texts that the same packages give change
+RECIPE = 2  # raise it if the documents that the same packages give change
 DOMAIN_BYTES = 3_000_000  # about as much text of each domain; Chinese has less
 LEAST_BYTES = 500  # shorter files are stubs that point to others
-N_DOCUMENTS = 16_000  # at least, for training
-PIECE_BYTES = 1024  # a document: short, so that a batch has several domains
+N_DOCUMENTS = 33_000  # at least, for training
+PIECE_BYTES = 512  # a document: short, so that a batch has several domains
 ENTRIES_BYTES = 8192  # entries of the dictionary that make a file
 MANIFEST = ".packages.json"
 HERE = "this corpus is made from packages of Debian: use Debian or a container of it, or kind = 'stdlib'"

@@ -41,6 +41,6 @@ def _at(lr: float, sizes: Tier, *models: str) -> dict[str, Job]:
 # Steps of 2,048 tokens.
 LARGE = tier(600)
 LARGE_STEPS = _at(0.0025, LARGE, "dense", "switch") | _at(0.01, LARGE, "dense", "gshard")
-# The loss stayed high and the higher rate was worse. Half as many tokens a step.
+# The loss stayed high and the higher rate was worse. Half as many tokens a step, from documents half as long.
 SMALL = tier(1200, seq_len=64)
 SMALL_STEPS = _at(0.0025, SMALL, "dense", "1+7-of-63-m") | _at(0.005, SMALL, "dense", "1+7-of-63-m")
