@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from dsmoe_lite.common import paths
@@ -89,11 +89,23 @@ def test_the_number_of_seeds_follows_from_the_pilot() -> None:
     assert sorted(gshard) == [100, 101, 102, 103, 104]
     assert ", ".join(f"{d:+.3f}" for d in differences[:-1]) + f" and {differences[-1]:+.3f}" in text
     assert f"standard deviation {stdev(differences):.4f}." in text
-    chapter = (paths.NOTEBOOKS / "07_paper_experiments.py").read_text(encoding="utf-8")
-    assert f"PILOT = {[round(d, 3) for d in differences]}\n" in chapter
     assert seeds_needed(stdev(differences), 0.012) == len(grid("paper").seeds) == 10
     lead = dense[100] - gshard[100]
     assert f"lead of {lead:.3f} here DeepSeekMoE's would be {lead * 0.059 / 0.193:.3f}." in text
+
+
+def test_chapter_says_what_the_pilot_found_about_gates() -> None:
+    """At the final rate, on three seeds: DeepSeekMoE as printed, and GShard with both kinds of gates."""
+    pilot = [r for name in GRIDS if name.startswith("pilot-") for r in records(name)]
+
+    def loss(model: str, gates: str) -> float:
+        job = CPU.job_of(model, gates, CPU.train.lr)
+        return fmean(next(r["heldout_loss"] for r in pilot if _is_of(job.seeded(s, 200), r)) for s in (100, 101, 102))
+
+    chapter = " ".join((paths.NOTEBOOKS / "07_paper_experiments.py").read_text(encoding="utf-8").split())
+    divided = loss("gshard", "printed")
+    assert f"{loss('deepseekmoe', 'printed'):.3f} against {divided:.3f}, mean of three seeds" in chapter
+    assert f"led by {loss('gshard', 'softmax') - divided:.3f} on three seeds" in chapter.replace(" # ", " ")
 
 
 def _is_of(job: Job, record: dict[str, Any]) -> bool:

@@ -68,12 +68,12 @@ def picture(claims: Sequence[Claim]) -> str:
         text(zero - 8, 84, "← against the paper", color=svg.MUTED, anchor="end"),
         text(zero + 8, 84, "as the paper reports →", color=svg.MUTED),
     ]
-    legend = "difference in loss (nats), 95% interval; tick: margin; filled: significant over all claims"
-    foot = [text(PLOT, bottom + 26, legend, color=svg.MUTED, size=11)]
+    legend = ("difference in loss (nats) and its 95% interval; tick: margin", "filled dot: also if corrected over all")
+    foot = [text(PLOT, bottom + 26 + 16 * i, line, color=svg.MUTED, size=11) for i, line in enumerate(legend)]
     axis = [part for value in TICKS for part in _tick(value, bottom)]
     sentences = "; ".join(f"{row['label']}: {row['verdict']}, {row['mean']:+.3f}" for row in rows)
     described = f"Effects in nats, positive in the direction that the paper reports. {sentences}."
-    return svg.drawing(WIDTH, bottom + 36, title, described, [*head, *axis, *drawn, *foot])
+    return svg.drawing(WIDTH, bottom + 52, title, described, [*head, *axis, *drawn, *foot])
 
 
 def _effect(claim: Claim, row: dict[str, Any]) -> dict[str, Any]:

@@ -43,4 +43,7 @@ LARGE = tier(600)
 LARGE_STEPS = _at(0.0025, LARGE, "dense", "switch") | _at(0.01, LARGE, "dense", "gshard")
 # The loss stayed high and the higher rate was worse. Half as many tokens a step, from documents half as long.
 SMALL = tier(1200, seq_len=64)
-SMALL_STEPS = _at(0.0025, SMALL, "dense", "1+7-of-63-m") | _at(0.005, SMALL, "dense", "1+7-of-63-m")
+SMALL_STEPS = _at(0.0025, SMALL, "dense", "1+7-of-63-m")
+# Now experts pay. Three rates for every model, at the shorter of two lengths.
+SHORT = tier(500, seq_len=64)
+RATES = {name: job for lr in (0.00125, 0.0025, 0.005) for name, job in _at(lr, SHORT, *MODELS).items()}
