@@ -366,8 +366,8 @@ print(f"undivided minus divided: {apart.partition('   ')[0]}")
 # active experts are clearly worse than GShard. Yet the two GShards do not differ beyond their seeds, and undivided gates are, if anything, the better ones. In the pilot divided gates
 # led by 0.042 on three seeds; that did not replicate.
 #
-# So the honest reading of the main claim is this. At this size DeepSeekMoE's lead over GShard is small, about twice what a detail of the gates moves, and it
-# is not shown against the baseline that the paper prints.
+# So the honest reading of the main claim is this. At this size DeepSeekMoE's lead over GShard is small, and it is not shown against the baseline that the paper
+# prints.
 #
 # ## Whose experts are redundant?
 #

@@ -39,12 +39,7 @@ MADE_UP = [
 ]
 
 
-INCOMPLETE = (
-    "paper-gpu",
-    "paper-figure-4",
-    "text-pilot-large-steps",
-    "text-pilot-small-steps",
-)  # the first needs a GPU, the others hours
+INCOMPLETE = ("paper-gpu", "paper-figure-4", "text-pilot-rates")  # the first needs a GPU, the others hours
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -173,7 +173,6 @@ GRIDS = {
     # DeepSeekMoE as printed.
     "paper-figure-4": Grid(protocol.FIGURE_4, tuple(range(10)), n_streams=200),
     # The pilot, before the protocol on real text was fixed.
-    "text-pilot-large-steps": Grid(text_pilot.LARGE_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-small-steps": Grid(text_pilot.SMALL_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
