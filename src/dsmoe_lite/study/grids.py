@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -51,16 +51,28 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """Jobs by name; each is run with every seed."""
+    """Jobs by name; each is run with every seed, and some with more."""
 
     jobs: Mapping[str, Runnable]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     n_streams: int = 5  # parts of the corpus, one per seed
+    more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # further seeds of some jobs
     protocol: int | None = None  # the version of chapter 07's protocol that it follows, stored in its records
 
     def __post_init__(self) -> None:
-        for seed in self.seeds:
+        for name in self.more_seeds:
+            require_choice("more_seeds", name, self.jobs)
+        for seed in (*self.seeds, *(seed for more in self.more_seeds.values() for seed in more)):
             require_int("seed", seed, 0, self.n_streams - 1)
+
+    def seeds_of(self, name: str) -> tuple[int, ...]:
+        """All seeds of one job."""
+        return (*self.seeds, *self.more_seeds.get(name, ()))
+
+    def runs(self) -> list[tuple[str, int]]:
+        """All pairs (job, seed), seed by seed."""
+        seeds = dict.fromkeys(seed for name in self.jobs for seed in self.seeds_of(name))
+        return [(name, seed) for seed in seeds for name in self.jobs if seed in self.seeds_of(name)]
 
     def job(self, name: str, seed: int) -> Any:
         """Return the run of one job with one seed."""
@@ -174,6 +186,7 @@ GRIDS = {
     "paper-figure-4": Grid(protocol.FIGURE_4, tuple(range(10)), n_streams=200),
     # The pilot, before the protocol on real text was fixed.
     "text-pilot-small-steps": Grid(text_pilot.SMALL_STEPS, text_pilot.SEEDS[:1], n_streams=200),
+    "text-pilot-few-steps": Grid(text_pilot.FEW_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
@@ -209,7 +222,7 @@ def missing(name: str, models: Collection[str] = ()) -> list[tuple[str, int]]:
     plan = grid(name)
     for model in models:
         require_choice("model", model, plan.jobs)
-    pairs = ((model, seed) for seed in plan.seeds for model in plan.jobs if model in (models or plan.jobs))
+    pairs = [pair for pair in plan.runs() if pair[0] in (models or plan.jobs)]
     return [pair for pair in pairs if not record_path(name, *pair).is_file()]
 
 
@@ -222,7 +235,7 @@ def records(name: str, *, diverged: bool = False) -> list[dict[str, Any]]:
     """
     plan, results = grid(name), []
     for model in plan.jobs:
-        for seed in plan.seeds:
+        for seed in plan.seeds_of(model):
             path = record_path(name, model, seed)
             if path.is_file():
                 record = read_json(path) | {"model_name": model, "seed": seed}

@@ -187,7 +187,7 @@ def differences(trend: Trend, results: Sequence[dict[str, Any]]) -> dict[int, fl
     """The trend's difference by seed, for seeds with both runs among the records `results`, neither diverged."""
     runs = {(record["model_name"], record["seed"]): record for record in results if "diverged" not in record}
     metric, other_metric = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
-    seeds = [seed for seed in grid(trend.grid).seeds if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
+    seeds = [seed for seed in _seeds(trend) if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
     return {seed: metric(runs[trend.model, seed]) - other_metric(runs[trend.other, seed]) for seed in seeds}
 
 
@@ -205,7 +205,13 @@ def _corrected(p_values: Mapping[str, float], families: Mapping[str, object]) ->
 
 
 def _is_complete(trend: Trend, gaps: Mapping[int, float]) -> bool:
-    return set(gaps) == set(grid(trend.grid).seeds)
+    return set(gaps) == set(_seeds(trend))
+
+
+def _seeds(trend: Trend) -> list[int]:
+    """The seeds that both models of a trend have."""
+    plan = grid(trend.grid)
+    return [seed for seed in plan.seeds_of(trend.model) if seed in plan.seeds_of(trend.other)]
 
 
 def _settle_exact(claim: Claim, exact: Exact) -> Claim:
@@ -218,7 +224,7 @@ def _settle_trend(
 ) -> Claim:
     """Settle a trend by its p-value: as it is, corrected within its figure, and over all claims of its protocol."""
     if p_values is None or len(gaps) < LEAST_SEEDS:
-        missing = sorted(set(grid(trend.grid).seeds) - set(gaps))
+        missing = sorted(set(_seeds(trend)) - set(gaps))
         ours = f"n = {len(gaps)}, seeds missing or diverged: {missing}"
         return replace(claim, ours=ours, verdict="not tested", survives=None)
     result = paired(list(gaps.values()))

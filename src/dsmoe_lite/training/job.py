@@ -288,10 +288,10 @@ def _evaluate(
     if job.by_domain:
         torch.manual_seed(job.train.seed)
         untrained = Transformer(model.config).to(model.embed.weight.device)
-        uses = {"untrained": untrained, "trained": model}
+        after, before = (domain_use(one, heldout, len(corpus.domains)) for one in (model, untrained))
         facts["domain_use"] = {
-            name: [to_dict(layer) for layer in domain_use(one, heldout, len(corpus.domains))]
-            for name, one in uses.items()
+            "trained": [to_dict(layer) for layer in after],
+            "untrained": [layer.uncertainty for layer in before],
         }
     if job.active:
         facts["active"] = {str(k): losses(with_active(model, k)) for k in job.active}
