@@ -31,6 +31,7 @@ from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.debian import N_DOCUMENTS, Debian
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.hub import Hub
+from dsmoe_lite.data.inflected import Inflected, InflectedConfig
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.tokenizer import load_tokenizer, read_tokenizer
 from dsmoe_lite.data.world import World, WorldConfig
@@ -44,15 +45,16 @@ from dsmoe_lite.training.record import ENTRIES, READABLE_VERSIONS, Run, run_reco
 from dsmoe_lite.training.train import train
 
 INTERVENTIONS = ("masked", "silenced", "active", "shared_swapped", "shared_silenced", "domain_use")  # if asked for
-CORPORA = ("world", "stdlib", "debian", "folder", "hub")
+CORPORA = ("world", "inflected", "stdlib", "debian", "folder", "hub")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """The corpus: `world` with its settings, `stdlib`, `debian`, `folder` with a path, `hub` with a data set's name."""
+    """The corpus: `world` or `inflected` with settings, `stdlib`, `debian`, `folder` with a path, `hub` with a name."""
 
     kind: str = "world"
     world: WorldConfig = field(default_factory=WorldConfig)
+    inflected: InflectedConfig = field(default_factory=InflectedConfig)
     path: str = ""
     name: str = ""
     sha256: str = ""  # which the corpus's fingerprint must have; empty: any
@@ -60,6 +62,7 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         require_choice("kind", self.kind, CORPORA)
         require_type("world", self.world, WorldConfig)
+        require_type("inflected", self.inflected, InflectedConfig)
         require_type("path", self.path, str)
         require_type("name", self.name, str)
         require_type("sha256", self.sha256, str)
@@ -69,7 +72,8 @@ class CorpusConfig:
     @property
     def n_documents(self) -> int:
         """About how many documents there are for training; 0 if only reading can tell."""
-        return {"world": self.world.n_documents, "debian": N_DOCUMENTS}.get(self.kind, 0)
+        made_up = {"world": self.world.n_documents, "inflected": self.inflected.n_documents}
+        return (made_up | {"debian": N_DOCUMENTS}).get(self.kind, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,10 +164,11 @@ class Job:
         for name in ("masked", "silenced", "active"):
             recorded[name], expected[name] = sorted(record.get(name, {})), sorted(map(str, getattr(self, name)))
         recorded["by_domain"], expected["by_domain"] = "domain_use" in record, self.by_domain
-        if self.corpus.kind == "world":
+        if self.corpus.kind in ("world", "inflected"):
             require_entries(record["corpus"], {"config": dict}, remedy, "corpus.")
-            recorded["corpus"] = to_dict(from_dict(WorldConfig, record["corpus"]["config"]))
-            expected["corpus"] = to_dict(self.corpus.world)
+            config = getattr(self.corpus, self.corpus.kind)
+            recorded["corpus"] = to_dict(from_dict(type(config), record["corpus"]["config"]))
+            expected["corpus"] = to_dict(config)
         elif self.corpus.sha256:
             recorded["sha256"], expected["sha256"] = record["corpus"].get("sha256"), self.corpus.sha256
         require_same(recorded, expected)
@@ -192,6 +197,8 @@ def make_corpus(config: CorpusConfig) -> Corpus:
 def _make_corpus(config: CorpusConfig) -> Corpus:
     if config.kind == "world":
         return World(config.world)
+    if config.kind == "inflected":
+        return Inflected(config.inflected)
     if config.kind == "stdlib":
         return Stdlib()
     if config.kind == "debian":
@@ -208,6 +215,8 @@ def corpus_of(metadata: Mapping[str, Any]) -> Corpus:
     name = corpus.get("name")
     if name == "world":
         return World(from_dict(WorldConfig, corpus["config"]))
+    if name == "inflected":
+        return Inflected(from_dict(InflectedConfig, corpus["config"]))
     if name == "debian":
         return Debian()
     require(name == "stdlib", "corpus", name, "the model file does not locate this text; give a folder of text")
