@@ -39,7 +39,12 @@ MADE_UP = [
 ]
 
 
-INCOMPLETE = ("paper-gpu", "paper-figure-4", "text-pilot-rates")  # the first needs a GPU, the others hours
+INCOMPLETE = (
+    "paper-gpu",
+    "paper-figure-4",
+    "text-pilot-rates",
+    "common-pilot",
+)  # the first needs a GPU, the others hours
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -29,7 +29,7 @@ from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
-from dsmoe_lite.study import pilot, protocol, text_pilot
+from dsmoe_lite.study import common_knowledge, pilot, protocol, text_pilot
 from dsmoe_lite.study.needle import NeedleJob
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
@@ -188,6 +188,8 @@ GRIDS = {
     "text-pilot-small-steps": Grid(text_pilot.SMALL_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-few-steps": Grid(text_pilot.FEW_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
+    # A world with common knowledge: what was tried before its protocol was fixed.
+    "common-pilot": Grid(common_knowledge.PILOT, common_knowledge.PILOT_SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
 
