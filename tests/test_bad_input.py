@@ -128,7 +128,7 @@ def test_a_wrong_name_or_value_is_one_line(
         (JOB.replace("batches: 1", "batches: 99999"), "use fewer or smaller batches"),
         (JOB.replace("n_entities: 40", "n_entities: 0"), "n_entities = 0"),
         (JOB + "first_document: 4000\n", "first_document = 4000"),
-        (MODEL + TRAIN + "corpus: {kind: word}\n", "world, stdlib, folder, hub"),
+        (MODEL + TRAIN + "corpus: {kind: word}\n", "world, inflected, stdlib, debian, folder, hub"),
         (MODEL + TRAIN + "corpus: {kind: folder}\n", "path"),
         (MODEL + TRAIN + "corpus: {kind: hub}\n", "name"),
     ],
