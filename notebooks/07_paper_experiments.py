@@ -46,15 +46,16 @@ lab = begin(globals(), "statsmodels", "scipy")
 # fortieth of its width: $D = 32$ channels, two layers, 2.5 million training tokens. Before anything trained, the expert parameters were
 # counted and compared with the paper's.
 
-# %% tags=["hide-input"]
-from dsmoe_lite.accounting import parameters
+# %%
 from dsmoe_lite.study import ledger
 from dsmoe_lite.study.grids import grid, records
-from dsmoe_lite.study.protocol import CPU, MODELS, UNITS
 
-runs = records("paper")
-claims = ledger.load()
-plan = grid("paper")
+runs, claims, plan = records("paper"), ledger.load(), grid("paper")
+print(f"{len(plan.jobs)} models x {len(plan.seeds)} seeds, {len(runs)} runs recorded")
+
+# %% tags=["hide-input"]
+from dsmoe_lite.accounting import parameters
+from dsmoe_lite.study.protocol import CPU, MODELS, UNITS
 
 standard = parameters(CPU.dense).ffn.total
 print("model        paper, in all        here     standard FFNs: in all, for a token")
@@ -66,7 +67,6 @@ for name in MODELS:
         f"{name:12} {theirs.total / 1e6:9,.0f}M {ours.total:12,}"
         f"   {units[0]:10.4g} {units[1]:10.4g}"
     )
-print(f"{len(plan.jobs)} models x {len(plan.seeds)} seeds, {len(runs)} runs recorded")
 
 # %% [markdown]
 # The name *1+3-of-31* means one shared expert and three of 31 routed ones, each half a standard FFN wide. *deepseekmoe* is 1+7 of 63, each a
