@@ -21,7 +21,14 @@ from dsmoe_lite.config import ModelConfig
 from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.routing.interventions import mask_top, silence, swap_shared, switch_off, with_active
+from dsmoe_lite.routing.interventions import (
+    freeze_gate_norm,
+    mask_top,
+    silence,
+    swap_shared,
+    switch_off,
+    with_active,
+)
 
 TIED = replace(CONFIG, tie_embeddings=True)
 
@@ -83,6 +90,8 @@ INTERVENTIONS: list[Callable[[Transformer], Transformer]] = [
     lambda model: switch_off(model, {0: [1]}),
     lambda model: mask_top(model, 0.2),
     lambda model: silence(model, ranks=[0]),
+    lambda model: silence(model, experts={0: [1]}),
+    freeze_gate_norm,
     lambda model: with_active(switch_off(model, {1: [0]}), 3),
     lambda model: silence(silence(model, shared=True), ranks=[1]),
 ]

@@ -25,14 +25,15 @@ def save_model(path: Path, model: Transformer, **metadata: Any) -> None:
     """Write the weights, the config and any JSON-able `metadata` (training data, tokenizer, commit) to one file.
 
     A compiled model is saved as the model that was compiled. Raises InputError if load_model could not rebuild `model`
-    from its config: a wrapped or changed model, or one with experts switched off, masked or silenced.
+    from its config: a wrapped or changed model, or one that an intervention changed in more than its config.
     """
     model = getattr(model, "_orig_mod", model)
     is_ours = isinstance(model, Transformer)
     require(is_ours, "model", type(model).__name__, "must be a Transformer; pass the one inside, such as model.module")
     tensors = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     for layer in model.moe_layers:
-        intact = not (layer.router.forbidden or layer.router.silenced)
+        router = layer.router
+        intact = not (router.forbidden or router.silenced or router.silenced_experts or router.frozen_norm)
         require(intact, "model", "with interventions", "a file cannot hold them; save the original and intervene again")
     _require_tensors_of(model.config, tensors)
     write_tensors(path, tensors, {"config": to_dict(model.config), **metadata})

@@ -77,15 +77,19 @@ class Router(nn.Module):
 
     Where tokens compete for slots, those of each of `groups` parts of the batch do so apart: GShard's groups.
 
-    `layer` is the block's number, for error lines. Two settings are for experiments on a trained router
-    (`routing.interventions`): each of `forbidden` takes the scores (T, E) and returns which experts (T, E) a token may
-    not choose, and choices of the ranks `silenced`, 0 the best, are not kept. Gates stay what the scores make them.
+    `layer` is the block's number, for error lines. Four settings are for experiments on a trained router
+    (`routing.interventions`). Each of `forbidden` takes the scores (T, E) and returns which experts (T, E) a token may
+    not choose. Choices of the ranks `silenced`, 0 the best, and of the experts `silenced_experts` are not kept; the
+    other gates stay as they are. With `frozen_norm`, `norm_topk_prob` divides by the sum of the scores that the token
+    would have chosen if nothing were forbidden.
     """
 
     hash_table: Tensor
     expert_bias: Tensor
     forbidden: tuple[Callable[[Tensor], Tensor], ...] = ()
     silenced: frozenset[int] = frozenset()
+    silenced_experts: frozenset[int] = frozenset()
+    frozen_norm: bool = False
 
     def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
@@ -126,10 +130,10 @@ class Router(nn.Module):
         logits = clean if noise_scale is None else clean + torch.randn_like(clean) * noise_scale
         self._check_finite("router logits", logits)
         scores = _sigmoid(logits) if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        topk_ids = self._choose(scores)
+        topk_ids = self._choose(scores, self.forbidden)
         chosen = topk_ids >= 0
         affinities = scores.gather(1, topk_ids.clamp(min=0)) * chosen
-        shares = affinities / (affinities.sum(dim=1, keepdim=True) + TINY) if self.config.norm_topk_prob else affinities
+        shares = affinities / (self._norm(scores, affinities) + TINY) if self.config.norm_topk_prob else affinities
         kept = chosen & self._kept(topk_ids, affinities, shares, batch_shape)
         added = {} if noise_scale is None else {"clean_logits": clean, "noise_scale": noise_scale}
         return Routing(logits, scores, topk_ids, shares * self._scale(), kept, batch_shape, **added)
@@ -149,18 +153,24 @@ class Router(nn.Module):
             layer = "" if self.layer is None else f" of layer {self.layer}"
             raise RunError(f"{name}{layer}: NaN or infinite; check the input, or lower the learning rate")
 
-    def _choose(self, scores: Tensor) -> Tensor:
+    def _norm(self, scores: Tensor, affinities: Tensor) -> Tensor:
+        """What `norm_topk_prob` divides by: scores (T, E), those of the chosen (T, K) -> (T, 1)."""
+        if self.frozen_norm and self.forbidden:
+            affinities = scores.gather(1, self._choose(scores, ()))
+        return affinities.sum(dim=1, keepdim=True)
+
+    def _choose(self, scores: Tensor, forbidden: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
         config, ranked = self.config, scores.detach()
         if config.chooser == "expert":
             return expert_choice(ranked, capacity(scores.shape[0], config.top_k, config.n_routed_experts, 1.0))
         if config.expert_bias:
             ranked = ranked + self.expert_bias
-        for forbid in self.forbidden:
+        for forbid in forbidden:
             ranked = ranked.masked_fill(forbid(scores.detach()), -math.inf)
         if config.topk_group < config.n_group:
             ranked = limit_groups(ranked, config.n_group, config.topk_group, config.group_score)
         topk_ids = ordered_topk(ranked, config.top_k)
-        if self.forbidden:
+        if forbidden:
             reached = int(ranked.gather(1, topk_ids).isfinite().sum(dim=1).min()) if len(topk_ids) else config.top_k
             require(reached == config.top_k, "experts left", reached, f"must be top_k = {config.top_k}: forbid fewer")
         return topk_ids
@@ -185,6 +195,9 @@ class Router(nn.Module):
             kept &= within_budget(groups, affinities, config.n_group, budget, exempt)
         for rank in self.silenced:
             kept[:, rank : rank + 1] = False  # empty for a rank that this batch does not have
+        if self.silenced_experts:
+            silenced = torch.tensor(sorted(self.silenced_experts), device=topk_ids.device)
+            kept &= ~torch.isin(topk_ids, silenced)
         return kept
 
     def _by_table(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:

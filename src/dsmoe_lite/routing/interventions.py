@@ -1,7 +1,7 @@
 """Ablations of a trained model: copies with experts removed, masked or exchanged, to measure what they were worth.
 
 Interventions compose: each keeps those of the model it is given. `save_model` refuses a model with experts switched
-off, masked or silenced, because its file could not record them.
+off, masked or silenced, or with a frozen gate norm, because its file could not record them.
 """
 
 from collections.abc import Collection, Mapping
@@ -57,12 +57,20 @@ def swap_shared(model: Transformer, more_routed: int) -> Transformer:
     return changed
 
 
-def silence(model: Transformer, *, shared: bool = False, ranks: Collection[int] = ()) -> Transformer:
-    """Zero-ablation: return a copy of `model` in which shared experts, or chosen experts of these ranks, add nothing.
+def silence(
+    model: Transformer,
+    *,
+    shared: bool = False,
+    ranks: Collection[int] = (),
+    experts: Mapping[int, Collection[int]] | None = None,
+) -> Transformer:
+    """Zero-ablation: return a copy of `model` in which some experts add nothing, as if their gates were 0.
 
-    Rank 0 is a token's best expert. No other expert is chosen instead, and the other gates keep their values: in every
-    MoE layer the sum of DeepSeekMoE Eq 9 (arXiv:2401.06066) lacks these terms. Raises InputError if there are no shared
-    experts to silence, or if a rank is not below top_k.
+    shared: the shared experts. ranks: each token's chosen experts of these ranks, 0 the best, in every MoE layer.
+    experts: {MoE layer: routed experts}, layers counted from 0 over the MoE layers. No other expert is chosen instead,
+    and the other gates keep their values: the sum of DeepSeekMoE Eq 9 (arXiv:2401.06066) lacks these terms. Raises
+    InputError if there are no shared experts to silence, if a rank is not below top_k, or for a layer or an expert that
+    does not exist.
     """
     moe = model.config.moe
     require(moe is not None, "moe", moe, "the model has no experts to silence")
@@ -72,6 +80,9 @@ def silence(model: Transformer, *, shared: bool = False, ranks: Collection[int] 
     changed = swap_shared(model, 0) if shared else deepcopy(model)
     for layer in changed.moe_layers:
         layer.router.silenced |= set(ranks)
+    for number, silenced in (experts or {}).items():
+        _require_experts(changed, number, silenced)
+        changed.moe_layers[number].router.silenced_experts |= set(map(int, silenced))
     return changed
 
 
@@ -79,20 +90,37 @@ def switch_off(model: Transformer, experts: Mapping[int, Collection[int]]) -> Tr
     """Return a copy of `model` in which no token may choose these experts; the next best experts replace them.
 
     experts: {MoE layer: experts}, layers counted from 0 over the MoE layers. Scores are not normalised again over the
-    remaining experts. Raises InputError for a layer or an expert that does not exist, if fewer than top_k experts would
-    be left, or if experts are not chosen by score.
+    remaining experts, but gates are, in a model with `norm_topk_prob`: see `freeze_gate_norm`. Raises InputError for a
+    layer or an expert that does not exist, if fewer than top_k experts would be left, or if experts are not chosen by
+    score.
     """
     moe = _chosen_by_score(model.config.moe)
     changed, E = deepcopy(model), moe.n_routed_experts
     for layer, disabled in experts.items():
-        require_int("layer", layer, 0, len(changed.moe_layers) - 1)
-        for e in disabled:
-            require_int("expert", e, 0, E - 1)
+        _require_experts(changed, layer, disabled)
         router = changed.moe_layers[layer].router
         router.forbidden += (SwitchedOff(frozenset(disabled)),)
         off = set().union(*(forbid.experts for forbid in router.forbidden if isinstance(forbid, SwitchedOff)))
         left = E - len(off)
         require(left >= moe.top_k, "experts left", left, f"must be at least top_k = {moe.top_k}: switch fewer off")
+    return changed
+
+
+def freeze_gate_norm(model: Transformer) -> Transformer:
+    """Return a copy of `model` in which no gate grows because other experts are switched off or masked.
+
+    A model with `norm_topk_prob` divides the K chosen scores by their sum. Forbidding experts lowers the sum, so the
+    experts that stay, and those that replace the forbidden ones, get more weight than in a model that does not divide.
+    The copy divides by the sum of the scores that the token would have chosen if nothing were forbidden: experts that
+    stay keep their gates, a replacement gets its own score on the same scale, and a token that had chosen no forbidden
+    expert gets exactly the same output from the layer. Without `norm_topk_prob` all of this holds already. Gates (T, K)
+    may then sum to less than before. Apply it before or after `switch_off` and `mask_top`. Raises InputError if experts
+    are not chosen by score.
+    """
+    _chosen_by_score(model.config.moe)
+    changed = deepcopy(model)
+    for layer in changed.moe_layers:
+        layer.router.frozen_norm = True
     return changed
 
 
@@ -140,6 +168,14 @@ def _with_config(model: Transformer, moe: MoEConfig) -> Transformer:
     for layer in changed.moe_layers:
         layer.router.config = moe
     return changed
+
+
+def _require_experts(model: Transformer, layer: int, experts: Collection[int]) -> None:
+    """Require that this MoE layer, and these routed experts in it, exist."""
+    assert model.config.moe is not None
+    require_int("layer", layer, 0, len(model.moe_layers) - 1)
+    for e in experts:
+        require_int("expert", e, 0, model.config.moe.n_routed_experts - 1)
 
 
 def _chosen_by_score(moe: MoEConfig | None) -> MoEConfig:
