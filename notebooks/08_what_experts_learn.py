@@ -66,7 +66,7 @@ from dsmoe_lite.common.errors import require, require_choice
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.folder import Folder
-from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.data.tokenizer import END, read_tokenizer
 from dsmoe_lite.routing.metrics import drop_rate, load
 from dsmoe_lite.training.job import corpus_of
 
@@ -823,7 +823,7 @@ from dsmoe_lite.viz.explorer import explore
 explore(
     {name: models[name]},
     tokenizer,
-    tokenizer.decode(tokens[0].tolist(), skip_special_tokens=False),
+    tokenizer.decode(tokens[0].tolist(), skip_special_tokens=False).replace(END, "\n"),
     window=length,
     layer=layer,
     expert=best,

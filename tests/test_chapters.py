@@ -49,7 +49,7 @@ FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
         {"checkpoint": str(paths.DATA / "models" / "world-deepseekmoe.safetensors")},
         {
             "checkpoint": str(paths.DATA / "models" / "paper-gshard-seed1.safetensors"),
-            "text_folder": str(paths.NOTEBOOKS),
+            "text_folder": str(paths.DATA / "runs" / "neighbours"),
             "domain": "text",
         },
     ],
