@@ -48,3 +48,5 @@ SMALL_STEPS = _at(0.0025, SMALL, "dense", "1+7-of-63-m") | _at(0.005, SMALL, "de
 FEW_STEPS = _at(0.00125, tier(500), "dense", "switch")
 # Two rates for every model, at the shorter of the two lengths of the protocol.
 RATES = {name: job for lr in (0.005, 0.0025) for name, job in _at(lr, tier(1000), *MODELS).items()}
+# The better rate of each, on two more seeds, to measure the spread over seeds.
+SPREAD = {name: RATES[name] for name in ("0.005-dense", "0.0025-gshard", "0.005-0+2-of-16", "0.0025-1+7-of-63-m")}
