@@ -42,7 +42,7 @@ MADE_UP = [
 INCOMPLETE = (
     "paper-gpu",
     "paper-figure-4",
-    "text-pilot-rates",
+    "text-pilot-spread",
     "common-pilot",
 )  # the first needs a GPU, the others hours
 
