@@ -102,7 +102,7 @@ def _panel(
 ) -> Any:
     """`n_lines`: lines of the longest column name; `label_width`: px for the names of the rows, 0 to leave them out."""
     # every word of a name takes a line; Vega places the first line, the others need padding
-    x_axis = alt.Axis(orient="top", labelAngle=0, labelFontSize=11, labelOverlap=False, labelColor=theme.LIGHT["ink"],
+    x_axis = alt.Axis(orient="top", labelAngle=0, labelFontSize=10, labelOverlap=False, labelColor=theme.LIGHT["ink"],
                       labelExpr="split(datum.label, ' ')", labelLineHeight=LINE, labelPadding=6 + LINE * (n_lines - 1),
                       grid=False)  # fmt: skip
     x = alt.X("kind:N", sort=columns, title=None, axis=x_axis)
