@@ -9,6 +9,8 @@ from dsmoe_lite.viz import charts, renderer
 
 EXPERTS = 8
 DOMAINS = ("facts", "arithmetic", "brackets", "code", "language B")
+ABLATIONS = ("1st choice", "shared expert", "2nd choice", "3rd choice")
+MANY_KINDS = ("function word", "mark", "first name", "last name", "relation", "value", "second language", *DOMAINS[1:4])
 MODELS = ("dense", "dense, 2x width", "GShard top-2", "Switch top-1")
 
 
@@ -259,6 +261,14 @@ def every_chart() -> dict[str, Any]:
         ),
         "effect_matrix, one": charts.effect_matrix(
             [{"model": "a", "without": a, "on": b, "value": -0.1} for a in "xy" for b in "xy"]
+        ),
+        "ablation_matrix": charts.ablation_matrix(
+            [{"kind": kind, "effect": effect, "value": 0.9 / (1 + i) ** 2 - 0.01 * j + 0.001 * part, "part": part}
+             for i, effect in enumerate(ABLATIONS) for j, kind in enumerate(MANY_KINDS) for part in range(3)],
+            overall={effect: 0.5 / (1 + i) ** 2 for i, effect in enumerate(ABLATIONS)}, apart=ABLATIONS[0],
+        ),
+        "ablation_matrix, one": charts.ablation_matrix(
+            [{"kind": "code", "effect": "all experts", "value": -0.1}], overall={"all experts": 0.0}
         ),
         "expert_worth": charts.expert_worth(
             [{"model": m, "expert": e, "counted": 1 + (e * 7 % 5) / 4, "worth": 0.02 * (e % 3) - 0.005}

@@ -19,7 +19,17 @@ from PIL import Image
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.stats import mean_and_half_width
-from dsmoe_lite.viz import charts, curves, effects_by_kind, finer_experts, helpers, renderer, theme, token_routing
+from dsmoe_lite.viz import (
+    ablation_matrix,
+    charts,
+    curves,
+    effects_by_kind,
+    finer_experts,
+    helpers,
+    renderer,
+    theme,
+    token_routing,
+)
 
 NAMES = list(chart_samples.every_chart())
 
@@ -343,6 +353,53 @@ def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():
         charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
 
 
+def test_an_ablation_matrix_frames_the_largest_of_each_column_but_one_and_has_one_scale():
+    means = {("first", "a"): 4.0, ("first", "b"): 1.0, ("shared", "a"): 0.25, ("shared", "b"): -0.0004,
+             ("second", "a"): 0.01, ("second", "b"): 0.04}  # fmt: skip
+    rows = [
+        {"kind": kind, "effect": effect, "value": mean + shift, "part": part}
+        for (effect, kind), mean in means.items()
+        for part, shift in enumerate((-0.001, 0.0, 0.001))
+    ]
+    overall = {"first": 2.0, "shared": 0.1, "second": 0.02}
+    chart = charts.ablation_matrix(rows, overall=overall, overall_is="all", apart="first")
+    left, right = chart.to_dict()["hconcat"]
+    (cells,) = all_values(right)
+    assert {(cell["effect"], cell["kind"]): cell["value"] for cell in cells} == pytest.approx(means)
+    assert {(c["effect"], c["kind"]) for c in cells if c["framed"]} == {("shared", "a"), ("second", "b")}
+    assert next(c["text"] for c in cells if (c["effect"], c["kind"]) == ("shared", "b")) == "0.000"
+    assert {cell["interval"] for cell in cells} == {" ± 0.002"}  # t(0.975, 2) * 0.001 / sqrt(3)
+    (at_left,) = all_values(left)
+    assert {cell["effect"]: cell["value"] for cell in at_left} == overall
+    assert [cell["effect"] for cell in at_left if cell["framed"]] == ["shared"]
+    for panel in (left, right):
+        boxes, frames, numbers = panel["layer"]
+        scale = boxes["encoding"]["color"]["scale"]
+        assert (scale["type"], scale["domain"]) == ("sqrt", [0.0, 4.0])
+        assert frames["transform"] == [{"filter": "datum.framed"}]
+        deep_from = numbers["encoding"]["color"]["condition"]["test"]
+        assert deep_from == f"datum.value > {theme.DEEP_FROM**2 * 4:.4g}"
+        assert boxes["encoding"]["y"]["sort"] == ["first", "shared", "second"]
+    assert "Largest apart from first: all shared 0.100, a shared 0.250 and b second 0.040." in chart.description
+    widths = [panel["width"] for panel in (left, right)]
+    assert widths[1] == 2 * widths[0]
+    everything = charts.ablation_matrix(rows, overall=overall).to_dict()
+    (cells,) = all_values(everything["hconcat"][1])
+    assert {cell["effect"] for cell in cells if cell["framed"]} == {"first"}
+
+
+def test_column_names_of_an_ablation_matrix_take_a_line_per_word_above_the_cells():
+    def top_of_cells_and_lowest_name(kinds):
+        rows = [{"kind": kind, "effect": "e", "value": 0.5} for kind in kinds]
+        chart = charts.ablation_matrix(rows, overall={"e": 0.5}, overall_is="all")
+        axes = [p["layer"][0]["encoding"]["x"]["axis"] for p in chart.to_dict()["hconcat"]]
+        assert len({axis["labelPadding"] for axis in axes}) == 1  # names of both panels start at one height
+        return axes[0]["labelPadding"]
+
+    one_line, two_lines = (top_of_cells_and_lowest_name(kinds) for kinds in (["x", "y"], ["x", "y z"]))
+    assert two_lines - one_line == ablation_matrix.LINE
+
+
 def test_effects_are_means_over_parts_and_the_largest_is_highlighted():
     rows = [
         {"kind": kind, "effect": "e", "value": value, "part": part}
@@ -413,6 +470,17 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (
             lambda: charts.effects_by_kind([{"kind": "k", "effect": e, "value": 1.0} for e in range(5)], overall={}),
             "effects = 5",
+        ),
+        (lambda: charts.ablation_matrix([{"kind": "k", "effect": "e", "value": 1}], overall={"f": 1}), "'e'"),
+        (
+            lambda: charts.ablation_matrix([{"kind": "k", "effect": "e", "value": 1}], overall={"e": 1}, apart="f"),
+            "apart = 'f': must be one of e",
+        ),
+        (
+            lambda: charts.ablation_matrix(
+                [{"kind": str(k), "effect": "e", "value": 1} for k in range(20)], overall={"e": 1}
+            ),
+            "kinds = 20",
         ),
         (lambda: charts.loss_table([{"loss": "z", "routing": "a", "value": 1.0}], balanced="b"), "balanced = 'b'"),
         (lambda: charts.balance_scatter([{"method": "m", "gap": 1.0}]), "no 'family'"),

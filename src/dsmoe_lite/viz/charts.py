@@ -1,5 +1,6 @@
 """Every chart of the course by name: a function from plain rows to an Altair chart with a title and a description."""
 
+from dsmoe_lite.viz.ablation_matrix import ablation_matrix
 from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
 from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
 from dsmoe_lite.viz.coactivation import coactivation
@@ -22,6 +23,7 @@ from dsmoe_lite.viz.token_routing import token_routing
 from dsmoe_lite.viz.trend_intervals import trend_intervals
 
 __all__ = [
+    "ablation_matrix",
     "balance_scatter",
     "bank_groups",
     "cache_by_design",
