@@ -772,7 +772,7 @@ claim("the null of that", rows[1]["null"], (0.12, 0.24))
 
 # %% [markdown]
 # **What to notice.** The null is nowhere near 1/16. A token seen once has all of its occurrences at one expert, whatever
-# the router does, and most of a vocabulary is rare. SendPlan rare tokens out brings the null down; the router stays far
+# the router does, and most of a vocabulary is rare. Leaving rare tokens out brings the null down; the router stays far
 # above it. So the word decides much, and a number without its null would have said so for dice as well. (Chapter 00 counted
 # every occurrence; here every word counts once, so rare words weigh more, and so does chance.)
 #
