@@ -41,7 +41,7 @@ lab = begin(globals(), "statsmodels", "scipy")
 # %% [markdown]
 # ## What was asked
 #
-# The paper's validation experiments compare models of equal cost. It counts in **standard FFNs**: one is the FFN of the dense model. Most models store 16 of them,
+# The paper's validation experiments compare models of equal cost. The paper counts in **standard FFNs**: one is the FFN of the dense model. Most models store 16 of them,
 # however finely they are cut, and use two for a token. Our models have the paper's numbers of experts at a
 # fortieth of its width: $D = 32$ channels, two layers, 2.5 million training tokens. Before anything trained, the expert parameters were
 # counted and compared with the paper's.
