@@ -63,11 +63,11 @@ def test_endings_are_used_alike_and_depend_on_hour_and_place() -> None:
     counts = Counter(ending for row in table for ending in row)
     assert len(counts) == 4
     assert min(counts.values()) > 256 / 4 / 2
-    assert len({tuple(row) for row in table}) == 16  # the place alone does not tell
+    assert len({tuple(row) for row in table}) == 16  # the place alone does not decide
     assert len({tuple(column) for column in zip(*table, strict=True)}) == 16
 
 
-def test_words_are_distinct_tokens() -> None:
+def test_words_are_distinct() -> None:
     corpus = Inflected(SMALL)
     words = [word for kind in corpus.words.values() for word in kind]
     assert len(set(words)) == len(words)

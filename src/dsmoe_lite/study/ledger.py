@@ -56,19 +56,6 @@ EXACT: dict[str, Callable[..., float]] = {
     "yarn_scale": _yarn_scale,
 }
 
-
-def _rise(record: Mapping[str, Any], changed: Mapping[str, Any]) -> float:
-    """By how many bits per byte an intervention raises the held-out loss."""
-    rise = changed["heldout_loss"] - record["heldout_loss"]
-    return rise * record["heldout_bits_per_byte"]["all"] / record["heldout_loss"]
-
-
-def _sixteenth(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The results with each token's best sixteenth of the experts masked, and silenced."""
-    n_experts = record["model"]["moe"]["n_routed_experts"]
-    return record["masked"][str(1 / 16)], record["silenced"][str(round(n_experts / 16))]
-
-
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "loss": lambda record: record["heldout_loss"],
     "recall, frequent people": lambda record: record["recall"]["head"],
@@ -80,17 +67,6 @@ METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rise, best experts masked": lambda record: (
         mean(masked["heldout_loss"] for masked in record["masked"].values()) - record["heldout_loss"]
     ),
-    "bits per byte": lambda record: record["heldout_bits_per_byte"]["all"],
-    "rise, best sixteenth replaced": lambda record: _rise(record, _sixteenth(record)[0]),
-    "gain of replacements, best sixteenth": lambda record: (
-        _rise(record, _sixteenth(record)[1]) - _rise(record, _sixteenth(record)[0])
-    ),
-    "rise, shared expert swapped": lambda record: _rise(record, record["shared_swapped"]),
-    "rise, best routed expert replaced": lambda record: _rise(
-        record, record["masked"][str(1 / record["model"]["moe"]["n_routed_experts"])]
-    ),
-    "domain in the choice": lambda record: mean(layer["uncertainty"] for layer in record["domain_use"]["trained"]),
-    "domain in the choice, untrained": lambda record: mean(record["domain_use"]["untrained"]),
     "needles at 256, RoPE": lambda record: mean(record["recall"]["plain"]["256"]),
     "needles at 256, YaRN": lambda record: mean(record["recall"]["yarn"]["256"]),
     "needles at 256, RoPE trained on": lambda record: mean(record["recall"]["plain-extended"]["256"]),
@@ -200,8 +176,9 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
         if claim.exact is not None:
             return _settle_exact(claim, claim.exact)
         if claim.trend is not None:
-            p = claim.id in p_values and (p_values[claim.id], by_figure[claim.id], by_protocol.get(claim.id))
-            return _settle_trend(claim, claim.trend, gaps[claim.id], p or None)
+            tested = claim.id in p_values
+            p = (p_values[claim.id], by_figure[claim.id], by_protocol.get(claim.id)) if tested else None
+            return _settle_trend(claim, claim.trend, gaps[claim.id], p)
         return replace(claim, ours="", verdict="not tested", survives=None)
 
     return [settled(claim) for claim in claims]
