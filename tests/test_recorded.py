@@ -42,7 +42,7 @@ MADE_UP = [
 INCOMPLETE = (
     "paper-gpu",
     "paper-figure-4",
-    "text-pilot-spread",
+    "text-pilot-rates-again",
     "common-pilot",
 )  # the first needs a GPU, the others hours
 

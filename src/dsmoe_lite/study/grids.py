@@ -189,6 +189,7 @@ GRIDS = {
     "text-pilot-few-steps": Grid(text_pilot.FEW_STEPS, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-rates": Grid(text_pilot.RATES, text_pilot.SEEDS[:1], n_streams=200),
     "text-pilot-spread": Grid(text_pilot.SPREAD, text_pilot.SEEDS[1:], n_streams=200),
+    "text-pilot-rates-again": Grid(text_pilot.RATES_AGAIN, text_pilot.SEEDS[1:], n_streams=200),
     # A world with common knowledge: what was tried before its protocol was fixed.
     "common-pilot": Grid(common_knowledge.PILOT, common_knowledge.PILOT_SEEDS[:1], n_streams=200),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),

@@ -50,3 +50,5 @@ FEW_STEPS = _at(0.00125, tier(500), "dense", "switch")
 RATES = {name: job for lr in (0.005, 0.0025) for name, job in _at(lr, tier(1000), *MODELS).items()}
 # The better rate of each, on two more seeds, to measure the spread over seeds.
 SPREAD = {name: RATES[name] for name in ("0.005-dense", "0.0025-gshard", "0.005-0+2-of-16", "0.0025-1+7-of-63-m")}
+# The spread is as large as what the rates differ by, so all other rates on these seeds too.
+RATES_AGAIN = {name: job for name, job in RATES.items() if name not in SPREAD}
