@@ -7,9 +7,10 @@ import pytest
 import torch
 from training_samples import CONFIG, SMALL, make, small_world
 
-from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.batches import Batch, heldout_batches
+from dsmoe_lite.data.tokenizer import END_ID
 from dsmoe_lite.data.world import Question
-from dsmoe_lite.evaluate import heldout_loss, recall
+from dsmoe_lite.evaluate import HeldOut, bits_per_byte, domain_use, heldout_loss, recall
 from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
@@ -74,6 +75,66 @@ def test_heldout_use_of_experts_is_counted_over_all_batches() -> None:
         assert 0 < use.overflow < use.drop_rate < 1
     dense = replace(preset("course-dense"), d_model=32, vocab_size=tokenizer.get_vocab_size())
     assert heldout_loss(Transformer(dense), batches, world.domains).experts == []
+
+
+def test_bits_per_byte_are_of_the_bytes_of_the_text() -> None:
+    """Two rows of one document each, with letters of one, two and three bytes; the end of a document has none."""
+    _, tokenizer = small_world()
+    texts, domains = ("a ceiling", "né à 东京"), ("plain", "accents", "absent")
+    rows = [[END_ID, *tokenizer.encode(text).ids, END_ID] for text in texts]
+    n = [len(row) - 1 for row in rows]  # targets
+    width = max(map(len, rows))
+    nats, total = {"plain": 3.5, "accents": 1.25}, sum(n)
+    batches = [
+        Batch(torch.tensor([row]), torch.full((1, len(row)), label, dtype=torch.uint8))
+        for label, row in enumerate(rows)
+    ]
+    assert width > min(n)  # the rows differ, so a mean over rows would be another number
+    mean = (3.5 * n[0] + 1.25 * n[1]) / total
+    bits = bits_per_byte(HeldOut(mean, nats, []), batches, tokenizer, domains)
+    n_bytes = [len(text.encode()) for text in texts]
+    assert n_bytes == [9, 13]
+    assert bits == pytest.approx(
+        {
+            "plain": 3.5 * n[0] / 9 / math.log(2),
+            "accents": 1.25 * n[1] / 13 / math.log(2),
+            "all": (3.5 * n[0] + 1.25 * n[1]) / 22 / math.log(2),
+        }
+    )
+
+
+def test_domain_use_counts_the_choices_of_each_domain() -> None:
+    model, _ = make()
+    world, tokenizer = small_world()
+    for layer in model.moe_layers:
+        torch.nn.init.normal_(layer.router.weight, std=0.3)
+    batches = heldout_batches(world, tokenizer, 4, 32, 8)
+    n_domains, E = len(world.domains), 16
+    uses = domain_use(model, batches, n_domains)
+    pairs: list[list[tuple[int, list[int]]]] = [[], []]
+    with torch.no_grad():
+        for batch in batches:
+            for layer, routing in enumerate(model.eval()(batch.tokens[:, :-1]).routings):
+                labels = batch.domains[:, :-1].flatten().tolist()
+                pairs[layer] += list(zip(labels, routing.topk_ids.tolist(), strict=True))
+    for use, found in zip(uses, pairs, strict=True):
+        counts = [[sum(ids.count(e) for label, ids in found if label == d) for e in range(E)] for d in range(n_domains)]
+        assert use.counts == counts
+        assert use.uncertainty == pytest.approx(theils_u([(label, ids[0]) for label, ids in found]), abs=1e-6)
+        assert 0 < use.null < use.uncertainty < 1
+
+    one = [Batch(batch.tokens, torch.zeros_like(batch.domains)) for batch in batches]
+    assert [(use.uncertainty, use.null) for use in domain_use(model, one, 1)] == [(0, 0), (0, 0)]
+
+
+def theils_u(pairs: list[tuple[int, int]]) -> float:
+    """How much of the second of a pair the first determines: its mutual information over the second's entropy."""
+
+    def entropy(values: list[object]) -> float:
+        return -sum(values.count(v) / len(values) * math.log(values.count(v) / len(values)) for v in set(values))
+
+    first, second = ([pair[i] for pair in pairs] for i in (0, 1))
+    return (entropy([*first]) + entropy([*second]) - entropy([*pairs])) / entropy([*second])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -20,10 +20,14 @@ from dsmoe_lite.cli import main
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import DivergedError, InputError, RunError
 from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, to_dict
+from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.folder import Folder
 from dsmoe_lite.data.stdlib import Stdlib
 from dsmoe_lite.data.world import World, WorldConfig
+from dsmoe_lite.evaluate import bits_per_byte, domain_use, heldout_loss
+from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
+from dsmoe_lite.routing.interventions import mask_top, silence
 from dsmoe_lite.study import grids
 from dsmoe_lite.study.grids import Grid, missing, record_path, records, run_missing
 from dsmoe_lite.training.config import TrainConfig
@@ -370,6 +374,36 @@ def test_a_shared_expert_without_replacement_is_not_an_error() -> None:
     assert "shared_swapped" not in record
     one = replace(every, top_k=1)
     assert run_job(replace(JOB, model=replace(JOB.model, moe=one)))["shared_swapped"]["heldout_loss"] > 0
+
+
+def test_a_record_has_the_interventions_and_domains_that_were_asked_for(tmp_path: Path) -> None:
+    job = replace(JOB, masked=(1 / 16,), silenced=(1, 2), by_domain=True)
+    record = run_job(job, tmp_path)
+    model, corpus = load_model(tmp_path / "model.safetensors"), World(WORLD)
+    tokenizer = Tokenizer.from_str(read_metadata(tmp_path / "model.safetensors")["tokenizer"])
+    batches = heldout_batches(corpus, tokenizer, 64, 16, 2)
+
+    def loss(changed: Transformer) -> float:
+        return heldout_loss(changed, batches, corpus.domains).loss
+
+    found = {n: record["silenced"][n]["heldout_loss"] for n in ("1", "2")}
+    assert found == pytest.approx({"1": loss(silence(model, ranks=[0])), "2": loss(silence(model, ranks=[0, 1]))})
+    assert record["masked"]["0.0625"]["heldout_loss"] == pytest.approx(loss(mask_top(model, 1 / 16)))
+    assert len({record["heldout_loss"], *found.values()}) == 3
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.train.seed)
+        untrained = Transformer(model.config)
+    n_domains = len(corpus.domains)
+    assert record["domain_use"] == {
+        "trained": [to_dict(use) for use in domain_use(model, batches, n_domains)],
+        "untrained": [use.uncertainty for use in domain_use(untrained, batches, n_domains)],
+    }
+    bits = bits_per_byte(heldout_loss(model, batches, corpus.domains), batches, tokenizer, corpus.domains)
+    assert record["heldout_bits_per_byte"] == pytest.approx(bits)
+    job.check_record(record)
+    for other in (replace(job, silenced=(1,)), replace(job, by_domain=False)):
+        with pytest.raises(InputError):
+            other.check_record(record)
 
 
 def test_a_record_of_other_settings_is_refused_with_the_first_difference(
