@@ -333,7 +333,7 @@ charts.training_curves(rows, title="How fast does the model learn its world?")
 # The first loss is $\ln V$: a uniform guess. The curve falls fast at first, then slowly. Held-out documents, never trained
 # on, tell what was learnt:
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.evaluate import heldout_loss
 

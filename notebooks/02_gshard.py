@@ -363,7 +363,7 @@ charts.effects_by_kind(
     subtitle="Dashed: what every part would lose if the place did not matter.",
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 gap = by_place[-1] - by_place[0]
 claim("choices dropped, last eighth of the batch minus first", gap, (0.15, 0.4))
 claim("first choices dropped", 1 - found[:, 0].float().mean(), (0.0, 0.01))
@@ -708,7 +708,7 @@ charts.domain_heatmap(
     "tokens that choose the expert, with the share of all tokens beneath.",
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 chance = null_specialization(ids, N_experts)
 for each, interval in {"digit": (0.45, 0.7), "punctuation": (0.25, 0.5)}.items():
     share = table[TYPES.index(each)]
@@ -764,7 +764,7 @@ charts.specialization_against_null(
     ],
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 claim("vocabulary specialization, first layer", rows[0]["value"], (0.68, 0.82))
 claim("the null of it", rows[0]["null"], (0.42, 0.55))
 claim("first layer, frequent tokens", rows[1]["value"], (0.52, 0.68))
@@ -867,7 +867,7 @@ for at in range(2):
     said = {f"e{e}": f"{after[at, e][0]} {after[at, e][1]:.0%}" for e in top}
     report(**{f"layer_{at}_missed_most_after": said})
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 from dsmoe_lite.data.tokenizer import END_ID
 
 most_missed = max(range(N_experts), key=lambda e: rise[0, e])

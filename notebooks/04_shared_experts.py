@@ -196,7 +196,7 @@ charts.effects_by_kind(
     subtitle="Effective number of experts, by what is due next. Dashed: all places.",
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 from statistics import mean
 
 for kind in ("function word", "value"):
@@ -403,7 +403,7 @@ charts.effects_by_kind(
     ],
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 claim("share of the shared expert, layer 0", overall["layer 0"], (0.2, 0.27))
 claim("share of the shared expert, layer 1", overall["layer 1"], (0.1, 0.2))
 longer = torch.cat(first_longer).double().mean()
@@ -686,7 +686,7 @@ charts.loss_against_disabled(
     rows, relative=True, title="Whose experts can be replaced?"
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 by_share = {
     name: [row["loss"] - intact_loss[name] for row in rows if row["model"] == name]
     for name in both
@@ -746,7 +746,7 @@ charts.loss_against_active(
     subtitle="Dashed: GShard with its 2 of 16 wide experts.",
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 losses_by_active = {row["active"]: row["loss"] for row in rows}
 lead = intact_loss["GShard"] - losses_by_active[routed_k]
 claim("GShard minus DeepSeekMoE, all 7 active", lead, (-0.015, 0.02))

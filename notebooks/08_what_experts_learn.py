@@ -253,7 +253,7 @@ charts.specialization_against_null(
     subtitle=f"Mark: the router. Tick: {draws} shuffles of its choices, by rows.",
 )
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 explained = {(row["what"], row["layer"]): row for row in rows}
 for name, found in seen.items():
     last = len(found.routings) - 1
@@ -567,7 +567,7 @@ for name, model in models.items():
             print(f"  {where:21} {what:13} {seed_line(by_run)}")
             related[name, number, what] = mean(by_run.values())
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 for name, model in models.items():
     last = len(model.moe_layers) - 1
     for number, of_load in ((0, (0.05, 0.8)), (last, (-0.4, 0.15))):

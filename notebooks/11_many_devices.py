@@ -339,7 +339,7 @@ whole = sum(p.numel() for p in model.moe_layers[0].experts.parameters())
 assert held * P == whole
 print(f"weights of a layer's experts: {whole:,}, in each process {held:,}")
 
-# %% tags=["trained"]
+# %% tags=["trained", "hide-cell"]
 fall = losses[0][0] - losses[0][-1]
 claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=lab.own)
 

@@ -18,7 +18,7 @@ from dsmoe_lite.labs.chapters import chapter_schema, chapters
 from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
 from dsmoe_lite.labs.parameters import check_value, find_parameter
-from dsmoe_lite.labs.refresh import LIMIT, WIDGET_STATE
+from dsmoe_lite.labs.refresh import FOLDED, LIMIT, WIDGET_STATE
 from dsmoe_lite.viz import explorer, theme
 from dsmoe_lite.viz.renderer import MIME as CHART
 
@@ -26,6 +26,7 @@ NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 KINDS = {"trained", "measured"}  # an untagged cell is exact
 OTHER_TAGS = {"parameters", "hide-input", "hide-cell", "hide-output", "remove-input", "remove-cell", "remove-output"}
 CHART_LIMIT = 150 * 1024  # bytes, with one element per line as nbformat writes it
+SHOWS = re.compile(r"charts\.|live\(|explore\(|report\(|print\(|predict\(|lab\.ask\(")
 ADDRESS = re.compile(r"0x[0-9a-f]{6,}")  # of an object in memory, which differs between runs
 
 SMOKE_BUDGET = 20.0  # CPU seconds of a chapter on the idle reference machine, without kernel start and imports
@@ -160,6 +161,20 @@ def test_cells_are_of_the_three_kinds(notebook):
     claims = [cell for cell in cells if re.search(r"^\s*claim\(", cell.source, re.MULTILINE)]
     assert all("trained" in tags(cell) for cell in claims)
     assert claims or not kinds["trained"], "trained cells, and no claim holds their result to an interval"
+
+
+@each_chapter
+def test_jupyterlab_folds_what_the_book_folds(notebook):
+    for cell in code_cells(notebook):
+        folded = {key: True for key, folding in FOLDED.items() if folding & set(tags(cell))}
+        assert cell.metadata.get("jupyter", {}) == folded
+
+
+@each_chapter
+def test_cells_that_only_check_are_folded(notebook):
+    for cell in code_cells(notebook):
+        if re.search(r"^\s*claim\(", cell.source, re.MULTILINE) and not SHOWS.search(cell.source):
+            assert "hide-cell" in tags(cell), cell.source
 
 
 @each_chapter

@@ -68,6 +68,18 @@ def live_notebook() -> nbformat.NotebookNode:
     return new_notebook(cells=cells, metadata=tiny_notebook().metadata)
 
 
+def asking_notebook() -> nbformat.NotebookNode:
+    start = 'profile: str = "cpu"  # size: smoke | cpu | gpu\nseed: int = 0  # seed: 0..9'
+    chart = tiny_notebook().cells[3].source
+    choice = f'lab.ask("97-a", "some", "none")\n{chart}\nprint("shown by the answer")\nlab.answer("97-a", "none", "0%")'
+    number = 'lab.ask("97-b", low=0, high=1)\nprint("another answer")\nlab.answer("97-b", 0.6, within=0.1)'
+    sources = ["from dsmoe_lite.labs import begin\nlab = begin(globals())", choice, number, "lab.score()"]
+    cells = [new_code_cell(start, metadata={"tags": ["parameters"]}), *map(new_code_cell, sources)]
+    cells[2].outputs = [nbformat.v4.new_output("stream", name="stdout", text="the stored answer\n")]
+    cells.insert(3, new_markdown_cell("None, says the text.\n\n**Ask.** And how much?"))
+    return new_notebook(cells=cells, metadata=tiny_notebook().metadata)
+
+
 def set_profile(copy: Path, profile: str) -> None:
     """Write `profile` into the parameters cell and clear all outputs, so that a number at a prompt means a run."""
     notebook = nbformat.read(copy, as_version=4)
@@ -88,6 +100,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     shutil.copytree(paths.NOTEBOOKS, notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     nbformat.write(tiny_notebook(), notebooks / "99_tiny.ipynb")
     nbformat.write(live_notebook(), notebooks / "98_live.ipynb")
+    nbformat.write(asking_notebook(), notebooks / "97_ask.ipynb")
     (notebooks / "99_tiny.py").write_text("# %% [markdown]\n# # Tiny\n\n# %%\n1 + 1\n", encoding="utf-8")
     (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
     settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
@@ -290,6 +303,38 @@ def test_a_reloaded_page_asks_to_run_the_cell_of_a_live_chart_again(browser, lab
     handle.press("ArrowRight")
     page.get_by_text("chart 56.6", exact=True).wait_for(timeout=MINUTE)
     assert chart.count() == 1
+    page.close()
+
+
+def test_an_answer_is_shown_after_the_guess_and_guesses_are_scored(browser, lab: Lab, screenshots: Path) -> None:
+    page, _ = open_notebook(browser, lab, "work/97_ask.ipynb")
+    assert page.get_by_text("the stored answer").count() == 0
+    assert not page.get_by_role("group").get_by_text("None, says the text.").is_visible()
+    run_all(page, MINUTE)
+    page.get_by_text("No guesses yet; questions in this chapter: 2.").wait_for(timeout=MINUTE)
+    chart, number = page.locator(".vega-embed"), page.locator(".widget-text input")
+    page.locator(".jupyter-button", has_text="some").wait_for(timeout=MINUTE)
+    page.screenshot(path=screenshots / "lab_ask.png")
+    assert not page.locator("pre", has_text="shown by the answer").is_visible()
+    assert not any(one.is_visible() for one in chart.all())
+
+    page.get_by_role("button", name="some", exact=True).click()
+    page.get_by_text("✗ You said some; it was none: 0%.").first.wait_for(timeout=MINUTE)
+    page.locator("pre", has_text="shown by the answer").wait_for(timeout=MINUTE)
+    chart.locator("svg.marks, canvas.marks").first.wait_for(timeout=MINUTE)
+    number.fill("5")
+    page.get_by_role("button", name="Guess", exact=True).click()
+    page.get_by_text("your guess = 5.0: must be a finite number").wait_for(timeout=MINUTE)
+    assert not page.locator("pre", has_text="another answer").is_visible()
+    number.fill("0.55")
+    page.get_by_role("button", name="Guess", exact=True).click()
+    page.locator("pre", has_text="another answer").wait_for(timeout=MINUTE)
+    page.get_by_text("1 of 2 guesses right; questions without a guess: 0.").wait_for(timeout=MINUTE)
+    page.screenshot(path=screenshots / "lab_guessed.png")
+
+    run_all(page, MINUTE)  # stored guesses are not asked for again
+    page.get_by_text("✓ You said 0.55; it was 0.6.").first.wait_for(timeout=MINUTE)
+    assert page.get_by_role("button", name="Guess", exact=True).count() == 0
     page.close()
 
 

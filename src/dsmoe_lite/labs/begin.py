@@ -1,10 +1,12 @@
 """The first call of every chapter: parameters checked, packages found, charts on, threads and seed fixed."""
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from dsmoe_lite.common import paths
 from dsmoe_lite.common.machine import require_profile
+from dsmoe_lite.labs.guesses import Guesses
 from dsmoe_lite.labs.packages import require_packages
 from dsmoe_lite.labs.session import check_parameters
 
@@ -18,6 +20,19 @@ class Lab:
     profile: str  # "smoke", "cpu" or "gpu"
     device: str  # "cuda" with profile gpu, else "cpu"
     own: bool  # whether all parameters but profile and seed are the chapter's own: claims are recorded for these alone
+    guesses: Guesses = field(repr=False, default_factory=lambda: Guesses(paths.WORK / "predictions.json"))
+
+    def ask(self, key: str, *choices: str, low: float = 0.0, high: float = 0.0) -> None:
+        """Ask the reader a question, at the top of the cell that has the answer (`Guesses.ask`)."""
+        self.guesses.ask(key, *choices, low=low, high=high)
+
+    def answer(self, key: str, right: str | float, words: str = "", *, within: float = 0.0) -> None:
+        """Give the answer (`Guesses.answer`)."""
+        self.guesses.answer(key, right, words, within=within)
+
+    def score(self) -> None:
+        """Score the reader's guesses (`Guesses.score`)."""
+        self.guesses.score()
 
     def choose(self, *, smoke: T, cpu: T, gpu: T) -> T:
         """Return the value for this run's profile."""

@@ -11,6 +11,7 @@ from traitlets import default
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.machine import path_with_programs
+from dsmoe_lite.labs.guesses import READER
 
 NAME = "python3"
 METADATA = {"display_name": "Python 3", "language": "python", "name": NAME}
@@ -26,6 +27,7 @@ class SameInterpreterSpecs(KernelSpecManager):
             "TQDM_DISABLE": "1",
             "DSMOE_FOLDER": str(paths.FOLDER),  # its own folder is a temporary one
             "PATH": path_with_programs(),
+            READER: "",  # nobody is there to guess, even if a reader's notebook started this run
         }
         return KernelSpec(resource_dir=RESOURCES, **{**spec, "env": environment})
 

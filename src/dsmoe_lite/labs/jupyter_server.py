@@ -14,6 +14,7 @@ import click
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.machine import path_with_programs
+from dsmoe_lite.labs.guesses import READER
 from dsmoe_lite.labs.jupyter_settings import write_settings
 
 PORT = 8888  # Jupyter's default; if it is in use, the next free port
@@ -79,6 +80,7 @@ def _environment(token: str) -> dict[str, str]:
         "JUPYTER_PATH": os.pathsep.join(filter(None, [installed, os.environ.get("JUPYTER_PATH")])),
         "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [str(_config()), os.environ.get("JUPYTER_CONFIG_PATH")])),
         "JUPYTER_PREFER_ENV_PATH": "1",
+        READER: "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from dsmoe_lite.common.files import atomic_write, write_json
 from dsmoe_lite.labs.plain_markdown import rewrite_notebook
 
 CHAPTER = "[0-9][0-9]_*.ipynb"
+ASKS = re.compile(r"^lab\.ask\(", re.MULTILINE)
+ANSWER_ENDS = re.compile(r"^(#|\*\*Ask)", re.MULTILINE)
+SUMMARY = "The answer, in words (guess first)"
 SOURCE_HASH = "dsmoe_source"  # key in a copy's metadata: the hash of the chapter it was made from
 
 
@@ -48,8 +52,29 @@ def _write_copy(chapter: Path, copy: Path) -> None:
     metadata[SOURCE_HASH] = _hash(chapter)
     chapters = {int(path.name[:2]): _read(path) for path in sorted(chapter.parent.glob(CHAPTER))}
     rewrite_notebook(notebook, chapters, chapter.parent / "references.bib")
+    hide_answers(notebook["cells"])
     write_json(copy, notebook)
     _trust(copy)
+
+
+def hide_answers(cells: list[dict[str, Any]]) -> None:
+    """Clear the outputs of each cell that asks for a guess, and fold the text after it, which gives the answer.
+
+    The answer ends at the next heading or question of the same Markdown cell.
+    """
+    asked = False
+    for cell in cells:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and ASKS.search(source):
+            cell["outputs"], cell["execution_count"] = [], None
+            asked = True
+        elif cell["cell_type"] == "markdown" and asked:
+            end = ANSWER_ENDS.search(source)
+            answer, rest = (source[: end.start()], source[end.start() :]) if end else (source, "")
+            if answer.strip():
+                answer = f"<details><summary>{SUMMARY}</summary>\n\n{answer.strip()}\n\n</details>\n\n"
+            cell["source"] = (answer + rest).rstrip()
+            asked = False
 
 
 def _trust(copy: Path) -> None:

@@ -11,6 +11,10 @@ from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.progress import progress
 
 LIMIT = 1_000_000  # bytes of a notebook
+FOLDED = {  # what JupyterLab folds, by the tags with which the book folds it
+    "source_hidden": {"hide-input", "hide-cell"},
+    "outputs_hidden": {"hide-output", "hide-cell"},
+}
 WIDGET_STATE = "application/vnd.jupyter.widget-state+json"
 
 
@@ -89,6 +93,9 @@ def _fix_metadata(notebook: Any, name: str) -> None:
     number = name.partition("_")[0]
     for index, cell in enumerate(notebook.cells):
         cell["id"] = f"{number}-{index:03d}"
+        hidden = {key: True for key, folding in FOLDED.items() if folding & set(cell.metadata.get("tags", []))}
+        if hidden:
+            cell.metadata["jupyter"] = hidden
 
 
 def _merge_streams(outputs: list[Any]) -> list[Any]:
