@@ -11,60 +11,220 @@
 #
 # ![From a dense FFN, to GShard's top-2 experts, to DeepSeekMoE's many narrow experts with one shared expert.](images/overview.svg)
 #
-# Many large language models store far more than they use: for each token, a **router** picks a few **experts**, small
-# feed-forward networks (FFNs), and leaves the rest idle. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2 {cite:p}`DeepSeekV2` and V3
-# {cite:p}`DeepSeekV3`. This course builds it step by
-# step, on your machine, in code you can read; every piece is proved equal to the package that the chapters share, and
-# every experiment is one you can run again.
+# **Which part of a language model works on which word?** In most models the answer is dull: all of it, on every word.
+# A *mixture of experts* (MoE) is different. It holds many small networks, its **experts**, and for every token a
+# **router** picks a few of them. Below you will see a trained model with sixteen experts per layer route your own
+# sentence. The same word often goes to the same expert, far more often than chance, but not always: context decides
+# too.
 #
-# **In this chapter** you check your machine, meet a trained model of sixteen experts, and watch it send the tokens of
-# your own sentence to them. **Reading time** 10 minutes. **Hardware** any laptop CPU.
+# Today's largest open models are built this way. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2
+# {cite:p}`DeepSeekV2` and DeepSeek-V3 {cite:p}`DeepSeekV3`, and this course builds it step by step, on your machine, in code
+# that you can read.
+#
+# **Afterwards you can** read a routing picture, tell a real pattern from chance, and choose your way through the
+# course. **Reading time** 7 minutes. **Hardware** any laptop.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
-seed: int = 0  # seed of what the model makes up: 0..2147483647
-sentence: str = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"  # text: 1..400
-temperature: float = 0.7  # how freely the model speaks: 0.0..2.0
+seed: int = 0  # seed of shuffles: 0..2147483647
+sentence: str = "Which tool does Ridi Lava have? muda. Which pet does Ridi Lava have?"  # text: 1..400
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
+    from dsmoe_lite.labs import begin, check_exercise, claim
 except ModuleNotFoundError:
     raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
 lab = begin(globals())
 
 # %% [markdown]
+# ## Your sentence finds its experts
+#
+# The course ships a small model of the design that chapter 02 builds, GShard: two layers with sixteen experts each, of
+# which a token uses two. It was trained on a made-up world of people and what they own, so its questions sound odd:
+# *Which tool does Ridi Lava have?*
+
+# %% tags=["hide-input"]
+from dsmoe_lite import RoutingTrace, accounting, load_model
+from dsmoe_lite.checkpoint import read_metadata
+from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.viz import charts
+from dsmoe_lite.viz.explorer import explore
+
+checkpoint = DATA / "models" / "world-gshard.safetensors"
+model = load_model(checkpoint).to(lab.device)
+tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
+LENGTH = 64  # tokens: the model was trained on sequences of this length
+
+# %% tags=["trained"]
+explore({"GShard": model}, tokenizer, sentence, window=LENGTH, expert=6)
+
+# %% [markdown]
+# This is the **routing explorer**. One expert is in focus, here e6 of layer 0. The tokens that it works on are outlined,
+# and their colour shows how much it contributes. Click another expert, or use the arrow keys; click a token to see its two
+# experts in both layers. (Layers and experts count from 0. A × means that the expert had no room left; chapter 02 explains.)
+#
+# In JupyterLab you can do more: type a sentence and press *Route this text*, or switch the expert in focus off and see
+# which tokens the model then predicts worse.
+#
+# **Ask.** A question comes twice, about a tool and about a pet. Five tokens occur in both: *does*, *Ridi*, *Lava*,
+# *have* and the question mark. In layer 0, do they go to the same two experts both times?
+
+# %% tags=["hide-input"]
+lab.ask("00-same-word", "all of them", "some of them", "none of them")
+trace = RoutingTrace.of(model, tokenizer, sentence, window=LENGTH)
+experts = [set(ids) for ids in trace.layer(0).topk_ids.tolist()]
+twice = {token: [i for i, other in enumerate(trace.tokens) if other == token] for token in trace.tokens}
+for token, places in twice.items():
+    if len(places) > 1:
+        first, last = (", ".join(f"e{e}" for e in sorted(experts[i])) for i in (places[0], places[-1]))
+        print(f"{token.strip():8}{first:9} then {last:9}{'same' if first == last else 'other'}")
+moved = [token for token, places in twice.items() if experts[places[0]] != experts[places[-1]]]
+lab.answer("00-same-word", "some of them" if moved else "all of them")
+
+# %% [markdown]
+# Some of them. The name *Ridi Lava* keeps its experts. The question mark does not: e0 and e6 where a tool must follow, e1
+# and e2 where a pet must. At the question mark the model has to produce the answer, and **one and the same token gets other
+# experts because other knowledge is needed there**. Nobody programmed that. It came from training.
+#
+# ## Is that more than chance?
+#
+# One sentence proves nothing. Take 4,096 tokens of text that the model never saw in training. For every word, look up
+# the expert that it gets most often as its first choice. How often does a token get the favourite expert of its word?
+#
+# Here chance needs care. A word that occurs once always gets its favourite expert, whatever the router does. So shuffle
+# the experts over the tokens and count again: that is what chance would give.
+#
+# **Ask.** The shuffled count is 0.2. And the trained router?
+
+# %% tags=["hide-input"]
+import torch
+
+from dsmoe_lite.data.batches import heldout_batches
+from dsmoe_lite.data.world import World
+
+held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
+words = held_out.flatten()
+with torch.no_grad():
+    routings = model(held_out.to(lab.device)).routings
+chosen = [routing.topk_ids[:, 0].cpu() for routing in routings]  # first choices, by layer
+
+
+# %%
+def follows_its_word(experts):
+    """The share of tokens that get the expert which their word gets most often."""
+    met = torch.zeros(model.config.vocab_size, 16)  # how often each word met each expert
+    met.index_put_((words, experts), torch.ones(len(words)), accumulate=True)
+    return (met.max(dim=1).values.sum() / len(words)).item()
+
+
+# %% tags=["trained", "hide-input"]
+lab.ask("00-follows", low=0, high=1)
+draw = torch.Generator().manual_seed(seed)
+shuffled = [sorted(follows_its_word(e[torch.randperm(len(e), generator=draw)]) for _ in range(20)) for e in chosen]
+observed = [follows_its_word(e) for e in chosen]
+rows = [
+    {"what": f"layer {i}", "value": observed[i], "null": s[10], "null_low": s[0], "null_high": s[-1]}
+    for i, s in enumerate(shuffled)
+]
+lab.answer("00-follows", sum(observed) / 2, within=0.1)
+charts.specialization_against_null(
+    rows,
+    value_title="share of tokens that get their word's favourite expert",
+    title="Does the word decide?",
+    subtitle="Mark: the router. Bar: 20 shuffles of its choices over the tokens.",
+)
+
+# %% tags=["trained", "hide-cell"]
+claim("layer 0, the word decides", observed[0], (0.55, 0.75))
+claim("layer 1, the word decides", observed[1], (0.5, 0.75))
+claim("by chance, the larger of the two", max(s[-1] for s in shuffled), (0.1, 0.3))
+
+# %% [markdown]
+# In about six of ten cases, three times as often as chance. So the word decides most choices, and the rest is context, as at the
+# question mark. Keep the habit: in this course **no number stands without what chance would give**.
+#
+# ## What the model has read
+#
+# The world is generated, so every fact in it is known, and so is the kind of every text. One sample of each kind:
+
+# %% tags=["hide-input"]
+SHOWN = {
+    "facts": "who owns what",
+    "parallel": "the same in a second language",
+    "arithmetic": "sums",
+    "brackets": "brackets that close in order",
+    "code": "small programs",
+}
+samples = {}
+for document in World().documents("heldout"):
+    samples.setdefault(document.domain, document.text.replace("\n", " ⏎ "))
+    if len(samples) == len(SHOWN):
+        break
+for domain, words_shown in SHOWN.items():
+    print(f"{words_shown}:\n    {samples[domain][:76]} ...")
+
+# %% [markdown]
+# ## What does an expert store?
+#
+# Some facts are stated in the training text but never asked there. Asking them afterwards, in the form in which other
+# facts were asked, tests memory. **Recall** is the share of right answers. The hardest test is about people who are
+# rarely mentioned.
+#
+# **Ask.** A *dense* model, in which every token uses all weights, recalls 0.30 of these facts. The model with experts
+# does the work of a dense one twice as wide and stores eight times as much. What does it recall?
+
+# %% tags=["hide-input"]
+from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import metric_rows
+
+lab.ask("00-recall", low=0, high=1)
+NAMES = {"course-dense": "dense", "course-dense-x2": "dense, twice as wide", "course-gshard": "16 experts (GShard)"}
+recalled = [row for row in metric_rows(records("neighbours"), NAMES) if row["metric"] == "recall, rare people"]
+of_experts = [row["value"] for row in recalled if row["model"] == NAMES["course-gshard"]]
+lab.answer("00-recall", sum(of_experts) / len(of_experts), within=0.1)
+charts.model_comparison(
+    recalled,
+    title="Who remembers people that are rarely mentioned?",
+    subtitle="Ring: one of five training runs. Dot and bar: mean and its 95% interval.",
+)
+
+# %% [markdown]
+# 0.93. The experts remember what the dense models forget, for the work of the wider one. That is why this course exists:
+# **experts store knowledge that a token does not have to pay for.** How they do it, what each of them holds, whether it is
+# better to have more and smaller ones, and what it costs, are the questions of the chapters.
+#
 # ## The map
 #
-# | chapter | what it builds | the question it leaves |
-# |---|---|---|
-# | 00 Start here | nothing yet: look | do experts mean something? |
-# | 01 The dense Transformer and its FFN | attention, SwiGLU, a block | why pay for all weights at every token? |
-# | 02 GShard: two experts for each token | router, experts, capacity, balance | are sixteen experts too few? |
-# | 03 Fine-grained experts | many narrow experts | what do they all have to know? |
-# | 04 Shared experts | experts that are always on | how are they kept busy? |
-# | 05 Balance | losses, and balance without a loss | what does attention keep? |
-# | 06 Latent attention | MLA and its cache | does all this help? |
-# | 07 The paper's experiments | Tables 1 and 2, Figures 3 to 6, with ten seeds | and what is in the experts? |
-# | 08 What experts learn | who uses which, and what is lost without them | how does a GPU run this? |
-# | 10 Kernels | the layer in CUDA C++, run on your CPU | how do many devices share it? |
-# | 11 Many devices | experts on several processes, equal to one | what did V3 add? |
+# | chapter | its question | minutes |
+# |---|---|---:|
+# | 00 Start here | which part of a model works on which word? | 7 |
+# | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 24 |
+# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 47 |
+# | 03 Fine-grained experts | are many small experts better than few large ones? | 39 |
+# | 04 Shared experts | what should every token get? | 47 |
+# | 05 Balance | what keeps all experts at work? | 63 |
+# | 06 Latent attention | what has attention to remember? | 43 |
+# | 07 The paper's experiments | which of the paper's findings hold at our size? | 30 |
+# | 08 What experts learn | what is lost with each of them? | 45 |
+# | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
+# | 11 Many devices | how do many devices share one layer? | 46 |
+#
+# Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02, 03, 04 and 07 make a course
+# of their own.
 #
 # ## How a chapter works
 #
-# A chapter runs from top to bottom. Each idea goes through the same steps: you **predict** something; the paper's
-# **equation** stands beside its source; you **build** the smallest code that does it; you **prove** it equal to the
-# package; from then on the package's own is used; and you **look** at what it does. The cell above that begins with `profile` holds
-# the chapter's parameters and their ranges; a value outside is refused in one line. To predict, write your guess in place
-# of `None`; it is kept in `work/predictions.json`, never in the notebook.
+# - **Ask**: make a guess before the answer is shown. In JupyterLab, buttons take it, and the end of the chapter scores it.
+# - **Build**: each idea is built in a few lines, then proved equal to the package `dsmoe_lite`, which is used from then on.
+# - **Fold**: set-up, plotting and checks are folded away. Open a folded cell at its left edge.
+# - **Change**: the first code cell holds the chapter's parameters and their ranges. Change one and run the chapter again.
+#   Or run it in a cell of its own: `!dsmoe run 01 -p ffn_width=32`.
 #
-# Some exercises give a command, such as `dsmoe run 01 -p ffn_width=32`. Run it in a cell of its own, with `!` before it, or in
-# a terminal in the course's folder: there `.venv/bin/dsmoe` is its full name, if `dsmoe` alone is not found.
-#
-# ## Your machine
+# Your machine has what the course needs if torch is listed here; the rest serves single chapters:
 
-# %% tags=["measured"]
+# %% tags=["measured", "hide-input"]
 from dsmoe_lite.common import machine
 
 for part in machine.parts():
@@ -72,155 +232,10 @@ for part in machine.parts():
 print(f"{'profile to use':16} {machine.profile()}")
 
 # %% [markdown]
-# Nothing is missing if torch and the course packages are there; the rest serves single chapters.
-#
-# ## A model with experts
-#
-# The course ships a small GShard model, the design of chapter 02: two layers, in each of them sixteen FFNs, of which a
-# token uses two. It learnt the made-up world of chapter 01: people and what they have, told in two languages, with
-# sums, brackets and code beside.
-
-# %%
-from dsmoe_lite import RoutingTrace, accounting, load_model
-from dsmoe_lite.checkpoint import read_metadata
-from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.data.tokenizer import read_tokenizer
-from dsmoe_lite.viz import charts
-
-checkpoint = DATA / "models" / "world-gshard.safetensors"
-model = load_model(checkpoint).to(lab.device)
-tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
-count = accounting.parameters(model.config)
-print(
-    f"{count.total:,} weights stored, {count.active_all:,} of them used by any one token"
-)
-
-# %% [markdown]
-# **Ask.** Does the model know its world? Here are questions about people who are often written about, questions that its
-# training text never asked. How many of them does it answer rightly?
-
-# %%
-from dsmoe_lite.data.world import World
-
-predict("00-recall", None)  # your guess, 0 to 1
-
-questions = World().questions("head")
-print(len(questions), "questions, such as:", questions[0].prompt)
-print("right answer:", questions[0].answer)
-
-# %% tags=["trained"]
-import torch
-
-from dsmoe_lite.evaluate import recall
-from dsmoe_lite.generate import generate
-
-prompt = torch.tensor([tokenizer.encode(questions[0].prompt).ids], device=lab.device)
-n_answer = len(tokenizer.encode(questions[0].answer).ids)
-(answer,) = generate(model, prompt, n_answer)  # for each prompt the ids that follow
-report(the_model_says=tokenizer.decode(answer))
-claim(
-    "share of these questions answered rightly",
-    recall(model, tokenizer, questions)["head"],
-    (0.95, 1.0),
-)
-
-# %% [markdown]
-# Left to itself it writes more text like its training text, more freely at a higher `temperature`:
-
-# %% tags=["trained"]
-start = "The home of"
-chance = torch.Generator(device=lab.device).manual_seed(seed)
-start_ids = tokenizer.encode(start).ids
-(spoken,) = generate(model, [start_ids], 48, temperature=temperature, generator=chance)
-report(the_model_goes_on=start + tokenizer.decode(spoken))
-
-# %% [markdown]
-# ## Which expert handles each token?
-#
-# **Ask.** Look at the default sentence: a question, a sum, a line of code. The token 2 stands in it twice. Will the same token
-# always go to the same experts?
-
-# %%
-predict("00-same-word", None)  # "always", "mostly" or "no"
-
-LENGTH = 64  # tokens: the model was trained on sequences of this length
-trace = RoutingTrace.of(model, tokenizer, sentence, window=LENGTH)
-print(
-    f"{len(trace.tokens)} tokens, {trace.n_layers} layers of experts, {trace.top_k} experts for each token"
-)
-
-# %% tags=["trained"]
-from dsmoe_lite.viz.explorer import explore
-
-explore({"GShard": model}, tokenizer, sentence, window=LENGTH, layer=1)
-
-# %% [markdown]
-# This is the **routing explorer**. One expert is in focus; the tokens that it gets are underlined, and the deeper their
-# fill, the larger its gate (its weight in the sum). Struck out: the expert had no room left. Click another expert, step
-# to the other layer, or click a token to see its two experts in every layer; arrow keys do the same. Layers count from 0.
-#
-# When this chapter runs, the explorer does more. Type a sentence of your own and press *Route this text*. Or switch the
-# expert in focus off: which tokens does the model now predict worse? (The *loss* of a token is large where the model did
-# not expect it.)
-#
-# One sentence can mislead. Over thousands of tokens of text that the model was not trained on: how often does a token
-# get, as its first choice, the expert that its word gets most often?
-
-# %%
-from dsmoe_lite.data.batches import heldout_batches
-
-held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
-words = held_out.flatten()
-with torch.no_grad():
-    choices = [
-        routing.topk_ids[:, 0].cpu()
-        for routing in model(held_out.to(lab.device)).routings
-    ]
-
-
-def follows_the_word(experts):
-    table = torch.zeros(model.config.vocab_size, model.config.moe.n_routed_experts)
-    table.index_put_(
-        (words, experts), torch.ones(len(words)), accumulate=True
-    )  # how often each word met each expert
-    return (table.max(dim=1).values.sum() / len(words)).item()
-
-
-# %% tags=["trained"]
-for layer, experts in enumerate(choices):
-    shuffled = experts[
-        torch.randperm(len(experts), generator=torch.Generator().manual_seed(0))
-    ]
-    report(
-        layer=layer,
-        follows_the_word=follows_the_word(experts),
-        by_chance=follows_the_word(shuffled),
-    )
-
-# %% [markdown]
-# **What to notice.** *By chance* is the same count after the experts were shuffled over the tokens: a rare word follows
-# its one expert whatever happens, so chance is far above 1/16, and a number without it says nothing. In both layers the
-# word decides far more often than chance would have it, and far from always: context matters too. Nobody asked the
-# router for either; it came from training.
-#
-# Do all experts get work? Over your sentence:
-
-# %% tags=["trained"]
-from dsmoe_lite.routing.metrics import load
-
-charts.expert_load(
-    load(trace.layer(trace.n_layers - 1)).tolist(),
-    title="How much does each expert get? (your sentence, last layer)",
-)
-
-# %% [markdown]
-# A sentence is a small sample, so bars are uneven here even for a balanced router. Chapter 02 counts over thousands of
-# tokens.
-#
 # ## An exercise to warm up
 #
-# **How many ways?** A token takes 2 of 16 experts. In how many ways can it? DeepSeekMoE cuts each expert into four and
-# takes 8 of 64: in how many ways then? Return both numbers.
+# **How many ways?** A token picks 2 of 16 experts. How many different pairs are there? DeepSeekMoE cuts each expert into
+# four and picks 8 of 64: how many choices then? Return both numbers.
 
 
 # %%
@@ -228,6 +243,7 @@ def ways():
     return None  # (2 of 16, 8 of 64)
 
 
+# %% tags=["hide-input"]
 def ways_are_right(ways):
     from dsmoe_lite.study import published
 
@@ -252,14 +268,20 @@ verdict = check_exercise(ways, ways_are_right)
 #     return comb(16, 2), comb(64, 8)
 # ```
 #
-# The check compares with what the paper prints in its Section 3.1. From 120 combinations to over four billion, at the
-# same number of weights used: that is the first idea of DeepSeekMoE, and chapter 03's.
+# The check compares with Section 3.1 of the paper. From 120 choices to over four billion, at the same number of weights
+# used: that is the first idea of DeepSeekMoE, and the subject of chapter 03.
 # </details>
 #
 # ## Recap
+
+# %% tags=["hide-input"]
+lab.score()
+
+# %% [markdown]
+# 1. A mixture of experts stores many small networks and uses a few of them for each token.
+# 2. A router picks them, token by token and layer by layer. Word and context both decide.
+# 3. A number means little without what chance would give.
+# 4. Experts remember what a dense model of the same work forgets.
 #
-# 1. A mixture of experts stores many FFNs and uses few of them for each token.
-# 2. A router decides, token by token and layer by layer.
-# 3. Chapters predict, build, prove, use and look; their knobs are checked.
-# 4. What experts stand for is an open question; this course measures before it says.
-# 5. Next: **chapter 01**, the dense Transformer that all of this starts from.
+# Experts take the place of one part of a Transformer, its feed-forward network. Why this part and no other? **Chapter 01**
+# builds it and looks.

@@ -145,7 +145,7 @@ def test_parameters_are_checked_in_the_cell_after_them(notebook):
 
 @each_chapter
 def test_the_hidden_setup_is_at_most_twelve_lines(notebook):
-    cells = code_cells(notebook)
+    cells = nbformat.read(notebook, as_version=4).cells
     after = next(i for i, cell in enumerate(cells) if "parameters" in tags(cell)) + 1
     hidden = list(takewhile(lambda cell: "hide-input" in tags(cell), cells[after:]))
     assert sum(len(cell.source.splitlines()) for cell in hidden) <= 12
