@@ -75,12 +75,24 @@ explore({"GShard": model}, tokenizer, sentence, window=LENGTH, expert=6)
 lab.ask("00-same-word", "all of them", "some of them", "none of them")
 trace = RoutingTrace.of(model, tokenizer, sentence, window=LENGTH)
 experts = [set(ids) for ids in trace.layer(0).topk_ids.tolist()]
-twice = {token: [i for i, other in enumerate(trace.tokens) if other == token] for token in trace.tokens}
+twice = {
+    token: [i for i, other in enumerate(trace.tokens) if other == token]
+    for token in trace.tokens
+}
 for token, places in twice.items():
     if len(places) > 1:
-        first, last = (", ".join(f"e{e}" for e in sorted(experts[i])) for i in (places[0], places[-1]))
-        print(f"{token.strip():8}{first:9} then {last:9}{'same' if first == last else 'other'}")
-moved = [token for token, places in twice.items() if experts[places[0]] != experts[places[-1]]]
+        first, last = (
+            ", ".join(f"e{e}" for e in sorted(experts[i]))
+            for i in (places[0], places[-1])
+        )
+        print(
+            f"{token.strip():8}{first:9} then {last:9}{'same' if first == last else 'other'}"
+        )
+moved = [
+    token
+    for token, places in twice.items()
+    if experts[places[0]] != experts[places[-1]]
+]
 lab.answer("00-same-word", "some of them" if moved else "all of them")
 
 # %% [markdown]
@@ -108,13 +120,17 @@ held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
 words = held_out.flatten()
 with torch.no_grad():
     routings = model(held_out.to(lab.device)).routings
-chosen = [routing.topk_ids[:, 0].cpu() for routing in routings]  # first choices, by layer
+chosen = [
+    routing.topk_ids[:, 0].cpu() for routing in routings
+]  # first choices, by layer
 
 
 # %%
 def follows_its_word(experts):
     """The share of tokens that get the expert which their word gets most often."""
-    met = torch.zeros(model.config.vocab_size, 16)  # how often each word met each expert
+    met = torch.zeros(
+        model.config.vocab_size, 16
+    )  # how often each word met each expert
     met.index_put_((words, experts), torch.ones(len(words)), accumulate=True)
     return (met.max(dim=1).values.sum() / len(words)).item()
 
@@ -122,10 +138,21 @@ def follows_its_word(experts):
 # %% tags=["trained", "hide-input"]
 lab.ask("00-follows", low=0, high=1)
 draw = torch.Generator().manual_seed(seed)
-shuffled = [sorted(follows_its_word(e[torch.randperm(len(e), generator=draw)]) for _ in range(20)) for e in chosen]
+shuffled = [
+    sorted(
+        follows_its_word(e[torch.randperm(len(e), generator=draw)]) for _ in range(20)
+    )
+    for e in chosen
+]
 observed = [follows_its_word(e) for e in chosen]
 rows = [
-    {"what": f"layer {i}", "value": observed[i], "null": s[10], "null_low": s[0], "null_high": s[-1]}
+    {
+        "what": f"layer {i}",
+        "value": observed[i],
+        "null": s[10],
+        "null_low": s[0],
+        "null_high": s[-1],
+    }
     for i, s in enumerate(shuffled)
 ]
 lab.answer("00-follows", sum(observed) / 2, within=0.1)
@@ -180,9 +207,19 @@ from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import metric_rows
 
 lab.ask("00-recall", low=0, high=1)
-NAMES = {"course-dense": "dense", "course-dense-x2": "dense, twice as wide", "course-gshard": "16 experts (GShard)"}
-recalled = [row for row in metric_rows(records("neighbours"), NAMES) if row["metric"] == "recall, rare people"]
-of_experts = [row["value"] for row in recalled if row["model"] == NAMES["course-gshard"]]
+NAMES = {
+    "course-dense": "dense",
+    "course-dense-x2": "dense, twice as wide",
+    "course-gshard": "16 experts (GShard)",
+}
+recalled = [
+    row
+    for row in metric_rows(records("neighbours"), NAMES)
+    if row["metric"] == "recall, rare people"
+]
+of_experts = [
+    row["value"] for row in recalled if row["model"] == NAMES["course-gshard"]
+]
 lab.answer("00-recall", sum(of_experts) / len(of_experts), within=0.1)
 charts.model_comparison(
     recalled,
@@ -200,7 +237,7 @@ charts.model_comparison(
 # | chapter | its question | minutes |
 # |---|---|---:|
 # | 00 Start here | which part of a model works on which word? | 7 |
-# | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 24 |
+# | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
 # | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 47 |
 # | 03 Fine-grained experts | are many small experts better than few large ones? | 39 |
 # | 04 Shared experts | what should every token get? | 47 |

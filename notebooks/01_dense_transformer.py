@@ -11,14 +11,15 @@
 #
 # ![One Transformer block: the token passes RMSNorm and attention, is added back, then passes RMSNorm and the feed-forward network, and is added back again.](images/block.svg)
 #
-# Mixture-of-experts models change one part of a Transformer: the feed-forward network (FFN). Before anything is changed,
-# this chapter builds the part, and the rest around it, small enough to read in one sitting.
+# **A Transformer block has two parts, attention and a feed-forward network (FFN). Why is it always the FFN that becomes
+# experts?** Because it holds most of the weights (60% in the paper's dense model), does half of the work, and treats each token
+# alone. So different tokens can use different FFNs, and nothing else has to change.
 #
-# **You will** build attention with rotary positions, a SwiGLU FFN and a whole block; prove each equal to the package's;
-# count where parameters and FLOPs sit; train the model on a small world of facts; and take parts out of the trained
-# model to see which of them hold the facts.
+# This chapter builds the block, its loss and its training, small enough to read in one sitting, and shows these three facts.
+# Every later chapter changes one line of it.
 #
-# **You need** PyTorch, and chapter 00 run once. **Reading time** 30 minutes. **Hardware** any laptop CPU.
+# **Afterwards you can** write a Transformer block from its equations, say where its weights and FLOPs are, and train it.
+# **You need** PyTorch, and chapter 00. **Reading time** 15 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -28,7 +29,7 @@ learning_rate: float = 0.003  # peak learning rate: 0.0001..0.03
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import begin, check_exercise, claim, predict, report
+    from dsmoe_lite.labs import begin, check_exercise, claim, report
 except ModuleNotFoundError:
     raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
@@ -40,75 +41,51 @@ lab = begin(globals())
 steps = lab.choose(smoke=30, cpu=1000, gpu=4000)
 
 # %% [markdown]
-# ## The world to be learnt
+# ## From text to tokens
 #
-# Real text needs far more training than a laptop gives in a minute. This course uses a small made-up world: people
-# with a craft, a home, a pet and so on, told in several wordings and two languages, with sums, brackets and code beside
-# it. It is generated, so every token's domain is known, and so is every fact.
-
-# %%
-from itertools import islice
-
-from dsmoe_lite.data.world import World
-
-world = World()
-for document in islice(world.documents("train"), 3):
-    print(f"[{document.domain}] {document.text[:150]} ...\n")
-
-# %% [markdown]
-# Some facts are stated in the training text but never *asked* there. Afterwards they are asked, in a wording whose form
-# the model knows from other facts. A right answer therefore comes from memory. `head` asks about people who are often
-# written about, `tail` about those rarely mentioned; `control` asks about people who are never mentioned at all, where
-# no model can do better than chance.
-
-# %%
-from dsmoe_lite.data.world import GROUPS
-
-questions = world.all_questions()
-for group in GROUPS:
-    asked = [question for question in questions if question.group == group]
-    example = asked[0].prompt + asked[0].answer
-    print(f"{group:8}{len(asked):4} questions, such as: {example}")
-print(f"chance of a right guess: one in {world.config.n_values}")
-
-# %% [markdown]
-# The text becomes tokens by byte-level byte-pair encoding {cite:p}`BPE`: frequent words are one token, rare ones several.
+# Real text needs far more training than a laptop can do in a minute. This course trains on the small made-up world of
+# chapter 00. Its text becomes tokens by byte-level byte-pair encoding {cite:p}`BPE`: a frequent word is one token, a
+# rare one several.
 
 # %%
 from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.world import World
 
+world = World()
 tokenizer = load_tokenizer(world, 1024)
 V = tokenizer.get_vocab_size()
-pieces = tokenizer.encode(questions[0].prompt + questions[0].answer).tokens
-print(V, "tokens in the vocabulary;", " ".join(pieces).replace("Ġ", "␣"))
+question = world.questions("head")[0]
+pieces = tokenizer.encode(question.prompt + question.answer).tokens
+print(f"{V} tokens in the vocabulary;", " ".join(pieces).replace("Ġ", "␣"))
 
 # %% [markdown]
+# Each token becomes a vector of $D$ numbers. From here on a text is a matrix $X$ of $S \times D$: one row per position.
+#
 # ## Attention: tokens look at each other
 #
-# Each token holds its query against every earlier token's key, and its own, and takes a mixture of their values
-# {cite:p}`Transformer2017`:
+# To predict what follows *Which tool does Ridi Lava have?*, the question mark must know which tool and whose. Attention
+# {cite:p}`Transformer2017` fetches that. Each token makes a query, a key and a value, three linear maps of its vector:
+# $\mathbf{q} = W^Q\mathbf{x}$, $\mathbf{k} = W^K\mathbf{x}$, $\mathbf{v} = W^V\mathbf{x}$. It compares its query with
+# the keys of all tokens up to itself, then averages their values by how well they match:
 #
 # $$
 # \mathbf{o}_{t,i} = \sum_{j \le t} \operatorname{Softmax}_j\!\left(\frac{\mathbf{q}_{t,i}^\top \mathbf{k}_{j,i}}{\sqrt{d_h}}\right)\mathbf{v}_{j,i},
 # \qquad \mathbf{a}_t = W^O\,[\mathbf{o}_{t,1};\dots;\mathbf{o}_{t,H}]
 # $$ (eq:attention)
 #
-# for head $i$ of $H$, with $d_h$ channels each; $t$ and $j$ are places of tokens. Where a token stands enters by rotation
-# {cite:p}`RoPE`: channels $c$ and $c + d_h/2$ of every query and key turn by the angle $t\,\theta^{-2c/d_h}$, with
-# $\theta = 10\,000$, so that a product of a query and a key depends on their distance only.
+# Here $t$ and $j$ are positions, and $i$ is one of $H$ heads, each with $d_h$ of the channels.
 #
-# **Ask.** If every token moves ten places to the right, by how much does $\mathbf{q}_t^\top\mathbf{k}_s$ change?
-# Write your guess before you run the next cell.
+# Position enters by rotation {cite:p}`RoPE`: channels $c$ and $c + d_h/2$ of every query and key turn by the angle
+# $t\,\theta^{-2c/d_h}$, with $\theta = 10\,000$. Move all tokens by ten places, and every product of a query and a key
+# stays the same. Only distances count:
+
 
 # %%
-predict("01-shift", None)  # your guess, a number
-
-
 def rotate(x, start=0, theta=10_000.0):  # x (..., S, d)
     S, d = x.shape[-2:]
-    angle = torch.outer(
-        torch.arange(start, start + S).double(),
-        theta ** (-torch.arange(0, d, 2).double() / d),
+    position, channel = torch.arange(start, start + S), torch.arange(0, d, 2)
+    angle = torch.outer(position.double(), theta ** (-channel.double() / d)).to(
+        x.device
     )
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)  # (S, d / 2)
     a, b = x.chunk(2, dim=-1)
@@ -118,11 +95,10 @@ def rotate(x, start=0, theta=10_000.0):  # x (..., S, d)
 q, k = torch.randn(2, 1, 6, 16, dtype=torch.float64)
 change = rotate(q, 10) @ rotate(k, 10).mT - rotate(q) @ rotate(k).mT
 assert change.abs().max() < 1e-12
-print("largest change of any product: zero, to 12 digits")
+print("moved by ten places, no product of a query and a key changes")
 
 # %% [markdown]
-# Nothing changes: only distances count. Now the whole of {eq}`eq:attention`, written out, and proved equal to the
-# package's, which leaves the softmax to PyTorch's fused kernel.
+# With that, {eq}`eq:attention` takes eight lines. We load the weights of the package's layer into ours and compare: equal.
 
 
 # %%
@@ -141,60 +117,106 @@ def attention(x, W_q, W_k, W_v, W_o, n_heads):  # x (B, S, D); every W (out, in)
         (x @ W.T).view(B, S, n_heads, -1).transpose(1, 2) for W in (W_q, W_k, W_v)
     )
     scores = rotate(q) @ rotate(k).mT / math.sqrt(q.shape[-1])  # (B, H, S, S)
-    future = torch.ones(S, S, dtype=torch.bool).triu(1)
+    future = torch.ones_like(scores, dtype=torch.bool).triu(1)
     o = scores.masked_fill(future, -torch.inf).softmax(dim=-1) @ v
     return o.transpose(1, 2).reshape(B, S, -1) @ W_o.T
 
 
 config = preset("course-dense")
-theirs = Attention(config.d_model, config.attention)
-x = torch.randn(2, 20, config.d_model)
-n_heads, d_h = config.attention.n_heads, config.attention.head_dim
-matrices = (theirs.query, theirs.key, theirs.value, theirs.output)
-mine = attention(x, *(matrix.weight for matrix in matrices), n_heads)
-assert_close(mine, theirs(x, *rope_tables(d_h, 20)), atol=1e-5, rtol=1e-5)
-print("attention: mine equals the package's")
+D, n_heads = config.d_model, config.attention.n_heads
+package = Attention(D, config.attention)
+W_attention = [
+    m.weight for m in (package.query, package.key, package.value, package.output)
+]
+x = torch.randn(2, 20, D)
+tables = rope_tables(config.attention.head_dim, 20)
+assert_close(
+    attention(x, *W_attention, n_heads), package(x, *tables), atol=1e-5, rtol=1e-5
+)
+print("attention: equal to the package's")
 
 # %% [markdown]
-# ## The FFN: each token thinks alone
+# ## The FFN: each token alone
 #
 # $$
 # \operatorname{FFN}(\mathbf{x}) = W_{down}\,\bigl(\operatorname{silu}(W_{gate}\,\mathbf{x}) \odot W_{up}\,\mathbf{x}\bigr)
 # $$ (eq:swiglu)
 #
-# is the SwiGLU form {cite:p}`SwiGLU`: $\odot$ multiplies channel by channel, and $\operatorname{silu}(z) = z / (1 + e^{-z})$
-# is a smooth switch, near 0 for negative $z$ and near $z$ for positive. The same function is applied to every token,
-# without looking at the others. It has three matrices of $D \times F$ weights.
+# This is the SwiGLU form {cite:p}`SwiGLU`: $\odot$ multiplies channel by channel, and
+# $\operatorname{silu}(z) = z / (1 + e^{-z})$ is a smooth switch, near 0 for negative $z$ and near $z$ for positive. Three
+# matrices of $D \times F$ weights, where $F$ is the FFN's width.
 
 
 # %%
-import torch.nn.functional as F
+from torch.nn.functional import silu
 
 from dsmoe_lite.layers.ffn import SwiGLU
 
 
 def ffn(x, W_gate, W_up, W_down):
-    return (F.silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
+    return (silu(x @ W_gate.T) * (x @ W_up.T)) @ W_down.T
 
 
-theirs = SwiGLU(config.d_model, config.ffn_width)
-mine = ffn(x, theirs.gate.weight, theirs.up.weight, theirs.down.weight)
-assert_close(mine, theirs(x), atol=1e-6, rtol=1e-5)
-print("FFN: mine equals the package's")
+package = SwiGLU(D, config.ffn_width)
+W_ffn = [package.gate.weight, package.up.weight, package.down.weight]
+assert_close(ffn(x, *W_ffn), package(x), atol=1e-6, rtol=1e-5)
+print("FFN: equal to the package's")
 
 # %% [markdown]
+# Both take one vector per token and return one. The difference is who may look at whom. Change one token of the
+# question, and see whose outputs change.
+#
+# **Ask.** There are eight tokens. Change *Ridi*, the fourth. How many outputs of the **FFN** change?
+
+# %% tags=["hide-input"]
+lab.ask("01-alone", low=0, high=8)
+names = [piece.replace("Ġ", "") for piece in pieces]
+clean = torch.randn(1, len(names), D)
+rows = []
+for changed in range(len(names)):
+    other = clean.clone()
+    other[0, changed] += 1
+    for part, layer, weights in (
+        ("attention", attention, (*W_attention, n_heads)),
+        ("FFN", ffn, W_ffn),
+    ):
+        moved = (layer(other, *weights) - layer(clean, *weights)).abs().amax(dim=-1)[
+            0
+        ] > 1e-6
+        rows += [
+            {
+                "part": part,
+                "input": names[changed],
+                "output": names[j],
+                "changes": bool(moved[j]),
+            }
+            for j in range(len(names))
+        ]
+lab.answer(
+    "01-alone",
+    sum(r["changes"] for r in rows if r["part"] == "FFN" and r["input"] == "Ridi"),
+)
+charts.influence(rows, title="Change one token: whose output changes?")
+
+# %% [markdown]
+# One: its own. Attention carries a change to every later token. **The FFN sees one token and nothing else.** That is why it can
+# be exchanged token by token: give *Ridi* another FFN, and no other position notices. Attention cannot be divided like this,
+# because its tokens need each other.
+#
 # ## The block, and the model
 #
-# A block adds both to a residual stream (DeepSeekMoE {cite:p}`DeepSeekMoE2024`, Equations 1 and 2, with the
-# normalisation written out):
+# A block adds both parts to a residual stream (DeepSeekMoE {cite:p}`DeepSeekMoE2024`, Equations 1 and 2; the normalisation,
+# which the paper leaves out, is written here):
 #
 # $$
-# \mathbf{u}^l = \mathbf{h}^{l-1} + \operatorname{Attention}(\operatorname{RMSNorm}(\mathbf{h}^{l-1})),
-# \qquad \mathbf{h}^l = \mathbf{u}^l + \operatorname{FFN}(\operatorname{RMSNorm}(\mathbf{u}^l))
+# \begin{aligned}
+# \mathbf{u}^l &= \mathbf{h}^{l-1} + \operatorname{Attention}(\operatorname{RMSNorm}(\mathbf{h}^{l-1})) \\
+# \mathbf{h}^l &= \mathbf{u}^l + \operatorname{FFN}(\operatorname{RMSNorm}(\mathbf{u}^l))
+# \end{aligned}
 # $$ (eq:block)
 #
-# Here $\mathbf{h}^l$ is what leaves block $l$; RMSNorm {cite:p}`RMSNorm` divides a vector by its root mean square. This is
-# the equation to remember: from chapter 02 on, only the term $\operatorname{FFN}$ in {eq}`eq:block` changes.
+# $\mathbf{h}^l$ is what leaves block $l$, and RMSNorm {cite:p}`RMSNorm` divides a vector by its root mean square.
+# Remember this equation: from chapter 02 on, only the word FFN in it changes.
 
 
 # %%
@@ -205,318 +227,214 @@ def rms_norm(x, weight, eps=1e-6):
     return x / (x.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight
 
 
-def block(h, weights):  # weights: the package's Block
-    a, f = weights.attention, weights.ffn
-    u = rms_norm(h, weights.attention_norm.weight)
-    u = h + attention(
-        u,
-        a.query.weight,
-        a.key.weight,
-        a.value.weight,
-        a.output.weight,
-        a.config.n_heads,
-    )
-    return u + ffn(
-        rms_norm(u, weights.ffn_norm.weight), f.gate.weight, f.up.weight, f.down.weight
-    )
+def block(h, w):  # w: the package's Block
+    a, f = w.attention, w.ffn
+    W_attention = [m.weight for m in (a.query, a.key, a.value, a.output)]
+    u = h + attention(rms_norm(h, w.attention_norm.weight), *W_attention, n_heads)
+    W_ffn = f.gate.weight, f.up.weight, f.down.weight
+    return u + ffn(rms_norm(u, w.ffn_norm.weight), *W_ffn)
+
+
+def logits_of(model, tokens):
+    h = model.embed.weight[tokens]
+    for weights in model.blocks:
+        h = block(h, weights)
+    return rms_norm(h, model.norm.weight) @ model.head.weight.T  # (B, S, V)
 
 
 model = Transformer(config)
 tokens = torch.randint(0, V, (2, 20))
-h = model.embed.weight[tokens]
-for weights in model.blocks:
-    h = block(h, weights)
-logits = rms_norm(h, model.norm.weight) @ model.head.weight.T
-assert_close(logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
-print(
-    f"model of {config.n_layers} blocks: mine equals the package's, logits {tuple(logits.shape)}"
-)
+assert_close(logits_of(model, tokens), model(tokens).logits, atol=1e-5, rtol=1e-5)
+print(f"model of {config.n_layers} blocks: equal to the package's")
 
 # %% [markdown]
 # ## Where do parameters and FLOPs sit?
 #
-# **Ask.** In the small dense model of the paper's Table 1, with $D = 1280$, which share of the weights is FFN?
+# **Ask.** The paper's small dense model has $D = 1280$, nine layers, and an FFN of $8D^2$ weights per layer, beside
+# $4D^2$ of attention; its vocabulary has 8,192 tokens. Which share of all weights is FFN?
 
-# %%
+# %% tags=["hide-input"]
 from dsmoe_lite import accounting
 
-predict("01-ffn-share", None)  # your guess, 0 to 1
-
+lab.ask("01-ffn-share", low=0, high=1)
 paper = preset("dense-0.2B")
-for name, each in {"this chapter": config, "paper, dense 0.2B": paper}.items():
-    count = accounting.parameters(each)
-    print(
-        f"{name:18}{count.total:>12,} parameters, {count.ffn.total / count.total:.0%} of them FFN"
-    )
-assert accounting.parameters(config).total == sum(
-    weight.numel() for weight in model.parameters()
+count = accounting.parameters(paper)
+flops = accounting.training_flops(paper, 2048)
+print(f"{count.total:,} weights, {count.ffn.total / count.total:.0%} of them in FFNs")
+print(
+    f"{flops.total / 1e12:.2f}T FLOPs to train on 2,048 tokens, {flops.dense_ffn / flops.total:.0%} of them in FFNs"
 )
+lab.answer("01-ffn-share", count.ffn.total / count.total, within=0.08)
 
 # %% [markdown]
-# The count is made from the config's numbers alone, and the last line holds it against the real model. FLOPs follow: a
-# weight costs one multiplication and one addition forward and twice that backward, six in all for each token. With the
-# products of queries and keys, the training cost of a sequence of $s$ tokens is
+# 60% of the weights and half of the work. FLOPs are counted from the config alone. A weight costs one multiplication and
+# one addition per token forward, and twice that backward: six in all. Attention also multiplies queries with keys and
+# scores with values: $2 \cdot 2SD$ per token and layer forward, three times that with the backward pass. For $L$ layers, $S$ tokens and
+# a vocabulary of $V$:
 #
 # $$
-# \mathcal{F} = s\,\bigl[\,6L\,(4D^2 + 8D^2 m) + 12LDs + 6VD\,\bigr]
+# \mathcal{F} = S\,\bigl[\,6L\,(4D^2 + 3DF) + 12LDS + 6VD\,\bigr]
 # $$ (eq:flops)
 #
-# for $L$ layers, where $m$ is the activated FFN in units of the standard one, $8D^2$ weights; for a dense model $m = 1$.
-# The paper prints no formula. This one gives the figures of its tables, but for one that is off in the last digit
-# (`data/published.json`).
+# The paper prints FLOPs but no formula. This one gives every figure of its tables except one, which differs in the last
+# digit (`data/published.json`).
 
 # %%
 from dsmoe_lite.study import published
 
-seq_len = published.load()["validation_setup"]["seq_len"]
-L, D, F_width, V_paper = (
-    paper.n_layers,
-    paper.d_model,
-    paper.ffn_width,
-    paper.vocab_size,
+S, L, F, V_paper = 2048, paper.n_layers, paper.ffn_width, paper.vocab_size
+by_hand = S * (
+    6 * L * (4 * paper.d_model**2 + 3 * paper.d_model * F)
+    + 12 * L * paper.d_model * S
+    + 6 * V_paper * paper.d_model
 )
-m = 3 * D * F_width / (8 * D**2)
-by_hand = seq_len * (
-    6 * L * (4 * D**2 + 8 * D**2 * m) + 12 * L * D * seq_len + 6 * V_paper * D
-)
-assert math.isclose(by_hand, accounting.training_flops(paper, seq_len).total)
+assert math.isclose(by_hand, flops.total)
 printed = published.printed("dense-0.2B", "flops_2k")
 assert f"{by_hand / 1e12:.1f}T" == printed
-print(
-    f"{by_hand / 1e12:.2f}T FLOPs for {seq_len} tokens, the package's count too; Table 1 prints {printed}"
-)
+print(f"by hand {by_hand / 1e12:.2f}T; the paper's Table 1 prints {printed}")
+
+# %% [markdown]
+# Longer texts shift the work to attention, because its products grow with $S^2$. Move the control: at which length does
+# attention do more than the FFN?
 
 # %%
-rows = accounting.split_rows(
-    {"this chapter": (config, 64), "paper, dense 0.2B": (paper, seq_len)}
+from ipywidgets import SelectionSlider
+
+from dsmoe_lite.viz.live import live
+
+
+def split_at(length):
+    rows = accounting.split_rows(
+        {"paper, dense 0.2B": (paper, length), "this chapter": (config, 64)}
+    )
+    for row in rows:
+        del row["active"]  # a dense model uses every weight
+    title = f"Where do parameters and FLOPs sit? (paper: {length:,} tokens)"
+    return charts.parameter_split(rows, shares=True, title=title)
+
+
+lengths = SelectionSlider(
+    options=[512, 2048, 8192, 32768, 131072], value=2048, description="tokens"
 )
-for row in rows:
-    del row["active"]  # a dense model uses every weight
-charts.parameter_split(rows, shares=True, title="Where do parameters and FLOPs sit?")
+live(split_at, length=lengths)
 
 # %% [markdown]
-# **What to notice.** In the paper's model the FFN holds most weights and does half of the work. In our tiny one the
-# vocabulary takes most: keep that in mind whenever the total of a small model is quoted.
-
-# %% [markdown]
+# A little above 2,048 tokens, the paper's length; at 8,192, attention does twice as much. Our own tiny model looks
+# different: most of its weights are vocabulary. Remember that whenever the total of a small model is quoted.
+#
 # ## Train it
 #
-# **Ask.** Before training, the model knows nothing about the $V$ possible tokens. What is its loss, in nats?
+# A language model is trained to predict the next token. So its targets are its inputs, shifted by one place: from a row of
+# $S + 1$ tokens the first $S$ go in, and the last $S$ should come out. The loss is the mean of
+# $-\log p(\text{next token})$, in nats.
+
 
 # %%
+def loss_of(model, rows):  # rows (B, S + 1)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    log_p = logits_of(model, inputs).log_softmax(dim=-1)  # (B, S, V)
+    return -log_p.gather(-1, targets[..., None]).mean()
+
+
+# %% [markdown]
+# **Ask.** An untrained model knows nothing about the 1,024 possible tokens. What is its loss, in nats?
+
+# %% tags=["hide-input"]
 from dataclasses import replace
 
-from dsmoe_lite import TrainConfig, train
 from dsmoe_lite.data.batches import Batches
 
-predict("01-first-loss", None)  # your guess
+lab.ask("01-first-loss", low=0, high=20)
+torch.manual_seed(seed)
+model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(lab.device)
+batches = Batches(world, tokenizer, batch_size=16, seq_len=64)
+start = batches.state_dict()
+first_loss = loss_of(model, next(batches).tokens.to(lab.device)).item()
+batches.load_state_dict(start)
+print(f"first loss: {first_loss:.1f}; ln {V} = {math.log(V):.1f}")
+lab.answer("01-first-loss", first_loss, "ln 1024, as for a uniform guess", within=0.3)
+
+# %% [markdown]
+# $\ln V$, the loss of a uniform guess. Training is then a loop: loss, gradient, one step of AdamW, for
+# 1,024 tokens at a time. The package's `train` is that loop with a learning rate that warms up and falls, clipped
+# gradients, and checkpoints. Its first loss is the one we computed.
+
+# %% tags=["trained"]
+from dsmoe_lite import TrainConfig, train
 
 train_config = TrainConfig(
     steps=steps, batch_size=16, seq_len=64, lr=learning_rate, seed=seed
 )
-torch.manual_seed(seed)
-model = Transformer(replace(config, vocab_size=V, ffn_width=ffn_width)).to(lab.device)
-batches = Batches(world, tokenizer, train_config.batch_size, train_config.seq_len)
 run = train(model, batches, train_config)
-print(
-    f"first loss minus ln V: {run.losses[0] - math.log(V):+.1f} nats; tokens seen: {run.tokens:,}"
-)
-
-# %% tags=["trained"]
+assert abs(run.losses[0] - first_loss) < (
+    0.05 if profile == "gpu" else 1e-3
+)  # bf16 on a GPU
 rows = [
     {"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss}
     for step, loss in enumerate(run.losses)
 ]
 charts.training_curves(rows, title="How fast does the model learn its world?")
 
-# %% [markdown]
-# The first loss is $\ln V$: a uniform guess. The curve falls fast at first, then slowly. Held-out documents, never trained
-# on, tell what was learnt:
-
 # %% tags=["trained", "hide-cell"]
 from dsmoe_lite.data.batches import heldout_batches
-from dsmoe_lite.evaluate import heldout_loss
+from dsmoe_lite.evaluate import heldout_loss, recall
 
-held_out = heldout_batches(world, tokenizer, 64, 64, 16)
-learnt = heldout_loss(model, held_out, world.domains)
+learnt = heldout_loss(
+    model, heldout_batches(world, tokenizer, 64, 64, 16), world.domains
+)
+known = recall(model, tokenizer, world.all_questions())
 # recorded over seeds 0 to 4, widened to four standard deviations; not yet for a GPU
 interval = {"smoke": (5.3, 5.55), "cpu": (1.1, 1.18), "gpu": (0.0, 7.0)}[profile]
 claim("held-out loss, nats a token", learnt.loss, interval, asserted=lab.own)
-
-# %% tags=["trained"]
-from dsmoe_lite.evaluate import recall
-
-known = recall(model, tokenizer, questions)
 interval = {"smoke": (0.0, 0.02), "cpu": (0.4, 0.74), "gpu": (0.0, 1.0)}[profile]
 claim("recall of frequent people", known["head"], interval, asserted=lab.own)
 claim(
     "recall of people never mentioned", known["control"], (0.0, 0.07), asserted=lab.own
 )
 report(
-    recall_tail=known["tail"],
-    **{f"loss_{domain}": loss for domain, loss in learnt.by_domain.items()},
+    held_out_loss=learnt.loss, recall_frequent=known["head"], recall_rare=known["tail"]
 )
 
 # %% [markdown]
-# People who are written about often are being remembered, rare ones hardly yet, and control stays at chance. Closed-book
-# recall is what this course will watch.
-#
-# Let the model speak. The question is new to it, the person is not. Is the form right? Is the fact?
+# What did it learn? Ask it a question that its training text never asked:
 
 # %% tags=["trained"]
 from dsmoe_lite.generate import generate
 
-start = questions[0].prompt
-(said,) = generate(model, [tokenizer.encode(start).ids], 24)
+(answer,) = generate(model, [tokenizer.encode(question.prompt).ids], 1)
 report(
-    prompt=start,
-    right_answer=questions[0].answer,
-    the_model_says=tokenizer.decode(said),
+    question=question.prompt,
+    right_answer=question.answer.strip(),
+    the_model_says=tokenizer.decode(answer).strip(),
 )
 
 # %% [markdown]
-# That was the likeliest token each time. More freely, tokens are drawn from $\operatorname{Softmax}(\mathbf{z} / \tau)$,
-# with the logits $\mathbf{z}$ and a **temperature** $\tau$: near 0 only the likeliest has a chance, and the larger $\tau$,
-# the more alike all become.
+# After this short training the form is right before the fact is: the model answers with a tool, if not yet the right one.
+# It answers about half of the questions on frequent people, few on rare ones, and none, beyond luck, on people whom no
+# text mentions. Facts come last, and facts are what experts will be for.
 #
-# **Ask.** At $\tau = 1$ the model says what it believes. How far must the temperature fall until the likeliest token comes
-# nine times in ten, here? And can any temperature make another token the likeliest? Move the control.
-
-# %% tags=["trained"]
-from ipywidgets import FloatSlider
-
-from dsmoe_lite.viz.live import live
-
-predict("01-temperature", None)  # a temperature
-
-with torch.no_grad():
-    asked = torch.tensor([tokenizer.encode(start).ids], device=lab.device)
-    next_logits = model(asked).logits[0, -1].cpu()
-
-
-def next_token(temperature):
-    chances, best = (next_logits / temperature).softmax(dim=-1).topk(8)
-    name = f"chance at temperature {temperature:g}"
-    rows = [
-        {"kind": repr(tokenizer.decode([i])), "effect": name, "value": chance}
-        for i, chance in zip(best.tolist(), chances.tolist(), strict=True)
-    ]
-    return charts.effects_by_kind(
-        rows,
-        overall={name: 1 / V},
-        kinds_are="tokens",
-        dashed="all tokens alike",
-        number=".1%",
-        title="Which token comes next?",
-        subtitle=f"The eight likeliest after {start!r}",
-    )
-
-
-live(
-    next_token,
-    temperature=FloatSlider(1.0, min=0.1, max=4.0, step=0.1, description="temperature"),
-)
-
-# %% tags=["trained"]
-taus = torch.arange(1, 101) / 100
-sure = [t for t in taus if (next_logits / t).softmax(dim=-1).max() >= 0.9]
-tools = world.language.values[world.language.relations.index("tool")]
-eight = [tokenizer.decode([i]).strip() for i in next_logits.topk(8).indices.tolist()]
-right = questions[0].answer.strip()
-report(
-    temperature_at_which_the_likeliest_comes_nine_times_in_ten=max(sure, default=0.0),
-    tools_among_the_eight=sum(word in tools for word in eight),
-    place_of_the_right_one=eight.index(right) + 1 if right in eight else "not in it",
-)
-
-# %% [markdown]
-# **What to notice.** The order of the tokens never changes: dividing by $\tau$ stretches or shrinks their distances, and teaches
-# the model nothing. A low temperature makes it surer, not righter: all of the likeliest are tools, and the right one is not the
-# first among them. After this short training the model knows that a tool must follow, and which words are tools. Whose tool
-# is which it knows less well.
+# ## The bill
 #
-# ## What is each part good for?
-#
-# **Ask.** Take one part out of the trained model, an attention or an FFN, by making it add nothing in {eq}`eq:block`.
-# Without which part does recall fall most?
+# To store more, make the FFN wider. These models were trained on 2.4 times as many tokens, with five seeds each:
 
-# %%
-predict("01-take-out", None)  # "attention 0", "FFN 0", "attention 1" or "FFN 1"
-
-
-def without(model, part):  # the same weights, one part silent
-    copy = Transformer(model.config).to(lab.device)
-    copy.load_state_dict(model.state_dict())
-    if part != "nothing":
-        kind, layer = part.split()
-        silent = (
-            copy.blocks[int(layer)].attention.output
-            if kind == "attention"
-            else copy.blocks[int(layer)].ffn.down
-        )
-        torch.nn.init.zeros_(silent.weight)
-    return copy.eval()
-
-
-parts = ["nothing", "attention 0", "FFN 0", "attention 1", "FFN 1"]
-print("to be taken out, in turn:", ", ".join(parts[1:]))
-
-# %% tags=["trained"]
-rows = []
-for part in parts:
-    cut = without(model, part)
-    rows.append(
-        {
-            "model": part,
-            "metric": "held-out loss",
-            "value": heldout_loss(cut, held_out, world.domains).loss,
-        }
-    )
-    rows.append(
-        {
-            "model": part,
-            "metric": "recall of frequent people",
-            "value": recall(cut, tokenizer, questions)["head"],
-        }
-    )
-charts.model_comparison(rows, title="What does the model lose without one part?")
-
-# %% [markdown]
-# **What to notice.** Every part is needed, because the parts were trained together: this is a crude test, and later
-# chapters bring finer ones. The first attention is needed most: without it the first FFN sees each token alone, and a
-# fact about a *pair* of names cannot be looked up with one of them. Which part then turns the pair into a value, this test
-# cannot say.
-#
-# A better question is what happens when the FFN gets *wider* and nothing else changes. If facts live there, there should
-# be room for more of them. These runs were trained on more tokens and recorded, with five seeds each:
-
-# %%
+# %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import metric_rows
 
 NAMES = {"course-dense": "one width", "course-dense-x2": "two widths"}
-recorded = records("neighbours")
-print(f"{recorded[0]['tokens']:,} tokens each")
-charts.model_comparison(
-    metric_rows(recorded, NAMES), title="Does a wider FFN know more?"
-)
-
-# %%
-from dsmoe_lite.study.rows import gaps
-
-gain = gaps(recorded, "course-dense-x2", "course-dense", "recall, rare people")
-print(
-    "recall of rare people, two widths minus one, by seed:",
-    ", ".join(f"{value:+.3f}" for value in gain.values()),
-)
+compared = [
+    row
+    for row in metric_rows(records("neighbours"), NAMES)
+    if row["metric"] != "recall, frequent people"
+]
+charts.model_comparison(compared, title="Does a wider FFN know more?")
 
 # %% [markdown]
-# **What to notice.** The wider FFN is better on average, but look at the seeds: runs that differ only in their random start
-# and in the order of the text differ by as much as the two widths do. One run could have shown either.
+# On average, yes. But look at the rings: runs that differ only in their random start differ as much as the two widths do, so one
+# run of each could have shown either.
 #
-# Twice the width means twice the FFN's weights and twice its FLOPs, for every token, whether it needs them or not.
-# **That is the bill a mixture of experts tries not to pay:** many FFNs stored, few used by any one token. Chapter 02
-# builds the first of them.
+# And the price is certain. Twice the width costs twice the FFN's weights and twice its FLOPs, **for every token, whether it
+# needs them or not**. A sum pays for the memory of people; a name pays for brackets.
 #
 # ## Exercises
 #
@@ -527,11 +445,12 @@ print(
 
 
 # %%
-from dsmoe_lite.layers.rope import apply_rope
-
-
 def halves_order(d):
     return None  # your list
+
+
+# %% tags=["hide-input"]
+from dsmoe_lite.layers.rope import apply_rope
 
 
 def order_is_right(halves_order):
@@ -578,6 +497,7 @@ def swiglu_width(d_model):
     return None  # your width
 
 
+# %% tags=["hide-input"]
 def width_is_right(swiglu_width):
     for d_model in (64, 1280, 4096):
         got = swiglu_width(d_model)
@@ -605,7 +525,7 @@ verdict = check_exercise(swiglu_width, width_is_right)
 # </details>
 #
 # **3. Other parameters** (a few minutes of computing). Run this chapter with an FFN of a quarter and of four times the
-# width, and compare what it reports:
+# width, and compare loss and recall:
 #
 # ```
 # dsmoe run 01 -p ffn_width=32
@@ -615,12 +535,15 @@ verdict = check_exercise(swiglu_width, width_is_right)
 # Which of loss and recall moves more? (`dsmoe run` prints what each run reported.) Which did you expect?
 #
 # ## Recap
-#
+
+# %% tags=["hide-input"]
+lab.score()
+
+# %% [markdown]
 # 1. A block is attention, which moves information between tokens, and an FFN, which treats each token alone.
-# 2. The FFN is three matrices; it holds most weights of the paper's dense model and does half of its work.
-# 3. FLOPs of a paper's table follow from a config by {eq}`eq:flops`.
-# 4. A wider FFN helps memory a little; seeds differ as much, so one run proves nothing.
-# 5. A dense model pays for all of its width with every token.
+# 2. In the paper's dense model the FFN holds 60% of the weights and does half of the work, at 2,048 tokens.
+# 3. The FLOPs of the paper's tables follow from a config by {eq}`eq:flops`.
+# 4. The loss is the mean of $-\log p$ of the next token; it starts at $\ln V$.
+# 5. A wider FFN may know more, but every token pays for all of it.
 #
-# **Claims settled here:** held-out loss and recall after the live training lie in their intervals; control stays at
-# chance; the FLOPs of the dense model are those of Table 1.
+# What if there were sixteen FFNs, and each token paid for two? **Chapter 02** builds that.

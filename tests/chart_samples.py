@@ -262,6 +262,10 @@ def every_chart() -> dict[str, Any]:
         "effect_matrix, one": charts.effect_matrix(
             [{"model": "a", "without": a, "on": b, "value": -0.1} for a in "xy" for b in "xy"]
         ),
+        "influence": charts.influence(
+            [{"part": part, "input": f"token {i}", "output": f"token {j}", "changes": j >= i if part == "a" else i == j}
+             for part in "ab" for i in range(8) for j in range(8)]
+        ),
         "ablation_matrix": charts.ablation_matrix(
             [{"kind": kind, "effect": effect, "value": 0.9 / (1 + i) ** 2 - 0.01 * j + 0.001 * part, "part": part}
              for i, effect in enumerate(ABLATIONS) for j, kind in enumerate(MANY_KINDS) for part in range(3)],

@@ -353,6 +353,19 @@ def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():
         charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
 
 
+def test_influence_counts_the_outputs_that_change() -> None:
+    rows = [
+        {"part": part, "input": f"t{i}", "output": f"t{j}", "changes": j >= i if part == "attention" else j == i}
+        for part in ("attention", "FFN")
+        for i in range(4)
+        for j in range(4)
+    ]
+    chart = charts.influence(rows)
+    assert "attention: 10 of 16 pairs and FFN: 4 of 16 pairs" in chart.to_dict()["description"]
+    with pytest.raises(InputError, match="parts = 3"):
+        charts.influence([{**rows[0], "part": part} for part in "abc"])
+
+
 def test_an_ablation_matrix_frames_the_largest_of_each_column_but_one_and_has_one_scale():
     means = {("first", "a"): 4.0, ("first", "b"): 1.0, ("shared", "a"): 0.25, ("shared", "b"): -0.0004,
              ("second", "a"): 0.01, ("second", "b"): 0.04}  # fmt: skip

@@ -209,11 +209,17 @@ def by_component(config: ModelConfig, seq_len: int) -> list[dict[str, Any]]:
     return rows
 
 
+IN_WORDS = {"embed_in": "embeddings", "lm_head": "output head", "dense_ffn": "FFN"}
+
+
 def split_rows(models: Mapping[str, tuple[ModelConfig, int]]) -> list[dict[str, Any]]:
-    """Rows {model, component, total, active, flops} of several (config, seq_len); flops are forward, per token."""
+    """Rows {model, component, total, active, flops} of several (config, seq_len), components named in words.
+
+    flops are forward, per token.
+    """
     return [
-        {"model": name, **{key: row[key] for key in ("component", "total", "active")}}
-        | {"flops": row["forward_flops_per_token"]}
+        {"model": name, "component": IN_WORDS.get(row["component"], row["component"].replace("_", " "))}
+        | {"total": row["total"], "active": row["active"], "flops": row["forward_flops_per_token"]}
         for name, (config, seq_len) in models.items()
         for row in by_component(config, seq_len)
         if row["total"] or row["training_flops"]
