@@ -202,7 +202,8 @@ def test_missing_runs_are_listed_seed_by_seed(small: Path, capsys: pytest.Captur
 
 def test_a_profile_has_its_tier_of_a_grid() -> None:
     assert [grids.grid_name("paper", profile) for profile in ("cpu", "gpu")] == ["paper", "paper-gpu"]
-    with pytest.raises(InputError, match="profile = 'gpu': neighbours has no such tier; choose from paper"):
+    assert grids.grid_name("text-long", "gpu") == "text-long-gpu"
+    with pytest.raises(InputError, match="profile = 'gpu': neighbours has no such tier; choose from text-long, paper"):
         grids.grid_name("neighbours", "gpu")
 
 

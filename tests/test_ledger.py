@@ -307,11 +307,54 @@ def test_a_claim_links_to_its_heading() -> None:
     assert book_page._link(replace(claim, where="")) == "-"
 
 
+REMOVED = {  # as much of a record as the metrics on real text read: 2 nats are 3 bits per byte
+    "model": {"moe": {"n_routed_experts": 63}},
+    "heldout_loss": 2.0,
+    "heldout_bits_per_byte": {"all": 3.0, "python": 1.0},
+    "masked": {str(1 / 63): {"heldout_loss": 2.2}, str(1 / 16): {"heldout_loss": 2.4}},
+    "silenced": {"1": {"heldout_loss": 9.0}, "4": {"heldout_loss": 3.0}},
+    "shared_swapped": {"heldout_loss": 2.6},
+    "domain_use": {"trained": [{"uncertainty": 0.2}, {"uncertainty": 0.4}], "untrained": [0.1, 0.2]},
+}
+
+
+def test_metrics_on_real_text_are_rises_in_bits_per_byte() -> None:
+    assert {
+        name: METRICS[name](REMOVED) for name in METRICS if name != "rise, best experts masked" and _reads(name)
+    } == (
+        pytest.approx(
+            {
+                "loss": 2.0,
+                "loss, shared expert swapped": 2.6,
+                "bits per byte": 3.0,
+                "rise, best sixteenth replaced": 0.6,
+                "gain of replacements, best sixteenth": 0.9,
+                "rise, shared expert swapped": 0.9,
+                "rise, best routed expert replaced": 0.3,
+                "domain in the choice": 0.3,
+                "domain in the choice, untrained": 0.15,
+            }
+        )
+    )
+    coarse = REMOVED | {"model": {"moe": {"n_routed_experts": 16}}, "silenced": {"1": {"heldout_loss": 2.5}}}
+    assert METRICS["gain of replacements, best sixteenth"](coarse) == pytest.approx(0.15)
+    assert METRICS["rise, best routed expert replaced"](coarse) == pytest.approx(0.6)
+
+
+def _reads(name: str) -> bool:
+    try:
+        METRICS[name](REMOVED)
+    except KeyError:
+        return False
+    return True
+
+
 def test_every_metric_reads_some_record() -> None:
     results = [record for name in ("balance", "needle") for record in grids.records(name)[:1]]
     changed = {"heldout_loss": 2.0}
     active = {"3": changed, "4": changed}
     results += [{"heldout_loss": 1.0, "masked": {"0.25": changed}, "active": active, "shared_swapped": changed}]
+    results += [REMOVED]
     for name, metric in METRICS.items():
         values = []
         for result in results:

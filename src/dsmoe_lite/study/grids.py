@@ -29,7 +29,7 @@ from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
-from dsmoe_lite.study import common_knowledge, pilot, protocol, text_pilot
+from dsmoe_lite.study import common_knowledge, pilot, protocol, text_pilot, text_protocol
 from dsmoe_lite.study.needle import NeedleJob
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
@@ -192,6 +192,21 @@ GRIDS = {
     "text-pilot-rates-again": Grid(text_pilot.RATES_AGAIN, text_pilot.SEEDS[1:], n_streams=200),
     # A world with common knowledge: what was tried before its protocol was fixed.
     "common-pilot": Grid(common_knowledge.PILOT, common_knowledge.PILOT_SEEDS[:1], n_streams=200),
+    # Chapter 07 on real text, by the second protocol.
+    "text-short": Grid(
+        text_protocol.jobs(text_protocol.SHORT, text_protocol.SHORTER),
+        text_protocol.SEEDS,
+        n_streams=10,
+        protocol=text_protocol.VERSION,
+    ),
+    "text-long": Grid(
+        text_protocol.jobs(text_protocol.LONG),
+        text_protocol.SEEDS,
+        n_streams=10,
+        more_seeds=dict.fromkeys(text_protocol.MORE, text_protocol.MORE_SEEDS),
+        protocol=text_protocol.VERSION,
+    ),
+    "text-long-gpu": Grid(text_protocol.larger_jobs(), n_streams=10, protocol=text_protocol.VERSION),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
 

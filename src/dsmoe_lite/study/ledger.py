@@ -56,6 +56,19 @@ EXACT: dict[str, Callable[..., float]] = {
     "yarn_scale": _yarn_scale,
 }
 
+
+def _rise(record: Mapping[str, Any], changed: Mapping[str, Any]) -> float:
+    """By how many bits per byte an intervention raises the held-out loss."""
+    rise = changed["heldout_loss"] - record["heldout_loss"]
+    return float(rise * record["heldout_bits_per_byte"]["all"] / record["heldout_loss"])
+
+
+def _best_sixteenth(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """The results with each token's best sixteenth of the routed experts masked, and silenced."""
+    n_experts = record["model"]["moe"]["n_routed_experts"]
+    return record["masked"][str(1 / 16)], record["silenced"][str(round(n_experts / 16))]
+
+
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "loss": lambda record: record["heldout_loss"],
     "recall, frequent people": lambda record: record["recall"]["head"],
@@ -67,6 +80,17 @@ METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "rise, best experts masked": lambda record: (
         mean(masked["heldout_loss"] for masked in record["masked"].values()) - record["heldout_loss"]
     ),
+    "bits per byte": lambda record: record["heldout_bits_per_byte"]["all"],
+    "rise, best sixteenth replaced": lambda record: _rise(record, _best_sixteenth(record)[0]),
+    "gain of replacements, best sixteenth": lambda record: (
+        _rise(record, _best_sixteenth(record)[1]) - _rise(record, _best_sixteenth(record)[0])
+    ),
+    "rise, shared expert swapped": lambda record: _rise(record, record["shared_swapped"]),
+    "rise, best routed expert replaced": lambda record: _rise(
+        record, record["masked"][str(1 / record["model"]["moe"]["n_routed_experts"])]
+    ),
+    "domain in the choice": lambda record: mean(layer["uncertainty"] for layer in record["domain_use"]["trained"]),
+    "domain in the choice, untrained": lambda record: mean(record["domain_use"]["untrained"]),
     "needles at 256, RoPE": lambda record: mean(record["recall"]["plain"]["256"]),
     "needles at 256, YaRN": lambda record: mean(record["recall"]["yarn"]["256"]),
     "needles at 256, RoPE trained on": lambda record: mean(record["recall"]["plain-extended"]["256"]),
