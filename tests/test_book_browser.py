@@ -16,7 +16,7 @@ ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure =
 ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"
 ONE_OF_EACH_KIND = """() => {
     const seen = new Set();
-    for (const word of document.querySelectorAll('article .highlight pre span[class]')) {
+    for (const word of document.querySelectorAll('article :is(.highlight pre, .sig) span[class]')) {
         if (seen.has(word.className)) word.replaceWith(...word.childNodes);
         else seen.add(word.className);
     }
