@@ -239,7 +239,7 @@ charts.model_comparison(
 # | 00 Start here | which part of a model works on which word? | 7 |
 # | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
 # | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 47 |
-# | 03 Fine-grained experts | are many small experts better than few large ones? | 39 |
+# | 03 Fine-grained experts | are many small experts better than few large ones? | 14 |
 # | 04 Shared experts | what should every token get? | 47 |
 # | 05 Balance | what keeps all experts at work? | 63 |
 # | 06 Latent attention | what has attention to remember? | 43 |

@@ -19,7 +19,7 @@
 # full; meet the loss that keeps experts busy; put Switch and Hash routing beside it; train it against the dense model;
 # and watch which tokens find which experts, and ask what is wrong with that.
 #
-# **You need** chapter 01. **Reading time** 40 minutes. **Hardware** any laptop CPU.
+# **You need** chapter 01. **Reading time** 47 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

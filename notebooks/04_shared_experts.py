@@ -26,7 +26,7 @@
 # experts of a token is worth, and for which kind of text; repeat the paper's swap; and ask how many shared experts it
 # takes.
 #
-# **You need** chapters 02 and 03. **Reading time** 35 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 and 03. **Reading time** 47 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

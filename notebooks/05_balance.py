@@ -20,7 +20,7 @@
 # and see why that is no way out; then count how many devices a token has to visit, and limit them.
 #
 # **You need** chapter 02; of chapter 03 that experts can be many and narrow, of chapter 04 that some are shared.
-# **Reading time** 45 minutes. **Hardware** any laptop CPU.
+# **Reading time** 63 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

@@ -19,7 +19,7 @@
 # build Multi-head Latent Attention (MLA) in two forms, and prove them equal; take three wrong turns on purpose; measure
 # what a token costs; and let a model read texts four times as long as those it was trained on.
 #
-# **You need** chapter 01. **Reading time** 60 minutes. **Hardware** any laptop CPU.
+# **You need** chapter 01. **Reading time** 43 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

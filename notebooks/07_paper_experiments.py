@@ -18,7 +18,7 @@
 # **You will** turn ten runs into a verdict by hand, see all 19 verdicts in one picture, find the detail that decides four of them, train one
 # more seed yourself, and put the clock beside the loss.
 #
-# **You need** chapters 02 to 04. **Reading time** 35 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 to 04. **Reading time** 30 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

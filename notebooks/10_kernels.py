@@ -19,7 +19,7 @@
 # a barrier away and see it caught; follow one grouped product up a ladder of five rungs, a bound guessed before each; cost the permutation in bytes;
 # and take gradients through the kernels, equal to the loop's.
 #
-# **You need** chapters 02, 04 and, for one router, 05; for the kernels themselves some C++. **Reading time** 70 minutes. **Hardware** any laptop
+# **You need** chapters 02, 04 and, for one router, 05; for the kernels themselves some C++. **Reading time** 49 minutes. **Hardware** any laptop
 # CPU with g++ (`apt install g++`; macOS has not been tried); without it you read recorded outputs. A GPU is only
 # needed for the last section's timings.
 

@@ -20,7 +20,7 @@
 # find out which assumptions decide how much of
 # a thousand devices' speed is left.
 #
-# **You need** chapters 04 and 05. Nothing about `torch.distributed`. **Reading time** 50 minutes. **Hardware** any laptop CPU; the
+# **You need** chapters 04 and 05. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
 # processes are real, the network is your memory.
 
 # %% tags=["parameters"]
