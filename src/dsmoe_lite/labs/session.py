@@ -41,9 +41,10 @@ def check_parameters(namespace: MutableMapping[str, Any]) -> bool:
 
 
 def _chapter_with(names: set[str]) -> dict[str, Parameter]:
-    """The schema of the course's chapter whose parameters are all in `names`; {} if there is none."""
+    """The schema of the course's chapter with these parameters, of which a reader may have added one; or {}."""
     matches = [schema for schema in chapter_schemas() if CONDITIONS < set(schema) <= names]
-    return max(matches, key=len, default={})
+    best = max(matches, key=len, default={})
+    return best if len(names) - len(best) <= 1 else {}
 
 
 def _first_valid(cells: list[str]) -> dict[str, Parameter]:
