@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def asked(path: Path, *, is_reader: bool = True) -> Guesses:
-    guesses = Guesses(path, is_reader)
+    guesses = Guesses(str(path.parent) if is_reader else "")
     guesses.ask("02-dropped", "a tenth", "a quarter", "half")
     guesses.answer("02-dropped", "a quarter", "26% of the choices")
     guesses.ask("02-share", low=0, high=1)
@@ -34,9 +34,11 @@ def test_without_a_reader_nothing_is_asked_shown_or_written(path: Path, capsys: 
 
 
 def test_only_the_kernels_of_a_readers_lab_have_a_reader(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for value, expected in (("1", True), ("", False), (None, False)):
+    monkeypatch.setenv(READER, str(path.parent))
+    assert Guesses().path == path
+    for value in ("", None):
         monkeypatch.setenv(READER, value) if value is not None else monkeypatch.delenv(READER)
-        assert Guesses(path).is_reader is expected
+        assert not Guesses().is_reader
 
 
 def test_a_guess_is_stored_and_comes_back_beside_the_answer(path: Path) -> None:
@@ -70,7 +72,7 @@ def test_a_skipped_question_shows_the_answer_and_is_not_scored(path: Path) -> No
 
 
 def test_a_guess_before_the_answer_is_known_is_repeated(path: Path) -> None:
-    guesses = Guesses(path, is_reader=True)
+    guesses = Guesses(str(path.parent))
     guesses.ask("02-gap", low=-1, high=1)
     guesses._take("02-gap", 0.25)
     assert guesses.reply("02-gap") == "You said 0.25."
@@ -97,7 +99,7 @@ def test_a_number_out_of_range_is_refused_in_the_form(path: Path) -> None:
 
 
 def test_the_cell_of_a_question_is_hidden_until_the_guess(path: Path) -> None:
-    shell, guesses = InteractiveShell.instance(), Guesses(path, is_reader=True)
+    shell, guesses = InteractiveShell.instance(), Guesses(str(path.parent))
     try:
         shell.user_ns["guesses"] = guesses
         shell.run_cell("guesses.ask('02-a', 'yes', 'no'); guesses.answer('02-a', 'no')")

@@ -4,7 +4,6 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from dsmoe_lite.common import paths
 from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.labs.guesses import Guesses
 from dsmoe_lite.labs.packages import require_packages
@@ -20,7 +19,7 @@ class Lab:
     profile: str  # "smoke", "cpu" or "gpu"
     device: str  # "cuda" with profile gpu, else "cpu"
     own: bool  # whether all parameters but profile and seed are the chapter's own: claims are recorded for these alone
-    guesses: Guesses = field(repr=False, default_factory=lambda: Guesses(paths.WORK / "predictions.json"))
+    guesses: Guesses = field(repr=False, default_factory=Guesses)
 
     def ask(self, key: str, *choices: str, low: float = 0.0, high: float = 0.0) -> None:
         """Ask the reader a question, at the top of the cell that has the answer (`Guesses.ask`)."""

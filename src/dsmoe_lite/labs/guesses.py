@@ -16,7 +16,7 @@ import filelock
 from dsmoe_lite.common.errors import InputError, require, require_choice, require_number
 from dsmoe_lite.common.files import read_json, write_json
 
-READER = "DSMOE_READER"  # set in the kernels of `dsmoe lab`
+READER = "DSMOE_READER"  # in the kernels of `dsmoe lab`: the folder of the reader's copies
 Guess = str | float
 
 
@@ -70,16 +70,25 @@ class Answer:
 class Guesses:
     """The questions of one session of a chapter, the reader's guesses and the answers.
 
-    path: where guesses are kept, {question: guess, or null if it was skipped}.
-    is_reader: whether to ask; if not, `ask`, `answer` and `score` only check their arguments.
+    folder: where predictions.json keeps the guesses, {question: guess, or null if it was skipped}. If it is empty, there
+    is no reader, and `ask`, `answer` and `score` only check their arguments.
     """
 
-    path: Path
-    is_reader: bool = field(default_factory=lambda: bool(os.environ.get(READER)))
+    folder: str = field(default_factory=lambda: os.environ.get(READER, ""))
     questions: dict[str, Question] = field(default_factory=dict)
     answers: dict[str, Answer] = field(default_factory=dict)
     _forms: dict[str, "_Form"] = field(default_factory=dict)
     _score: Any = None  # the handle of what `score` displays
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether a reader is there to be asked."""
+        return self.folder != ""
+
+    @property
+    def path(self) -> Path:
+        """The file of the guesses."""
+        return Path(self.folder) / "predictions.json"
 
     def ask(self, key: str, *choices: str, low: float = 0.0, high: float = 0.0) -> None:
         """Ask for one of `choices`, or for a number from `low` to `high`, at the top of the cell that has the answer.

@@ -80,7 +80,7 @@ def _environment(token: str) -> dict[str, str]:
         "JUPYTER_PATH": os.pathsep.join(filter(None, [installed, os.environ.get("JUPYTER_PATH")])),
         "JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, [str(_config()), os.environ.get("JUPYTER_CONFIG_PATH")])),
         "JUPYTER_PREFER_ENV_PATH": "1",
-        READER: "1",
+        READER: str(paths.WORK),
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
     }
 
