@@ -70,8 +70,8 @@ class Answer:
 class Guesses:
     """The questions of one session of a chapter, the reader's guesses and the answers.
 
-    folder: where predictions.json keeps the guesses, {question: guess, or null if it was skipped}. If it is empty, there
-    is no reader, and `ask`, `answer` and `score` only check their arguments.
+    folder: where predictions.json keeps the guesses, {question: guess, or null if it was skipped}. If it is empty, no
+    reader is there, and `ask`, `answer` and `score` only check their arguments.
     """
 
     folder: str = field(default_factory=lambda: os.environ.get(READER, ""))
