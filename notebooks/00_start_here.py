@@ -45,7 +45,7 @@ lab = begin(globals())
 # *Which tool does Ridi Lava have?*
 
 # %% tags=["hide-input"]
-from dsmoe_lite import RoutingTrace, accounting, load_model
+from dsmoe_lite import RoutingTrace, load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.tokenizer import read_tokenizer
