@@ -45,7 +45,6 @@ INCOMPLETE = (
     "text-long",
     "text-short",
     "paper-figure-4",
-    "common-pilot",
 )  # the first two need a GPU, the others hours
 
 
