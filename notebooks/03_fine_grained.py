@@ -49,7 +49,7 @@ toy_steps = lab.choose(smoke=100, cpu=1000, gpu=1000)
 #
 # $$
 # y = \bigl(f_i(\mathbf{z}) + h_j(\mathbf{z})\bigr) / \sqrt2, \qquad f_i, h_j: \text{random waves, one per column and one per row}
-# $$ (eq:quilt)
+# $$
 #
 # The layer is a mixture of experts. Its router sees the tags, column $i$ and row $j$; its experts see only $\mathbf{z}$. With
 # $m = 1$ there are 8 experts with 16 hidden channels, and a token uses one. Cut them: 16 experts with 8 channels, two per token;
@@ -183,13 +183,14 @@ report(
 # With $m$ pieces per expert the layer becomes (DeepSeekMoE, Equations 6 to 8; the paper writes $N$ for our $E$):
 #
 # $$
-# \begin{aligned}
-# \mathbf{h}_t &= \mathbf{u}_t + \sum_{i=1}^{mE} g_{i,t} \operatorname{FFN}_i(\mathbf{u}_t), \qquad
-# s_{i,t} = \operatorname{Softmax}_i\bigl(\mathbf{u}_t^\top \mathbf{e}_i\bigr) \\
-# g_{i,t} &= \begin{cases} s_{i,t}, & s_{i,t} \in \operatorname{Topk}\bigl(\{s_{j,t} \mid 1 \le j \le mE\},\, mK\bigr) \\
-# 0, & \text{otherwise} \end{cases}
-# \end{aligned}
+# \mathbf{h}_t = \mathbf{u}_t + \sum_{i=1}^{mE} g_{i,t} \operatorname{FFN}_i(\mathbf{u}_t), \qquad
+# s_{i,t} = \operatorname{Softmax}_i\bigl(\mathbf{u}_t^\top \mathbf{e}_i\bigr)
 # $$ (eq:fine)
+#
+# $$
+# g_{i,t} = \begin{cases} s_{i,t}, & s_{i,t} \in \operatorname{Topk}\bigl(\{s_{j,t} \mid 1 \le j \le mE\},\, mK\bigr) \\
+# 0, & \text{otherwise} \end{cases}
+# $$ (eq:fine-gates)
 #
 # The letters are those of chapter 02: $\mathbf{u}_t$ is the token as it enters, $s_{i,t}$ its affinity to expert $i$,
 # $\mathbf{e}_i$ that expert's vector, $g_{i,t}$ the gate. Each $\operatorname{FFN}_i$ is now $1/m$ as wide.
@@ -267,7 +268,7 @@ print("pieces sum to the FFN, for m =", *SPLITS)
 # Now cut every expert of a layer, and give each piece a copy of its expert's vector $\mathbf{e}_i$. The pieces of one expert
 # have equal affinities, so the best $mK$ pieces are the pieces of the best $K$ experts.
 #
-# **Ask.** Use the gates of {eq}`eq:fine` and cut every expert in four. Is the layer's output unchanged, a quarter as
+# **Ask.** Use the gates of {eq}`eq:fine-gates` and cut every expert in four. Is the layer's output unchanged, a quarter as
 # large, or four times as large?
 
 
@@ -334,8 +335,14 @@ lab.answer(
 )
 
 # %% [markdown]
-# A quarter. The softmax runs over $mE$ experts, $m$ equal copies of each, so every score is $1/m$ of what it was. Dividing the
-# gates by their sum does not help: the same 1 is shared by $mK$ pieces.
+# A quarter. The softmax now runs over $mE$ experts, $m$ equal copies of each:
+#
+# $$
+# s^{fine}_{i,t} = \frac{\exp(\mathbf{u}_t^\top \mathbf{e}_i)}{\sum_{j=1}^{E} m \exp(\mathbf{u}_t^\top \mathbf{e}_j)}
+# = \frac{s_{i,t}}{m}
+# $$ (eq:smaller)
+#
+# Dividing the gates by their sum does not help: the same 1 is shared by $mK$ pieces.
 #
 # With **gates times $m$** the finer layer *is* the coarser one, proved above in float64. So this course multiplies by $m$
 # (`routed_scaling_factor`), and then $m$ changes one thing only, the choices. **The paper prints no such factor.** It
@@ -490,7 +497,7 @@ charts.model_comparison(
 #
 # **1. A bug from the wild** (10 minutes). A widely used library chooses the experts on the logits, and takes the softmax
 # of the chosen ones only. That is right for Mixtral {cite:p}`Mixtral`. It is not right for DeepSeekMoE, whose gates are
-# those of {eq}`eq:fine`. Mend it: return the gates of the paper, as printed, best first.
+# those of {eq}`eq:fine-gates`. Mend it: return the gates of the paper, as printed, best first.
 
 
 # %%

@@ -351,8 +351,15 @@ for name in models:
 #
 # ## Who works together?
 #
-# Chapter 03 drew which pairs of experts are chosen together. These models were trained longer: have their experts formed teams?
-# And if so, what do the tokens of a team have in common?
+# A token of DeepSeekMoE uses seven routed experts at once. If some pairs always came together, they would be one wider expert
+# again. *Co-activation* is the share of expert $i$'s tokens that also use expert $j$:
+#
+# $$
+# C(i \to j) = N_{ij} / N_i
+# $$ (eq:coactivation)
+#
+# with $N_i$ the tokens of expert $i$ and $N_{ij}$ those that use both. Have experts formed teams? And if so, what do the
+# tokens of a team have in common?
 #
 # Busy experts meet often by chance. So the null lets tokens trade experts at random until only chance decides who meets whom, while
 # every expert keeps its load and every token its number of experts. The chart divides by it. One thing the null cannot know: a
