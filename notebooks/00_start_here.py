@@ -17,7 +17,7 @@
 # sentence. The same word often goes to the same expert, far more often than chance, but not always: context decides
 # too.
 #
-# Today's largest open models are built this way. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2
+# Many of today's large open models are built this way. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2
 # {cite:p}`DeepSeekV2` and DeepSeek-V3 {cite:p}`DeepSeekV3`, and this course builds it step by step, on your machine, in code
 # that you can read.
 #
@@ -98,7 +98,7 @@ lab.answer("00-same-word", "some of them" if moved else "all of them")
 # %% [markdown]
 # Some of them. The name *Ridi Lava* keeps its experts. The question mark does not: e0 and e6 where a tool must follow, e1
 # and e2 where a pet must. At the question mark the model has to produce the answer, and **one and the same token gets other
-# experts because other knowledge is needed there**. Nobody programmed that. It came from training.
+# experts where other knowledge is needed**. Nobody programmed that. It came from training.
 #
 # ## Is that more than chance?
 #
@@ -253,6 +253,7 @@ charts.model_comparison(
 #
 # ## How a chapter works
 #
+# - **Words and letters** of the course are listed in `ARCHITECTURE.md`, and in the book on the page *A map of the code*.
 # - **Ask**: make a guess before the answer is shown. In JupyterLab, buttons take it, and the end of the chapter scores it.
 # - **Build**: each idea is built in a few lines, then proved equal to the package `dsmoe_lite`, which is used from then on.
 # - **Fold**: set-up, plotting and checks are folded away. Open a folded cell at its left edge.

@@ -48,8 +48,10 @@ toy_steps = lab.choose(smoke=100, cpu=1000, gpu=1000)
 # $\mathbf{z}$ of one patch, and the layer must return the height of the pattern there:
 #
 # $$
-# y = \bigl(f_i(\mathbf{z}) + h_j(\mathbf{z})\bigr) / \sqrt2, \qquad f_i, h_j: \text{random waves, one per column and one per row}
+# y = \bigl(f_i(\mathbf{z}) + h_j(\mathbf{z})\bigr) / \sqrt2
 # $$
+#
+# where $f_i$ is the wave of column $i$ and $h_j$ that of row $j$, drawn at random.
 #
 # The layer is a mixture of experts. Its router sees the tags, column $i$ and row $j$; its experts see only $\mathbf{z}$. With
 # $m = 1$ there are 8 experts with 16 hidden channels, and a token uses one. Cut them: 16 experts with 8 channels, two per token;

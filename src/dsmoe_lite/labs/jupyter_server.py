@@ -36,12 +36,13 @@ def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool)
 
     The root is not work/: in a clone, data/ and the chapters' sources can be browsed; elsewhere, runs/.
     """
+    arguments = _arguments(root, ip, port)
     write_settings(_config() / "labconfig" / "default_setting_overrides.json")
     token = secrets.token_hex(24)
     os.environ.update(_environment(token))
     from jupyterlab.labapp import LabApp  # type: ignore[import-untyped]
 
-    server = LabApp.initialize_server(_arguments(root, ip, port))
+    server = LabApp.initialize_server(arguments)
     host = "localhost" if ip in ("127.0.0.1", "0.0.0.0") else ip
     path = quote(opened.relative_to(root).as_posix())
     address = f"http://{host}:{server.port}{server.base_url}lab/tree/{path}?token={token}"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dsmoe_lite.labs.claims import without_value
+from dsmoe_lite.labs.guesses import READER
 from dsmoe_lite.labs.results import MIME
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
@@ -25,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     from nbval.kernel import RunningKernel  # type: ignore[import-untyped]
 
     os.environ["TQDM_DISABLE"] = "1"
+    os.environ.pop(READER, None)  # nobody is there to guess, even in a terminal of JupyterLab
     config.option.nbval_current_env = True
     RunningKernel.execute_cell_input = _execute_with_history  # `check_parameters` reads the history
 
