@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.machine import find_chromium
+
+settings.register_profile("course", deadline=None)  # how long an example takes depends on what else runs
+settings.load_profile("course")
 
 HEADER = """\
 # ---

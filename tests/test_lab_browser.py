@@ -277,10 +277,10 @@ def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: L
     page, hosts = open_notebook(browser, lab, f"work/{renewed.name}")
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
-    explorer.get_by_role("button", name="previous layer").click()
+    explorer.get_by_role("button", name="next layer").click()
     explorer.locator(".dx-experts [role=option]").nth(7).click()
     assert explorer.locator(".dx-chosen").count() > 0
-    assert explorer.get_by_role("button", name="Switch e7 of layer 0 off").is_disabled()
+    assert explorer.get_by_role("button", name="Switch e7 of layer 1 off").is_disabled()
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
     assert hosts <= {"localhost", "127.0.0.1", None}
     page.close()
@@ -331,6 +331,7 @@ def test_an_answer_is_shown_after_the_guess_and_guesses_are_scored(browser, lab:
     page.get_by_text("your guess = 5.0: must be a finite number").wait_for(timeout=MINUTE)
     assert not page.locator("pre", has_text="another answer").is_visible()
     number.fill("0.55")
+    page.wait_for_timeout(500)  # the number must be in the kernel before the click
     page.get_by_role("button", name="Guess", exact=True).click()
     page.locator("pre", has_text="another answer").wait_for(timeout=MINUTE)
     page.get_by_text("1 of 2 guesses right; questions without a guess: 0.").wait_for(timeout=MINUTE)

@@ -179,7 +179,7 @@ class _Form:
                 button.on_click(lambda _, choice=choice: take(choice))
                 controls.append(button)
         else:
-            number = ipywidgets.FloatText(layout=ipywidgets.Layout(width="8em"))
+            number = ipywidgets.FloatText(continuous_update=True, layout=ipywidgets.Layout(width="8em"))
             guess = ipywidgets.Button(description="Guess")
             guess.on_click(lambda _: self._try(take, number.value))
             controls = [number, guess]
