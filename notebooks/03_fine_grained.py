@@ -55,7 +55,8 @@ toy_steps = lab.choose(smoke=100, cpu=1000, gpu=1000)
 #
 # The layer is a mixture of experts. Its router sees the tags, column $i$ and row $j$; its experts see only $\mathbf{z}$. With
 # $m = 1$ there are 8 experts with 16 hidden channels, and a token uses one. Cut them: 16 experts with 8 channels, two per token;
-# then 32 with 4 channels, four per token. Expert weights and work are the same for every $m$. (In a Transformer router
+# then 32 with 4 channels, four per token. The weights of $W_1$ and $W_2$ and the work
+# are the same for every $m$; the router and the experts' output biases grow with it. (In a Transformer router
 # and experts see the same vector; here they are kept apart, so that experts cannot tell patches apart by themselves.)
 
 
@@ -459,8 +460,7 @@ for row in compare(timed, rounds={"smoke": 3, "cpu": 12, "gpu": 50}[profile])[1:
 # ## Does it pay in a language model?
 #
 # The paper says yes. Its Figure 3 compares benchmark scores (HellaSwag, PIQA, ARC, TriviaQA, NaturalQuestions), and finer
-# segmentation raises them step by step; it is a bar chart without printed numbers. Our models are some two thousand times
-# smaller. `dsmoe experiment deepseekmoe` trained them with the same weights, work and text, and five seeds for each
+# segmentation raises them step by step; it is a bar chart without printed numbers. Our models are far smaller. `dsmoe experiment deepseekmoe` trained them with the same weights, work and text, and five seeds for each
 # $m$. Held-out loss and recall of rare people stand in for the benchmarks.
 #
 # **Ask.** Is the mean loss of $m = 4$ below that of $m = 1$, above it, or can five seeds not tell?
@@ -491,7 +491,7 @@ charts.model_comparison(
 # zero, and the means lean the wrong way. The factor $m$ does not pay either: as printed, $m = 4$ has the lower mean.
 #
 # Why, if the toy is so clear? Our made-up world is mostly a lookup table: *whose* tool, *which* tool. One expert that knows
-# the pair is enough, and $m = 1$ already answers nearly all questions about frequent people. The toy shows what would have to
+# the pair is enough. That is a guess; no run here tests it. The toy shows what would have to
 # be different: knowledge that is **made of reusable parts**. Whether real text is like that at our size, the second
 # protocol of [chapter 07](07_paper_experiments.ipynb) will ask.
 #

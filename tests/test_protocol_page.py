@@ -1,9 +1,10 @@
 """The page of the protocol agrees with the code: every pilot run, every family, every comparison."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
+
+from page_tables import rows_below
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
@@ -18,18 +19,8 @@ from dsmoe_lite.training.job import Job
 PAGE = (paths.NOTEBOOKS / "07_protocol.md").read_text(encoding="utf-8")
 
 
-def table(heading: str) -> Iterator[list[str]]:
-    """The cells of each row below the table head that begins with this cell."""
-    lines = PAGE.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return
-        yield [cell.strip() for cell in line.strip("|").split("|")]
-
-
 def test_exactly_the_pilot_runs_are_listed() -> None:
-    listed = {(f"pilot-{name}", run, int(seed)): cells for name, run, seed, *cells in table("grid")}
+    listed = {(f"pilot-{name}", run, int(seed)): cells for name, run, seed, *cells in rows_below(PAGE, "grid")}
     recorded = {
         (name, record["model_name"], record["seed"]): [
             f"{record['train']['lr']:g}",
@@ -45,7 +36,7 @@ def test_exactly_the_pilot_runs_are_listed() -> None:
 
 
 def test_families_have_the_gates_and_learning_rates_of_the_tier() -> None:
-    rows = {family: cells for family, *cells in table("family")}
+    rows = {family: cells for family, *cells in rows_below(PAGE, "family")}
     assert set(rows) == set(FAMILIES.values())
     for family, (models, gates, rate) in rows.items():
         assert models.split(", ") == [name for name in MODELS if FAMILIES[name] == family]
@@ -54,7 +45,7 @@ def test_families_have_the_gates_and_learning_rates_of_the_tier() -> None:
 
 
 def test_comparisons_are_the_claims_of_the_ledger() -> None:
-    listed = {id.strip("`"): cells for id, *cells in table("claim")}
+    listed = {id.strip("`"): cells for id, *cells in rows_below(PAGE, "claim")}
     of_paper = {claim.id: claim.trend for claim in ledger.load() if claim.trend and claim.trend.grid == "paper"}
     trends = {id: trend for id, trend in of_paper.items() if not trend.after_runs}
     assert set(listed) == set(trends)

@@ -1,10 +1,11 @@
 """The page of the second protocol agrees with the code: every try, every model, every comparison, and the pilot."""
 
 import json
-from collections.abc import Iterator
 from itertools import combinations
 from math import sqrt
 from statistics import fmean, stdev
+
+from page_tables import rows_below
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.stats import seeds_needed
@@ -17,18 +18,8 @@ PAGE = (paths.NOTEBOOKS / "07_text_protocol.md").read_text(encoding="utf-8")
 WORDS = " ".join(PAGE.split())
 
 
-def table(heading: str) -> Iterator[list[str]]:
-    """The cells of each row below the table head that begins with this cell."""
-    lines = PAGE.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {heading} |"))
-    for line in lines[start + 2 :]:
-        if not line.startswith("|"):
-            return
-        yield [cell.strip() for cell in line.strip("|").split("|")]
-
-
 def test_every_try_is_listed() -> None:
-    listed = {(name, run, int(seed)): cells for name, run, seed, *cells in table("grid")}
+    listed = {(name, run, int(seed)): cells for name, run, seed, *cells in rows_below(PAGE, "grid")}
     recorded = {}
     for path in (paths.DATA / "runs").glob("text-pilot-*/*.json"):
         record, (run, seed) = json.loads(path.read_text(encoding="utf-8")), path.stem.rsplit("-seed", 1)
@@ -84,7 +75,7 @@ def test_the_number_of_seeds_follows_from_the_spread() -> None:
 
 
 def test_models_and_sizes_are_those_of_the_code() -> None:
-    rows = {name: cells for name, *cells in table("model")}
+    rows = {name: cells for name, *cells in rows_below(PAGE, "model")}
     assert list(rows) == list(MODELS) == list(LR)
     for name, (_, gates, units, rate) in rows.items():
         assert units == f"{UNITS[name][0]}, {UNITS[name][1]}"
@@ -105,7 +96,7 @@ def test_models_and_sizes_are_those_of_the_code() -> None:
 
 
 def test_comparisons_are_the_claims_of_the_ledger() -> None:
-    listed = {id.strip("`"): cells for id, *cells in table("claim")}
+    listed = {id.strip("`"): cells for id, *cells in rows_below(PAGE, "claim")}
     trends = {claim.id: claim.trend for claim in ledger.load() if claim.trend and claim.trend.grid == "text-long"}
     assert set(listed) == set(trends)
     for id, (first, second, expected) in listed.items():
