@@ -44,6 +44,7 @@ INCOMPLETE = (
     "text-long-gpu",
     "text-long",
     "text-short",
+    "common",
     "paper-figure-4",
 )  # the first two need a GPU, the others hours
 

@@ -92,8 +92,14 @@ def critical(degrees: int) -> float:
 def differences(trend: dict[str, Any]) -> np.ndarray:
     runs = records(trend["grid"])
     value, other_value = VALUES[trend["metric"]], VALUES[trend.get("other_metric", trend["metric"])]
-    seeds = sorted(seed for model, seed in runs if model == trend["model"] and (trend["other"], seed) in runs)
-    return np.array([value(runs[trend["model"], s]) - other_value(runs[trend["other"], s]) for s in seeds])
+
+    def gap(model: str, other: str) -> np.ndarray:
+        return np.array([value(runs[model, s]) - other_value(runs[other, s]) for s in seeds])
+
+    models = [trend["model"], trend["other"], *trend.get("control", [])]
+    seeds = sorted({s for _, s in runs if all((model, s) in runs for model in models)})
+    found = gap(trend["model"], trend["other"])
+    return found - gap(*trend["control"]) if "control" in trend else found
 
 
 def summary(trend: dict[str, Any], found: np.ndarray) -> dict[str, float]:
@@ -158,9 +164,10 @@ def test_every_verdict_follows_from_the_records() -> None:
 
 def test_claims_of_a_protocol_are_also_corrected_over_all_of_them() -> None:
     family = [claim for claim in TRENDS if "over all" in claim["ours"]]
-    by_grid = {name: [claim for claim in family if claim["trend"]["grid"] == name] for name in ("paper", "text-long")}
+    planned = {"paper": 19, "text-long": 17, "common": 5}
+    by_grid = {name: [claim for claim in family if claim["trend"]["grid"] == name] for name in planned}
     assert len(by_grid["paper"]) == 19
-    assert len(by_grid["text-long"]) in (0, 17)  # none before the runs are complete
+    assert all(len(claims) in (0, planned[name]) for name, claims in by_grid.items())  # none before runs are complete
     assert len(family) == sum(map(len, by_grid.values()))
     for name, claims in by_grid.items():
         together = [claim | {"trend": claim["trend"] | {"figure": name}} for claim in claims]
@@ -188,14 +195,13 @@ def test_without_effects_at_most_one_family_in_twenty_shows_one() -> None:
         gaps = {}
         for claim in TRENDS:
             trend = claim["trend"]
-            one, other = (
+            metrics = [trend["metric"], trend.get("other_metric", trend["metric"])]
+            models = [trend["model"], trend["other"], *trend.get("control", [])]
+            drawn = [
                 losses.setdefault((trend["grid"], *key), rng.normal(0, 0.01, n_seeds[trend["grid"]]))
-                for key in (
-                    (trend["model"], trend["metric"]),
-                    (trend["other"], trend.get("other_metric", trend["metric"])),
-                )
-            )
-            gaps[claim["id"]] = one - other
+                for key in zip(models, 2 * metrics, strict=False)
+            ]
+            gaps[claim["id"]] = drawn[0] - drawn[1] - (drawn[2] - drawn[3] if "control" in trend else 0)
         results = verdicts(TRENDS, gaps)
         effects = {
             claim["id"]
@@ -244,6 +250,7 @@ def has_history() -> bool:
     [
         ("notebooks/07_protocol.md", ("paper", "paper-gates")),
         ("notebooks/07_text_protocol.md", ("text-long", "text-short")),
+        ("notebooks/07_common_protocol.md", ("common",)),
     ],
 )
 def test_the_protocol_is_older_than_its_runs_and_no_run_was_changed(page: str, grids: tuple[str, ...]) -> None:

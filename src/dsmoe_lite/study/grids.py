@@ -191,7 +191,15 @@ GRIDS = {
     "text-pilot-spread": Grid(text_pilot.SPREAD, text_pilot.SEEDS[1:], n_streams=200),
     "text-pilot-rates-again": Grid(text_pilot.RATES_AGAIN, text_pilot.SEEDS[1:], n_streams=200),
     # A world with common knowledge: what was tried before its protocol was fixed.
-    "common-pilot": Grid(common_knowledge.PILOT, common_knowledge.PILOT_SEEDS[:1], n_streams=200),
+    "common-pilot": Grid(common_knowledge.PILOT, common_knowledge.PILOT_SEEDS, n_streams=200),
+    # Chapter 07 in that world, by the third protocol.
+    "common": Grid(
+        common_knowledge.JOBS,
+        common_knowledge.SEEDS,
+        n_streams=200,
+        more_seeds=dict.fromkeys(common_knowledge.MORE, common_knowledge.MORE_SEEDS),
+        protocol=common_knowledge.VERSION,
+    ),
     # Chapter 07 on real text, by the second protocol.
     "text-short": Grid(
         text_protocol.jobs(text_protocol.SHORT, text_protocol.SHORTER),

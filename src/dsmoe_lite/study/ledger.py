@@ -114,7 +114,7 @@ class Trend:
     """A paired difference over the seeds of a grid: `metric` of `model` minus `other_metric` of `other`.
 
     The p-values of one figure's claims are corrected together (Holm). margin: the largest difference that still counts
-    as "equal" or "not above".
+    as "equal" or "not above". control: two more models, whose difference in the same metrics is subtracted.
     """
 
     grid: str
@@ -125,12 +125,15 @@ class Trend:
     expected: str
     other_metric: str | None = None  # None: the same as `metric`
     margin: float = 0.0
+    control: tuple[str, str] | None = None
     after_runs: bool = False  # chosen after the runs were seen: exploration, whatever its verdict
 
     def __post_init__(self) -> None:
         known = grid(self.grid).jobs
         for name in ("model", "other"):
             require_choice(name, getattr(self, name), known)
+        for model in self.control or ():
+            require_choice("control", model, known)
         for metric in (self.metric, self.other_metric or self.metric):
             require_choice("metric", metric, METRICS)
         require_choice("expected", self.expected, EXPECTED)
@@ -209,11 +212,22 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
 
 
 def differences(trend: Trend, results: Sequence[dict[str, Any]]) -> dict[int, float]:
-    """The trend's difference by seed, for seeds with both runs among the records `results`, neither diverged."""
+    """The trend's difference by seed, for seeds with all of its runs among the records `results`, none diverged."""
     runs = {(record["model_name"], record["seed"]): record for record in results if "diverged" not in record}
     metric, other_metric = METRICS[trend.metric], METRICS[trend.other_metric or trend.metric]
-    seeds = [seed for seed in _seeds(trend) if {(trend.model, seed), (trend.other, seed)} <= set(runs)]
-    return {seed: metric(runs[trend.model, seed]) - other_metric(runs[trend.other, seed]) for seed in seeds}
+
+    def difference(model: str, other: str, seed: int) -> float:
+        return metric(runs[model, seed]) - other_metric(runs[other, seed])
+
+    return {
+        seed: difference(trend.model, trend.other, seed) - (difference(*trend.control, seed) if trend.control else 0.0)
+        for seed in _seeds(trend)
+        if all((model, seed) in runs for model in _models(trend))
+    }
+
+
+def _models(trend: Trend) -> tuple[str, ...]:
+    return (trend.model, trend.other, *(trend.control or ()))
 
 
 def _protocol(trend: Trend) -> int | None:
@@ -234,9 +248,9 @@ def _is_complete(trend: Trend, gaps: Mapping[int, float]) -> bool:
 
 
 def _seeds(trend: Trend) -> list[int]:
-    """The seeds that both models of a trend have."""
+    """The seeds that all models of a trend have."""
     plan = grid(trend.grid)
-    return [seed for seed in plan.seeds_of(trend.model) if seed in plan.seeds_of(trend.other)]
+    return [seed for seed in plan.seeds_of(trend.model) if all(seed in plan.seeds_of(m) for m in _models(trend))]
 
 
 def _settle_exact(claim: Claim, exact: Exact) -> Claim:

@@ -133,7 +133,8 @@ def _compared(trend: Trend) -> str:
     if trend.other == trend.model:
         return f"{trend.model}: {metric}"
     model = trend.model if metric == "loss" else f"{trend.model} ({metric})"
-    return f"{model} - {trend.other}"
+    beyond = f", beyond {trend.control[0]} - {trend.control[1]}" if trend.control else ""
+    return f"{model} - {trend.other}{beyond}"
 
 
 def needle_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
