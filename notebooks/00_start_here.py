@@ -239,14 +239,14 @@ charts.model_comparison(
 # | 00 Start here | which part of a model works on which word? | 7 |
 # | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
 # | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 47 |
-# | 03 Fine-grained experts | are many small experts better than few large ones? | 14 |
-# | 04 Shared experts | what should every token get? | 47 |
-# | 05 Balance | what keeps all experts at work? | 63 |
-# | 06 Latent attention | what has attention to remember? | 43 |
+# | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
+# | 05 Shared experts | what should every token get? | 47 |
+# | 06 Balance | what keeps all experts at work? | 63 |
 # | 07 The paper's experiments | which of the paper's findings hold at our size? | 30 |
 # | 08 What experts learn | what is lost with each of them? | 45 |
+# | 09 Latent attention | what has attention to remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
-# | 11 Many devices | how do many devices share one layer? | 46 |
+# | 12 Many devices | how do many devices share one layer? | 46 |
 #
 # Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02, 03, 04 and 07 make a course
 # of their own.
@@ -307,7 +307,7 @@ verdict = check_exercise(ways, ways_are_right)
 # ```
 #
 # The check compares with Section 3.1 of the paper. From 120 choices to over four billion, at the same number of weights
-# used: that is the first idea of DeepSeekMoE, and the subject of chapter 03.
+# used: that is the first idea of DeepSeekMoE, and the subject of chapter 04.
 # </details>
 #
 # ## Recap

@@ -847,7 +847,7 @@ for at, (of_one, of_busiest, related) in EXPECTED.items():
 # %% [markdown]
 # **What to notice.** In both layers the busiest expert is one that the model hardly misses, and a higher load does not go with a
 # higher need; in the second layer, if anything, it goes with a lower one. How often an expert is chosen says how much work it
-# does, not what it is good for. Chapters 04 and 08 take this further.
+# does, not what it is good for. Chapters 05 and 08 take this further.
 #
 # A mean over 4,096 tokens hides where they lose. For each expert, take the token after which its absence costs most:
 #
@@ -914,8 +914,8 @@ explore(
 #   learn it again.
 #
 # An expert that serves several domains is what hybridity would look like; it does not prove it. A correlation is not yet
-# a cause: chapter 08 takes experts away and measures. First come the two remedies, **chapter 03** with many narrow
-# experts, and **chapter 04** with experts that are always on.
+# a cause: chapter 08 takes experts away and measures. First come the two remedies, **chapter 04** with many narrow
+# experts, and **chapter 05** with experts that are always on.
 #
 # ## Exercises
 #

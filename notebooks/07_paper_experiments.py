@@ -18,7 +18,7 @@
 # **You will** turn ten runs into a verdict by hand, see all 19 verdicts in one picture, find the detail that decides four of them, train one
 # more seed yourself, and put the clock beside the loss.
 #
-# **You need** chapters 02 to 04. **Reading time** 30 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 to 05. **Reading time** 30 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -89,7 +89,7 @@ for name in MODELS:
 # | seeds | one run per model | ten |
 # | measure | loss on the Pile, and benchmarks | held-out loss, recall of facts |
 #
-# The factor $m$, the number of pieces of a standard FFN, is our departure (chapter 03). DeepSeekMoE as printed, without the factor, lost to GShard in the
+# The factor $m$, the number of pieces of a standard FFN, is our departure (chapter 04). DeepSeekMoE as printed, without the factor, lost to GShard in the
 # pilot: 0.886 against 0.867, mean of three seeds. So the protocol gave DeepSeekMoE the factor, and GShard the gates that did best for it.
 #
 # ## One verdict, worked

@@ -20,7 +20,7 @@
 # follow their choices back through training; measure what each expert is worth; remove a domain's specialists; and
 # do all of this with a model of your own.
 #
-# **You need** chapters 02 to 04. **Reading time** 45 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 to 05. **Reading time** 45 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

@@ -11,7 +11,7 @@
 #
 # ![Left: a loop starts some twelve hundred small operations for one step of 64 experts, and the GPU waits between them. Right: twelve launches, each of which has work for the whole GPU: permute, gate and up, down, combine, and eight more for the gradients.](images/kernels.svg)
 #
-# The layer of chapters 02 to 05 is right, and on a GPU a plain loop over its experts would be slow: a GPU is fast at few, large
+# The layer of chapters 02 to 06 is right, and on a GPU a plain loop over its experts would be slow: a GPU is fast at few, large
 # things, and the loop does many small ones. This chapter writes the layer as a handful of kernels in CUDA C++, from a
 # product that a beginner would write to one that feeds the tensor cores of an H100.
 #
@@ -19,7 +19,7 @@
 # a barrier away and see it caught; follow one grouped product up a ladder of five rungs, a bound guessed before each; cost the permutation in bytes;
 # and take gradients through the kernels, equal to the loop's.
 #
-# **You need** chapters 02, 04 and, for one router, 05; for the kernels themselves some C++. **Reading time** 49 minutes. **Hardware** any laptop
+# **You need** chapters 02, 05 and, for one router, 06; for the kernels themselves some C++. **Reading time** 49 minutes. **Hardware** any laptop
 # CPU with g++ (`apt install g++`; macOS has not been tried); without it you read recorded outputs. A GPU is only
 # needed for the last section's timings.
 
@@ -374,7 +374,7 @@ run_or_show_recorded(two_barriers, chapter)
 show_source("router.cuh", "int warp_argmax")
 
 # %% [markdown]
-# **Prove** it equal to the `Router` of chapters 02 and 05, with DeepSeek-V3's rule: sigmoid, groups by their best two, a bias that chooses and
+# **Prove** it equal to the `Router` of chapters 02 and 06, with DeepSeek-V3's rule: sigmoid, groups by their best two, a bias that chooses and
 # is in no gate.
 
 

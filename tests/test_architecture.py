@@ -189,7 +189,7 @@ def test_names_are_defined_in_the_files_they_link_to() -> None:
 
 def test_questions_of_strangers_are_answered_first() -> None:
     table = section("Where is it?")
-    for words in ("balance losses", "chart X of chapter 05", "run record", "token dropped"):
+    for words in ("balance losses", "chart X of chapter 06", "run record", "token dropped"):
         (row,) = [line for line in table.splitlines() if line.startswith("|") and words in line.split("|")[1]]
         assert "](" in row, words
 

@@ -79,6 +79,14 @@ def test_the_first_page_redirects_to_the_first_chapter(pages):
     assert 'url=00_first.html"' in (pages / "index.html").read_text(encoding="utf-8")
 
 
+def test_an_old_page_leads_to_the_chapter_that_it_became(tmp_path):
+    book = book_fixture.write(tmp_path, ())
+    moved = {"07_second": "notebooks/01_second"}
+    book.write_text(yaml.safe_dump({**book_fixture.BOOK, "moved": moved}), encoding="utf-8")
+    folder = builder.build(book, tmp_path / "out").parent
+    assert 'url=01_second.html"' in (folder / "07_second.html").read_text(encoding="utf-8")
+
+
 def test_every_light_colour_has_its_dark_one(pages):
     script = (pages / "_static" / "themes.js").read_text(encoding="utf-8")
     for role, colour in theme.LIGHT.items():
@@ -153,7 +161,9 @@ def test_a_missing_chapter_is_named(tmp_path):
     ("text", "message"),
     [(None, "cannot be read"), ("[", "cannot be read"), ("just text", "missing"), ("title: a", "author, bibliography"),
      ("{title: a, author: b, bibliography: c, toc: {}}", "cannot be read"),
-     ("{title: a, author: b, bibliography: c, toc: {root: d, chapters: [e]}}", "cannot be read")],
+     ("{title: a, author: b, bibliography: c, toc: {root: d, chapters: [e]}}", "cannot be read"),
+     ("{title: a, author: b, bibliography: c, toc: {root: d}, moved: e}", "cannot be read"),
+     ("{title: a, author: b, bibliography: c, toc: {root: d}, moved: {e: f}}", "moved leads to f")],
 )  # fmt: skip
 def test_a_bad_book_file_is_named(tmp_path, text, message):
     book = tmp_path / "book.yml"

@@ -153,7 +153,7 @@ WRONG = {
             lambda chosen, gate, draw, slots: [slots > 2] * len(chosen),
         ],
     },
-    "03": {
+    "04": {
         "mended_gates": [
             lambda logits, k: logits.topk(k, dim=-1).values.softmax(dim=-1),  # the library's
             lambda logits, k: F.normalize(logits.softmax(-1).topk(k, dim=-1).values, p=1, dim=-1),
@@ -177,7 +177,7 @@ WRONG = {
             lambda E, K, width, share: 4,
         ],
     },
-    "04": {
+    "05": {
         "mended_fusion": [
             lambda gates, scale, already: beside(gates, 1 / scale),  # the engine's
             lambda gates, scale, already: beside(gates, 1.0),
@@ -198,7 +198,7 @@ WRONG = {
             lambda ffns: side_by_side(*zip(*((up, gate, down) for gate, up, down in ffns), strict=True)),
         ],
     },
-    "05": {
+    "06": {
         "mended_choice": [
             limited_with(torch.zeros_like),  # as it was
             lambda biased, n_group, topk_group, k: biased.topk(k).indices,
@@ -226,7 +226,7 @@ WRONG = {
             ),
         ],
     },
-    "06": {
+    "09": {
         "ported": [
             lambda W, n_heads, nope, rope: W,  # as it was
             lambda W, n_heads, nope, rope: (
@@ -311,7 +311,7 @@ WRONG = {
             lambda row, piece: row // 2 % 4,
         ],
     },
-    "11": {
+    "12": {
         "mended": [
             lambda sums, sharing: sums.mean(dim=0),  # the bug
             lambda sums, sharing: sums.sum(dim=0),

@@ -1,4 +1,4 @@
-"""Coarse and fine experts, trained briefly on the world: results lie in the intervals recorded for chapter 03."""
+"""Coarse and fine experts, trained briefly on the world: results lie in the intervals recorded for chapter 04."""
 
 from dataclasses import replace
 

@@ -225,7 +225,7 @@ def test_the_defaults_are_those_of_a_wheel_too(course):
     )
 
 
-@pytest.mark.parametrize("name", ["01_dense_transformer", "05_balance"])
+@pytest.mark.parametrize("name", ["01_dense_transformer", "06_balance"])
 def test_a_chapter_as_a_script_says_how_to_run_it(name):
     """Without the imports of the cell, which take seconds."""
     code = f"from dsmoe_lite.labs import begin; __file__ = 'notebooks/{name}.py'; begin(globals())"
@@ -338,7 +338,7 @@ def test_predictions_are_stored_outside_the_notebook(course, capsys):
 def test_chapters_are_found_by_number_name_and_path(course):
     path = course.write()
     assert chapters() == [path]
-    for name in ("3", "03", "03_small", "small", "notebooks/03_small.ipynb"):
+    for name in ("3", "03", "03_small", "12_small", "small", "notebooks/03_small.ipynb"):
         assert find_chapter(name) == path
     with pytest.raises(InputError, match="did you mean small"):
         find_chapter("smal")

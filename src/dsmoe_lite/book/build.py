@@ -44,8 +44,9 @@ def build(book_file: Path, out: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=".book-", dir=out.parent) as temporary:
         pages = Path(temporary) / "html"
         _sphinx(book, sources, Path(temporary), pages)
-        first = f"{Path(book['toc']['root']).name}.html"
-        (pages / "index.html").write_text(REDIRECT.format(title=book["title"], page=first), encoding="utf-8")
+        for old, new in {"index": book["toc"]["root"], **book.get("moved", {})}.items():
+            page = REDIRECT.format(title=book["title"], page=f"{Path(new).name}.html")
+            (pages / f"{old}.html").write_text(page, encoding="utf-8")
         _replace(out, pages)
     return out / "index.html"
 
@@ -55,11 +56,13 @@ def _read(book_file: Path) -> dict[str, Any]:
         book = yaml.safe_load(book_file.read_text(encoding="utf-8"))
         missing = [name for name in ("title", "author", "bibliography", "toc") if name not in book]
         if not missing:
-            _names(book)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+            unknown = set(dict(book.get("moved", {})).values()) - set(_names(book))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{book_file}: cannot be read as a book ({type(error).__name__})") from None
     if missing:
         raise InputError(f"{book_file}: {', '.join(missing)} missing")
+    if unknown:
+        raise InputError(f"{book_file}: moved leads to {', '.join(sorted(unknown))}, which toc does not list")
     return dict(book)
 
 

@@ -36,6 +36,8 @@ def find_notebook(name: str) -> Path:
 def find_chapter(name: str, suffix: str = ".ipynb") -> Path:
     """The chapter with the given number (2, 02), name (02_gshard, gshard) or path in notebooks/ or work/.
 
+    A name finds its chapter whatever its number, because chapters have moved.
+
     Raises InputError with the nearest name and all known chapters, and for a path in another folder.
     """
     known = {path.stem: path for path in sorted(paths.NOTEBOOKS.glob(f"[0-9]*{suffix}"))}
@@ -43,9 +45,10 @@ def find_chapter(name: str, suffix: str = ".ipynb") -> Path:
     if is_path and not _is_in_course(Path(name).expanduser()):
         raise InputError(f"no chapter {name}: the chapters are in {paths.NOTEBOOKS}; name one by its number")
     wanted = Path(name).stem if is_path else name
+    without_number = re.sub(r"^\d+_", "", wanted)
     for stem, path in known.items():
         number, _, title = stem.partition("_")
-        if wanted in (stem, title) or (wanted.isdecimal() and number.isdecimal() and int(wanted) == int(number)):
+        if without_number == title or (wanted.isdecimal() and number.isdecimal() and int(wanted) == int(number)):
             return path
     near = difflib.get_close_matches(wanted, [form for stem in known for form in (stem, stem.partition("_")[2])], n=1)
     hint = f"did you mean {near[0]}? " if near else ""

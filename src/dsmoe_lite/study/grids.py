@@ -126,7 +126,7 @@ GRIDS = {
             for name in ("course-dense", "course-dense-x2", "course-gshard", "course-switch", "course-hash")
         }
     ),
-    # Chapters 03 and 04: experts cut into m finer ones, with equal total and active parameters; then one and two of the
+    # Chapters 04 and 05: experts cut into m finer ones, with equal total and active parameters; then one and two of the
     # finer experts shared. Gates are multiplied by m, except in "plain", which has them as printed.
     "deepseekmoe": Grid(
         {
@@ -139,16 +139,16 @@ GRIDS = {
             "shared-2": _course("course-deepseekmoe", _EXPERT, n_routed_experts=62, top_k=6, n_shared_experts=2),
         }
     ),
-    # Chapter 05: the shape of DeepSeekMoE 16B on eight devices, with each remedy against imbalance; half as many steps.
+    # Chapter 06: the shape of DeepSeekMoE 16B on eight devices, with each remedy against imbalance; half as many steps.
     "balance": Grid({name: _course("course-devices", steps=600, **remedy) for name, remedy in _REMEDIES.items()}),
-    # Chapter 11: the same shape with the loss weights of DeepSeek-V2; a token may reach M of the eight devices.
+    # Chapter 12: the same shape with the loss weights of DeepSeek-V2; a token may reach M of the eight devices.
     "reach": Grid(
         {
             f"M{m}": _course("course-devices", _V2 | {"communication": 0.02}, steps=600, topk_group=m)
             for m in (1, 2, 3, 4, 8)
         }
     ),
-    # Chapter 06: four kinds of attention in models of equal size. MLA has d_c = 2 d_h, because the 4 d_h of DeepSeek-V2
+    # Chapter 09: four kinds of attention in models of equal size. MLA has d_c = 2 d_h, because the 4 d_h of DeepSeek-V2
     # would be as wide as the model here; d_h^R = d_h / 2 as in V2. Numbers cached per token and layer: MLA 40, MQA 32,
     # GQA 64, MHA 128.
     "attention": Grid(
@@ -161,7 +161,7 @@ GRIDS = {
             ),
         }
     ),
-    # Chapter 06: a needle at four times the trained length; one run tests all kinds of positions.
+    # Chapter 09: a needle at four times the trained length; one run tests all kinds of positions.
     "needle": Grid({"mla": NeedleJob()}),
     # The pilot, before chapter 07's protocol was fixed.
     "pilot-facts": Grid(pilot.FACTS, pilot.SEEDS[:2], n_streams=200),

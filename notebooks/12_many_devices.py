@@ -20,7 +20,7 @@
 # find out which assumptions decide how much of
 # a thousand devices' speed is left.
 #
-# **You need** chapters 04 and 05. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
+# **You need** chapters 05 and 06. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
 # processes are real, the network is your memory.
 
 # %% tags=["parameters"]
@@ -64,7 +64,7 @@ from dataclasses import replace
 from dsmoe_lite import AttentionConfig, MoEConfig, preset
 from dsmoe_lite.accounting import parameters
 
-predict("11-devices", None)  # a number; 0 to 1
+predict("12-devices", None)  # a number; 0 to 1
 
 wider = MoEConfig(n_routed_experts=128, top_k=12, expert_width=1408, n_shared_experts=4)
 MODELS = {
@@ -121,7 +121,7 @@ from dsmoe_lite.data.world import World
 from dsmoe_lite.simulate.placement import consecutive_placement
 from dsmoe_lite.simulate.traffic import rows_between
 
-predict("11-home", None)  # "more", "fewer" or "as many"
+predict("12-home", None)  # "more", "fewer" or "as many"
 
 P = processes
 file = DATA / "models" / "world-gshard.safetensors"
@@ -156,7 +156,7 @@ print(f"choices {routing.topk_ids.numel():,}, rows {rows:,}, at home {stay / row
 
 # %% [markdown]
 # **What to notice.** About one row in $P$ stays: the router does not know where its experts live. Some tokens have both experts
-# on one process, so there are a few rows fewer than choices. With six experts a token on eight devices it saves more: chance alone gives 4.5 rows (chapter 05).
+# on one process, so there are a few rows fewer than choices. With six experts a token on eight devices it saves more: chance alone gives 4.5 rows (chapter 06).
 # Columns are not even: what a process *receives* depends on how busy its experts are, and the busiest is waited for. It also needs memory for them: one reason for V2's
 # budget of a device and its dropping.
 #
@@ -296,7 +296,7 @@ import tempfile
 from dsmoe_lite.config import to_dict
 from dsmoe_lite.labs.workers import run_workers
 
-predict("11-apart", None)  # "equal", "seventh" or "visibly"
+predict("12-apart", None)  # "equal", "seventh" or "visibly"
 
 small = ModelConfig(
     vocab_size=tokenizer.get_vocab_size(),
@@ -360,7 +360,7 @@ claim(f"fall of the loss in {steps} steps", fall, (3.2, 4.1), asserted=lab.own)
 #
 # and a mean over the $W/P$ sets would be $P$ times too large. The first exercise is this bug, as it was found in the wild.
 #
-# The second are **balance losses**. They are products of sums, $\sum_i f_i \bar s_i$ with the share of choices $f_i$ and the mean affinity $\bar s_i$ of expert $i$ (chapter 05, there $P_i$), and a mean of products is not the product of means:
+# The second are **balance losses**. They are products of sums, $\sum_i f_i \bar s_i$ with the share of choices $f_i$ and the mean affinity $\bar s_i$ of expert $i$ (chapter 06, there $P_i$), and a mean of products is not the product of means:
 #
 # $$
 # \sum_i \Bigl(\frac1W \sum_w f_i^{(w)}\Bigr) \Bigl(\frac1W \sum_w \bar s_i^{(w)}\Bigr)
@@ -378,7 +378,7 @@ from statistics import mean
 
 from dsmoe_lite import Routing
 
-predict("11-product", None)  # two numbers; 1 is balance, 16 collapse
+predict("12-product", None)  # two numbers; 1 is balance, 16 collapse
 
 subjects = []
 for w in range(4):
@@ -454,7 +454,7 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 #
 # ## Three losses for devices
 #
-# All wait for the slowest, so it is *devices* that should be even. The recorded runs of chapter 05 have 64 routed experts on
+# All wait for the slowest, so it is *devices* that should be even. The recorded runs of chapter 06 have 64 routed experts on
 # eight devices, six for each token, beside two shared ones; five seeds each. *experts* is the expert-level loss (0.01), *devices* V2's device-level loss (0.05) with a weak expert-level one (0.003); *devices, sends* adds the communication
 # loss (0.02) and lets a token reach three devices.
 #
@@ -463,7 +463,7 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 # %%
 from dsmoe_lite.study.grids import records
 
-predict("11-even", None)  # "experts" or "devices", twice
+predict("12-even", None)  # "experts" or "devices", twice
 
 SHOWN = {
     "none": "no loss",
@@ -511,14 +511,14 @@ charts.model_comparison(
 #
 # ## A limit on devices
 #
-# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 05 a router that knew
+# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 06 a router that knew
 # nothing of a limit kept most of its affinity under one. These runs are trained with their limit from the first step on: the same shape and V2's
 # three losses, five seeds for each $M$.
 #
 # **Ask.** Which $M$ is the smallest that costs no loss you could see? How many rows does it save?
 
 # %%
-predict("11-limit", None)  # 1, 2, 3 or 4; 0 to 1
+predict("12-limit", None)  # 1, 2, 3 or 4; 0 to 1
 
 limited = records("reach")
 free = {r["seed"]: r["heldout_loss"] for r in limited if r["model_name"] == "M8"}
@@ -571,7 +571,7 @@ from dsmoe_lite.layers.selection import limit_groups, ordered_topk
 from dsmoe_lite.simulate.time import Machine, layer_time
 from dsmoe_lite.simulate.traffic import Traffic, count_traffic
 
-predict("11-longer", None)  # "experts" or "way"
+predict("12-longer", None)  # "experts" or "way"
 
 machine = Machine(flops * 1e12, inside * 1e9, across * 1e9, latency * 1e-6)
 SHARE = {"16B": 8, "145B": 4, "DeepSeek-V2": 8, "DeepSeek-V3": 64}  # of one set
@@ -621,7 +621,7 @@ print(
 # **Ask.** How much longer does a layer take with the real choices?
 
 # %%
-predict("11-real", None)  # times as long
+predict("12-real", None)  # times as long
 
 
 def of_choices(ids):  # seconds of a layer, load of the busiest device
@@ -658,7 +658,7 @@ from ipywidgets import SelectionSlider
 from dsmoe_lite.accounting import training_flops
 from dsmoe_lite.viz.live import live
 
-predict("11-hidden", None)  # GB/s
+predict("12-hidden", None)  # GB/s
 
 
 def schedule(length, overlap, n_layers=2):
@@ -729,7 +729,7 @@ from ipywidgets import Checkbox
 
 from dsmoe_lite.simulate.time import step_time
 
-predict("11-scale", None)  # "bandwidth" or "tokens"
+predict("12-scale", None)  # "bandwidth" or "tokens"
 
 
 def scale(tokens, across, overlap):
@@ -805,7 +805,7 @@ for overlap in (False, True):
 # %%
 from dsmoe_lite.simulate.placement import balanced_placement
 
-predict("11-placed", None)  # busiest device over the mean, four times
+predict("12-placed", None)  # busiest device over the mean, four times
 
 runs = [r for r in records("balance") if r["model_name"] == "none"]
 PLACED = {
@@ -912,7 +912,7 @@ verdict = check_exercise(rows_across, counts_nodes)
 # ```
 # </details>
 #
-# **3. Run it** with `dsmoe run 11 -p bytes_sent=2`, then with `dsmoe run 11 -p inside=50`. Compare the lines of *dispatch*, *compute* and *combine* (half a minute each): which of the two costs V3's layer more, and why?
+# **3. Run it** with `dsmoe run 12 -p bytes_sent=2`, then with `dsmoe run 12 -p inside=50`. Compare the lines of *dispatch*, *compute* and *combine* (half a minute each): which of the two costs V3's layer more, and why?
 #
 # <details><summary>Solution</summary>
 #

@@ -11,7 +11,7 @@
 #
 # ![Without a shared expert every routed expert keeps a slice of the same common knowledge. With one, every token also visits an expert that is always on, and the routed experts can use their slices for something else.](images/shared_experts.svg)
 #
-# Chapter 02 ended with two complaints. Chapter 03 built the remedy for the first, hybridity. The second is
+# Chapter 02 ended with two complaints. Chapter 04 built the remedy for the first, hybridity. The second is
 # **redundancy**: tokens that go to different experts still need the same common knowledge, so several experts learn it.
 # DeepSeekMoE's remedy {cite:p}`DeepSeekMoE2024` is to take a few experts out of the routing and to let every token visit
 # them. With these **shared experts** the layer of the paper's title is complete.
@@ -26,14 +26,14 @@
 # experts of a token is worth, and for which kind of text; repeat the paper's swap; and ask how many shared experts it
 # takes.
 #
-# **You need** chapters 02 and 03. **Reading time** 47 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 and 04. **Reading time** 47 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
 seed: int = 0  # seed of weights: 0..2147483647
 n_shared: int = 1  # experts always on in the model you train: 1..4
-m: int = 4  # pieces of an expert, as in chapter 03: 2 | 4 | 8
-gate_scale: float = 4.0  # factor on the gates, chapter 03 takes m: 0.25..16.0
+m: int = 4  # pieces of an expert, as in chapter 04: 2 | 4 | 8
+gate_scale: float = 4.0  # factor on the gates, chapter 04 takes m: 0.25..16.0
 balance_weight: float = 0.01  # weight of the balance loss: 0.0..1.0
 
 # %% tags=["hide-input"]
@@ -58,7 +58,7 @@ dense = preset("course-dense")
 D, E, K, F_width = dense.d_model, 16, 2, dense.ffn_width  # GShard's experts, uncut
 require(n_shared < m * K, "n_shared", n_shared, f"must be below m K = {m * K}")
 if gate_scale != m:
-    print(f"gates times {gate_scale:g}; chapter 03 would take {m}")
+    print(f"gates times {gate_scale:g}; chapter 04 would take {m}")
 
 
 def with_shared(shared):
@@ -143,7 +143,7 @@ from dsmoe_lite import load_model
 from dsmoe_lite.routing.metrics import load
 from dsmoe_lite.routing.specialization import specialization
 
-predict("04-experts-of-function-words", None)  # two numbers up to 16
+predict("05-experts-of-function-words", None)  # two numbers up to 16
 
 gshard = load_model(folder / "world-gshard.safetensors")
 with torch.no_grad():
@@ -214,7 +214,7 @@ for kind in ("function word", "value"):
 #
 # ## The layer, complete
 #
-# Chapter 03 cut each of $E$ experts into $m$ and let a token use $mK$ of them. Now $K_s$ of the $mE$ experts are set
+# Chapter 04 cut each of $E$ experts into $m$ and let a token use $mK$ of them. Now $K_s$ of the $mE$ experts are set
 # apart, the **shared experts**. Every token visits them, with gate 1; the router chooses among the others, and chooses
 # $K_s$ fewer (DeepSeekMoE, Equations 9 to 11):
 #
@@ -232,14 +232,14 @@ for kind in ("function word", "value"):
 # s_{i,t} = \operatorname{Softmax}_i\bigl(\mathbf{u}_t^\top \mathbf{e}_i\bigr)
 # $$ (eq:deepseekmoe-affinity)
 #
-# The letters are those of chapters 02 and 03. The paper does not say whether this softmax also runs over the shared
+# The letters are those of chapters 02 and 04. The paper does not say whether this softmax also runs over the shared
 # experts. In the released code of the 16B model it does not: the router scores the routed experts only, and ours does
 # the same.
 #
-# The course multiplies $g_{i,t}$ by $m$ (`gate_scale`), for the reason given in chapter 03. This factor is our
+# The course multiplies $g_{i,t}$ by $m$ (`gate_scale`), for the reason given in chapter 04. This factor is our
 # departure: Equations 9 to 11 have none. Whether it helps is not settled. In the pilot runs of chapter 07 the layer as
 # printed lost to GShard, with a loss of 0.886 against 0.867 on three seeds, and also to the layer with our factor (chapter
-# 03 prints the runs). In the runs of this chapter the layer as printed has the slightly lower loss.
+# 04 prints the runs). In the runs of this chapter the layer as printed has the slightly lower loss.
 #
 # **Build** it, with each expert as a function.
 
@@ -264,7 +264,7 @@ def run_ffn(u, gate, up, down):  # (F, D), (F, D), (D, F)
 
 # %% [markdown]
 # **Prove** it equal to the package's layer. There is one difference to get over: the package does not hold $K_s$ shared
-# experts, but one FFN of $K_s$ widths. By chapter 03's identity, read backwards, that is the same thing. So cut its wide
+# experts, but one FFN of $K_s$ widths. By chapter 04's identity, read backwards, that is the same thing. So cut its wide
 # FFN into $K_s$, and use the pieces as shared experts.
 
 # %%
@@ -303,9 +303,9 @@ for shared in range(1, n_shared + 1):
 # | part | built in |
 # |---|---|
 # | router, gates, routed experts | chapter 02 |
-# | many narrow experts instead of few wide ones, Equations 6 to 8 | chapter 03 |
+# | many narrow experts instead of few wide ones, Equations 6 to 8 | chapter 04 |
 # | shared experts, Equations 9 to 11 | here |
-# | losses that balance the load, Equations 12 to 17 | chapter 05 |
+# | losses that balance the load, Equations 12 to 17 | chapter 06 |
 #
 # ## What does it cost?
 #
@@ -315,7 +315,7 @@ for shared in range(1, n_shared + 1):
 # %%
 from dsmoe_lite import accounting
 
-predict("04-price", None)
+predict("05-price", None)
 
 priced = {}
 for shared in (0, 1, 2, 4):
@@ -364,7 +364,7 @@ charts.parameter_split(rows, title="Whose are the weights that a token uses?")
 from dsmoe_lite.routing.contributions import contributions
 from dsmoe_lite.routing.interventions import silence
 
-predict("04-norm-share", None)  # a share, and a kind
+predict("05-norm-share", None)  # a share, and a kind
 
 checkpoint = folder / "world-deepseekmoe.safetensors"
 model = load_model(checkpoint)
@@ -436,7 +436,7 @@ print(f"{routed_k} + 1 unrelated outputs of one length: {1 / (1 + routed_k**0.5)
 # %%
 from dsmoe_lite.evaluate import heldout_loss
 
-predict("04-lesions", None)  # a place from 1 to 8, and the names of kinds
+predict("05-lesions", None)  # a place from 1 to 8, and the names of kinds
 
 
 def losses_of(changed):  # a loss over all places, and {kind: loss}, for each part
@@ -570,7 +570,7 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # %%
 from dsmoe_lite.study import published
 
-predict("04-swap", None)
+predict("05-swap", None)
 
 (how_many, swap) = published.load()["shared_experts"]
 print(f"the paper ({swap['source']}):")
@@ -659,7 +659,7 @@ print(textwrap.fill(f"{what[0].upper()}{what[1:]} ({lost['source']})", width=76)
 # %%
 from dsmoe_lite.routing.interventions import mask_top
 
-predict("04-replaceable", None)  # "GShard" or "DeepSeekMoE"
+predict("05-replaceable", None)  # "GShard" or "DeepSeekMoE"
 
 both = {"GShard": gshard, "DeepSeekMoE": model}
 some = parts[: {"smoke": 1, "cpu": 2, "gpu": 8}[profile]]
@@ -728,7 +728,7 @@ for name, interval in {"GShard": (0.5, 0.65), "DeepSeekMoE": (0.75, 0.95)}.items
 # %%
 from dsmoe_lite.routing.interventions import with_active
 
-predict("04-active", None)  # 1 to 7, or "never"
+predict("05-active", None)  # 1 to 7, or "never"
 
 rows = [
     {
@@ -769,7 +769,7 @@ claim(f"rise with {routed_k // 2} of {routed_k} routed experts", half, (0.005, 0
 # %% tags=["trained"]
 from dsmoe_lite.viz.explorer import explore
 
-predict("04-digits", None)  # "GShard" or "DeepSeekMoE"
+predict("05-digits", None)  # "GShard" or "DeepSeekMoE"
 
 sentence = "Which tool does Ridi Lava have? 12+30=42. def f(x, y):"
 explore(both, tokenizer, sentence, window=64, n_devices=4)
@@ -799,7 +799,7 @@ for name, one in both.items():
 # losses?
 
 # %%
-predict("04-how-many", None)  # nats between the lowest and the highest
+predict("05-how-many", None)  # nats between the lowest and the highest
 
 print(f"the paper ({how_many['source']}):")
 for number, value in how_many["pile_loss"].items():
@@ -897,7 +897,7 @@ for one, name in (("2+6-of-62", "2 shared"), ("4+4-of-60", "4 shared")):
 
 
 # %% tags=["measured"]
-predict("04-clock", None)
+predict("05-clock", None)
 
 x = torch.randn(1, 2048, D, requires_grad=True)  # the layer below wants its gradient
 
@@ -1019,15 +1019,15 @@ verdict = check_exercise(merged, is_their_sum)
 #     return torch.cat(gate), torch.cat(up), torch.cat(down, dim=1)
 # ```
 #
-# The hidden channels stand side by side and never meet before the last sum: `split_expert` of chapter 03, backwards.
+# The hidden channels stand side by side and never meet before the last sum: `split_expert` of chapter 04, backwards.
 # </details>
 #
 # **3. Other parameters** (a few minutes of computing). Train with four shared experts, then with gates as the paper
 # prints them:
 #
 # ```
-# dsmoe run 04 -p n_shared=4
-# dsmoe run 04 -p gate_scale=1
+# dsmoe run 05 -p n_shared=4
+# dsmoe run 05 -p gate_scale=1
 # ```
 #
 # What does each do to the gap, and to the rise when the shared experts are swapped? (`dsmoe run` prints what each run

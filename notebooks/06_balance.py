@@ -19,7 +19,7 @@
 # balance without a loss, by a bias, and break it in the way that code in the wild does; let experts choose their tokens,
 # and see why that is no way out; then count how many devices a token has to visit, and limit them.
 #
-# **You need** chapter 02; of chapter 03 that experts can be many and narrow, of chapter 04 that some are shared.
+# **You need** chapter 02; of chapter 04 that experts can be many and narrow, of chapter 05 that some are shared.
 # **Reading time** 63 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
@@ -117,7 +117,7 @@ from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.evaluate import heldout_loss
 
-predict("05-unbalanced", None)  # 1, 5 or 15; True or False
+predict("06-unbalanced", None)  # 1, 5 or 15; True or False
 
 world = World()
 tokenizer = load_tokenizer(world, 1024)
@@ -422,7 +422,7 @@ print(f"(ln 16)^2 = {math.log(16) ** 2:.4f}")
 # %%
 from dsmoe_lite import Routing
 
-predict("05-who-sees", None)  # "experts" or "devices"; True or False, twice
+predict("06-who-sees", None)  # "experts" or "devices"; True or False, twice
 
 t = torch.arange(8 * 16)
 place, row_of = t % 16, t // 16
@@ -567,7 +567,7 @@ print(f"counts {counts.tolist()}, mean 4: biases move by {theirs.tolist()}")
 # **Ask.** Do both lower MaxVio? And what happens to the held-out loss: up or down, and by how much?
 
 # %%
-predict("05-price", None)  # loss with a remedy minus loss without
+predict("06-price", None)  # loss with a remedy minus loss without
 
 with_bias = replace(plain, expert_bias=True)
 models[method], runs[method] = train_with(plain, {method: balance_weight}, steps)
@@ -651,7 +651,7 @@ from ipywidgets import FloatLogSlider
 
 from dsmoe_lite.viz.live import live
 
-predict("05-alpha", None)  # an alpha, and a share of the tokens
+predict("06-alpha", None)  # an alpha, and a share of the tokens
 
 frozen = models["none"].cpu().eval()
 first = frozen.moe_layers[0].router
@@ -725,7 +725,7 @@ report(
 # %% tags=["trained"]
 from ipywidgets import IntSlider
 
-predict("05-bias-speed", None)  # what a large step does
+predict("06-bias-speed", None)  # what a large step does
 
 
 def settle(speed, batch):  # MaxVio of each of 400 batches
@@ -807,7 +807,7 @@ report(
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import balance_rows
 
-predict("05-remedies", None)  # two names; "more", "same" or "less"
+predict("06-remedies", None)  # two names; "more", "same" or "less"
 
 NAMES = {  # in the grid: (to show, kind)
     "none": ("none", "no remedy"),
@@ -940,7 +940,7 @@ for router in (right, leaky):
 # %%
 import copy
 
-predict("05-leak", None)  # held-out loss, leaky minus right
+predict("06-leak", None)  # held-out loss, leaky minus right
 
 
 def with_leak(model, shift, leak):
@@ -992,7 +992,7 @@ report(mean_bias=biases.mean(), spread_of_biases=biases.max() - biases.min())
 # experts of the first?
 
 # %%
-predict("05-expert-choice", None)  # a number; True or False
+predict("06-expert-choice", None)  # a number; True or False
 
 
 def taken(scores, K):  # (T, E) -> which expert has which token, (T, E)
@@ -1041,7 +1041,7 @@ print(" have other experts")
 # **Ask.** 64 experts on 8 devices, six chosen by chance. How many devices does a token reach on average?
 
 # %%
-predict("05-devices", None)  # 1 to 6
+predict("06-devices", None)  # 1 to 6
 
 EXPERTS, CHOSEN, DEVICES = 64, 6, 8
 missed = math.comb(EXPERTS - EXPERTS // DEVICES, CHOSEN) / math.comb(EXPERTS, CHOSEN)
@@ -1090,7 +1090,7 @@ print(f"devices reached: {devices_reached(theirs):.2f}")
 # does it keep?
 
 # %%
-predict("05-kept", None)  # "more" or "fewer"; 0 to 1
+predict("06-kept", None)  # "more" or "fewer"; 0 to 1
 
 many = preset("course-devices").moe
 assert (many.n_routed_experts, many.top_k, many.n_group) == (EXPERTS, CHOSEN, DEVICES)
@@ -1156,7 +1156,7 @@ report(
 # **Ask.** At $M = 8$ a token goes wherever it likes. Set $M$ to 3: which cells go, deep ones or pale ones? And at $M = 1$?
 
 # %% tags=["trained"]
-predict("05-cells", None)  # "deep" or "pale", twice
+predict("06-cells", None)  # "deep" or "pale", twice
 
 few_ids = held_out[0].tokens[0, :40]
 tokens_shown = [tokenizer.decode([i]) for i in few_ids.tolist()]
@@ -1357,9 +1357,9 @@ verdict = check_exercise(sends, counts_like_a_network)
 # in a hurry?
 #
 # ```
-# dsmoe run 05 -p method=z
-# dsmoe run 05 -p balance_weight=1.0
-# dsmoe run 05 -p bias_speed=0.03
+# dsmoe run 06 -p method=z
+# dsmoe run 06 -p balance_weight=1.0
+# dsmoe run 06 -p bias_speed=0.03
 # ```
 #
 # Compare `max_vio` and `heldout_loss` of each run (`dsmoe run` prints what it reported).

@@ -106,7 +106,7 @@ def train_toy(pieces, only_columns=False):
         if k > 1:
             gates = gates / gates.sum(dim=-1, keepdim=True)
         hidden = ((z @ W_1 + b_1).relu() * W_2).unflatten(-1, (n, width)).sum(-1)
-        balance = n / k * (chosen.mean(1) * scores.mean(1)).sum(-1)  # chapter 05
+        balance = n / k * (chosen.mean(1) * scores.mean(1)).sum(-1)  # chapter 06
         return (gates * (hidden + b_2)).sum(-1), balance
 
     for _ in range(toy_steps):
@@ -127,7 +127,7 @@ def train_toy(pieces, only_columns=False):
 # weights and work? (A number in percent.)
 
 # %% tags=["trained", "hide-input"]
-lab.ask("03-quilt", low=0, high=100)
+lab.ask("04-quilt", low=0, high=100)
 quilts = {pieces: train_toy(pieces) for pieces in sorted({1, 2, 4, m})}
 controls = {pieces: train_toy(pieces, only_columns=True) for pieces in (1, 4)}
 rows = [
@@ -141,7 +141,7 @@ rows = [
     for pieces, values in errors.items()
     for number, value in enumerate(values)
 ]
-lab.answer("03-quilt", 100 * sum(quilts[4]) / SEEDS, within=5)
+lab.answer("04-quilt", 100 * sum(quilts[4]) / SEEDS, within=5)
 charts.model_comparison(
     rows,
     title="How much of the patterns stays unexplained?",
@@ -278,7 +278,7 @@ print("pieces sum to the FFN, for m =", *SPLITS)
 # %% tags=["hide-input"]
 from dsmoe_lite import MoELayer
 
-lab.ask("03-size", "unchanged", "a quarter", "four times")
+lab.ask("04-size", "unchanged", "a quarter", "four times")
 
 
 def finer(pieces, factor=1.0, **more):
@@ -332,7 +332,7 @@ for pieces in SPLITS[1:]:
         line += f", divided by their sum {size_after(divided, pieces, 1.0):.3f}"
     print(line)
 lab.answer(
-    "03-size",
+    "04-size",
     "a quarter",
     "the softmax now has four times as many experts to share 1 among",
 )
@@ -383,7 +383,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmoe_lite import accounting
 
-lab.ask("03-what-grows", "the router", "the experts", "the gates only")
+lab.ask("04-what-grows", "the router", "the experts", "the gates only")
 
 
 def counted(pieces, n_tokens=256):
@@ -420,12 +420,12 @@ large = accounting.parameters(preset("deepseekmoe-2B"))
 print(
     f"DeepSeekMoE 2B: the router is {large.router.active / large.routed_experts.active:.2%} of the experts' work"
 )
-lab.answer("03-what-grows", "the router", "one row per piece")
+lab.answer("04-what-grows", "the router", "one row per piece")
 
 # %% [markdown]
 # The router, with one row per piece. In our tiny model it does a sixth of the experts' work at $m = 8$; in the
 # paper's 2B model, a third of a percent. The last column grows too: a token is copied to $mK$ experts and its results come back.
-# On one device these are memory accesses; on many devices they travel over a network, and chapters 05 and 11 are about
+# On one device these are memory accesses; on many devices they travel over a network, and chapters 06 and 12 are about
 # keeping that in bounds.
 #
 # On the clock, equal FLOPs are not equal time. One layer, forward and backward, beside a dense FFN that does the same work:
@@ -469,7 +469,7 @@ for row in compare(timed, rounds={"smoke": 3, "cpu": 12, "gpu": 50}[profile])[1:
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import gaps, metric_rows, seed_line
 
-lab.ask("03-recorded", "below", "above", "five seeds cannot tell")
+lab.ask("04-recorded", "below", "above", "five seeds cannot tell")
 NAMES = {"m1": "m = 1", "m2": "m = 2", "m4": "m = 4", "m4-plain": "m = 4, as printed"}
 recorded = records("deepseekmoe")
 shown = [
@@ -481,7 +481,7 @@ for metric in ("held-out loss", "recall, rare people"):
     print(
         f"m = 4 minus m = 1, {metric}: {seed_line(gaps(recorded, 'm4', 'm1', metric))}"
     )
-lab.answer("03-recorded", "five seeds cannot tell")
+lab.answer("04-recorded", "five seeds cannot tell")
 charts.model_comparison(
     shown, title="What do finer experts buy, at the same weights and FLOPs?"
 )
@@ -598,8 +598,8 @@ verdict = check_exercise(finest, agrees_with_accounting)
 # **3. Other parameters** (a minute of computing). Make the toy's experts finer still, then take its balance loss away:
 #
 # ```
-# dsmoe run 03 -p m=8
-# dsmoe run 03 -p balance_weight=0
+# dsmoe run 04 -p m=8
+# dsmoe run 04 -p balance_weight=0
 # ```
 #
 # Which of the two changes the quilt more? (`dsmoe run` prints what each run reported.)
@@ -617,5 +617,5 @@ lab.score()
 # 3. Expert weights and FLOPs stay the same. The router, the copies and the time grow.
 # 4. In the paper finer experts do better on benchmarks. In our made-up world five seeds cannot resolve a difference.
 #
-# If every token has its own recipe of narrow experts, where does the knowledge go that *all* tokens need? **Chapter 04** sets
+# If every token has its own recipe of narrow experts, where does the knowledge go that *all* tokens need? **Chapter 05** sets
 # some experts aside for it.

@@ -11,7 +11,7 @@
 #
 # ![What one token leaves behind in one layer. MHA: a key and a value of each of eight heads. GQA: of two groups. MQA: one key and one value. MLA: one latent vector, from which keys and values of all heads can be made, and one small rotated key.](images/latent_attention.svg)
 #
-# Experts (chapters 02 to 05) make a token cheap to compute. What then limits a server is memory: to say the next token, attention needs
+# Experts (chapters 02 to 06) make a token cheap to compute. What then limits a server is memory: to say the next token, attention needs
 # something of *every* token before it, in every layer. DeepSeek-V2 therefore changed the other half of the block too.
 # Its attention keeps one short vector for a token, from which the keys and values of all heads can be made.
 #
@@ -52,7 +52,7 @@ steps = lab.choose(smoke=40, cpu=300, gpu=2000)
 # every step starts anew, and how often with a cache?
 
 # %%
-predict("06-passes", None)  # two numbers
+predict("09-passes", None)  # two numbers
 
 anew = sum(56 + said for said in range(200))
 kept = 56 + 199  # the last token is said, never read
@@ -118,7 +118,7 @@ print("attention: mine equals the package's")
 
 # %% [markdown]
 # The package's `Cache` does the same for a whole model. Its buffers double when they are full, so that keeping a token does
-# not copy all the others again. `generate` uses it. Here is the model of chapter 04, in float64, with and without:
+# not copy all the others again. `generate` uses it. Here is the model of chapter 05, in float64, with and without:
 
 
 # %%
@@ -162,7 +162,7 @@ from dataclasses import replace
 
 from dsmoe_lite import accounting, preset
 
-predict("06-gigabytes", None)  # a number
+predict("09-gigabytes", None)  # a number
 
 v2 = preset("deepseek-v2")
 plain = replace(v2, attention=AttentionConfig(n_heads=128, head_dim=128))
@@ -212,7 +212,7 @@ print(f"MQA, GQA with {n_kv_heads} groups and MHA: mine equal the package's")
 # **Ask.** Two layers with a window of 16: how far back can a token be and still change what the last one says?
 
 # %%
-predict("06-reach", None)  # a number of tokens
+predict("09-reach", None)  # a number of tokens
 
 windowed = AttentionConfig(n_heads=H, head_dim=d_h, window=window)
 theirs = Attention(D, windowed).double()
@@ -354,7 +354,7 @@ print(f"kept for a token: {d_c + d_R} numbers; MHA keeps {2 * H * d_h}")
 # %%
 from dsmoe_lite.layers.cache import GrowingCache
 
-predict("06-scale", None)  # d_h + d_R, or d_c + d_R
+predict("09-scale", None)  # d_h + d_R, or d_c + d_R
 
 
 def absorbed(q_C, q_R, c, k_R, channels):  # channels: under the root
@@ -448,7 +448,7 @@ for name, width in {
 # **Ask.** With 128 heads, between which numbers of groups of GQA does MLA lie? Does that depend on the number of heads?
 
 # %%
-predict("06-groups", None)  # two numbers; True or False
+predict("09-groups", None)  # two numbers; True or False
 
 charts.cache_by_design()
 
@@ -457,7 +457,7 @@ charts.cache_by_design()
 # each other into 80 GB, of it and of DeepSeek-V3?
 
 # %%
-predict("06-most", None)  # a name, True or False; two numbers
+predict("09-most", None)  # a name, True or False; two numbers
 
 shown = (
     "deepseek-v2-lite", "deepseek-v2", "deepseek-v3", "mixtral-8x7B", "dbrx",
@@ -515,7 +515,7 @@ print(f"plain attention of V2's heads would keep {times:.1f} times as much")
 # a prompt are read at once, is it still the cheaper one?
 
 # %%
-predict("06-factor", None)  # a factor; True or False
+predict("09-factor", None)  # a factor; True or False
 
 
 def multiplications(S, N, path):  # S new tokens, N in all, one head of V2-Lite
@@ -617,7 +617,7 @@ charts.decode_cost(here, title="What does a decoded token cost here?")
 from dsmoe_lite.config import YarnConfig
 from dsmoe_lite.layers.rope import rope_frequencies, softmax_scale, yarn_range
 
-predict("06-pairs", None)  # two numbers
+predict("09-pairs", None)  # two numbers
 
 
 def my_yarn(d, s, L, fast=32, slow=1, b=10_000):
@@ -712,7 +712,7 @@ print(" ".join(words[token] for token in row[:-1]), "->", words[row[-1]])
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import needle_rows
 
-predict("06-needle", None)  # four shares; "beginning" or "question"
+predict("09-needle", None)  # four shares; "beginning" or "question"
 
 found = records("needle")
 POSITIONS = {
@@ -778,7 +778,7 @@ for steps_done in ("5", "10", "20"):
 # %%
 from dsmoe_lite.study.grids import grid
 
-predict("06-order", None)  # four names; True or False
+predict("09-order", None)  # four names; True or False
 
 recorded = records("attention")
 NAMES = {"mha": "MHA", "gqa": "GQA, 2 groups", "mqa": "MQA", "mla": "MLA"}
@@ -986,9 +986,9 @@ verdict = check_exercise(folded, folds)
 # **3. Other parameters** (a few minutes of computing). How narrow may the latent be? And is one key for all heads enough?
 #
 # ```
-# dsmoe run 06 -p latent=4
-# dsmoe run 06 -p latent=128
-# dsmoe run 06 -p n_kv_heads=1
+# dsmoe run 09 -p latent=4
+# dsmoe run 09 -p latent=128
+# dsmoe run 09 -p n_kv_heads=1
 # ```
 #
 # Compare the held-out losses of the short training (`dsmoe run` prints them); a wider latent also has more weights.
