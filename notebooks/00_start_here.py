@@ -238,7 +238,8 @@ charts.model_comparison(
 # |---|---|---:|
 # | 00 Start here | which part of a model works on which word? | 7 |
 # | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
-# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 47 |
+# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 16 |
+# | 03 Who goes where? | what do experts divide among themselves? | 9 |
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
 # | 05 Shared experts | what should every token get? | 47 |
 # | 06 Balance | what keeps all experts at work? | 63 |
@@ -248,7 +249,7 @@ charts.model_comparison(
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
 # | 12 Many devices | how do many devices share one layer? | 46 |
 #
-# Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02, 03, 04 and 07 make a course
+# Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02 to 05 and 07 make a course
 # of their own.
 #
 # ## How a chapter works

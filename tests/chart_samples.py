@@ -262,6 +262,11 @@ def every_chart() -> dict[str, Any]:
         "effect_matrix, one": charts.effect_matrix(
             [{"model": "a", "without": a, "on": b, "value": -0.1} for a in "xy" for b in "xy"]
         ),
+        "expert_mix": charts.expert_mix(
+            [{"expert": e, "kind": kind, "share": 1 + (3 * e + 5 * k) % 7} for e in range(16)
+             for k, kind in enumerate(DOMAINS)]
+        ),
+        "expert_mix, 64": charts.expert_mix([{"expert": e, "kind": "ab"[e % 2], "share": 1} for e in range(64)]),
         "influence": charts.influence(
             [{"part": part, "input": f"token {i}", "output": f"token {j}", "changes": j >= i if part == "a" else i == j}
              for part in "ab" for i in range(8) for j in range(8)]

@@ -353,6 +353,20 @@ def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():
         charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
 
 
+def test_an_expert_mix_shows_shares_and_their_effective_number() -> None:
+    rows = [{"expert": e, "kind": kind, "share": share} for e, shares in ((0, (2, 2, 0)), (1, (0, 5, 0)))
+            for kind, share in zip("abc", shares, strict=True)]  # fmt: skip
+    chart = charts.expert_mix(rows)
+    bars, numbers = (layer["data"]["values"] for layer in chart.to_dict()["layer"])
+    assert {(bar["expert"], bar["kind"]): bar["share"] for bar in bars if bar["share"]} == {
+        ("e0", "a"): 0.5, ("e0", "b"): 0.5, ("e1", "b"): 1.0
+    }  # fmt: skip
+    assert [number["text"] for number in numbers] == ["2.0", "1.0"]
+    assert "mean 1.5, from 1.0 for e1 to 2.0 for e0" in chart.to_dict()["description"]
+    with pytest.raises(InputError, match="kinds = 9: at most 8"):
+        charts.expert_mix([{**rows[0], "kind": kind} for kind in "abcdefghi"])
+
+
 def test_influence_counts_the_outputs_that_change() -> None:
     rows = [
         {"part": part, "input": f"t{i}", "output": f"t{j}", "changes": j >= i if part == "attention" else j == i}

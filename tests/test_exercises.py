@@ -118,6 +118,20 @@ def sends_of(count):
     )  # fmt: skip
 
 
+def share_of_words(words, first, least):
+    """The mean share of a word's tokens at its favourite expert."""
+    by_word = {word: [e for w, e in zip(words, first, strict=True) if w == word] for word in words}
+    shares = [max(map(of.count, of)) / len(of) for of in by_word.values() if len(of) >= least]
+    return sum(shares) / len(shares)
+
+
+def share_of_all_tokens(words, first, least):
+    """Every token counts once, not every word."""
+    by_word = {word: [e for w, e in zip(words, first, strict=True) if w == word] for word in words}
+    kept = [of for of in by_word.values() if len(of) >= least]
+    return sum(max(map(of.count, of)) for of in kept) / sum(map(len, kept))
+
+
 WRONG = {
     "00": {"ways": [lambda: (240, 4426165368), lambda: (120, 64**8), lambda: (120, 4426165369), lambda: "many"]},
     "01": {
@@ -151,6 +165,22 @@ WRONG = {
             right_but_for_ties,
             lambda chosen, gate, draw, slots: [False] * len(chosen),
             lambda chosen, gate, draw, slots: [slots > 2] * len(chosen),
+        ],
+    },
+    "03": {
+        "mended_load": [
+            lambda ids, padding, n: torch.bincount(ids.flatten(), minlength=n) / ids.numel(),  # the libraries'
+            lambda ids, padding, n: torch.bincount(ids[~padding].flatten(), minlength=n) / ids.numel(),
+            lambda ids, padding, n: torch.bincount(ids[~padding].flatten()) / ids[~padding].numel(),
+            lambda ids, padding, n: torch.bincount(ids[~padding, 0], minlength=n) / int((~padding).sum()),
+            lambda ids, padding, n: torch.bincount(ids[padding].flatten(), minlength=n) / max(ids[padding].numel(), 1),
+            lambda ids, padding, n: torch.bincount(ids[~padding].flatten(), minlength=n),
+        ],
+        "favourite_share": [
+            share_of_all_tokens,
+            lambda words, first, least: share_of_words(words, first, 1),
+            lambda words, first, least: share_of_words(words, first, least + 1),
+            lambda words, first, least: 1.0,
         ],
     },
     "04": {

@@ -28,7 +28,7 @@ DARK = {  # light -> dark
     "#AA4499": "#E07BC8",
     "#B04D00": "#FF8D43",
 }
-SAME = {"#897CED", "#C7D554", "#C77099", "#92DDA5", "#111111"}  # fills of devices, and the ink on them
+SAME = {"#897CED", "#C7D554", "#C77099", "#92DDA5", "#958F00", "#111111"}  # fills, and the ink on them
 RULES = [f'[{kind}="{light}"]{{{kind}:{dark}}}' for light, dark in DARK.items() for kind in ("fill", "stroke")]
 DARK_STYLE = f"<style>@media (prefers-color-scheme: dark) {{ {' '.join(RULES)} }}</style>"
 FONT = "Inter, 'Source Sans 3', system-ui, sans-serif"

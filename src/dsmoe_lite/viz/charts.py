@@ -9,6 +9,7 @@ from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.device_flow import device_flow
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
+from dsmoe_lite.viz.expert_mix import expert_mix
 from dsmoe_lite.viz.expert_spread import expert_spread
 from dsmoe_lite.viz.expert_worth import expert_worth
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
@@ -38,6 +39,7 @@ __all__ = [
     "effects_by_kind",
     "exchange_matrix",
     "expert_load",
+    "expert_mix",
     "expert_spread",
     "expert_worth",
     "finer_experts",
