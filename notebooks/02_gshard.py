@@ -38,7 +38,7 @@ import torch
 from dsmoe_lite.viz import charts
 
 lab = begin(globals())
-steps = lab.choose(smoke=30, cpu=600, gpu=3000)
+steps = lab.choose(smoke=30, cpu=300, gpu=3000)
 
 # %% [markdown]
 # ## Store many, use two
@@ -446,7 +446,7 @@ known = {name: recall(model, tokenizer, questions) for name, model in trained.it
 moe_name = f"top-{K} of {E}"
 gap = losses[moe_name] - losses["dense"]
 # recorded over seeds 0 to 4, widened to about four standard deviations; not yet for a GPU
-interval = {"smoke": (-0.15, 0.1), "cpu": (-0.1, 0.15), "gpu": (-7.0, 7.0)}[profile]
+interval = {"smoke": (-0.15, 0.1), "cpu": (-0.04, 0.21), "gpu": (-7.0, 7.0)}[profile]
 claim("experts minus dense, held-out loss", gap, interval, asserted=lab.own)
 claim(
     "experts, recall of people never mentioned",
@@ -461,13 +461,13 @@ report(
 )
 last = runs[moe_name].routing[-1]
 name = "choices not sent at the end of training: the expert full, or a second choice skipped by chance"
-interval = {"smoke": (0.1, 0.45), "cpu": (0.07, 0.2), "gpu": (0.0, 1.0)}[profile]
+interval = {"smoke": (0.1, 0.45), "cpu": (0.12, 0.21), "gpu": (0.0, 1.0)}[profile]
 claim(name, last["drop_rate"], interval, asserted=lab.own)
 
 # %% [markdown]
-# After 0.6 million tokens the two are about level. An expert sees only an eighth of the tokens, and the router is still making up its
-# mind, while the dense FFN learns from every token. Do the experts ever pay? The comparison was also run four times as long, with
-# five seeds and all baselines. All five models share one learning rate, chosen on pilot runs with another seed; none was
+# After 0.3 million tokens the experts are *behind*. Each of them sees only an eighth of the tokens, and the router is still making up
+# its mind, while the dense FFN learns from every token. Do experts ever pay? The comparison was also run eight times as long,
+# with five seeds and all baselines. All five models share one learning rate, chosen on pilot runs with another seed; none was
 # tuned by itself.
 
 # %% tags=["hide-input"]

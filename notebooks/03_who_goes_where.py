@@ -393,6 +393,7 @@ charts.effects_by_kind(
     overall=overall,
     kinds_are="kinds of token due next",
     number=".2f",
+    one_scale=True,
     title="Where do the two experts of a token write the same?",
     subtitle="Cosine of their outputs, by what is due next. Dashed: all tokens. Untrained experts: 0.0.",
 )

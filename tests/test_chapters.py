@@ -38,7 +38,7 @@ FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
     "02": [{"seed": 2, "top_k": 1}, {"n_experts": 8, "top_k": 4}, {"capacity_factor": 0.5, "balance_weight": 0.0}],
     "03": [{"seed": 2}, {"layer": 1}],
     "04": [{"seed": 2}, {"m": 8, "n_experts": 8, "top_k": 1}, {"m": 2, "balance_weight": 0.0}],
-    "05": [{"seed": 2, "n_shared": 4}, {"m": 8, "gate_scale": 8.0}, {"m": 2, "n_shared": 3, "balance_weight": 0.0}],
+    "05": [{"seed": 2}, {"n_shared": 7}, {"n_shared": 1, "common": 0.0}],
     "06": [
         {"seed": 2, "method": "z"},
         {"n_experts": 8, "top_k": 2, "reach": 1},

@@ -45,7 +45,6 @@ INCOMPLETE = (
     "text-long",
     "text-short",
     "common",
-    "paper-figure-4",
 )  # the first two need a GPU, the others hours
 
 

@@ -24,6 +24,7 @@ def effects_by_kind(
     kinds_are: str = "kinds of token",
     dashed: str = "all tokens",
     number: str = "+.3f",
+    one_scale: bool = False,
     title: str = "Which tokens are affected?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -32,7 +33,8 @@ def effects_by_kind(
 
     rows: {kind, effect, value, part (optional)}; overall: each effect on all tokens, drawn as a dashed line, on which
     every dot would be if the kind did not matter. `kinds_are` and `dashed` name the rows and the line. The largest
-    mean of a panel is highlighted. At most four panels, each with its own scale; `number` is the format of the values.
+    mean of a panel is highlighted. At most four panels, each with its own scale unless `one_scale`; `number` is the
+    format of the values.
     """
     require_rows(rows, "kind", "effect", "value")
     kinds, effects = distinct(row["kind"] for row in rows), distinct(row["effect"] for row in rows)
@@ -48,13 +50,19 @@ def effects_by_kind(
     label_width = int(max(len(kind) for kind in kinds) * 12 * CHARACTER_WIDTH) + 14
     width = int((theme.MAX_WIDTH - 40 - label_width) / len(effects)) - 20
     marks = {effect: _marks(values[effect], number) for effect in effects}
+    ranges = {effect: _range(marks[effect], levels[effect]) for effect in effects}
+    if one_scale:
+        lows, highs = zip(*ranges.values(), strict=True)
+        ranges = dict.fromkeys(effects, (min(lows), max(highs)))
     if not description:
         texts = [f"{effect}: {dashed} {levels[effect]:{number}}, most for {_largest(marks[effect])}"
                  for effect in effects]  # fmt: skip
         description = f"Dot chart of {len(kinds)} {kinds_are} by {word_list(effects)}. {'; '.join(texts)}."
     subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: largest of the panel."
     panels = [
-        _panel(marks[effect], kinds, levels[effect], number, width, label_width if i == 0 else 0).properties(
+        _panel(
+            marks[effect], kinds, levels[effect], ranges[effect], number, width, label_width if i == 0 else 0
+        ).properties(
             title=alt.TitleParams(
                 effect,
                 subtitle=f"{dashed} {levels[effect]:{number}}",
@@ -89,13 +97,24 @@ def _largest(marks: list[dict[str, Any]]) -> str:
     return next(f"{mark['kind']} {mark['text']}" for mark in marks if mark["largest"])
 
 
+def _range(marks: list[dict[str, Any]], level: float) -> tuple[float, float]:
+    """The lowest and the highest value of a panel, zero included."""
+    low = min(0.0, level, *(mark["low"] for mark in marks))
+    return low, max(0.0, level, *(mark["high"] for mark in marks)) or 1.0
+
+
 def _panel(
-    marks: list[dict[str, Any]], kinds: list[str], level: float, number: str, width: int, label_width: int
+    marks: list[dict[str, Any]],
+    kinds: list[str],
+    level: float,
+    low_high: tuple[float, float],
+    number: str,
+    width: int,
+    label_width: int,
 ) -> Any:
     """Draw dots on a scale with zero, and their numbers in a column at the right that no dot reaches."""
     text_share = (max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH + 14) / width
-    low = min(0.0, level, *(mark["low"] for mark in marks))
-    high = max(0.0, level, *(mark["high"] for mark in marks)) or 1.0
+    low, high = low_high
     right = low + (high - low) / max(1 - text_share, 0.2)
     tick = _round_down(0.9 * high)
     ticks = [0.0, tick] if tick / (right - low) * width > MIN_TICK_GAP else [tick]
