@@ -239,11 +239,11 @@ charts.model_comparison(
 # | 00 Start here | which part of a model works on which word? | 7 |
 # | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
 # | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 16 |
-# | 03 Who goes where? | what do experts divide among themselves? | 9 |
+# | 03 Who goes where? | what do experts divide among themselves? | 10 |
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
-# | 05 Shared experts | what should every token get? | 47 |
+# | 05 Shared experts | what should every token get? | 15 |
 # | 06 Balance | what keeps all experts at work? | 63 |
-# | 07 The paper's experiments | which of the paper's findings hold at our size? | 30 |
+# | 07 The paper's experiments | which of the paper's findings hold at our size? | 28 |
 # | 08 What experts learn | what is lost with each of them? | 45 |
 # | 09 Latent attention | what has attention to remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |

@@ -18,7 +18,7 @@
 # against them.
 #
 # **Afterwards you can** read a routing without fooling yourself, find out what an expert is worth, and say in one picture each
-# what hybridity and redundancy are. **You need** chapter 02. **Reading time** 9 minutes. **Hardware** any laptop CPU.
+# what hybridity and redundancy are. **You need** chapter 02. **Reading time** 10 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

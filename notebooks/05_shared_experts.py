@@ -18,7 +18,7 @@
 # people stay with the routed experts. Whether such a model ends up *better* than one without, our runs cannot resolve.
 #
 # **Afterwards you can** write the complete DeepSeekMoE layer, find out what an expert is for, and say what the paper's two tests of
-# shared experts show. **You need** chapters 02 to 04. **Reading time** 16 minutes. **Hardware** any laptop CPU.
+# shared experts show. **You need** chapters 02 to 04. **Reading time** 15 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu

@@ -96,21 +96,6 @@ def coactivation_shares(experts: int) -> tuple[list[list[float]], list[list[floa
     return shares, null
 
 
-def loss_rows(field: str, x_values: list[float], models: int, seeds: int) -> list[dict[str, Any]]:
-    draw = random.Random(6)
-    return [
-        {
-            "model": f"model {m}",
-            "seed": seed,
-            field: x,
-            "loss": 2 + 0.1 * m + (m + 1) * 0.2 * i + 0.1 * draw.random(),
-        }
-        for m in range(models)
-        for seed in range(seeds)
-        for i, x in enumerate(x_values)
-    ]
-
-
 def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     draw = random.Random(7)
     return [
@@ -282,13 +267,6 @@ def every_chart() -> dict[str, Any]:
         "expert_worth": charts.expert_worth(
             [{"model": m, "expert": e, "counted": 1 + (e * 7 % 5) / 4, "worth": 0.02 * (e % 3) - 0.005}
              for m in ("GShard", "DeepSeekMoE") for e in range(8)]
-        ),
-        "loss_against_disabled": charts.loss_against_disabled(loss_rows("share", [0, 1 / 16, 1 / 8, 1 / 4], 4, 3)),
-        "loss_against_disabled, one seed": charts.loss_against_disabled(
-            loss_rows("share", [0, 0.0625, 0.125], 1, 1), relative=True
-        ),
-        "loss_against_active": charts.loss_against_active(
-            loss_rows("active", [1, 2, 3, 4, 5, 6, 7], 2, 3), reference={"GShard top-2": 2.808, "dense": 3.2}
         ),
         "trend_intervals": charts.trend_intervals(TRENDS),
         "launch_counts": charts.launch_counts(

@@ -109,37 +109,6 @@ def test_lift_is_the_share_over_chance(null):
     assert "100.0% of the tokens of e2 also use e1, 4.00 times chance" in chart.to_dict()["description"]
 
 
-def points(chart):
-    rows = values(chart.to_dict(), "mean")
-    return {(row["model"], row["x"]): row for row in rows if "model" in row}
-
-
-def test_a_rise_is_relative_to_the_same_seed_and_zero_if_nothing_is_disabled():
-    losses = {0: {0.0: 1.0, 0.25: 2.0}, 1: {0.0: 3.0, 0.25: 6.0}}
-    rows = [{"model": "m", "seed": seed, "share": share, "loss": loss}
-            for seed, by_share in losses.items() for share, loss in by_share.items()]  # fmt: skip
-    rise = points(charts.loss_against_disabled(rows, relative=True))
-    assert [rise["m", 0.0][key] for key in ("mean", "low", "high")] == [0, 0, 0]
-    assert [rise["m", 0.25][key] for key in ("mean", "low", "high")] == [2.0, 1.0, 3.0]
-    plain = points(charts.loss_against_disabled(rows))
-    assert [plain["m", 0.25][key] for key in ("mean", "low", "high")] == [4.0, 2.0, 6.0]
-    assert "m: 0 at 0.0% to 2 at 25.0%" in charts.loss_against_disabled(rows, relative=True).to_dict()["description"]
-
-
-def test_a_reference_is_a_named_level_inside_the_axis():
-    rows = chart_samples.loss_rows("active", [1, 2, 4], 2, 2)
-    reference = {"GShard top-2": 1.808, "dense": 9.5}
-    spec = charts.loss_against_active(rows, reference=reference).to_dict()
-    rules = [layer for layer in spec["layer"] if layer["mark"]["type"] == "rule"]
-    levels = [values(layer, "mean")[0]["mean"] for layer in rules]
-    assert levels == list(reference.values())
-    low, high = rules[0]["encoding"]["y"]["scale"]["domain"]
-    assert low < 1.808 < 9.5 < high
-    names = values(spec["layer"][-1], "model")
-    assert [row["model"] for row in names] == ["model 0", "model 1", "GShard top-2 1.81", "dense 9.50"]
-    assert "GShard top-2 1.81 and dense 9.50" in spec["description"]
-
-
 def test_ratios_are_written_out_beside_a_line_at_one_and_their_goal():
     chart = charts.ratio_bars(chart_samples.RATIOS)
     spec = chart.to_dict()
@@ -281,12 +250,6 @@ def flow(**changes):
         (lambda: charts.coactivation([[1.0, None], [None, 1.0]]), "no pair"),
         (lambda: charts.coactivation([[1.0, 0.5]] * 2, order=[0, 0]), "each of the 2 experts once"),
         (lambda: charts.coactivation([[1.0, 0.5]] * 2, null=[[0.5]]), "null: must have 2"),
-        (lambda: charts.loss_against_disabled([]), "at least one row"),
-        (lambda: charts.loss_against_disabled([{"model": "a", "share": 25, "loss": 1.0}]), "share = 25"),
-        (lambda: charts.loss_against_disabled(chart_samples.loss_rows("share", [0.1], 1, 1), relative=True), "share 0"),
-        (lambda: charts.loss_against_disabled(chart_samples.loss_rows("share", [0], 5, 1)), "models = 5"),
-        (lambda: charts.loss_against_active(chart_samples.loss_rows("active", [1], 5, 1)), "models = 5"),
-        (lambda: charts.loss_against_active([{"model": "a", "loss": 1.0}]), "no 'active'"),
         (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": 2.0}]), "low = 2"),
         (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": -1.0}]), "low = -1"),
         (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "goal": 0}]), "goal = 0"),

@@ -17,11 +17,9 @@ from dsmoe_lite.study import ledger
 from dsmoe_lite.study.grids import GRIDS, grid, records
 from dsmoe_lite.study.needle import KINDS, NeedleJob
 from dsmoe_lite.study.rows import (
-    active_rows,
     balance_rows,
     curve_gaps,
     gaps,
-    masked_rows,
     metric_rows,
     overtaken_at,
     seed_line,
@@ -182,24 +180,6 @@ def test_balance_rows_pair_the_loss_and_average_over_layers() -> None:
     assert {(row["max_vio"], row["overflow"]) for row in rows} == {(1.5, 0.25)}
     without = [record for record in records if (record["model_name"], record["seed"]) != ("a", 0)]
     assert {row["seed"] for row in balance_rows(without, names, "a")} == {1}
-
-
-def test_rows_of_interventions_include_the_model_as_trained() -> None:
-    changed = {name: {"heldout_loss": loss} for name, loss in (("0.0625", 2.0), ("0.25", 3.0))}
-    active = {"1": {"heldout_loss": 4.0}}
-    intact = {"model_name": "a", "seed": 7, "heldout_loss": 1.0, "model": {"moe": {"top_k": 2}}}
-    results = [intact | {"masked": changed, "active": active}, intact | {"model_name": "b"}]
-    masked = masked_rows(results, {"a": "A"})
-    assert [(row["model"], row["seed"], row["share"], row["loss"]) for row in masked] == [
-        ("A", 7, 0.0, 1.0),
-        ("A", 7, 0.0625, 2.0),
-        ("A", 7, 0.25, 3.0),
-    ]
-    rows = active_rows(results, {"a": "A"})
-    assert [(row["model"], row["seed"], row["active"], row["loss"]) for row in rows] == [
-        ("A", 7, 1, 4.0),
-        ("A", 7, 2, 1.0),
-    ]
 
 
 # Records that are damaged

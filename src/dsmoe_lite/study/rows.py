@@ -80,26 +80,6 @@ def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baselin
     ]
 
 
-def masked_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows {model, seed, share, loss}: held-out loss with this share of each token's top experts masked."""
-    return [
-        {"model": names[r["model_name"]], "seed": r["seed"], "share": float(share), "loss": masked["heldout_loss"]}
-        for r in records
-        if r["model_name"] in names
-        for share, masked in {"0": r, **r["masked"]}.items()
-    ]
-
-
-def active_rows(records: Records, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows {model, seed, active, loss}: held-out loss with `active` routed experts per token, and as in training."""
-    return [
-        {"model": names[r["model_name"]], "seed": r["seed"], "active": int(active), "loss": result["heldout_loss"]}
-        for r in records
-        if r["model_name"] in names
-        for active, result in {**r["active"], r["model"]["moe"]["top_k"]: r}.items()
-    ]
-
-
 def trend_rows(claims: Sequence[Claim], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows {what, figure, mean, low, high, verdict, limits} of the tested claims that are trends, in their order.
 

@@ -15,7 +15,6 @@ from dsmoe_lite.viz.expert_worth import expert_worth
 from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
 from dsmoe_lite.viz.finer_experts import finer_experts
 from dsmoe_lite.viz.influence import influence
-from dsmoe_lite.viz.interventions import loss_against_active, loss_against_disabled
 from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.long_context import needle, rotary_frequencies
@@ -46,8 +45,6 @@ __all__ = [
     "influence",
     "launch_counts",
     "link_timeline",
-    "loss_against_active",
-    "loss_against_disabled",
     "loss_table",
     "model_comparison",
     "needle",
