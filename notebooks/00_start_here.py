@@ -242,11 +242,12 @@ charts.model_comparison(
 # | 03 Who goes where? | what do experts divide among themselves? | 10 |
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
 # | 05 Shared experts | what should every token get? | 15 |
-# | 06 Balance | what keeps all experts at work? | 63 |
+# | 06 Balance | what keeps all experts at work? | 16 |
 # | 07 The paper's experiments | which of the paper's findings hold at our size? | 28 |
 # | 08 What experts learn | what is lost with each of them? | 45 |
 # | 09 Latent attention | what has attention to remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
+# | 11 Devices | how far must a token travel? | 10 |
 # | 12 Many devices | how do many devices share one layer? | 46 |
 #
 # Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02 to 05 and 07 make a course

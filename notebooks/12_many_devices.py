@@ -20,7 +20,7 @@
 # find out which assumptions decide how much of
 # a thousand devices' speed is left.
 #
-# **You need** chapters 05 and 06. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
+# **You need** chapters 05, 06 and 11. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
 # processes are real, the network is your memory.
 
 # %% tags=["parameters"]
@@ -156,7 +156,7 @@ print(f"choices {routing.topk_ids.numel():,}, rows {rows:,}, at home {stay / row
 
 # %% [markdown]
 # **What to notice.** About one row in $P$ stays: the router does not know where its experts live. Some tokens have both experts
-# on one process, so there are a few rows fewer than choices. With six experts a token on eight devices it saves more: chance alone gives 4.5 rows (chapter 06).
+# on one process, so there are a few rows fewer than choices. With six experts a token on eight devices it saves more: chance alone gives 4.5 rows (chapter 11).
 # Columns are not even: what a process *receives* depends on how busy its experts are, and the busiest is waited for. It also needs memory for them: one reason for V2's
 # budget of a device and its dropping.
 #
@@ -511,7 +511,7 @@ charts.model_comparison(
 #
 # ## A limit on devices
 #
-# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 06 a router that knew
+# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 11 a router that knew
 # nothing of a limit kept most of its affinity under one. These runs are trained with their limit from the first step on: the same shape and V2's
 # three losses, five seeds for each $M$.
 #

@@ -41,7 +41,7 @@ FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
     "05": [{"seed": 2}, {"n_shared": 7}, {"n_shared": 1, "common": 0.0}],
     "06": [
         {"seed": 2, "method": "z"},
-        {"n_experts": 8, "top_k": 2, "reach": 1},
+        {"n_experts": 8, "top_k": 2},
         {"method": "sequence", "bias_speed": 0.03},
     ],
     "09": [{"seed": 2, "latent": 8}, {"n_kv_heads": 4, "window": 1, "latent": 4}, {"window": 64, "latent": 128}],
@@ -56,6 +56,7 @@ FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
         },
     ],
     "10": [{"seed": 2, "n_experts": 8, "top_k": 8}, {"n_experts": 128, "top_k": 1, "gpu": "A100"}, {"gpu": "H200"}],
+    "11": [{"seed": 2}, {"reach": 1}, {"reach": 8}],
     "12": [{"seed": 2, "processes": 2}, {"top_k": 4, "across": 400.0}, {"top_k": 1, "tokens": 65536, "latency": 0.0}],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]

@@ -118,6 +118,27 @@ def sends_of(count):
     )  # fmt: skip
 
 
+def of_sums(gates, ids, n):
+    """The sum of each expert's gates."""
+    return torch.zeros(n).index_add(0, ids.flatten(), gates.flatten())
+
+
+def spread(x):
+    """The squared coefficient of variation."""
+    return x.var(unbiased=False) / x.mean() ** 2
+
+
+def kth_of_all(noisy, k):
+    """The k-th largest noisy logit of each token, the expert itself included."""
+    return noisy.topk(k).values[:, -1:]
+
+
+def kth_of_others(noisy, k):
+    """For each token and expert, the k-th largest noisy logit of the other experts."""
+    best = noisy.topk(k + 1).values
+    return torch.where(noisy >= best[:, k - 1 : k], best[:, k : k + 1], best[:, k - 1 : k])
+
+
 def share_of_words(words, first, least):
     """The mean share of a word's tokens at its favourite expert."""
     by_word = {word: [e for w, e in zip(words, first, strict=True) if w == word] for word in words}
@@ -229,31 +250,27 @@ WRONG = {
         ],
     },
     "06": {
-        "mended_choice": [
-            limited_with(torch.zeros_like),  # as it was
-            lambda biased, n_group, topk_group, k: biased.topk(k).indices,
-            limited_with(lambda biased: torch.full_like(biased, -1.0)),
-            limited_with(lambda biased: torch.full_like(biased, -torch.inf), worth="max"),
-            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(
-                biased.clamp(min=1e-6), n_group, topk_group, k
-            ),
-            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(biased.abs(), n_group, topk_group, k),
-            limited_with(lambda biased: torch.full_like(biased, torch.inf)),
-            lambda biased, n_group, topk_group, k: limited_with(lambda b: torch.full_like(b, -torch.inf))(
-                biased, n_group, topk_group, 2 * k
-            ),
+        "mended_total": [
+            lambda text, routings, step, alpha: text,
+            lambda text, routings, step, alpha: (
+                text + alpha * sum(float(switch_loss(r)) for r in routings) / len(routings) if step > 1 else text
+            ),  # the library's
+            lambda text, routings, step, alpha: text + alpha * sum(float(switch_loss(r)) for r in routings),
+            lambda text, routings, step, alpha: text + sum(float(switch_loss(r)) for r in routings) / 3,
+            lambda text, routings, step, alpha: text + alpha * float(switch_loss(routings[0])),  # fails without layers
         ],
-        "sends": [
-            sends_of(lambda devices, own: len(devices)),
-            sends_of(lambda devices, own: len(set(devices))),
-            sends_of(lambda devices, own: sum(d != own for d in devices)),
-            sends_of(lambda devices, own: len(set(devices)) - 1),
-            sends_of(lambda devices, own: max(0, len(set(devices)) - 1)),
-            sends_of(lambda devices, own: len(set(devices) - {own}) / 2),
-            lambda *given: sends_of(lambda devices, own: len(set(devices) - {own}))(*given) + 0.9,  # no whole number
-            lambda ids, on, home: sum(  # id -1 taken for the last expert
-                len({int(on[e]) for e in row} - {own}) for row, own in zip(ids.tolist(), home.tolist(), strict=True)
-            ),
+        "importance": [
+            lambda gates, ids, n: of_sums(gates, ids, n).var() / of_sums(gates, ids, n).mean() ** 2,  # of a sample
+            lambda gates, ids, n: of_sums(gates, ids, n).std(unbiased=False) / of_sums(gates, ids, n).mean(),
+            lambda gates, ids, n: spread(of_sums(gates * 0 + 1, ids, n)),  # of counts
+            lambda gates, ids, n: of_sums(gates, ids, n).var(unbiased=False),
+        ],
+        "noisy_load": [
+            lambda h, H, sigma, K: spread(torch.special.ndtr((h - kth_of_all(H, K)) / sigma).sum(0)),
+            lambda h, H, sigma, K: spread(torch.special.ndtr((H - kth_of_others(H, K)) / sigma).sum(0)),
+            lambda h, H, sigma, K: spread(torch.special.ndtr(h - kth_of_others(H, K)).sum(0)),
+            lambda h, H, sigma, K: spread(torch.special.ndtr((h - kth_of_others(H, 1)) / sigma).sum(0)),
+            lambda h, H, sigma, K: spread((h > kth_of_others(H, K)).float().sum(0)),
         ],
     },
     "09": {
@@ -339,6 +356,34 @@ WRONG = {
             lambda row, piece: piece ^ (row % 4),
             lambda row, piece: piece ^ (row // 4 % 4),
             lambda row, piece: row // 2 % 4,
+        ],
+    },
+    "11": {
+        "mended_choice": [
+            limited_with(torch.zeros_like),  # as it was
+            lambda biased, n_group, topk_group, k: biased.topk(k).indices,
+            limited_with(lambda biased: torch.full_like(biased, -1.0)),
+            limited_with(lambda biased: torch.full_like(biased, -torch.inf), worth="max"),
+            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(
+                biased.clamp(min=1e-6), n_group, topk_group, k
+            ),
+            lambda biased, n_group, topk_group, k: limited_with(torch.zeros_like)(biased.abs(), n_group, topk_group, k),
+            limited_with(lambda biased: torch.full_like(biased, torch.inf)),
+            lambda biased, n_group, topk_group, k: limited_with(lambda b: torch.full_like(b, -torch.inf))(
+                biased, n_group, topk_group, 2 * k
+            ),
+        ],
+        "sends": [
+            sends_of(lambda devices, own: len(devices)),
+            sends_of(lambda devices, own: len(set(devices))),
+            sends_of(lambda devices, own: sum(d != own for d in devices)),
+            sends_of(lambda devices, own: len(set(devices)) - 1),
+            sends_of(lambda devices, own: max(0, len(set(devices)) - 1)),
+            sends_of(lambda devices, own: len(set(devices) - {own}) / 2),
+            lambda *given: sends_of(lambda devices, own: len(set(devices) - {own}))(*given) + 0.9,  # no whole number
+            lambda ids, on, home: sum(  # id -1 taken for the last expert
+                len({int(on[e]) for e in row} - {own}) for row, own in zip(ids.tolist(), home.tolist(), strict=True)
+            ),
         ],
     },
     "12": {
