@@ -9,6 +9,8 @@
 # %% [markdown]
 # # Devices: how far must a token travel?
 #
+# ![A token's six best experts are on five of eight devices, so it is sent five times. With a limit of three devices it takes six experts on those three and is sent three times.](images/devices.svg)
+#
 # **What does it cost if a token's experts live on different devices, and how is it limited?** Each device that holds one of a
 # token's experts has to be sent the token. With six of 64 experts on eight devices a token reaches 4.5 devices by chance, and a trained
 # router reaches as many, for nothing taught it where experts live. DeepSeek-V2 {cite:p}`DeepSeekV2` limits a token to its best three devices. That keeps 96%
