@@ -247,7 +247,7 @@ charts.model_comparison(
 # | 08 What experts learn | what is lost with each of them? | 45 |
 # | 09 Latent attention | what has attention to remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
-# | 11 Devices | how far must a token travel? | 10 |
+# | 11 Devices | how far must a token travel? | 11 |
 # | 12 Many devices | how do many devices share one layer? | 46 |
 #
 # Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02 to 05 and 07 make a course

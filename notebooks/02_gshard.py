@@ -330,7 +330,7 @@ charts.effects_by_kind(
     subtitle="Dashed: what every part would lose if the place did not matter.",
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 claim("choices dropped, last eighth of the batch minus first", gap, (0.15, 0.4))
 claim("first choices dropped", 1 - found[:, 0].float().mean(), (0.0, 0.01))
 in_text = drop_rate_by_position(found, ids, (64, len(ids) // 64), bins=8)
@@ -497,7 +497,10 @@ charts.training_curves(
     [row for row in behind if row["step"] > 120],
     y_title="training loss minus dense",
     title="When do experts overtake the dense FFN?",
-    subtitle=f"From step 121 on; a step is {a_step:,.0f} tokens. Line: mean over 5 seeds. Band: lowest to highest.",
+    subtitle=[
+        f"From step 121 on; a step is {a_step:,.0f} tokens.",
+        "Line: mean over 5 seeds. Band: lowest to highest seed.",
+    ],
 )
 
 # %% [markdown]

@@ -117,7 +117,7 @@ charts.specialization_against_null(
     ],
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 claim("vocabulary specialization, first layer", rows[0]["value"], (0.68, 0.82))
 claim("the null of it", rows[0]["null"], (0.42, 0.55))
 claim("first layer, frequent tokens", rows[1]["value"], (0.52, 0.68))
@@ -179,7 +179,7 @@ charts.expert_worth(
     ]
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 EXPECTED = {  # mean rise of one expert, rise without the busiest, correlation
     0: ((0.015, 0.08), (-0.01, 0.02), (-0.6, 0.4)),
     1: ((0.005, 0.04), (-0.01, 0.02), (-0.9, 0.0)),
@@ -217,7 +217,7 @@ for e in sorted(range(E), key=lambda e: -rise[layer, e])[:6]:
 for e, name, share in missed:
     print(f"without e{e:<2}  {share:4.0%} of the rise comes right after  {name}")
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 from dsmoe_lite.data.tokenizer import END_ID
 
 most_missed = max(range(E), key=lambda e: rise[0, e])
@@ -288,7 +288,7 @@ charts.expert_mix(
     title=f"What does each expert of layer {layer} work on?",
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 mixed = labels[torch.randperm(len(labels), generator=draw)]
 claim(
     "effective number of kinds that an expert serves",
@@ -398,7 +398,7 @@ charts.effects_by_kind(
     subtitle="Cosine of their outputs, by what is due next. Dashed: all tokens. Untrained experts: 0.0.",
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 torch.manual_seed(seed)
 _, untrained = overlap_by_kind(without_capacity(Transformer(model.config)))
 claim("overlap before punctuation", overlap_before("punctuation"), (0.55, 0.75))
@@ -430,7 +430,7 @@ for run in range(5):
 for kind, found in before.items():
     print(f"before {kind:12}", "  ".join(f"{value:.2f}" for value in found))
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 gaps = [one - other for one, other in zip(*before.values(), strict=True)]
 claim("overlap before punctuation minus before a value, least", min(gaps), (0.0, 0.3))
 claim("overlap before punctuation minus before a value, mean", mean(gaps), (0.1, 0.3))

@@ -386,7 +386,7 @@ charts.ablation_matrix(
     ],
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.evaluate import recall
 
@@ -443,6 +443,16 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # people are recalled as well without it. One caution: this is one trained model, and an ablation shows only what the
 # other experts cannot make up for.
 #
+# Here are the routed choices beside those of GShard, on a sentence of the world. The shared expert is not drawn: it gets every token.
+
+# %% tags=["trained"]
+from dsmoe_lite.viz.explorer import explore
+
+gshard = load_model(DATA / "models" / "world-gshard.safetensors")
+sentence = next(world.documents("heldout")).text
+explore({"GShard": gshard, "DeepSeekMoE": model}, tokenizer, sentence, window=64)
+
+# %% [markdown]
 # ## Are the routed experts less alike now?
 #
 # That was the purpose. In chapter 03's GShard model the two experts of a token wrote much the same wherever punctuation
@@ -457,7 +467,7 @@ lab.ask("05-overlap", low=0, high=1)
 some = parts[:4]
 alike, overall = [], {}
 for name, one in {
-    "GShard": load_model(DATA / "models" / "world-gshard.safetensors"),
+    "GShard": gshard,
     "DeepSeekMoE": model,
 }.items():
     for number, part in enumerate(some):
@@ -493,7 +503,7 @@ charts.effects_by_kind(
     one_scale=True,
 )
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 claim(
     "overlap before punctuation, GShard", overlap("GShard", "punctuation"), (0.55, 0.75)
 )
@@ -518,7 +528,7 @@ for kind_of_model, found in pairs.items():
 for name, found in zip(("GShard", "DeepSeekMoE"), pairs.values(), strict=True):
     print(f"{name:12}", "  ".join(f"{value:.2f}" for value in found))
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 apart = [one - other for one, other in zip(*pairs.values(), strict=True)]
 claim("overlap of GShard minus DeepSeekMoE, five pairs", mean(apart), (-0.05, 0.08))
 
@@ -549,7 +559,7 @@ print(
 )
 print(f"ours              {ours:.3f} -> {swapped:.3f}: {swapped - ours:+.3f}")
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 alone = heldout_loss(silence(model, shared=True), parts, KINDS).loss
 claim("shared expert swapped for a routed one, rise", swapped - ours, (0.01, 0.04))
 claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01))

@@ -439,7 +439,7 @@ alone = [
 lab.answer("06-sees", alone[0])
 charts.loss_table(seen, balanced="balanced")
 
-# %% tags=["hide-cell"]
+# %% tags=["trained", "hide-cell"]
 third = Router(
     32,
     MoEConfig(

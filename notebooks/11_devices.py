@@ -17,7 +17,7 @@
 # of its affinity, because the first devices hold most of it. Two more losses make the *devices* even, whatever the experts on them do.
 #
 # **Afterwards you can** write device-limited routing, the device-level and the communication loss, and the budget by which V2
-# drops tokens. **You need** chapter 06. **Reading time** 10 minutes. **Hardware** any laptop CPU.
+# drops tokens. **You need** chapter 06. **Reading time** 11 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -69,8 +69,26 @@ print(f"a device is missed with probability {missed:.3f}; reached: {by_chance:.2
 print(f"counted on random scores: {devices_reached(ordered_topk(chance, CHOSEN)):.2f}")
 
 # %% [markdown]
-# About 4.5: the probability that all six avoid a device is 0.43. Cutting experts finer makes it worse, for a token has more of
-# them. Every device reached is a message, and messages between machines are slow (chapter 12).
+# About 4.5: the probability that all six avoid a device is 0.43. Cutting experts finer makes it worse, because a token has more of
+# them. **Move** their number:
+
+# %%
+from IPython.display import Markdown
+from ipywidgets import IntSlider
+
+from dsmoe_lite.viz.live import live
+
+
+def reached_by_chance(k):
+    missed = math.comb(EXPERTS - EXPERTS // DEVICES, k) / math.comb(EXPERTS, k)
+    reached = DEVICES * (1 - missed)
+    return Markdown(f"{k} of 64 experts: {reached:.1f} of 8 devices by chance")
+
+
+live(reached_by_chance, k=IntSlider(6, min=1, max=16, description="experts"))
+
+# %% [markdown]
+# Every device reached is a message, and messages between machines are slow (chapter 12).
 #
 # ## A limit
 #

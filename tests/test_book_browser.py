@@ -182,7 +182,7 @@ def test_the_book_of_the_course_works(browser, course, screenshots):
                 assert opened.page.locator("mjx-merror, [data-mjx-error]").count() == 0
                 opened.page.screenshot(path=screenshots / f"book_{path.stem}_{mode}.png", full_page=True)
                 explorers = opened.page.locator(".saved-widget[data-mounted=yes] .dsmoe-explorer").count()
-                assert explorers == (path.name[:2] in {"00", "03", "08"})
+                assert explorers == (path.name[:2] in {"00", "03", "05", "08"})
                 if explorers:
                     status = opened.page.locator(".dsmoe-explorer").get_by_role("status")
                     assert "A recorded trace" in status.inner_text()

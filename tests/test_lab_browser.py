@@ -290,6 +290,21 @@ def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: L
     page.close()
 
 
+LINES = """[...document.querySelectorAll('.jp-RenderedMarkdown > p')].map(node => {
+    const lines = Math.round(node.clientHeight / parseFloat(getComputedStyle(node).lineHeight));
+    return [node.innerText.length / lines, lines];
+})"""
+
+
+def test_lines_of_prose_have_at_most_76_characters(browser, lab: Lab) -> None:
+    page, _ = open_notebook(browser, lab, "work/03_who_goes_where.ipynb")
+    page.locator(".jp-RenderedMarkdown > p").first.wait_for(timeout=MINUTE)
+    found = [characters for characters, lines in page.evaluate(LINES) if lines >= 4]  # mean of a paragraph
+    assert len(found) >= 3
+    assert 55 <= max(found) <= 76
+    page.close()
+
+
 def test_a_reloaded_page_asks_to_run_the_cell_of_a_live_chart_again(browser, lab: Lab, screenshots: Path) -> None:
     page, _ = open_notebook(browser, lab, "work/98_live.ipynb")
     run_all(page, MINUTE)

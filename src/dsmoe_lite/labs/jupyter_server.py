@@ -19,6 +19,7 @@ from dsmoe_lite.labs.jupyter_settings import write_settings
 
 PORT = 8888  # Jupyter's default; if it is in use, the next free port
 CONTAINER_MARKER = Path("/.dockerenv")
+STYLES = Path(__file__).parent / "static"  # of custom.css, the name that JupyterLab asks for
 
 
 def has_display() -> bool:
@@ -43,6 +44,7 @@ def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool)
     from jupyterlab.labapp import LabApp  # type: ignore[import-untyped]
 
     server = LabApp.initialize_server(arguments)
+    server.web_app.settings["static_custom_path"].insert(0, str(STYLES))  # no option of the server sets this
     host = "localhost" if ip in ("127.0.0.1", "0.0.0.0") else ip
     path = quote(opened.relative_to(root).as_posix())
     address = f"http://{host}:{server.port}{server.base_url}lab/tree/{path}?token={token}"
@@ -98,6 +100,7 @@ def _arguments(root: Path, ip: str, port: int | None) -> list[str]:
         "--ServerApp.log_level=ERROR",
         "--LabApp.log_level=ERROR",
         "--LabApp.extension_manager=readonly",  # never downloads the list of extensions
+        "--LabApp.custom_css=True",
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")
