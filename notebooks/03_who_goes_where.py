@@ -236,7 +236,7 @@ claim("share of <|end|> among all tokens", here.float().mean(), (0.01, 0.04))
 # See it for yourself. In this text *pet* goes to e2. Switch e2 off: who takes its tokens? (The model knows only its small
 # world; for a text of your own use its people.)
 
-# %%
+# %% tags=["trained"]
 from dsmoe_lite.viz.explorer import explore
 
 sentence = next(world.documents("heldout")).text
