@@ -93,7 +93,7 @@ lab.answer(
 )
 models = {
     "dense": dense,
-    "dense, two widths": replace(dense, ffn_width=2 * F_width),
+    "dense, 2 widths": replace(dense, ffn_width=2 * F_width),
     f"top-{K} of {E}": gshard,
 }
 rows = accounting.split_rows({name: (config, 64) for name, config in models.items()})
@@ -476,7 +476,7 @@ from dsmoe_lite.study.rows import curve_gaps, overtaken_at
 
 NAMES = {
     "course-dense": "dense",
-    "course-dense-x2": "dense, two widths",
+    "course-dense-x2": "dense, 2 widths",
     "course-gshard": "GShard top-2",
     "course-switch": "Switch top-1",
     "course-hash": "Hash top-1",

@@ -193,7 +193,7 @@ def line_panel(
 def width_beside(names: Sequence[str]) -> int:
     """Return the width of a panel that leaves room for its axis and for the longest name at the end of a line."""
     name_width = min(max(map(len, names)) * 12 * BOLD_CHARACTER_WIDTH, MAX_NAME_WIDTH)
-    return min(520, int(theme.MAX_WIDTH - 124 - name_width))
+    return min(520, int(theme.MAX_WIDTH - 120 - name_width))
 
 
 def _line_labels(
