@@ -521,6 +521,25 @@ by_hash = [
 lab.answer("02-hash", round(mean(by_hash), 2), within=0.1)
 charts.model_comparison(compared, title="What do experts buy, for the same tokens?")
 
+# %% tags=["trained", "hide-cell"]
+from dsmoe_lite.study.rows import gaps
+
+OTHERS = [name for name in NAMES if name != "course-gshard"]
+worst = {
+    metric: [
+        gap
+        for other in OTHERS
+        for gap in gaps(recorded, "course-gshard", other, metric).values()
+    ]
+    for metric in ("held-out loss", "recall, rare people")
+}
+claim(
+    "held-out loss, GShard minus another, highest",
+    max(worst["held-out loss"]),
+    (-0.1, 0.0),
+)
+claim("recall of rare people, lowest", min(worst["recall, rare people"]), (0.0, 1.0))
+
 # %% tags=["trained", "hide-input"]
 asked = [tokenizer.encode(q.prompt).ids for q in world.questions("head")]
 of_hash = {int(hashed.hash_table[ids[-1]]) for ids in asked}

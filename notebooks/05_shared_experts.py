@@ -177,11 +177,11 @@ for words, shared, error, share in (
 
 # %% [markdown]
 # Under 2%. The right panel says why. It shows how much of the common wave is found in a routed expert: the squared
-# correlation of what the expert computes with $c$. Without shared experts each of the 32 learns a good part of $c$, again and again,
-# with four hidden channels each. That is **redundancy**. With shared experts $c$ is learnt once, and the routed experts have as
-# little of it as in the control, where no $c$ exists.
+# correlation of what the expert computes with $c$. Without shared experts it is four times what chance gives in the control, where no
+# $c$ exists: expert after expert learns a part of $c$. That is **redundancy**. With shared experts the routed ones have hardly more of
+# it than in the control.
 #
-# In the control sharing does not pay; it costs a little. **A shared expert is worth its place if there is something to share.**
+# In the control sharing does not pay. **A shared expert is worth its place if there is something to share.**
 #
 # ## The layer, complete
 #
@@ -565,7 +565,7 @@ claim("shared expert swapped for a routed one, rise", swapped - ours, (0.01, 0.0
 claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01))
 
 # %% [markdown]
-# 2.414, a rise of 0.606 nats; ours is a thirtieth of it. The paper's model is about 2,000 times as large and was trained on real text,
+# 2.414, a rise of 0.606 nats; ours is a thirtieth of it. The paper's model is far larger and was trained on real text,
 # which has more in common than our sentences. In both models the loss rises because *nothing was trained to stand in*: the
 # expert that comes eighth in a token's ranking was never meant for this token. So the swap shows that the routed experts of **this model** do
 # not do the shared expert's job. It does not show that a model trained *without* shared experts would be worse.

@@ -457,7 +457,7 @@ for name in GATES:
 
 # %% [markdown]
 # **What to notice.** Higher: GShard's replacements do *harm*. Divided gates give them all the weight that the best expert had, whatever they
-# know. So the planned comparison mostly measured how heavily the gate weighs strangers.
+# know. So the planned comparison mostly measured how heavily the gate weighs the replacements.
 #
 # With undivided gates the paper's order appears: DeepSeekMoE loses more, by 0.37 ± 0.30. But it loses as much more if nobody steps in.
 # Its best sixteenth *carries* more; it is not harder to replace. The gain is 0.02 to 0.04 nats in GShard and DeepSeekMoE alike, of

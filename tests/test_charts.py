@@ -353,6 +353,20 @@ def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():
         charts.effect_matrix([{**rows[0], "model": str(i)} for i in range(3)])
 
 
+def test_effects_by_kind_can_share_one_scale() -> None:
+    rows = [{"kind": k, "effect": e, "value": v} for e, v in (("a", 1.0), ("b", 4.0)) for k in "xy"]
+
+    def scales(**options: bool) -> list[list[float]]:
+        spec = charts.effects_by_kind(rows, overall={"a": 0.5, "b": -2.0}, **options).to_dict()
+        return [panel["layer"][0]["encoding"]["x"]["scale"]["domain"] for panel in spec["concat"]]
+
+    own, shared = scales(), scales(one_scale=True)
+    assert own[0] != own[1]
+    assert shared[0] == shared[1]
+    assert shared[0][0] == -2.0
+    assert shared[0][1] > 4.0
+
+
 def test_an_expert_mix_shows_shares_and_their_effective_number() -> None:
     rows = [{"expert": e, "kind": kind, "share": share} for e, shares in ((0, (2, 2, 0)), (1, (0, 5, 0)))
             for kind, share in zip("abc", shares, strict=True)]  # fmt: skip
