@@ -1,6 +1,7 @@
 """The book: built completely or not at all, numbered, cited, and made of local files only."""
 
 import re
+import weakref
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_an_old_page_leads_to_the_chapter_that_it_became(tmp_path):
     book.write_text(yaml.safe_dump({**book_fixture.BOOK, "moved": moved}), encoding="utf-8")
     folder = builder.build(book, tmp_path / "out").parent
     assert 'url=01_second.html"' in (folder / "07_second.html").read_text(encoding="utf-8")
+
+
+def test_a_dead_weak_proxy_elsewhere_in_the_process_does_no_harm(tmp_path):
+    class Gone:
+        pass
+
+    gone = Gone()
+    proxy = weakref.proxy(gone)
+    del gone
+    assert builder.build(book_fixture.write(tmp_path, ()), tmp_path / "out").is_file()
+    with pytest.raises(ReferenceError):  # it was dead during the build
+        proxy.anything()
 
 
 def test_every_light_colour_has_its_dark_one(pages):

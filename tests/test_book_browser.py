@@ -173,9 +173,9 @@ def test_the_book_works_from_a_server(browser, small):
 
 
 def test_the_book_of_the_course_works(browser, course, screenshots):
-    pages = sorted(course.glob("[0-9]*.html"))
+    pages = sorted(path.stem for path in paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
     assert pages
-    for path in pages:
+    for path in [course / f"{name}.html" for name in pages]:
         for size, mode in ((WIDE, "light"), (PHONE, "dark")):
             with Page(browser, path.as_uri(), size, mode) as opened:
                 assert opened.page.evaluate("document.documentElement.scrollWidth") <= size[0]

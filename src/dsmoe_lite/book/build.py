@@ -1,12 +1,15 @@
 """Build the book from the executed chapters, without executing or downloading anything."""
 
+import gc
 import importlib.util
 import io
 import json
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import yaml
@@ -75,7 +78,9 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     from sphinx.application import Sphinx
     from sphinx.errors import SphinxError
     from sphinx.util.docutils import docutils_namespace, patch_docutils
+    from sphinx_external_toc import collectors
 
+    vars(collectors)["gc"] = SimpleNamespace(get_objects=_without_proxies)
     toc_file, loaded, copied = temporary / "toc.yml", temporary / "static", temporary / "sources" / sources.name
     shutil.copytree(sources, copied, ignore=shutil.ignore_patterns(".*"))
     chapters = [os.path.relpath(name, sources.name) for name in _names(book)]
@@ -99,6 +104,11 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
         raise RunError(f"the book cannot be built: {error}") from None
     if messages := warnings.getvalue().strip().replace(str(copied), str(sources)):
         raise RunError(f"the book has warnings:\n{messages}")
+
+
+def _without_proxies() -> list[Any]:
+    """The objects of this process but weak proxies: the collectors ask each for its class, and a dead proxy raises."""
+    return [found for found in gc.get_objects() if type(found) not in weakref.ProxyTypes]
 
 
 def _show(app: Any, bar: Any) -> None:
