@@ -6,11 +6,13 @@ import threading
 from urllib.parse import urlsplit
 
 import book_fixture
+import chart_samples
 import pytest
 
 from dsmoe_lite.book.build import build
 from dsmoe_lite.common import paths
 from dsmoe_lite.study import equations
+from dsmoe_lite.viz import theme
 
 ALL_DRAWN = "() => [...document.querySelectorAll('figure.chart')].every(figure => figure.dataset.drawn === {mode!r})"
 ALL_MOUNTED = "() => [...document.querySelectorAll('.saved-widget')].every(box => box.dataset.mounted)"
@@ -101,9 +103,7 @@ def test_charts_and_equations_are_drawn(browser, small, mode, size):
         assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
         card = page.locator("figure.chart svg").first.evaluate("svg => getComputedStyle(svg).backgroundColor")
         assert card == ("rgb(255, 255, 255)" if mode == "light" else "rgb(20, 24, 31)")
-        if size is PHONE:
-            scrolls = page.locator(".chart-drawing").first.evaluate("box => box.scrollWidth > box.clientWidth")
-            assert scrolls
+        assert_charts_can_be_read(page)
         opened.assert_quiet()
 
 
@@ -144,12 +144,62 @@ def test_menus_redraw_and_keep_their_choice_in_another_mode(browser, small):
         opened.assert_quiet()
 
 
-def test_a_chart_scrolls_by_keyboard(browser, small):
+def assert_charts_can_be_read(page):
+    """No chart of the page is wider than its room, drawn smaller than it is, or written in letters too small."""
+    for figure in page.locator("figure.chart").all():
+        drawn, shown, room = figure.evaluate(
+            """figure => { const svg = figure.querySelector("svg");
+            return [Number(svg.getAttribute("width")), svg.clientWidth, figure.parentElement.clientWidth - 2]; }"""
+        )
+        sizes = figure.locator("svg text").evaluate_all(
+            "texts => texts.map(t => parseFloat(getComputedStyle(t).fontSize))"
+        )
+        assert min(drawn, room) <= shown <= room
+        assert min(sizes) * shown / drawn >= theme.MIN_FONT_SIZE * (1 if room < 560 else 0.75)
+
+
+@pytest.fixture(scope="module")
+def every_chart(tmp_path_factory):
+    root = tmp_path_factory.mktemp("every chart")
+    return build(book_fixture.write(root, tuple(chart_samples.every_chart())), root / "book").parent
+
+
+def test_every_chart_can_be_read_on_a_phone(browser, every_chart, screenshots):
+    with Page(browser, (every_chart / CHAPTER).as_uri(), PHONE) as opened:
+        opened.page.screenshot(path=screenshots / "every_chart_on_a_phone.png", full_page=True)
+        assert_charts_can_be_read(opened.page)
+        opened.assert_quiet()
+
+
+def test_a_turned_phone_draws_its_charts_again(browser, small):
     with Page(browser, (small / CHAPTER).as_uri(), PHONE) as opened:
-        drawing = opened.page.locator(".chart-drawing").first
-        drawing.focus()
-        opened.page.keyboard.press("ArrowRight")
-        opened.page.wait_for_function("() => document.querySelector('.chart-drawing').scrollLeft > 0")
+        figure = opened.page.locator("figure.chart").first
+        names = figure.locator("svg .role-legend-label text")
+        assert names.count() == 4  # beside the lines there is no room for them
+        opened.page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
+        opened.page.wait_for_function("() => document.querySelector('figure.chart svg').getAttribute('width') > 560")
+        assert names.count() == 0
+        opened.page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
+        opened.page.wait_for_function("() => document.querySelector('figure.chart svg').getAttribute('width') < 390")
+        opened.assert_quiet()
+
+
+def test_a_keyboard_reaches_the_numbers_of_a_chart(browser, small):
+    with Page(browser, (small / CHAPTER).as_uri()) as opened:
+        figure = opened.page.locator("figure.chart").nth(1)
+        figure.locator("summary").focus()
+        opened.page.keyboard.press("Enter")
+        cells = figure.locator(".chart-rows tbody tr")
+        cells.first.wait_for()
+        before = cells.all_inner_texts()
+        assert len(before) > 10
+        assert figure.locator(".chart-rows th").all_inner_texts() == ["token", "experts", "gates"]
+        figure.locator("select").first.select_option(index=1)  # another layer
+        opened.page.wait_for_timeout(400)
+        after = cells.all_inner_texts()
+        assert [row.split("\t")[0] for row in after] == [row.split("\t")[0] for row in before]
+        assert after != before
+        opened.assert_quiet()
 
 
 def test_the_book_works_from_a_server(browser, small):
@@ -183,6 +233,8 @@ def test_the_book_of_the_course_works(browser, course, screenshots):
                 opened.page.screenshot(path=screenshots / f"book_{path.stem}_{mode}.png", full_page=True)
                 explorers = opened.page.locator(".saved-widget[data-mounted=yes] .dsmoe-explorer").count()
                 assert explorers == (path.name[:2] in {"00", "03", "05", "08"})
+                assert_charts_can_be_read(opened.page)
+                assert opened.page.locator(".chart-rows[hidden]").count() == 0
                 if explorers:
                     status = opened.page.locator(".dsmoe-explorer").get_by_role("status")
                     assert "A recorded trace" in status.inner_text()

@@ -80,7 +80,14 @@ def settings(book: dict[str, Any], toc_file: Path, static: list[Path], folder: s
         "html_static_path": [str(path) for path in static],
         "html_css_files": ["book.css"],
         # if the Vega bundle is not wrapped, or loads after Sphinx's scripts, it breaks Sphinx's search
-        "html_js_files": [("vega.js", {"priority": 100}), "themes.js", "charts.js", "widgets.js"],
+        "html_js_files": [
+            ("vega.js", {"priority": 100}),
+            "themes.js",
+            "narrow.js",
+            "rows.js",
+            "charts.js",
+            "widgets.js",
+        ],
         "html_copy_source": True,
         "html_show_sphinx": False,
         "html_last_updated_fmt": None,

@@ -61,7 +61,8 @@ def chart_html(spec: dict[str, Any]) -> str:
     return (
         '<figure class="chart">'
         '<div class="chart-controls"></div>'
-        f'<div class="chart-drawing" role="img" tabindex="0" aria-label="{alt}"></div>'
+        f'<div class="chart-drawing" role="img" aria-label="{alt}"></div>'
+        '<details class="chart-rows" hidden><summary>The numbers</summary><div tabindex="0"></div></details>'
         f'<script type="application/json">{packed}</script>'
         f"<noscript><p>{alt}</p></noscript>"
         "</figure>"

@@ -118,5 +118,5 @@ def _panel(
                alt.Tooltip("interval:N", title="95% interval")]  # fmt: skip
     boxes = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=2).encode(color=color, tooltip=tooltip)
     frames = base.transform_filter("datum.framed").mark_rect(filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2)
-    numbers = base.mark_text(fontSize=11).encode(text="text:N", color=text_color)
+    numbers = base.mark_text(style="in_cell", fontSize=11).encode(text="text:N", color=text_color)
     return alt.layer(boxes, frames, numbers)

@@ -76,7 +76,7 @@ def loss_table(
     color = alt.condition(
         f"datum.rise > {theme.DEEP_FROM}", alt.value(theme.LIGHT["on_deep"]), alt.value(theme.LIGHT["on_pale"])
     )
-    texts = base.mark_text(fontSize=12).encode(text="text:N", color=color)
+    texts = base.mark_text(style="in_cell", fontSize=12).encode(text="text:N", color=color)
     width = min(88 * len(routings), theme.MAX_WIDTH - 190)
     chart = alt.layer(boxes, texts).properties(width=width, height=28 * len(losses))
     return theme.finish(chart, title, subtitle, description)

@@ -70,7 +70,9 @@ def ratio_bars(
         alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1.2).encode(x=x),
         base.mark_rule(strokeWidth=3, color=blue).encode(x=alt.X("low:Q"), x2="high:Q"),
         base.mark_circle(size=80, opacity=1, color=blue).encode(x=x, tooltip=["name:N", "text:N"]),
-        base.mark_text(align="left", dx=8, fontSize=TEXT_SIZE).encode(x=alt.value(width), text="text:N"),
+        base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE).encode(
+            x=alt.value(width), text="text:N"
+        ),
     ]
     if goals:
         ticks = alt.Chart(data(goals)).mark_tick(size=22, thickness=2.5, opacity=1, color=theme.LIGHT["line2"])

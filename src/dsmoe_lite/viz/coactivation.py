@@ -123,7 +123,7 @@ def _heat_map(rows: list[dict[str, Any]], order: list[int], high: float, *, lift
         color = alt.condition(f"datum.value > {theme.DEEP_FROM * high:.4g}", alt.value(theme.LIGHT["on_deep"]),
                               alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
         text = alt.Text("value:Q", format=".1f" if lift else ".0%")
-        layers.append(base.mark_text(fontSize=11).encode(text=text, color=color))
+        layers.append(base.mark_text(style="in_cell", fontSize=11).encode(text=text, color=color))
     side = size * len(order)
     cells = flatten_packed(alt.layer(*layers, data=data(rows)), fields).transform_filter("isValid(datum.share)")
     cells = cells.transform_calculate(**computed).transform_filter("isValid(datum.value)")

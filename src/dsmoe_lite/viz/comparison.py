@@ -195,7 +195,9 @@ def _bars(
                alt.Tooltip("share:Q", format=".1%")]  # fmt: skip
     base = alt.Chart(data(segments)).encode(y=y)
     bars = base.mark_bar(stroke=theme.LIGHT["card"], strokeWidth=1).encode(x=x, x2="x1:Q", color=color, tooltip=tooltip)
-    segment_texts = base.mark_text(fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
+    segment_texts = base.mark_text(style="in_segment", fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(
+        x="middle:Q", text="text:N"
+    )
     ends = alt.Chart(data([{"model": m, "end": lengths[m], "text": short_number(sums[m])} for m in models]))
     total_texts = ends.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
     heading = alt.TitleParams(name, fontSize=12.5, offset=4)

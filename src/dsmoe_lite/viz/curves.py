@@ -207,5 +207,7 @@ def _line_labels(
         label["y"] = y
     colors = theme.LINE_LABELS[: len(lines)] + [theme.LIGHT["muted"]] * len(levels)
     color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=[*lines, *levels], range=colors))
-    text = alt.Chart(data(labels)).mark_text(align="left", dx=8, fontWeight=600, limit=MAX_NAME_WIDTH)
+    text = alt.Chart(data(labels)).mark_text(
+        style="line_name", align="left", dx=8, fontWeight=600, limit=MAX_NAME_WIDTH
+    )
     return text.encode(x="x:Q", y="y:Q", text="model:N", color=color)

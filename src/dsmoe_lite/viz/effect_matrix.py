@@ -83,5 +83,7 @@ def _panel(
     frames = base.transform_filter("datum.without === datum.on").mark_rect(
         filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2
     )
-    numbers = base.mark_text(fontSize=11.5).encode(text=alt.Text("value:Q", format="+.2f"), color=text_color)
+    numbers = base.mark_text(style="in_cell", fontSize=11.5).encode(
+        text=alt.Text("value:Q", format="+.2f"), color=text_color
+    )
     return alt.layer(boxes, frames, numbers)

@@ -55,6 +55,6 @@ def expert_mix(
     tooltip = ["expert:N", "kind:N", alt.Tooltip("share:Q", format=".1%")]
     layers = [
         bars.encode(x=expert_axis(experts), y=y, y2="y1:Q", color=color, tooltip=tooltip),
-        above.mark_text(dy=-8, fontSize=11).encode(x=expert_axis(experts), y=y, text="text:N"),
+        above.mark_text(style="in_cell", dy=-8, fontSize=11).encode(x=expert_axis(experts), y=y, text="text:N"),
     ]
     return theme.finish(alt.layer(*layers).properties(width=WIDTH, height=HEIGHT), title, subtitle, description)

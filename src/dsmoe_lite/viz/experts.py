@@ -211,7 +211,9 @@ def _heat_map(
     if width / n_experts >= 30:
         color = alt.condition(f"datum.share > {theme.DEEP_FROM * highest:.4g}", alt.value(theme.LIGHT["on_deep"]),
                               alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
-        layers.append(base.mark_text(fontSize=11).encode(text=alt.Text("share:Q", format=".0%"), color=color))
+        layers.append(
+            base.mark_text(style="in_cell", fontSize=11).encode(text=alt.Text("share:Q", format=".0%"), color=color)
+        )
     return alt.layer(*layers).properties(width=width, height=row_height * len(domains))
 
 

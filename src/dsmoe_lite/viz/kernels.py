@@ -102,8 +102,10 @@ def _banks(cells: list[dict[str, Any]], n_rows: int, name: str) -> Any:
     fill = alt.Color("read:N", legend=None, scale=alt.Scale(domain=[False, True], range=[theme.RAMP[0], theme.RAMP[3]]))
     inks = [theme.LIGHT["on_pale"], theme.LIGHT["on_deep"]]
     text = alt.Color("read:N", legend=None, scale=alt.Scale(domain=[False, True], range=inks))
-    squares = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=2).encode(color=fill)
-    numbers = base.mark_text().encode(text="piece:Q", color=text)
+    squares = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=2).encode(
+        color=fill, tooltip=["row:O", alt.Tooltip("group:O", title="banks"), "piece:Q", "read:N"]
+    )
+    numbers = base.mark_text(style="in_cell").encode(text="piece:Q", color=text)
     both = alt.layer(squares, numbers).resolve_scale(color="independent")
     heading = alt.TitleParams(name, fontSize=12.5, offset=6, frame="group")
     return both.properties(width=CELL * N_GROUPS, height=CELL * n_rows, title=heading)

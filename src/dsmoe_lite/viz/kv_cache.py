@@ -294,5 +294,5 @@ def _line_labels(methods: list[str], ends: dict[str, dict[str, Any]], y_range: t
                "text": _end_label(method, ends[method])}
               for method, height in zip(methods, heights, strict=True)]  # fmt: skip
     color = alt.Color("method:N", legend=None, scale=alt.Scale(domain=methods, range=theme.LINE_LABELS[: len(methods)]))
-    text = alt.Chart(data(labels)).mark_text(align="left", dx=8, fontWeight=600)
+    text = alt.Chart(data(labels)).mark_text(style="line_name", align="left", dx=8, fontWeight=600)
     return text.encode(x="context:Q", y="ms:Q", text="text:N", color=color)

@@ -97,7 +97,7 @@ def _line_labels(points: list[dict[str, Any]], kinds: list[str], y_range: tuple[
     labels = [{"kind": kind, "pair": ends[kind]["pair"], "wavelength": math.exp(height)}
               for kind, height in zip(kinds, heights, strict=True)]  # fmt: skip
     color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.LINE_LABELS[: len(kinds)]))
-    text = alt.Chart(data(labels)).mark_text(align="left", dx=8, fontWeight=600, limit=110)
+    text = alt.Chart(data(labels)).mark_text(style="line_name", align="left", dx=8, fontWeight=600, limit=110)
     return text.encode(x="pair:Q", y="wavelength:Q", text="kind:N", color=color)
 
 
@@ -179,7 +179,7 @@ def _panel(
     )  # fmt: skip
     color = alt.condition(f"datum.recall > {theme.DEEP_FROM}", alt.value(theme.LIGHT["on_deep"]),
                           alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
-    numbers = base.mark_text(fontSize=11).encode(text=alt.Text("percent:Q", format=".0f"), color=color)
+    numbers = base.mark_text(style="in_cell", fontSize=11).encode(text=alt.Text("percent:Q", format=".0f"), color=color)
     heading = alt.Chart(data([{"kind": kind}])).mark_text(align="left", fontSize=12.5, fontWeight=600)
     layers = [
         boxes,

@@ -56,7 +56,7 @@ def exchange_matrix(
     frames = diagonal.mark_rect(filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2)
     text_color = alt.condition(f"datum.rows > {theme.DEEP_FROM * high:.4g}", alt.value(theme.LIGHT["on_deep"]),
                         alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
-    numbers = base.mark_text().encode(text=alt.Text("rows:Q", format=",.0f"), color=text_color)
+    numbers = base.mark_text(style="in_cell").encode(text=alt.Text("rows:Q", format=",.0f"), color=text_color)
     step = min(MAX_CELL, MAX_WIDTH / P)
     chart = alt.layer(boxes, frames, numbers).properties(width=step * P, height=min(step, 40) * P)
     return theme.finish(chart, title, subtitle, description)
@@ -100,9 +100,11 @@ def link_timeline(
     base = alt.Chart(data(bars)).encode(y=y)
     bar_marks = base.mark_bar(size=22, stroke=theme.LIGHT["card"], strokeWidth=1).encode(
         x=x, x2="end:Q", color=color,
-        tooltip=["lane:N", "group:N", "what:N", *(alt.Tooltip(f"{end}:Q", format=",.0f") for end in ("start", "end"))],
+        tooltip=["lane:N", "group:N", "what:N", *(alt.Tooltip(f"{end}:Q", format=",.3~r") for end in ("start", "end"))],
     )  # fmt: skip
-    texts = base.mark_text(fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(x="middle:Q", text="text:N")
+    texts = base.mark_text(style="in_segment", fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(
+        x="middle:Q", text="text:N"
+    )
     chart = alt.layer(bar_marks, texts).properties(width=width, height=LANE_HEIGHT * len(lanes))
     return theme.finish(chart, title, subtitle, description)
 

@@ -4,6 +4,10 @@ Charts are drawn on a white card in LIGHT, which reads well on JupyterLab's ligh
 Vega-Lite spec contains only literal colours, so the book redraws a chart in DARK by looking up each light colour in the
 palette. No two roles may therefore share a light colour: roles that look alike, such as line1 and starved, differ in
 the last digit.
+
+Text marks have a `style` if the book draws them otherwise on a phone (book/static/narrow.js): `in_cell` and
+`in_segment` shrink or vanish where they do not fit, `line_name` at the end of a line becomes an entry of a legend,
+`row_text` right of a row moves into it.
 """
 
 from collections.abc import Iterable

@@ -65,7 +65,7 @@ def trend_intervals(
         base.mark_rule(strokeWidth=3).encode(x=alt.X("low:Q"), x2="high:Q"),
         dots.transform_filter("datum.filled").mark_point(size=80, filled=True, opacity=1),
         dots.transform_filter("!datum.filled").mark_point(size=70, fill=theme.LIGHT["card"], strokeWidth=2, opacity=1),
-        base.mark_text(align="left", dx=8, fontSize=TEXT_SIZE).encode(
+        base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE).encode(
             x=alt.value(width), text="text:N", color=alt.value(theme.LIGHT["ink"])
         ),
     ]
