@@ -227,7 +227,7 @@ live(
 )
 
 # %% [markdown]
-# The blue area is what a token pays for, the same in every row. The number of ways grows exponentially with $m$. It only
+# The filled area is what a token pays for, the same in every row. The number of ways grows exponentially with $m$. It only
 # says what a router *could* choose.
 #
 # ## Cutting changes nothing

@@ -21,7 +21,7 @@ BOOK = {
     "toc": {
         "format": "jb-book",
         "root": "notebooks/00_first",
-        "chapters": [{"file": "notebooks/01_second"}, {"file": "notebooks/references"}],
+        "chapters": [{"file": "notebooks/01_second"}, {"file": "notebooks/glossary"}, {"file": "notebooks/references"}],
     },
 }
 EQUATION = r"""
@@ -47,7 +47,22 @@ and {eq}`eq:gate` is from {cite:t}`DeepSeekMoE2024`, after {cite:p}`GShard2020`.
 | dense | 2.31 |
 
 ```{admonition} What to notice
-Experts are chosen per token.
+Experts are chosen per token: each
+expert of a token adds to its output, times GATE.
+```
+"""
+
+GLOSSARY = """# Words
+
+```{glossary}
+expert
+  One of several FFNs.
+
+GATE
+  An acronym.
+
+expert of a token
+  The one that a token uses.
 ```
 """
 
@@ -58,6 +73,7 @@ def write(root: Path, names: tuple[str, ...] = ("training_curves", "token_routin
     notebooks.mkdir(parents=True)
     for name in ("references.bib", "references.md"):
         shutil.copy(paths.NOTEBOOKS / name, notebooks)
+    (notebooks / "glossary.md").write_text(GLOSSARY, encoding="utf-8")
     (root / "book.yml").write_text(yaml.safe_dump(BOOK), encoding="utf-8")
     save(notebooks / "00_first.ipynb", [new_markdown_cell("# Start here\n\nThen read {eq}`eq:gate`.")])
     samples = chart_samples.every_chart()

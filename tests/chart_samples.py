@@ -52,16 +52,6 @@ def kind_rows() -> list[dict[str, Any]]:
     ]
 
 
-def balance_rows() -> list[dict[str, Any]]:
-    draw = random.Random(3)
-    return [
-        {"method": f"method {m}", "family": f"family {m % 4}", "seed": seed, "gap": 0.01 * draw.gauss(),
-         "max_vio": 0.1 * 1.5**m * draw.uniform(1, 2), "overflow": 0.03 * m}
-        for m in range(10)
-        for seed in range(5)
-    ]  # fmt: skip
-
-
 def table_rows() -> list[dict[str, Any]]:
     return [
         {"loss": f"loss {i}", "routing": routing, "value": 1.0 + i * j}
@@ -154,11 +144,11 @@ RATIOS = [
     {"what": "this layer", "against": "transformers' layer", "ratio": 0.97, "low": 0.93, "high": 1.01, "goal": 1.0},
 ]  # fmt: skip
 TRENDS = [
-    {"what": "a - b", "figure": "Table 1", "mean": -0.0225, "low": -0.042, "high": -0.003, "verdict": "holds"},
-    {"what": "a - c", "figure": "Table 1", "mean": -0.01, "low": -0.019, "high": -0.001, "verdict": "leans"},
-    {"what": "a - d", "figure": "Table 2", "mean": 0.001, "low": -0.013, "high": 0.015, "verdict": "inconclusive",
-     "limits": [0.012]},
-    {"what": "a - b", "figure": "Figure 4", "mean": 1.74, "low": 1.43, "high": 2.05, "verdict": "reversed"},
+    {"label": "a beats b", "place": "Table 1", "mean": 0.0225, "low": 0.003, "high": 0.042, "verdict": "holds"},
+    {"label": "a beats c", "place": "Table 1", "mean": 0.01, "low": 0.001, "high": 0.019, "verdict": "leans"},
+    {"label": "a is as good as d", "place": "Table 2", "mean": -0.001, "low": -0.015, "high": 0.013,
+     "verdict": "inconclusive", "margins": [-0.012]},
+    {"label": "a beats b", "place": "Figure 4", "mean": -1.74, "low": -2.05, "high": -1.43, "verdict": "reversed"},
 ]  # fmt: skip
 POINTS = [
     {"name": "experts, 1 token", "intensity": 1, "flops": 1.9e12},
@@ -188,13 +178,9 @@ def every_chart() -> dict[str, Any]:
         for i, model in enumerate(MODELS)
         for c in (0.5, 1.0, 1.5, 2.0)
     ]
-    null = [2 / EXPERTS] * EXPERTS
-    shares = [{"domain": d, "expert": e, "share": draw.random() / 2} for d in DOMAINS for e in range(EXPERTS)]
     history = [{"step": 50 * s, "expert": e, "load": draw.random()} for s in range(10) for e in range(EXPERTS)]
     finer = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 2, 4, 8)]
-    spread = [{"model": m, "value": 2 + draw.random(), "null": 3 + draw.random()} for m in MODELS for _ in range(16)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
-    balanced = balance_rows()
     pairs, null_of_pairs = coactivation_shares(64)
     return {
         "training_curves": charts.training_curves(curve_rows(4, 3, 200)),
@@ -208,18 +194,13 @@ def every_chart() -> dict[str, Any]:
         "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15], capacity=25),
         "expert_load, 64": charts.expert_load([draw.random() for _ in range(64)]),
         "expert_load, history": charts.expert_load(history, capacity=0.6),
-        "domain_heatmap": charts.domain_heatmap(shares, null=null),
-        "router_probabilities": charts.router_probabilities([0.4, 0.3, 0.1, 0.1, 0.05, 0.05], [0, 1], token=" of"),
         "effects_by_kind": charts.effects_by_kind(kind_rows(), overall={"shared expert": 0.1, "one routed": 0.5}),
         "effects_by_kind, one part": charts.effects_by_kind(
             [{"kind": d, "effect": "layer 1", "value": 0.2} for d in DOMAINS], overall={"layer 1": 0.2}, number=".0%"
         ),
         "capacity_curve": charts.capacity_curve(capacity),
         "finer_experts": charts.finer_experts(finer),
-        "expert_spread": charts.expert_spread(spread, x_title="effective number of domains"),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
-        "balance_scatter": charts.balance_scatter(balanced),
-        "balance_scatter, one seed": charts.balance_scatter([row for row in balanced if row["seed"] == 0][:1]),
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]

@@ -6,12 +6,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import book_fixture
+import nbformat
 import pytest
 import yaml
 from click.testing import CliRunner
 from nbformat.v4 import new_markdown_cell
 
-from dsmoe_lite.book import api_source, conf, mime
+from dsmoe_lite.book import api_source, conf, mime, terms
 from dsmoe_lite.book import build as builder
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, RunError
@@ -98,6 +99,31 @@ def test_a_dead_weak_proxy_elsewhere_in_the_process_does_no_harm(tmp_path):
     assert builder.build(book_fixture.write(tmp_path, ()), tmp_path / "out").is_file()
     with pytest.raises(ReferenceError):  # it was dead during the build
         proxy.anything()
+
+
+def test_the_first_use_of_a_word_of_the_glossary_leads_to_it(pages):
+    html = (pages / "01_second.html").read_text(encoding="utf-8")
+    links = re.findall(r'<a class="term [^"]*" href="([^"]*)" title="([^"]*)">([^<]*)</a>', html)
+    assert links == [
+        ("glossary.html#term-expert", "One of several FFNs.", "expert"),  # not the title before it
+        ("glossary.html#term-expert-of-a-token", "The one that a token uses.", "expert of a token"),
+        ("glossary.html#term-GATE", "An acronym.", "GATE"),
+    ]
+    assert 'id="term-expert"' in (pages / "glossary.html").read_text(encoding="utf-8")
+    assert 'class="term ' not in (pages / "references.html").read_text(encoding="utf-8")
+
+
+def test_every_word_of_the_glossary_is_used_in_a_chapter():
+    prose = "\n".join(
+        cell.source
+        for path in paths.NOTEBOOKS.glob("[0-9]*.ipynb")
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+    )
+    words = re.findall(r"^(\S.*)\n  \S", (paths.NOTEBOOKS / "pages" / "glossary.md").read_text(encoding="utf-8"), re.M)
+    assert len(words) > 35
+    assert words == sorted(words, key=str.lower)
+    assert [word for word in words if not terms.use(word).search(prose)] == []
 
 
 def test_every_light_colour_has_its_dark_one(pages):
@@ -191,7 +217,7 @@ def test_only_chapters_are_numbered():
     assert toc["root"] == "00_first"
     assert toc["parts"] == [
         {"numbered": 1, "chapters": [{"file": "01_second"}]},
-        {"chapters": [{"file": "references"}]},
+        {"chapters": [{"file": "glossary"}, {"file": "references"}]},
     ]
     with_reference = conf.toc(book_fixture.BOOK, reference=[("api/index", "API"), ("api/layers", "layers")])
     below = [{"file": "api/layers", "title": "layers"}]

@@ -238,9 +238,11 @@ def test_the_book_of_the_course_works(browser, course, screenshots):
                 if explorers:
                     status = opened.page.locator(".dsmoe-explorer").get_by_role("status")
                     assert "A recorded trace" in status.inner_text()
-                assert_controls_work(opened.page)
                 opened.assert_quiet()  # before axe, whose requests for style sheets are blocked
-                assert serious_faults(opened.page) == set()
+                if size is WIDE:
+                    assert_controls_work(opened.page)
+                else:  # once per page: axe is slow
+                    assert serious_faults(opened.page) == set()
 
 
 def test_pages_of_text_open_on_a_phone(browser, course, screenshots):
@@ -252,6 +254,7 @@ def test_pages_of_text_open_on_a_phone(browser, course, screenshots):
             for picture in opened.page.locator("article img[src$='.svg']").all():
                 assert picture.evaluate("image => getComputedStyle(image).filter") == "none"
                 assert picture.evaluate("image => image.naturalWidth") > 0
+                assert picture.evaluate("image => image.clientWidth / image.naturalWidth") >= 0.7
             opened.page.screenshot(path=screenshots / f"book_{path.stem}_dark.png", full_page=True)
             opened.assert_quiet()
             assert serious_faults(opened.page) == set()

@@ -13,7 +13,7 @@ from dsmoe_lite.accounting import cache_rows, kv_cache_bytes
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, MLAConfig
 from dsmoe_lite.family import FAMILY
-from dsmoe_lite.viz import charts, kv_cache, renderer, theme
+from dsmoe_lite.viz import charts, identity, kv_cache, renderer, theme
 
 BYTES = "cache of all sequences"
 
@@ -82,7 +82,7 @@ def colours(picture, first):
 
 
 def test_each_kind_has_the_same_colour_in_both_charts():
-    kinds = dict(zip(kv_cache.KINDS, theme.LINES, strict=True))
+    kinds = dict(zip(kv_cache.KINDS, identity.colors(kv_cache.KINDS), strict=True))
     one = [{"model": "m", "kind": "MLA", "elements_per_token": 7}]
     assert colours(svg(charts.cache_calculator(one)), BYTES) == {"m · MLA": kinds["MLA"]}
     assert colours(svg(charts.cache_by_design()), "numbers per token and layer") == kinds

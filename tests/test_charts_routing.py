@@ -131,23 +131,21 @@ def test_trends_are_written_out_with_their_margins_and_verdicts():
         assert row["text"] == f"{given['verdict']}, {given['mean']:+.3f} ± {(given['high'] - given['low']) / 2:.3f}"
         assert row["filled"] == (given["verdict"] in ("holds", "reversed"))
         assert row["text"] in spec["description"]
-    assert [row["limit"] for row in values(spec["layer"][-1], "limit")] == [0.012]
-    wide, narrow = (
-        charts.trend_intervals(rows).to_dict()["layer"][0]["encoding"]["x"]["scale"]
-        for rows in (chart_samples.TRENDS, chart_samples.TRENDS[:3])
-    )
-    assert wide["type"] == "symlog"
-    assert wide["domain"][0] < -0.042 < 2.05 < wide["domain"][1]
-    assert "type" not in narrow
-    assert narrow["domain"][0] <= -0.042 < 0.015 <= narrow["domain"][1]
+    assert [row["margin"] for row in values(spec["layer"][-1], "margin")] == [-0.012]
+    assert [row["heading"] for row in rows] == ["Table 1", "", "Table 2", "Figure 4"]
+    low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
+    assert -1.43 < low < -0.015 < 0.042 < high  # Figure 4 is an arrow at the edge
+    assert [row["edge"] for row in rows] == [None, None, None, low]
+    near = values(charts.trend_intervals(chart_samples.TRENDS[:3]).to_dict(), "low")
+    assert [row["edge"] for row in near] == [None] * 3
     holds = chart_samples.TRENDS[0]
     for change, message in (
         ({"verdict": "true"}, "verdict = 'true': must be one of holds"),
-        ({"low": 0.5}, "low = 0.5, mean = -0.0225"),
+        ({"low": 0.5}, "low = 0.5, mean = 0.0225"),
     ):
         with pytest.raises(InputError, match=message):
             charts.trend_intervals([{**holds, **change}])
-    with pytest.raises(InputError, match="the same 'what' and 'figure'"):
+    with pytest.raises(InputError, match="the same 'label' and 'place'"):
         charts.trend_intervals([holds, holds])
 
 

@@ -109,27 +109,32 @@ def test_rows_of_trends_agree_with_the_ledger() -> None:
     claims = [claim for claim in ledger.load() if claim.trend and claim.trend.grid == "balance"]
     rows = trend_rows(claims, records("balance"))
     assert len(rows) == len(claims) > 3
-    for claim, row in zip(claims, rows, strict=True):
-        assert claim.ours.startswith(f"{row['mean']:+.4f}, 95% from {row['low']:+.4f} to {row['high']:+.4f},")
+    places = [claim.source.partition(", ")[2] for claim in claims]
+    for claim, row in zip(sorted(claims, key=lambda c: places.index(c.source.partition(", ")[2])), rows, strict=True):
+        low, high = (row["low"], row["high"]) if claim.trend.expected == "above" else (-row["high"], -row["low"])
+        assert claim.ours.startswith(f"{(low + high) / 2:+.4f}, 95% from {low:+.4f} to {high:+.4f},")
+        assert (row["mean"] > 0) == (((low + high) / 2 > 0) == (claim.trend.expected == "above"))
         assert row["verdict"] == claim.verdict
     assert trend_rows([replace(claims[0], verdict="not tested")], records("balance")) == []
 
 
 @pytest.mark.parametrize(
-    ("id", "what", "figure", "limits"),
+    ("id", "label", "place", "margins"),
     [
-        ("moe-beats-gshard", "deepseekmoe - gshard", "Table 1: below", []),
-        ("moe-two-shared", "2+6-of-62 - deepseekmoe", "Section 4.4: equal", [-0.012, 0.012]),
-        ("moe-equals-gshard-x1.5", "deepseekmoe - gshard-x1.5", "Table 2: not above 0.012", [0.012]),
-        ("moe-shared-irreplaceable", "deepseekmoe: shared expert swapped", "Section 4.5: above", []),
-        ("moe-masked-hurts-more", "deepseekmoe (rise) - gshard-x1.5", "Figure 4: above", []),
-        ("moe-four-active", "deepseekmoe (4 routed experts) - gshard", "Figure 5: not above 0.012", [0.012]),
+        ("moe-beats-gshard", "deepseekmoe - gshard", "Table 1", []),
+        ("moe-two-shared", "2+6-of-62 - deepseekmoe", "Section 4.4", [-0.012, 0.012]),
+        ("moe-equals-gshard-x1.5", "deepseekmoe - gshard-x1.5", "Table 2", [-0.012]),
+        ("moe-shared-irreplaceable", "deepseekmoe: shared expert swapped", "Section 4.5", []),
+        ("moe-masked-hurts-more", "deepseekmoe (rise) - gshard-x1.5", "Figure 4", []),
+        ("moe-four-active", "deepseekmoe (4 routed experts) - gshard", "Figure 5", [-0.012]),
     ],
 )
-def test_a_trend_has_a_name_and_the_ends_of_its_margin(id: str, what: str, figure: str, limits: list[float]) -> None:
+def test_a_trend_has_a_name_and_the_ends_of_its_margin(id: str, label: str, place: str, margins: list[float]) -> None:
     claim = replace(ledger.by_id(ledger.load(), id), verdict="holds")
     (row,) = trend_rows([claim], records("paper"))
-    assert (row["what"], row["figure"], row["limits"]) == (what, figure, limits)
+    assert (row["label"], row["place"], row["margins"]) == (claim.short, place, margins)
+    (row,) = trend_rows([replace(claim, short="")], records("paper"))
+    assert row["label"] == label
 
 
 def test_a_line_of_seeds() -> None:

@@ -14,29 +14,7 @@ from dsmoe_lite.study.rows import trend_rows
 
 PICTURE = NOTEBOOKS / "images" / "claims.svg"
 GRID = "paper"
-
-LABELS = {  # claim -> its place in the paper, and the claim in a few words
-    "moe-experts-beat-dense": ("Table 1", "Switch beats the dense model"),
-    "moe-switch-beats-hash": ("Table 1", "Switch beats a Hash Layer"),
-    "moe-gshard-beats-switch": ("Table 1", "GShard beats Switch"),
-    "moe-beats-hash": ("Table 1", "DeepSeekMoE beats a Hash Layer"),
-    "moe-beats-switch": ("Table 1", "DeepSeekMoE beats Switch"),
-    "moe-beats-gshard": ("Table 1", "DeepSeekMoE beats GShard"),
-    "moe-equals-gshard-x1.5": ("Table 2", "As good as GShard with experts ×1.5"),
-    "moe-near-dense-x16": ("Table 2", "Nearly as good as dense with FFN ×16"),
-    "moe-beats-gshard-x1.2": ("Table 8", "Beats GShard with experts ×1.2"),
-    "moe-beats-dense-x4": ("Table 9", "Beats dense with FFN ×4"),
-    "moe-shared-helps": ("Figure 3", "One shared expert helps"),
-    "moe-finer-helps": ("Figure 3", "Finer experts help"),
-    "moe-finest-helps": ("Figure 3", "Still finer experts help more"),
-    "moe-masked-hurts-more": ("Figure 4", "It needs its best experts more than GShard"),
-    "moe-four-active": ("Figure 5", "Four active experts are as good as GShard"),
-    "moe-half-active": ("Figure 6", "Trained with half of them, it beats GShard"),
-    "moe-two-shared": ("Section 4.4", "Two shared experts are as good as one"),
-    "moe-four-shared": ("Section 4.4", "Four shared experts are as good as one"),
-    "moe-shared-irreplaceable": ("Section 4.5", "No routed expert replaces the shared one"),
-}
-COLORS = {"holds": svg.BLUE, "leans": svg.GREEN, "inconclusive": svg.MUTED, "reversed": svg.ORANGE}  # by verdict
+COLORS = {"holds": svg.INK, "leans": svg.GREEN, "inconclusive": svg.MUTED, "reversed": svg.MAGENTA}  # by verdict
 
 WIDTH, LEFT, LABEL, PLOT, PLOT_WIDTH, VALUE = 820, 20, 108, 420, 216, 652  # px, x
 TOP, ROW, GROUP = 108, 22, 7  # px, y
@@ -45,10 +23,9 @@ TICKS = (-0.05, 0.0, 0.05, 0.1)
 
 
 def picture(claims: Sequence[Claim]) -> str:
-    """Return the SVG: one row per claim of the grid `paper`, positive in the direction that the paper reports."""
-    by_id = {claim.id: claim for claim in claims if claim.trend is not None and claim.trend.grid == GRID}
-    chosen = [by_id[id] for id in LABELS]
-    rows = [_effect(claim, row) for claim, row in zip(chosen, trend_rows(chosen, records(GRID)), strict=True)]
+    """Return the SVG: a row per claim fixed before the runs, positive in the direction that the paper reports."""
+    chosen = [claim for claim in claims if claim.trend and claim.trend.grid == GRID and not claim.trend.after_runs]
+    rows = trend_rows(chosen, records(GRID))
     tally = Counter(row["verdict"] for row in rows)
     undecided = len(rows) - tally["holds"] - tally["reversed"]
     title = f"{len(rows)} claims of the DeepSeekMoE paper, tried again at toy size: {tally['holds']} hold"
@@ -74,17 +51,6 @@ def picture(claims: Sequence[Claim]) -> str:
     sentences = "; ".join(f"{row['label']}: {row['verdict']}, {row['mean']:+.3f}" for row in rows)
     described = f"Effects in nats, positive in the direction that the paper reports. {sentences}."
     return svg.drawing(WIDTH, bottom + 52, title, described, [*head, *axis, *drawn, *foot])
-
-
-def _effect(claim: Claim, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of `trend_rows` with the paper's direction positive, margins included."""
-    assert claim.trend is not None
-    place, label = LABELS[claim.id]
-    sign = 1 if claim.trend.expected == "above" else -1
-    low, high = sorted((sign * row["low"], sign * row["high"]))
-    margins = [sign * limit for limit in row.get("limits", ())]
-    return {"place": place, "label": label, "mean": sign * row["mean"], "low": low, "high": high, "margins": margins,
-            "verdict": claim.verdict, "survives": bool(claim.survives)}  # fmt: skip
 
 
 def _row(row: dict[str, Any], y: float) -> list[str]:

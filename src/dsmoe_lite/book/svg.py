@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable
 
 CARD, INK, MUTED, IDLE, BORDER, EDGE = "#FFFFFF", "#1B1F24", "#5B6470", "#E6E8EB", "#C9CED6", "#9AA3AF"
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, ORANGE, GREEN, MAGENTA = "#0072B2", "#D55E00", "#009E73", "#B83280"
 DARK = {  # light -> dark
     CARD: "#14181F",  # also text on a filled shape
     INK: "#E8EBF0",
@@ -26,6 +26,10 @@ DARK = {  # light -> dark
     GREEN: "#2FC79A",
     "#007A58": "#30C89B",
     "#AA4499": "#E07BC8",
+    MAGENTA: "#F07AB4",
+    "#6B7480": "#9AA6B5",  # the dense model
+    "#7A8FC9": "#A9B8EA",  # Hash
+    "#4694CE": "#8CCBF0",  # Switch
     "#B04D00": "#FF8D43",
 }
 SAME = {"#897CED", "#C7D554", "#C77099", "#92DDA5", "#958F00", "#111111"}  # fills, and the ink on them

@@ -150,6 +150,7 @@ class Claim:
     says: str  # the claim in our words
     source: str
     published: str  # as printed; for a trend, what the paper found
+    short: str = ""  # the claim for a chart, in at most 44 characters
     where: str = ""  # the chapter's number and heading that test it, as in "07, Figure 4"
     exact: Exact | None = None
     trend: Trend | None = None

@@ -81,30 +81,37 @@ def balance_rows(records: Records, names: Mapping[str, tuple[str, str]], baselin
 
 
 def trend_rows(claims: Sequence[Claim], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows {what, figure, mean, low, high, verdict, limits} of the tested claims that are trends, in their order.
+    """Rows {label, place, mean, low, high, verdict, survives, margins} of the tested trends, those of a place together.
 
-    limits: the ends of the margin of "equal" and "not above".
+    Effects are positive in the direction that the paper reports. margins: the ends of the margin of "equal" and "not
+    above". survives: the claim also holds if corrected over all claims of its protocol.
     """
-    rows = []
-    for claim in claims:
-        trend = claim.trend
-        if trend is None or claim.verdict == "not tested":
-            continue
-        result = paired(list(differences(trend, records).values()))
-        sides = {"equal": (-1, 1), "not above": (1,)}.get(trend.expected, ())
-        expected = trend.expected + (f" {trend.margin:g}" if trend.expected == "not above" else "")
-        rows.append(
-            {
-                "what": _compared(trend),
-                "figure": f"{claim.source.partition(', ')[2]}: {expected}",
-                "mean": result.mean,
-                "low": result.low,
-                "high": result.high,
-                "verdict": claim.verdict,
-                "limits": [side * trend.margin for side in sides],
-            }
-        )
-    return rows
+    rows = [
+        effect_row(claim, list(differences(claim.trend, records).values()))
+        for claim in claims
+        if claim.trend is not None and claim.verdict != "not tested"
+    ]
+    places = [row["place"] for row in rows]
+    return sorted(rows, key=lambda row: places.index(row["place"]))
+
+
+def effect_row(claim: Claim, found: Sequence[float]) -> dict[str, Any]:
+    """The row of one claim whose trend found these differences, one per seed."""
+    trend = claim.trend
+    assert trend is not None
+    result, sign = paired(found), 1 if trend.expected == "above" else -1
+    low, high = sorted((sign * result.low, sign * result.high))
+    sides = {"equal": (-1, 1), "not above": (-1,)}.get(trend.expected, ())
+    return {
+        "label": claim.short or _compared(trend),
+        "place": claim.source.partition(", ")[2],
+        "mean": sign * result.mean,
+        "low": low,
+        "high": high,
+        "verdict": claim.verdict,
+        "survives": bool(claim.survives),
+        "margins": [side * trend.margin for side in sides],
+    }
 
 
 def _compared(trend: Trend) -> str:

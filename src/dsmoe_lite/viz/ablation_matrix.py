@@ -117,6 +117,6 @@ def _panel(
     tooltip = ["effect:N", "kind:N", alt.Tooltip("text:N", title=value_title),
                alt.Tooltip("interval:N", title="95% interval")]  # fmt: skip
     boxes = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=2).encode(color=color, tooltip=tooltip)
-    frames = base.transform_filter("datum.framed").mark_rect(filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2)
+    frames = base.transform_filter("datum.framed").mark_rect(filled=False, stroke=theme.LIGHT["frame"], strokeWidth=2)
     numbers = base.mark_text(style="in_cell", fontSize=11).encode(text="text:N", color=text_color)
     return alt.layer(boxes, frames, numbers)

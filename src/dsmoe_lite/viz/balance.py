@@ -1,7 +1,6 @@
 """Charts of load balance, and the question that each answers.
 
 - loss_table: which kinds of imbalance does each balance loss see?
-- balance_scatter: what does balance cost in loss?
 - reach_curve: how many devices must a token reach under a device limit?
 """
 
@@ -11,8 +10,7 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.common.stats import mean_and_half_width
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import (
     data,
     distinct,
@@ -20,12 +18,10 @@ from dsmoe_lite.viz.helpers import (
     plain,
     require_rows,
     separate_labels,
-    short_number,
     word_list,
 )
 
 Rows = Sequence[dict[str, Any]]
-SHAPES = ("circle", "square", "triangle-up", "diamond")
 LABEL_GAP = 17  # px between two labels
 
 
@@ -82,70 +78,6 @@ def loss_table(
     return theme.finish(chart, title, subtitle, description)
 
 
-def balance_scatter(
-    rows: Rows,
-    *,
-    title: str = "What does balance cost?",
-    subtitle: str | Sequence[str] = "",
-    description: str = "",
-) -> alt.LayerChart:
-    """Draw the loss gap to a baseline against MaxVio: a ring per seed, a mark at the mean of each method.
-
-    rows: {method, family, max_vio, gap, overflow}; gap is a seed's loss minus the baseline's. At most four families,
-    each with a shape and a colour. Method names at the right include the mean overflow, a share in [0, 1].
-    """
-    require_rows(rows, "method", "family", "max_vio", "gap", "overflow")
-    families = distinct(row["family"] for row in rows)
-    if len(families) > len(SHAPES):
-        raise InputError(f"families = {len(families)}: at most {len(SHAPES)} can be distinguished")
-    seeds = [{key: plain(value) for key, value in row.items()} for row in rows]
-    means: list[dict[str, Any]] = []
-    for method in distinct(row["method"] for row in seeds):
-        of_method = [row for row in seeds if row["method"] == method]
-        mean = {key: mean_and_half_width([row[key] for row in of_method])[0] for key in ("max_vio", "gap", "overflow")}
-        text = f"{method} · {mean['overflow']:.0%} over"
-        means.append({"method": method, "family": of_method[0]["family"], "text": text, **mean})
-    low, high = nice_range([row["gap"] for row in seeds])
-    left, right = min(row["max_vio"] for row in seeds) / 1.2, max(row["max_vio"] for row in seeds) * 1.2
-    height = max(300, LABEL_GAP * (len(means) + 1))
-    label_heights = separate_labels([row["gap"] for row in means], LABEL_GAP * (high - low) / height, low, high)
-    for row, label_height in zip(means, label_heights, strict=True):
-        row |= {"end": label_height, "right": right}
-    if not description:
-        pairs = [f"{m['method']} {short_number(m['max_vio'])} and {m['gap']:+.2g}" for m in means]
-        description = f"Scatter plot of the loss gap to a baseline against MaxVio for {len(means)} methods. Means: "
-        description += word_list(pairs, limit=len(pairs)) + "."
-    subtitle = subtitle or "Mark: mean. Ring: one seed. Right: share of choices beyond a capacity factor of 1.25."
-    x_scale = alt.Scale(type="log", domain=[left, right], nice=False)
-    y_scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-    ticks = [tick for tick in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if left <= tick <= right]
-    x = alt.X("max_vio:Q", title="MaxVio (log scale)", scale=x_scale, axis=alt.Axis(values=ticks, format="~g"))
-    y = alt.Y(
-        "gap:Q", title="held-out loss minus the baseline's (nats per token)", scale=y_scale, axis=alt.Axis(tickCount=5)
-    )
-    color = alt.Color("family:N", legend=None, scale=alt.Scale(domain=families, range=theme.LINES[: len(families)]))
-    label_color = alt.Color("family:N", legend=None,
-                      scale=alt.Scale(domain=families, range=theme.LINE_LABELS[: len(families)]))  # fmt: skip
-    shape = alt.Shape(
-        "family:N",
-        scale=alt.Scale(domain=families, range=list(SHAPES[: len(families)])),
-        legend=alt.Legend(title=None, orient="top", symbolFillColor=theme.LIGHT["muted"], symbolStrokeWidth=0),
-    )
-    tooltip = [alt.Tooltip("method:N"), alt.Tooltip("max_vio:Q", title="MaxVio", format=".3~g"),
-               alt.Tooltip("gap:Q", format=".4~g"), alt.Tooltip("overflow:Q", format=".1%")]  # fmt: skip
-    rings = alt.Chart(data(seeds)).mark_point(size=22, strokeWidth=1, opacity=0.7).encode(
-        x=x, y=y, color=color, tooltip=tooltip)  # fmt: skip
-    named = alt.Chart(data(means))
-    leaders = named.mark_rule(color=theme.LIGHT["fair"], strokeWidth=0.8).encode(x=x, y=y, x2="right:Q", y2="end:Q")
-    marks = named.mark_point(filled=True, size=95, opacity=1).encode(x=x, y=y, color=color, shape=shape,
-                                                                     tooltip=tooltip)  # fmt: skip
-    names = named.mark_text(align="left", dx=6, fontSize=11.5).encode(
-        x=alt.X("right:Q"), y=alt.Y("end:Q"), text="text:N", color=label_color
-    )
-    chart = alt.layer(leaders, rings, marks, names).resolve_scale(color="independent")
-    return theme.finish(chart.properties(width=390, height=height), title, subtitle, description)
-
-
 def reach_curve(
     rows: Rows,
     *,
@@ -160,8 +92,8 @@ def reach_curve(
     """
     require_rows(rows, "scores", "limit", "reached", "affinity")
     kinds = distinct(row["scores"] for row in rows)
-    if len(kinds) > len(theme.LINES):
-        raise InputError(f"scores = {len(kinds)}: at most {len(theme.LINES)} lines can be distinguished in one panel")
+    if len(kinds) > theme.N_LINES:
+        raise InputError(f"scores = {len(kinds)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     first = min(plain(row["limit"]) for row in rows)
     if not description:
         at_first = [
@@ -190,7 +122,7 @@ def _against_limit(rows: Rows, kinds: list[str], field: str, y_title: str, numbe
               axis=alt.Axis(values=limits, grid=False, format="d", labelOverlap=False))  # fmt: skip
     y = alt.Y(f"{field}:Q", title=y_title, scale=alt.Scale(domain=[low, high], nice=False),
               axis=alt.Axis(tickCount=5, format=number_format))  # fmt: skip
-    color = alt.Color("scores:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.LINES[: len(kinds)]))
+    color = alt.Color("scores:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.colors(kinds)))
     dash = alt.StrokeDash("scores:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.DASHES[: len(kinds)]))
     tooltip = [alt.Tooltip("scores:N"), alt.Tooltip("limit:Q"), alt.Tooltip(f"{field}:Q", format=".3~g")]
     base = alt.Chart(data(rows)).encode(x=x, y=y, color=color, tooltip=tooltip)
@@ -202,7 +134,7 @@ def _against_limit(rows: Rows, kinds: list[str], field: str, y_title: str, numbe
         labels = [{"scores": kind, "limit": limits[-1], field: y_value - 0.12 * (high - low)}
                   for kind, y_value in zip(kinds, heights, strict=True)]  # fmt: skip
         label_color = alt.Color("scores:N", legend=None,
-                                scale=alt.Scale(domain=kinds, range=theme.LINE_LABELS[: len(kinds)]))  # fmt: skip
+                                scale=alt.Scale(domain=kinds, range=identity.label_colors(kinds)))  # fmt: skip
         text = alt.Chart(data(labels)).mark_text(align="right", fontWeight=600)
         layers.append(text.encode(x=x, y=y, text="scores:N", color=label_color))
     return alt.layer(*layers).resolve_scale(color="independent").properties(width=width, height=height)

@@ -65,17 +65,17 @@ def ratio_bars(
     x = _ratio_axis([1.0] + [value for mark in marks for key, value in mark.items() if key not in ("name", "text")],
                     x_title)  # fmt: skip
     base = alt.Chart(data(marks)).encode(y=y)
-    blue = theme.LIGHT["line1"]
+    accent = theme.LIGHT["line1"]
     layers: list[Any] = [
         alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1.2).encode(x=x),
-        base.mark_rule(strokeWidth=3, color=blue).encode(x=alt.X("low:Q"), x2="high:Q"),
-        base.mark_circle(size=80, opacity=1, color=blue).encode(x=x, tooltip=["name:N", "text:N"]),
+        base.mark_rule(strokeWidth=3, color=accent).encode(x=alt.X("low:Q"), x2="high:Q"),
+        base.mark_circle(size=80, opacity=1, color=accent).encode(x=x, tooltip=["name:N", "text:N"]),
         base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE).encode(
             x=alt.value(width), text="text:N"
         ),
     ]
     if goals:
-        ticks = alt.Chart(data(goals)).mark_tick(size=22, thickness=2.5, opacity=1, color=theme.LIGHT["line2"])
+        ticks = alt.Chart(data(goals)).mark_tick(size=22, thickness=2.5, opacity=1, color=theme.LIGHT["ink"])
         layers.append(ticks.encode(y=y, x=alt.X("goal:Q")))
     chart = alt.layer(*layers).properties(width=width, height=38 * len(marks))
     return theme.finish(chart, title, subtitle, description)
@@ -173,7 +173,7 @@ def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float) -> An
         _log_axis(alt.X, "intensity:Q", "arithmetic intensity (FLOP per byte moved, log scale)", x_range),
         _log_axis(alt.Y, "flops:Q", "FLOP/s (log scale)", y_range),
     )
-    blue = theme.LIGHT["line1"]
+    accent = theme.LIGHT["line1"]
     marks = alt.Chart(data(points)).encode(x=x, y=y)
     labels: Any = alt.Chart(data(_labels(points, peak, x_range, y_range)))
     dots, rings = marks.transform_filter("datum.measured"), marks.transform_filter("!datum.measured")
@@ -182,8 +182,8 @@ def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float) -> An
         alt.Chart(data(roof)).mark_line(color=theme.LIGHT["ink"], strokeWidth=2).encode(x=x, y=y),
         alt.Chart(data(roof[1:2])).mark_rule(color=theme.LIGHT["muted"], strokeDash=[2, 3]).encode(x=x),
         labels.mark_rule(color=theme.LIGHT["muted"], strokeWidth=0.8).encode(x=x, y=y, x2="label_x:Q", y2="label_y:Q"),
-        dots.mark_circle(size=70, opacity=1, color=blue).encode(tooltip=tooltip),
-        rings.mark_circle(size=60, opacity=1, fill=theme.LIGHT["card"], stroke=blue, strokeWidth=2).encode(
+        dots.mark_circle(size=70, opacity=1, color=accent).encode(tooltip=tooltip),
+        rings.mark_circle(size=60, opacity=1, fill=theme.LIGHT["card"], stroke=accent, strokeWidth=2).encode(
             tooltip=tooltip
         ),
     ]

@@ -1,7 +1,7 @@
 """Every chart of the course by name: a function from plain rows to an Altair chart with a title and a description."""
 
 from dsmoe_lite.viz.ablation_matrix import ablation_matrix
-from dsmoe_lite.viz.balance import balance_scatter, loss_table, reach_curve
+from dsmoe_lite.viz.balance import loss_table, reach_curve
 from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
@@ -9,10 +9,9 @@ from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.device_flow import device_flow
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
+from dsmoe_lite.viz.expert_load import expert_load
 from dsmoe_lite.viz.expert_mix import expert_mix
-from dsmoe_lite.viz.expert_spread import expert_spread
 from dsmoe_lite.viz.expert_worth import expert_worth
-from dsmoe_lite.viz.experts import domain_heatmap, expert_load, router_probabilities
 from dsmoe_lite.viz.finer_experts import finer_experts
 from dsmoe_lite.viz.influence import influence
 from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
@@ -25,7 +24,6 @@ from dsmoe_lite.viz.trend_intervals import trend_intervals
 
 __all__ = [
     "ablation_matrix",
-    "balance_scatter",
     "bank_groups",
     "cache_by_design",
     "cache_calculator",
@@ -33,13 +31,11 @@ __all__ = [
     "coactivation",
     "decode_cost",
     "device_flow",
-    "domain_heatmap",
     "effect_matrix",
     "effects_by_kind",
     "exchange_matrix",
     "expert_load",
     "expert_mix",
-    "expert_spread",
     "expert_worth",
     "finer_experts",
     "influence",
@@ -54,7 +50,6 @@ __all__ = [
     "reach_curve",
     "roofline",
     "rotary_frequencies",
-    "router_probabilities",
     "scaling_curve",
     "specialization_against_null",
     "token_routing",

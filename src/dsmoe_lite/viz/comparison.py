@@ -11,7 +11,7 @@ import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.common.stats import mean_and_half_width
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import (
     CHARACTER_WIDTH,
     data,
@@ -97,16 +97,18 @@ def _metric_panel(
     for row in means:  # keep the text inside the panel
         half_text = len(row["text"]) * 11.5 * CHARACTER_WIDTH / 2 / width * (high - low)
         row["text_x"] = min(max(row["mean"], low + half_text), high - half_text)
+    color = alt.Color("model:N", legend=None,
+                      scale=alt.Scale(domain=models, range=identity.colors(models, alike=True)))  # fmt: skip
     dots = alt.Chart(data(means)).encode(y=y)
     layers: list[Any] = [
-        dots.mark_rule(strokeWidth=2, color=theme.LIGHT["line1"]).encode(
-            x=alt.X("low:Q", scale=scale, axis=axis, title=None), x2="high:Q"
+        dots.mark_rule(strokeWidth=2).encode(
+            x=alt.X("low:Q", scale=scale, axis=axis, title=None), x2="high:Q", color=color
         ),
         alt.Chart(data(seeds)).mark_point(size=26, yOffset=9, stroke=theme.LIGHT["muted"], strokeWidth=1.2).encode(
             x="value:Q", y=y, tooltip=[alt.Tooltip("model:N"), alt.Tooltip("value:Q", title=metric, format=".4~g")]
         ),
-        dots.mark_circle(size=80, color=theme.LIGHT["line1"], opacity=1).encode(
-            x="mean:Q", tooltip=["model:N", "text:N"]
+        dots.mark_circle(size=80, opacity=1).encode(
+            x="mean:Q", color=color, tooltip=["model:N", "text:N"]
         ),
         dots.mark_text(dy=-15, fontSize=11.5).encode(x="text_x:Q", text="text:N"),
     ]  # fmt: skip
@@ -129,9 +131,9 @@ def parameter_split(
     """
     require_rows(rows, "model", "component")
     models, components = distinct(row["model"] for row in rows), distinct(row["component"] for row in rows)
-    if len(components) > len(theme.FILLS):
+    if len(components) > len(identity.COMPONENTS):
         raise InputError(
-            f"components = {len(components)}: at most {len(theme.FILLS)} can be distinguished; join small ones"
+            f"components = {len(components)}: at most {len(identity.COMPONENTS)} can be distinguished; join small ones"
         )
     measures = [measure for measure in MEASURES if any(row.get(measure) is not None for row in rows)]
     if not measures:
@@ -190,7 +192,7 @@ def _bars(
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=150, grid=False))  # fmt: skip
     legend = alt.Legend(title=None, columns=min(len(components), 4), symbolType="square", orient="bottom")
     color = alt.Color("component:N", legend=legend,
-                      scale=alt.Scale(domain=components, range=theme.FILLS[: len(components)]))  # fmt: skip
+                      scale=alt.Scale(domain=components, range=identity.component_colors(components)))  # fmt: skip
     tooltip = [alt.Tooltip("model:N"), alt.Tooltip("component:N"), alt.Tooltip("value:Q", format=".4~s"),
                alt.Tooltip("share:Q", format=".1%")]  # fmt: skip
     base = alt.Chart(data(segments)).encode(y=y)

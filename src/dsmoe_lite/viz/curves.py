@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import (
     data,
     distinct,
@@ -172,7 +172,7 @@ def line_panel(
               axis=alt.Axis(grid=False, **ticks))  # fmt: skip
     y_axis = alt.Axis(tickCount=max(3, height // 50), format=y_format)
     y_scale = alt.Scale(domain=[y_low, y_high], nice=False, zero=False)
-    color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=models, range=theme.LINES[: len(models)]))
+    color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=models, range=identity.colors(models)))
     dash = alt.StrokeDash("model:N", legend=None, scale=alt.Scale(domain=models, range=theme.DASHES[: len(models)]))
     tooltip = [alt.Tooltip("model:N"), alt.Tooltip("x:Q", title=x_name), alt.Tooltip("mean:Q", title=y_title or "mean",
                format=".2%" if percent else ".4~g")]  # fmt: skip
@@ -205,7 +205,7 @@ def _line_labels(
     ] + [{"model": name, "x": right, "y": value} for name, value in levels.items()]
     for label, y in zip(labels, separate_labels([label["y"] for label in labels], gap, *y_range), strict=True):
         label["y"] = y
-    colors = theme.LINE_LABELS[: len(lines)] + [theme.LIGHT["muted"]] * len(levels)
+    colors = identity.label_colors(list(lines)) + [theme.LIGHT["muted"]] * len(levels)
     color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=[*lines, *levels], range=colors))
     text = alt.Chart(data(labels)).mark_text(
         style="line_name", align="left", dx=8, fontWeight=600, limit=MAX_NAME_WIDTH

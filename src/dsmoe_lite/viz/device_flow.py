@@ -155,5 +155,5 @@ def _costs(costs: list[dict[str, Any]]) -> Any:
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=200, grid=False))  # fmt: skip
     texts = alt.Chart(data(cells)).mark_text().encode(x=x, y=y, text="text:N")
     chosen = alt.Chart(data({"limit": cost["limit"]} for cost in costs)).transform_filter("datum.limit == limit")
-    frame = chosen.mark_rect(filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2).encode(x=x)
+    frame = chosen.mark_rect(filled=False, stroke=theme.LIGHT["frame"], strokeWidth=2).encode(x=x)
     return alt.layer(texts, frame).properties(width=54 * len(costs), height=22 * len(names))

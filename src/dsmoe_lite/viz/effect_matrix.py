@@ -81,7 +81,7 @@ def _panel(
         color=color, tooltip=["without:N", "on:N", alt.Tooltip("value:Q", title=value_title, format="+.3f")]
     )
     frames = base.transform_filter("datum.without === datum.on").mark_rect(
-        filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2
+        filled=False, stroke=theme.LIGHT["frame"], strokeWidth=2
     )
     numbers = base.mark_text(style="in_cell", fontSize=11.5).encode(
         text=alt.Text("value:Q", format="+.2f"), color=text_color

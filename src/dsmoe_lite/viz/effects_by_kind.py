@@ -125,7 +125,7 @@ def _panel(
                     minExtent=label_width, maxExtent=label_width)  # fmt: skip
     y = alt.Y("kind:N", sort=kinds, title=None, scale=alt.Scale(domain=kinds), axis=axis)
     base = alt.Chart(data(marks)).encode(y=y)
-    color = alt.condition("datum.largest", alt.value(theme.LIGHT["line2"]), alt.value(theme.LIGHT["line1"]))
+    color = alt.condition("datum.largest", alt.value(theme.LIGHT["line4"]), alt.value(theme.LIGHT["line1"]))
     numbers = base.encode(x=alt.value(width), text="text:N")
     all_tokens = alt.Chart(data([{"mean": level}])).mark_rule(strokeDash=[4, 3], color=theme.LIGHT["muted"])
     layers: list[Any] = [

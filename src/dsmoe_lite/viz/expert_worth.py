@@ -6,7 +6,7 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import data, distinct, nice_range, plain, require_rows, short_number, word_list
 
 N_NAMED = 3  # experts with a name in each panel: those worth most
@@ -43,20 +43,23 @@ def expert_worth(
     x = alt.X("counted:Q", title=x_title, scale=_scale([p["counted"] for p in points]))
     y = alt.Y("worth:Q", title=y_title, scale=_scale([0.0, *(p["worth"] for p in points)]))
     panels = [
-        _panel(by_worth[model], x, y)
+        _panel(by_worth[model], x, y, color, {"counted": x_title, "worth": y_title})
         .properties(width=WIDTH // len(models), height=HEIGHT,
                     title=alt.TitleParams(model, fontSize=12, offset=6, frame="group"))
-        for model in models
+        for model, color in zip(models, identity.colors(models, alike=True), strict=True)
     ]  # fmt: skip
     return theme.finish(alt.hconcat(*panels, spacing=24), title, subtitle, description)
 
 
-def _panel(points: list[dict[str, Any]], x: Any, y: Any) -> Any:
+def _panel(points: list[dict[str, Any]], x: Any, y: Any, color: str, titles: dict[str, str]) -> Any:
     base = alt.Chart(data(points)).encode(x=x, y=y)
     named = alt.Chart(data(points[:N_NAMED])).encode(x=x, y=y)
     no_change = alt.Chart(data([{"worth": 0.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1).encode(y=y)
-    dots = base.mark_circle(size=45, opacity=0.75, color=theme.LIGHT["line1"]).encode(
-        tooltip=["expert:N", alt.Tooltip("counted:Q", format=".3~g"), alt.Tooltip("worth:Q", format=".3~g")]
+    dots = base.mark_circle(size=45, opacity=0.75, color=color).encode(
+        tooltip=[
+            "expert:N",
+            *(alt.Tooltip(f"{field}:Q", title=title, format=".3~g") for field, title in titles.items()),
+        ]
     )
     names = named.mark_text(dx=6, align="left", fontSize=11, color=theme.LIGHT["ink"]).encode(text="expert:N")
     return alt.layer(no_change, dots, names)

@@ -75,7 +75,7 @@ def _combination_bars(bars: list[dict[str, Any]], n_layers: int) -> Any:
     x = alt.X("power:Q", axis=axis, scale=alt.Scale(domain=[0, top], nice=False))
     y = alt.Y("layer:N", sort=[bar["layer"] for bar in bars], title=None, axis=None)
     base = alt.Chart(data(bars)).encode(y=y)
-    marks = base.mark_bar(size=10, color=theme.LIGHT["line2"], yOffset=7).encode(x=x, tooltip=["text:N"])
+    marks = base.mark_bar(size=10, color=theme.LIGHT["line1"], yOffset=7).encode(x=x, tooltip=["text:N"])
     text = base.mark_text(align="left", dy=-8, fontSize=11.5).encode(x=alt.value(2), text="text:N")
     return alt.layer(marks, text).properties(width=BARS_WIDTH, height=ROW_HEIGHT * n_layers)
 

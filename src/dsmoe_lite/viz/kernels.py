@@ -55,7 +55,7 @@ def launch_counts(
     x = alt.X("launches:Q", title="kernel launches per step", scale=alt.Scale(domain=[0, high], nice=False),
               axis=alt.Axis(tickCount=5, format=",d"))  # fmt: skip
     color = alt.Color("pass:N", sort=list(PASSES), title=None, legend=alt.Legend(orient="top", offset=4),
-                      scale=alt.Scale(domain=list(PASSES), range=theme.LINES[:2]))  # fmt: skip
+                      scale=alt.Scale(domain=list(PASSES), range=theme.GROUPS))  # fmt: skip
     order = alt.Order("pass:N", sort="descending")  # forward first
     bar_marks = alt.Chart(data(bars)).mark_bar(size=16).encode(
         x=x, y=y, color=color, order=order, tooltip=["backend:N", "pass:N", "launches:Q"]
@@ -126,8 +126,8 @@ def product_speed(
     """
     require_rows(rows, "by", "rows", "TFLOP/s")
     names = distinct(row["by"] for row in rows)
-    if len(names) > len(theme.LINES):
-        raise InputError(f"by = {len(names)}: at most {len(theme.LINES)} lines can be distinguished in one panel")
+    if len(names) > theme.N_LINES:
+        raise InputError(f"by = {len(names)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     lines = {}
     for name in names:
         speeds = sorted((plain(row["rows"]), plain(row["TFLOP/s"])) for row in rows if row["by"] == name)

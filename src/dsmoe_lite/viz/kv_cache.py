@@ -13,7 +13,7 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError, require, require_choice, require_int, require_number
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import (
     CHARACTER_WIDTH,
     data,
@@ -116,7 +116,7 @@ def _calculator(rows: list[dict[str, Any]], context: int, bits: int, sequences: 
     x = alt.X("bytes:Q", title="cache of all sequences", axis=axis, scale=alt.Scale(zero=True, nice=False))
     y = alt.Y("name:N", sort=[row["name"] for row in rows], title=None,
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=230, grid=False))  # fmt: skip
-    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=list(KINDS), range=theme.LINES))
+    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=list(KINDS), range=identity.colors(KINDS)))
     sized = alt.Chart(data(rows)).transform_calculate(bytes="datum.elements * context * sequences * bits / 8")
     sized = sized.transform_calculate(text=_size_expression("datum.bytes"))
     tooltip = [alt.Tooltip("name:N"), alt.Tooltip("elements:Q", title="numbers per token", format=","),
@@ -203,7 +203,7 @@ def cache_by_design(
               axis=alt.Axis(tickCount=5, format=",d"))  # fmt: skip
     y = alt.Y("kind:N", sort=list(KINDS), title=None,
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelFontWeight=600, grid=False))  # fmt: skip
-    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=list(KINDS), range=theme.LINES))
+    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=list(KINDS), range=identity.colors(KINDS)))
     bars = base.mark_bar(size=14, yOffset=8).encode(x=x, y=y, color=color, tooltip=["text:N"])
     texts = base.mark_text(align="left", dx=2, dy=-9, fontSize=TEXT_SIZE).encode(x=alt.value(0), y=y, text="text:N")
     chart = alt.layer(bars, texts).add_params(*controls).properties(width=560, height=44 * len(KINDS))
@@ -224,10 +224,8 @@ def decode_cost(
     """
     require_rows(rows, "method", "context", "milliseconds")
     methods = distinct(row["method"] for row in rows)
-    if len(methods) > len(theme.LINES):
-        raise InputError(
-            f"methods = {len(methods)}: at most {len(theme.LINES)} lines can be distinguished in one panel"
-        )
+    if len(methods) > theme.N_LINES:
+        raise InputError(f"methods = {len(methods)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     for row in rows:
         require_int("context", plain(row["context"]), 1)
         require_number("milliseconds", plain(row["milliseconds"]), 0.0, open_low=True)
@@ -267,7 +265,7 @@ def _decode_cost_chart(points: list[dict[str, Any]], methods: list[str], ends: d
     y = alt.Y("ms:Q", title="milliseconds per token (log scale)",
               scale=alt.Scale(type="log", domain=[low, high], nice=False),
               axis=alt.Axis(values=ticks, format="~g") if len(ticks) > 1 else alt.Axis(tickCount=4))  # fmt: skip
-    color = alt.Color("method:N", legend=None, scale=alt.Scale(domain=methods, range=theme.LINES[: len(methods)]))
+    color = alt.Color("method:N", legend=None, scale=alt.Scale(domain=methods, range=identity.colors(methods)))
     dash = alt.StrokeDash("method:N", legend=None, scale=alt.Scale(domain=methods, range=theme.DASHES[: len(methods)]))
     tooltip = [alt.Tooltip("method:N"), alt.Tooltip("context:Q", format=","), alt.Tooltip("ms:Q", format=".3~g")]
     base = alt.Chart(data(points)).encode(x=x, y=y, color=color)
@@ -293,6 +291,6 @@ def _line_labels(methods: list[str], ends: dict[str, dict[str, Any]], y_range: t
     labels = [{"method": method, "context": ends[method]["context"], "ms": math.exp(height),
                "text": _end_label(method, ends[method])}
               for method, height in zip(methods, heights, strict=True)]  # fmt: skip
-    color = alt.Color("method:N", legend=None, scale=alt.Scale(domain=methods, range=theme.LINE_LABELS[: len(methods)]))
+    color = alt.Color("method:N", legend=None, scale=alt.Scale(domain=methods, range=identity.label_colors(methods)))
     text = alt.Chart(data(labels)).mark_text(style="line_name", align="left", dx=8, fontWeight=600)
     return text.encode(x="context:Q", y="ms:Q", text="text:N", color=color)

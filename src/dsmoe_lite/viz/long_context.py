@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError, require_int, require_number
-from dsmoe_lite.viz import theme
+from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import data, distinct, gradient_legend, plain, require_rows, separate_labels
 
 Rows = Sequence[dict[str, Any]]
@@ -38,8 +38,8 @@ def rotary_frequencies(
     """
     require_rows(rows, "pair", "wavelength", "kind")
     kinds = distinct(row["kind"] for row in rows)
-    if len(kinds) > len(theme.LINES):
-        raise InputError(f"kinds = {len(kinds)}: at most {len(theme.LINES)} lines can be distinguished in one panel")
+    if len(kinds) > theme.N_LINES:
+        raise InputError(f"kinds = {len(kinds)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     require_int("original", original, 1)
     require_int("extended", extended, original)
     for row in rows:
@@ -67,7 +67,7 @@ def _wavelengths(points: list[dict[str, Any]], kinds: list[str], original: int, 
               axis=alt.Axis(grid=False, tickMinStep=1, format="d"))  # fmt: skip
     y = alt.Y("wavelength:Q", title="tokens per turn (log scale)", axis=alt.Axis(values=ticks, format="~s"),
               scale=alt.Scale(type="log", domain=[low, high], nice=False))  # fmt: skip
-    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.LINES[: len(kinds)]))
+    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.colors(kinds)))
     dash = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.DASHES[: len(kinds)]))
     tooltip = [alt.Tooltip("kind:N"), alt.Tooltip("pair:Q"), alt.Tooltip("wavelength:Q", format=",.4~r")]
     base = alt.Chart(data(points)).encode(x=x, y=y, color=color)
@@ -96,7 +96,7 @@ def _line_labels(points: list[dict[str, Any]], kinds: list[str], y_range: tuple[
     heights = separate_labels([math.log(ends[kind]["wavelength"]) for kind in kinds], gap, *y_range)
     labels = [{"kind": kind, "pair": ends[kind]["pair"], "wavelength": math.exp(height)}
               for kind, height in zip(kinds, heights, strict=True)]  # fmt: skip
-    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.LINE_LABELS[: len(kinds)]))
+    color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.label_colors(kinds)))
     text = alt.Chart(data(labels)).mark_text(style="line_name", align="left", dx=8, fontWeight=600, limit=110)
     return text.encode(x="pair:Q", y="wavelength:Q", text="kind:N", color=color)
 

@@ -53,7 +53,7 @@ def exchange_matrix(
         color=alt.Color("rows:Q", scale=theme.ramp((0.0, high)), legend=None), tooltip=["from:O", "to:O", "rows:Q"]
     )
     diagonal = base.transform_filter("datum.from === datum.to")
-    frames = diagonal.mark_rect(filled=False, stroke=theme.LIGHT["line2"], strokeWidth=2)
+    frames = diagonal.mark_rect(filled=False, stroke=theme.LIGHT["frame"], strokeWidth=2)
     text_color = alt.condition(f"datum.rows > {theme.DEEP_FROM * high:.4g}", alt.value(theme.LIGHT["on_deep"]),
                         alt.value(theme.LIGHT["on_pale"]))  # fmt: skip
     numbers = base.mark_text(style="in_cell").encode(text=alt.Text("rows:Q", format=",.0f"), color=text_color)
@@ -92,7 +92,7 @@ def link_timeline(
         for row in rows
     ]  # fmt: skip
     color = alt.Color("group:N", title=None, sort=groups, legend=alt.Legend(orient="top", offset=4),
-                      scale=alt.Scale(domain=groups, range=theme.FILLS[: len(groups)]))  # fmt: skip
+                      scale=alt.Scale(domain=groups, range=theme.GROUPS[: len(groups)]))  # fmt: skip
     y = alt.Y(
         "lane:N", sort=lanes, title=None, axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=220, grid=False)
     )
@@ -127,8 +127,8 @@ def scaling_curve(
     """
     require_rows(rows, "model", "devices", "value")
     models = distinct(row["model"] for row in rows)
-    if len(models) > len(theme.LINES):
-        raise InputError(f"models = {len(models)}: at most {len(theme.LINES)} lines can be distinguished in one panel")
+    if len(models) > theme.N_LINES:
+        raise InputError(f"models = {len(models)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     if not all(0 <= plain(row["value"]) <= 1 for row in rows):
         raise InputError("rows: value must be a share, 0 to 1")
     lines: dict[str, list[dict[str, Any]]] = {}

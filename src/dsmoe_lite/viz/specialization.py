@@ -23,7 +23,7 @@ Rows = Sequence[dict[str, Any]]
 STATES = {
     "above chance": ("line1", "circle"),
     "within chance": ("muted", "diamond"),
-    "below chance": ("line2", "triangle-down"),
+    "below chance": ("line3", "triangle-down"),
 }
 FIELDS = ("value", "null_low", "null", "null_high")
 WIDTH = 600  # px

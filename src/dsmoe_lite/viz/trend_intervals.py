@@ -11,90 +11,118 @@ from dsmoe_lite.common.errors import InputError, require_choice
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.helpers import CHARACTER_WIDTH, data, distinct, nice_range, plain, require_rows
 
-COLORS = {"holds": "line1", "leans": "line3", "inconclusive": "muted", "reversed": "line2"}  # role by verdict
-SYMLOG_CONSTANT = 0.01  # a symlog axis is close to linear below it, and logarithmic above
-SYMLOG_FROM = 10.0  # largest over median interval end from which the axis is symlog
-SYMLOG_TICKS = [sign * 10.0**power for power in range(-2, 3) for sign in (-1, 1)]
-TEXT_SIZE, NAME_SIZE = 11.5, 12  # font sizes
-ROW_HEIGHT = 36  # px
+VERDICTS = {  # verdict: role of its colour, shape
+    "holds": ("line1", "circle"),
+    "leans": ("line3", "circle"),
+    "inconclusive": ("muted", "circle"),
+    "reversed": ("line4", "triangle-left"),
+}
+FAR = 10.0  # an effect so many times the median of all is an arrow at the edge
+NAME_SIZE, TEXT_SIZE = 12, 11.5  # font sizes
+PLACE_WIDTH = 78  # px
+ROW_HEIGHT = 27  # px
 
 
 def trend_intervals(
     rows: Sequence[dict[str, Any]],
     *,
-    x_title: str = "first minus second",
+    x_title: str = "nats: against the paper ← 0 → as the paper reports",
     title: str = "Which trends appear?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart:
-    """Draw one row per claim: a dot with its 95% interval, beside a line at 0, and the verdict with its numbers.
+    """Draw one row per claim: its words, a dot with its 95% interval beside a line at 0, and the verdict.
 
-    rows: {what, figure, mean, low, high, verdict, limits (optional)}; ticks mark the limits, the ends of a margin.
-    Below 0 the first model has the lower value. A dot is filled if the trend is significant after correction.
+    rows: {label, place, mean, low, high, verdict, margins (optional)}, as study.rows.trend_rows returns them: effects
+    are positive in the direction that the paper reports; ticks mark the margins. A dot is filled if the verdict is
+    significant after correction. An effect far beyond all others is an arrow at the edge, with its number.
     """
-    require_rows(rows, "what", "figure", "mean", "low", "high", "verdict")
+    require_rows(rows, "label", "place", "mean", "low", "high", "verdict")
     marks = [_mark(row) for row in rows]
     if len({mark["name"] for mark in marks}) < len(marks):
-        raise InputError("rows: two of them have the same 'what' and 'figure'")
-    verdicts = distinct(mark["verdict"] for mark in marks)
-    texts = "; ".join(f"{mark['name'].replace('|', ', ')}: {mark['text']}" for mark in marks)
-    description = description or f"Dot chart of differences with 95% intervals, against 0: {texts}."
-    limits = [
-        {"name": mark["name"], "limit": float(limit)}
+        raise InputError("rows: two of them have the same 'label' and 'place'")
+    for before, mark in zip([None, *marks], marks, strict=False):
+        mark["heading"] = "" if before and before["place"] == mark["place"] else mark["place"]
+    texts = "; ".join(f"{mark['place']}, {mark['label']}: {mark['text']}" for mark in marks)
+    description = description or f"Dot chart of effects with 95% intervals, against 0: {texts}."
+    margins = [
+        {"name": mark["name"], "margin": float(margin)}
         for mark, row in zip(marks, rows, strict=True)
-        for limit in row.get("limits", ())
+        for margin in row.get("margins", ())
     ]
-    legend = ["Dot and bar: mean difference and its 95% interval.", "Filled dot: significant after correction."]
-    subtitle = subtitle or [legend[0], legend[1] + (" Tick: margin." if limits else "")]
-    names_width = min(
-        max(len(part) for mark in marks for part in mark["name"].split("|")) * NAME_SIZE * CHARACTER_WIDTH, 280
+    far = _edge(marks)
+    near = [value for mark in marks if abs(mark["mean"]) < far for value in (mark["low"], mark["high"])]
+    domain = nice_range([0.0, *near, *(row["margin"] for row in margins)])
+    for mark in marks:
+        mark["edge"] = domain[mark["mean"] > 0] if abs(mark["mean"]) >= far else None
+    further = (["Tick: margin."] if margins else []) + (
+        [f"Arrow: an effect beyond {far:.2g}."] if far < math.inf else []
     )
+    subtitle = subtitle or [
+        "Dot and bar: mean difference and its 95% interval. Filled: significant after correction.",
+        *([" ".join(further)] if further else []),
+    ]
+    return theme.finish(_rows(marks, margins, domain, x_title), title, subtitle, description)
+
+
+def _rows(marks: list[dict[str, Any]], margins: list[dict[str, Any]], domain: tuple[float, float], x_title: str) -> Any:
+    names_width = max(len(mark["label"]) for mark in marks) * NAME_SIZE * CHARACTER_WIDTH + 14
     texts_width = max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH
-    width = int(max(theme.MAX_WIDTH - 76 - names_width - texts_width, 180))
-    y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None,
-              axis=alt.Axis(labelExpr="split(datum.label, '|')", labelColor=theme.LIGHT["ink"], labelLimit=280,
-                            labelLineHeight=14, labelOffset=-7, grid=True))  # fmt: skip
-    ends = [value for mark in marks for value in (mark["low"], mark["high"])] + [mark["limit"] for mark in limits]
-    x = _axis(ends, x_title)
-    colors = alt.Scale(domain=verdicts, range=[theme.LIGHT[COLORS[verdict]] for verdict in verdicts])
-    color = alt.Color("verdict:N", scale=colors, legend=None)
-    base = alt.Chart(data(marks)).encode(y=y, color=color)
-    dots = base.encode(x=x, tooltip=["name:N", "text:N"])
+    width = int(max(theme.MAX_WIDTH - 44 - PLACE_WIDTH - names_width - texts_width, 170))
+    scale = alt.Scale(domain=list(domain), nice=False, zero=False)
+    x = alt.X("mean:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, grid=False))
+    y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None, axis=None)
+    verdicts = distinct(mark["verdict"] for mark in marks)
+    colors = [theme.LIGHT[VERDICTS[verdict][0]] for verdict in verdicts]
+    color = alt.Color("verdict:N", legend=None, scale=alt.Scale(domain=verdicts, range=colors))
+    shape = alt.Shape("verdict:N", legend=None,
+                      scale=alt.Scale(domain=verdicts, range=[VERDICTS[v][1] for v in verdicts]))  # fmt: skip
+    base = alt.Chart(data(marks)).encode(y=y)
+    inside, beyond = base.transform_filter("datum.edge === null"), base.transform_filter("datum.edge !== null")
+    dots = inside.encode(
+        x=x, color=color, shape=shape, tooltip=["label:N", "place:N", alt.Tooltip("text:N", title="effect")]
+    )
+    ink, muted = theme.LIGHT["ink"], theme.LIGHT["muted"]
     layers: list[Any] = [
-        alt.Chart(data([{"mean": 0.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1.2).encode(x=x),
-        base.mark_rule(strokeWidth=3).encode(x=alt.X("low:Q"), x2="high:Q"),
+        alt.Chart(data([{"mean": 0.0}])).mark_rule(color=ink, strokeWidth=1.2).encode(x=x),
+        inside.mark_rule(strokeWidth=3).encode(x=alt.X("low:Q"), x2="high:Q", color=color),
         dots.transform_filter("datum.filled").mark_point(size=80, filled=True, opacity=1),
         dots.transform_filter("!datum.filled").mark_point(size=70, fill=theme.LIGHT["card"], strokeWidth=2, opacity=1),
-        base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE).encode(
-            x=alt.value(width), text="text:N", color=alt.value(theme.LIGHT["ink"])
+        beyond.mark_point(size=110, filled=True, opacity=1).encode(
+            x=alt.X("edge:Q"), color=color, tooltip=["label:N", "place:N", alt.Tooltip("text:N", title="effect")],
+            shape=alt.condition("datum.mean > 0", alt.value("triangle-right"), alt.value("triangle-left")),
         ),
-    ]
-    if limits:
-        tick = alt.Chart(data(limits)).mark_tick(size=20, thickness=2, opacity=1, color=theme.LIGHT["muted"])
-        layers.append(tick.encode(y=y, x=alt.X("limit:Q")))
-    chart = alt.layer(*layers).properties(width=width, height=ROW_HEIGHT * len(marks))
-    return theme.finish(chart, title, subtitle, description)
+        base.mark_text(style="row_place", align="left", fontSize=NAME_SIZE, color=muted).encode(
+            x=alt.value(-int(names_width) - PLACE_WIDTH), text="heading:N"
+        ),
+        base.mark_text(style="row_name", align="left", fontSize=NAME_SIZE, color=ink).encode(
+            x=alt.value(-int(names_width)), text="label:N"
+        ),
+        base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE, color=ink).encode(
+            x=alt.value(width), text="text:N"
+        ),
+    ]  # fmt: skip
+    if margins:
+        tick = alt.Chart(data(margins)).mark_tick(size=16, thickness=2, opacity=1, color=muted)
+        layers.append(tick.encode(y=y, x=alt.X("margin:Q")))
+    return alt.layer(*layers).properties(width=width, height=ROW_HEIGHT * len(marks))
 
 
 def _mark(row: dict[str, Any]) -> dict[str, Any]:
     mean, low, high = (float(plain(row[field])) for field in ("mean", "low", "high"))
-    require_choice("verdict", row["verdict"], COLORS)
+    require_choice("verdict", row["verdict"], VERDICTS)
     if not -math.inf < low <= mean <= high < math.inf:
         raise InputError(
-            f"rows: {row['what']}: low = {low:g}, mean = {mean:g}, high = {high:g} must be in rising order"
+            f"rows: {row['label']}: low = {low:g}, mean = {mean:g}, high = {high:g} must be in rising order"
         )
     text = f"{row['verdict']}, {mean:+.3f} ± {(high - low) / 2:.3f}"
-    return {"name": f"{row['what']}|{row['figure']}", "mean": mean, "low": low, "high": high, "text": text,
-            "verdict": row["verdict"], "filled": row["verdict"] in ("holds", "reversed")}  # fmt: skip
+    return {"name": f"{row['label']}|{row['place']}", "label": row["label"], "place": row["place"], "mean": mean,
+            "low": low, "high": high, "text": text, "verdict": row["verdict"],
+            "filled": row["verdict"] in ("holds", "reversed")}  # fmt: skip
 
 
-def _axis(values: list[float], title: str) -> alt.X:
-    if max(map(abs, values)) < SYMLOG_FROM * statistics.median(map(abs, values)):
-        low, high = nice_range([0.0, *values])
-        scale = alt.Scale(domain=[low, high], nice=False, zero=False)
-        return alt.X("mean:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5, grid=False))
-    low, high = (1.15 * limit for limit in (min([*values, -SYMLOG_CONSTANT]), max([*values, SYMLOG_CONSTANT])))
-    ticks = sorted([0.0, *(tick for tick in SYMLOG_TICKS if low <= tick <= high)])
-    scale = alt.Scale(type="symlog", constant=SYMLOG_CONSTANT, domain=[low, high], nice=False)
-    return alt.X("mean:Q", title=f"{title} (linear near 0, then logarithmic)", scale=scale,
-                 axis=alt.Axis(values=ticks, format="~g", grid=False))  # fmt: skip
+def _edge(marks: list[dict[str, Any]]) -> float:
+    """The effect from which a row is an arrow, or infinity if none is far from the others."""
+    effects = [abs(mark["mean"]) for mark in marks]
+    limit = FAR * statistics.median(effects)
+    return limit if max(effects) > limit > 0 else math.inf

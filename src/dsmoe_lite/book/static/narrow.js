@@ -71,15 +71,26 @@
     } else panel.layer.splice(panel.layer.indexOf(names), 1);
   }
 
+  // Names left of the rows and numbers right of them move above each row.
+  function moveRows(panel) {
+    const named = panel.layer.some((layer) => styledAs("row_name", layer));
+    if (named) panel.height *= 1.9;
+    panel.layer = panel.layer.filter((layer) => !styledAs("row_place", layer));
+    for (const { mark, encoding } of panel.layer) {
+      if (mark && mark.style === "row_name") {
+        mark.dy = -24;
+        encoding.x = { value: 0 };
+      } else if (mark && mark.style === "row_text") Object.assign(mark, { align: "right", dx: 0, dy: named ? -9 : -12 });
+    }
+  }
+
   function rearrange(node, room) {
     if (node.title) node.title = wrappedTitle(node.title, room);
     for (const { color } of encodingsOf(node)) {
       if (color && color.legend && color.legend.orient === "bottom") color.legend.columns = 2;
     }
     if (node.layer) {
-      for (const { mark } of node.layer.filter((layer) => styledAs("row_text", layer))) {
-        Object.assign(mark, { align: "right", dx: 0, dy: -12 });
-      }
+      moveRows(node);
       node.layer = node.layer.filter((layer) => !styledAs("in_segment", layer)); // a segment has no room for words
       moveNames(node);
     }

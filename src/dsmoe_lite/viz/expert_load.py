@@ -1,0 +1,136 @@
+"""The chart `expert_load`: does every expert of a layer get its share of the tokens?"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import altair as alt
+
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.helpers import data, expert_axis, gradient_legend, plain, require_rows
+
+STARVED, OVERLOADED = 0.5, 1.5  # relative loads at which the colour changes
+STATES = {"starved": "▼", "fair": "", "overloaded": "▲"}
+WIDTH = 560  # px
+
+
+def expert_load(
+    loads: Sequence[float] | Sequence[dict[str, Any]],
+    *,
+    capacity: float | None = None,
+    title: str = "Does every expert get work?",
+    subtitle: str | Sequence[str] = "",
+    description: str = "",
+) -> alt.LayerChart | alt.VConcatChart:
+    """Draw the load of each expert over the mean load; ▼ below 0.5, ▲ above 1.5.
+
+    loads: E counts, or rows {step, expert, load} for a slider over steps with the whole history below. capacity: slots
+    per expert, in the unit of the loads, drawn as a line.
+    """
+    history = _history(loads)
+    steps = list(history)
+    relative = {step: relative_load(counts) for step, counts in history.items()}
+    rows = [
+        {"step": step, "expert": f"e{e}", "load": load, "state": _state(load)}
+        for step in steps
+        for e, load in enumerate(relative[step])
+    ]
+    final = relative[steps[-1]]
+    states = [_state(load) for load in final]
+    at_step = f" at step {steps[-1]}" if len(steps) > 1 else ""
+    description = description or (
+        f"Bar chart of the load of {len(final)} experts over the mean load{at_step}: "
+        f"{states.count('starved')} starved, {states.count('overloaded')} overloaded, highest {max(final):.2f}."
+    )
+    subtitle = subtitle or f"▼ below {STARVED:g} times the mean load, ▲ above {OVERLOADED:g} times"
+    mean = sum(history[steps[-1]]) / len(final)
+    limit = None if capacity is None else float(plain(capacity)) / (mean or 1.0)
+    if len(steps) == 1:
+        return theme.finish(_load_bars(rows, len(final), limit), title, subtitle, description)
+    step_param = alt.param(name="step", value=steps[-1], bind=_step_control(steps))
+    bars = _load_bars(rows, len(final), limit, step_param)
+    return theme.finish(
+        alt.vconcat(bars, _history_strip(rows, steps, step_param), spacing=14), title, subtitle, description
+    )
+
+
+def _history(loads: Sequence[Any]) -> dict[Any, list[float]]:
+    if len(loads) == 0:
+        raise InputError("loads = []: a chart needs at least one expert")
+    if not isinstance(loads[0], dict):
+        return {0: [float(plain(load)) for load in loads]}
+    require_rows(loads, "step", "expert", "load")
+    n_experts = 1 + max(int(plain(row["expert"])) for row in loads)
+    history = {plain(step): [0.0] * n_experts for step in sorted({plain(row["step"]) for row in loads})}
+    for row in loads:
+        history[plain(row["step"])][int(plain(row["expert"]))] += float(plain(row["load"]))
+    return history
+
+
+def relative_load(counts: list[float]) -> list[float]:
+    """Divide counts by their mean; 0 if there are none. `layers.load.relative_load` does so with tensors."""
+    mean = sum(counts) / len(counts)
+    return [count / mean if mean else 0.0 for count in counts]
+
+
+def _state(load: float) -> str:
+    return "starved" if load < STARVED else "overloaded" if load > OVERLOADED else "fair"
+
+
+def _step_control(steps: list[Any]) -> Any:
+    gaps = {later - earlier for earlier, later in pairwise(steps)}
+    if len(gaps) == 1:
+        return alt.binding_range(min=steps[0], max=steps[-1], step=gaps.pop(), name="Step ")
+    return alt.binding_select(options=steps, name="Step ")
+
+
+def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, step_param: Any = None) -> Any:
+    colors = [theme.LIGHT[state] for state in STATES]
+    top = max([OVERLOADED + 0.2, 1.1 * max(row["load"] for row in rows), *([1.1 * limit] if limit is not None else [])])
+    y = alt.Y("load:Q", title="load / mean load", scale=alt.Scale(domain=[0, top], nice=False),
+              axis=alt.Axis(tickCount=5))  # fmt: skip
+    color = alt.Color("state:N", legend=None, scale=alt.Scale(domain=list(STATES), range=colors))
+    tooltip = [
+        alt.Tooltip("expert:N"),
+        alt.Tooltip("load:Q", title="load / mean", format=".3~g"),
+        alt.Tooltip("state:N"),
+    ]
+    base = alt.Chart(data(rows)).encode(x=expert_axis(range(n_experts)), y=y)
+    if step_param is not None:
+        base = base.transform_filter(f"datum.step == {step_param.name}")
+    signs = "{" + ", ".join(f"{state}: '{sign}'" for state, sign in STATES.items()) + "}"
+    signed = base.transform_calculate(sign=f"{signs}[datum.state]")
+    layers: list[Any] = [
+        base.mark_bar().encode(color=color, tooltip=tooltip),
+        signed.mark_text(dy=-7, fontSize=9.5, color=theme.LIGHT["ink"]).encode(text="sign:N"),
+        *_level(1.0, "mean", theme.LIGHT["ink"]),
+    ]
+    if limit is not None:
+        layers += _level(limit, "capacity", theme.LIGHT["line4_label"], above=limit >= 1.0)
+    chart = alt.layer(*layers)
+    return (chart if step_param is None else chart.add_params(step_param)).properties(width=WIDTH, height=220)
+
+
+def _level(value: float, name: str, color: str, *, above: bool = False) -> list[Any]:
+    """Draw a horizontal line with its name at the right end."""
+    base = alt.Chart(data([{"load": value, "name": name}])).encode(y="load:Q")
+    rule = base.mark_rule(color=color, strokeWidth=1.2, strokeDash=[6, 3] if above else [2, 2])
+    text = base.mark_text(align="left", dx=5, dy=-8 if above and value < 1.15 else 0, color=color, fontSize=11)
+    return [rule, text.encode(x=alt.value(WIDTH), text="name:N")]
+
+
+def _history_strip(rows: list[dict[str, Any]], steps: list[Any], step_param: Any) -> Any:
+    n_experts = len({row["expert"] for row in rows})
+    labelled = [steps[0], steps[len(steps) // 2], steps[-1]]
+    y = alt.Y("step:O", title="step", sort=steps, axis=alt.Axis(values=labelled))
+    legend = gradient_legend("load / mean", values=[0, 1, 2])
+    cells = alt.Chart(data(rows)).mark_rect().encode(
+        x=expert_axis(range(n_experts), title=None, labels=False),
+        y=y,
+        color=alt.Color("load:Q", scale=theme.ramp((0, 2)), legend=legend),
+        tooltip=["step:O", "expert:N", alt.Tooltip("load:Q", format=".3~g")],
+    )  # fmt: skip
+    chosen = alt.Chart(data({"step": step} for step in steps)).transform_filter(f"datum.step == {step_param.name}")
+    frame = chosen.mark_rect(filled=False, stroke=theme.LIGHT["frame"], strokeWidth=2).encode(y=y)
+    return alt.layer(cells, frame).properties(width=WIDTH, height=max(60, min(140, 6 * len(steps))))
