@@ -322,21 +322,21 @@ for one, other in (("deepseekmoe", "gshard"), ("1+3-of-63", "gshard")):
 # %%
 predict("07-gates", None)  # the figures whose verdict changes
 
-AGAINST_GSHARD = (
-    "moe-beats-gshard",
-    "moe-shared-helps",
-    "moe-four-active",
-    "moe-half-active",
-)
+AGAINST_GSHARD = {
+    "moe-beats-gshard": "DeepSeekMoE",
+    "moe-shared-helps": "1+1 of 15",
+    "moe-four-active": "Four active",
+    "moe-half-active": "Half active",
+}
 rows = []
-for id in AGAINST_GSHARD:
+for id, name in AGAINST_GSHARD.items():
     trend = ledger.by_id(claims, id).trend
     for other, gates in (("gshard", "divided"), ("0+2-of-16", "undivided")):
         found = list(ledger.differences(replace(trend, other=other), runs).values())
         result, p = paired(found), p_value(found, trend.expected, trend.margin)
         one = replace(
             ledger.by_id(claims, id),
-            short=f"{trend.model} against GShard, {gates}",
+            short=f"{name} against GShard, {gates}",
             verdict=trend_verdict(result, trend.expected, p, p, trend.margin),
         )
         rows.append(effect_row(one, found))

@@ -622,7 +622,7 @@ from dsmoe_lite.routing.specialization import null_specialization
 
 predict("08-specialists", None)  # 0 to 4
 
-WAYS = {
+REMOVALS = {
     "as trained": switch_off,
     "equal gates": lambda model, gone: freeze_gate_norm(switch_off(model, gone)),
     "gate of 0": lambda model, gone: silence(model, experts=gone),
@@ -663,7 +663,7 @@ def rises(changed, whole):
 rise = {}  # (model, way): (runs, without whose, set, on whose); set 0: specialists
 for name, those in runs.items():
     divides = those[0].config.moe.norm_topk_prob
-    measured = {way: [] for way in WAYS if divides or way != "equal gates"}
+    measured = {way: [] for way in REMOVALS if divides or way != "equal gates"}
     for i in progress(tried, desc=name):
         routings = look(those[i], tokens[found_on]).routings
         whole = look(those[i], tokens[tried_on]).losses
@@ -674,7 +674,7 @@ for name, those in runs.items():
                 sets.append([theirs.tolist(), *as_busy(at, theirs)])
             for gone in zip(*sets, strict=True):
                 for way, of_sets in measured.items():
-                    changed = WAYS[way](those[i], dict(enumerate(gone)))
+                    changed = REMOVALS[way](those[i], dict(enumerate(gone)))
                     of_sets.append(rises(changed, whole))
     for way, of_sets in measured.items():
         rise[name, way] = torch.stack(of_sets).view(len(tried), len(ids), -1, len(ids))
@@ -713,7 +713,7 @@ def hit_most(effect):
 
 print("own domain hit most, by row, by column; and with each control alone")
 hit = {}
-for name, way in product(models, WAYS):
+for name, way in product(models, REMOVALS):
     x = rise[name, way]
     hit[name, way] = hit_most(beyond[name, way])
     alone = [hit_most(x[:, :, 0] - x[:, :, k]) for k in range(1, x.shape[2])]

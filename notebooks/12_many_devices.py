@@ -507,7 +507,7 @@ charts.model_comparison(
 
 # %% [markdown]
 # **What to notice.** A loss on devices makes devices the evenest, with 3% more than its share for the busiest, and lets experts differ more than the loss on
-# experts does. That is what it is for. Held-out losses do not tell the four apart: every interval holds 0. What is won here is time, of devices that wait for each other.
+# experts does. That is what it is for. We could not resolve a difference in held-out loss: every interval includes 0. The gain is time: devices wait less for each other.
 #
 # ## A limit on devices
 #

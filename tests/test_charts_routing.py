@@ -129,6 +129,7 @@ def test_trends_are_written_out_with_their_margins_and_verdicts():
     for row, given in zip(rows, chart_samples.TRENDS, strict=True):
         assert (row["low"], row["mean"], row["high"]) == (given["low"], given["mean"], given["high"])
         assert row["text"] == f"{given['verdict']}, {given['mean']:+.3f} ± {(given['high'] - given['low']) / 2:.3f}"
+        assert row["text"].startswith(f"{row['shown']} ± ")
         assert row["filled"] == (given["verdict"] in ("holds", "reversed"))
         assert row["text"] in spec["description"]
     assert [row["margin"] for row in values(spec["layer"][-1], "margin")] == [-0.012]

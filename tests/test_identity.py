@@ -15,7 +15,9 @@ from dsmoe_lite.viz.renderer import MIME
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 OWNER = {
-    theme.LIGHT[f"{role}{suffix}"]: role for role in set(identity.MODELS.values()) for suffix in ("", "_tint", "_label")
+    theme.LIGHT[f"{role}{suffix}"]: role
+    for role in {role.removesuffix("_tint") for role in identity.MODELS.values()}
+    for suffix in ("", "_tint", "_label")
 }  # colour: its model
 PART_OF = {theme.LIGHT[role]: name for name, role in identity.COMPONENTS.items()}
 
@@ -56,6 +58,7 @@ def test_variants_share_a_hue_and_neutral_names_share_none() -> None:
     assert identity.roles(names) == [
         "dense", "gshard", "gshard_tint", "deepseekmoe", "line1", "line2", "switch"
     ]  # fmt: skip
+    assert identity.roles(["half active", "DeepSeekMoE"]) == ["deepseekmoe_tint", "deepseekmoe"]
     assert identity.roles(["m = 1", "m = 2"], alike=True) == ["line1", "line1"]
     assert identity.roles(["MHA", "GQA, 2 groups", "MQA", "MLA naive", "MLA absorbed"]) == [
         "mha", "gqa", "mqa", "mla", "mla_tint"

@@ -4,7 +4,7 @@ import html
 import json
 from typing import Any
 
-from docutils import nodes  # type: ignore[import-untyped]
+from docutils import nodes
 
 from dsmoe_lite.labs.results import MIME as RESULT
 from dsmoe_lite.viz.renderer import MIME as CHART

@@ -7,7 +7,7 @@ import functools
 import re
 from typing import Any
 
-from docutils import nodes  # type: ignore[import-untyped]
+from docutils import nodes
 
 CHAPTER = re.compile(r"\d\d_")
 NOT_IN = (nodes.title, nodes.literal, nodes.literal_block, nodes.reference, nodes.math, nodes.math_block, nodes.raw)

@@ -136,7 +136,7 @@ def find_chromium() -> str | None:
 def missing_packages(extra: str) -> list[str]:
     """Required packages, including those of pyproject's `extra`, that are not installed."""
     needed = [line for line in metadata.requires("dsmoe-lite") or [] if "extra ==" not in line or _names(line, extra)]
-    names = [re.match(r"[\w.-]+", line).group() for line in needed]  # type: ignore[union-attr]
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in needed]
     return [name for name in names if version(name) is None]
 
 

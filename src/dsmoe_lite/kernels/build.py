@@ -21,7 +21,7 @@ FOR_GPU = ("-std=c++20", "-O3")
 
 @cache
 def cpu_library() -> ctypes.CDLL:
-    """The kernels as they run on the CPU. RunError where g++ is missing or fails."""
+    """The kernels as they run on the CPU. Raises RunError if g++ is missing or fails."""
     library = load_for_cpu(compile_for_cpu(SOURCES / "moe.cu"))
     library.moe_error.restype = ctypes.c_char_p
     return library
@@ -29,7 +29,7 @@ def cpu_library() -> ctypes.CDLL:
 
 @cache
 def gpu_library(capability: tuple[int, int]) -> ctypes.CDLL:
-    """The kernels for a GPU of this compute capability. RunError where nvcc is missing or fails, or the GPU is old."""
+    """The kernels for a GPU of this capability. Raises RunError if nvcc is missing or fails, or the GPU is old."""
     library = _load(compile_for_gpu(architecture(capability)), ctypes.CDLL)
     library.moe_error.restype = ctypes.c_char_p
     return library
@@ -76,7 +76,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def nvcc() -> str:
-    """NVIDIA's compiler; RunError where it is missing."""
+    """Find NVIDIA's compiler. Raises RunError if it is missing."""
     found = find_nvcc()
     if found is None:
         raise RunError(f"nvcc not found: {paths.install_command('nvcc')}, or install NVIDIA's CUDA toolkit")

@@ -2,7 +2,7 @@
 
 Rows stand in expert order, and `ends` (E,) int32 holds the cumulative counts: expert e owns rows ends[e-1] .. ends[e],
 and ends[E-1] = N; it stays on the device. Products are added up in float32, sizes need not tile, an expert may have no
-rows. Importing raises RunError where Triton is missing, InputError where TRITON_INTERPRET came too late.
+rows. Importing raises RunError if Triton is missing, InputError if TRITON_INTERPRET was set too late.
 """
 
 import os
@@ -377,7 +377,7 @@ def _launch(kernel: Any, *args: Any, **constants: Any) -> None:
 
 
 def _sizes(**named: tuple[Tensor, str]) -> dict[str, int]:
-    """Return the size behind each letter of the shapes given by name. InputError where a tensor does not fit."""
+    """Return the size behind each letter of the shapes given by name. Raises InputError if a tensor does not fit."""
     first_name, (first, _) = next(iter(named.items()))
     require(first.dtype in DTYPES, f"{first_name}.dtype", first.dtype, "must be float32, float16 or bfloat16")
     if INTERPRETED and first.dtype == torch.bfloat16:

@@ -20,7 +20,7 @@ def header_cell(constraints: Path = REPOSITORY / "constraints.txt") -> str:
     """
     pins = dict(line.split("==") for line in constraints.read_text(encoding="utf-8").splitlines() if "==" in line)
     names = [
-        re.match(r"[\w.-]+", line)[0]  # type: ignore[index]
+        re.split(r"[^\w.-]", line, maxsplit=1)[0]
         for line in requires("dsmoe-lite") or []
         if re.search(r"""extra == ["']course["']""", line)
     ]

@@ -164,7 +164,7 @@ class _Form:
     """Buttons, or a field for a number; what the rest of the cell displays is hidden until `close`."""
 
     def __init__(self, question: Question, take: Callable[[Guess | None], None]) -> None:
-        import ipywidgets  # type: ignore[import-untyped]
+        import ipywidgets
         from IPython.core.getipython import get_ipython
         from IPython.display import display
 

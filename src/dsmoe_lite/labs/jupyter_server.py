@@ -41,7 +41,7 @@ def serve(root: Path, opened: Path, *, ip: str, port: int | None, browser: bool)
     write_settings(_config() / "labconfig" / "default_setting_overrides.json")
     token = secrets.token_hex(24)
     os.environ.update(_environment(token))
-    from jupyterlab.labapp import LabApp  # type: ignore[import-untyped]
+    from jupyterlab.labapp import LabApp
 
     server = LabApp.initialize_server(arguments)
     server.web_app.settings["static_custom_path"].insert(0, str(STYLES))  # no option of the server sets this

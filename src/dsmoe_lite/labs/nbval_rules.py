@@ -23,7 +23,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """With --nbval: use this interpreter as the kernel, hide progress bars and record the history of inputs."""
     if not config.getoption("nbval", default=False):
         return
-    from nbval.kernel import RunningKernel  # type: ignore[import-untyped]
+    from nbval.kernel import RunningKernel
 
     os.environ["TQDM_DISABLE"] = "1"
     os.environ.pop(READER, None)  # nobody is there to guess, even in a terminal of JupyterLab

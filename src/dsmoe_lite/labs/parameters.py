@@ -124,8 +124,9 @@ def _parse(statement: ast.stmt, comment: str) -> Parameter:
         return Parameter(name, kind, default, help_text, choices=choices)
     bounds = RANGE.fullmatch(spec)
     require(bounds is not None, name, spec, SYNTAX)
+    assert bounds is not None
     number = "int" if kind == "str" else kind
-    low, high = (_convert(number, bounds[end], spec, name) for end in ("low", "high"))  # type: ignore[index]
+    low, high = (_convert(number, bounds[end], spec, name) for end in ("low", "high"))
     require(low <= high, name, spec, "the range is empty")
     return Parameter(name, kind, default, help_text, low=low, high=high)
 

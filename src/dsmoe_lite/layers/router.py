@@ -112,7 +112,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None = None) -> Routing:
         """x (T, D), token_ids (T,) for hash routing -> Routing.
 
-        RunError where a logit is NaN or infinite; InputError when hash routing lacks the token ids.
+        RunError if a logit is NaN or infinite; InputError when hash routing lacks the token ids.
         """
         if self.groups == 1:
             return self._route(x, batch_shape, token_ids)

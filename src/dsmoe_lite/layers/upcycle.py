@@ -11,7 +11,7 @@ def split_expert(ffn: SwiGLU, m: int) -> list[SwiGLU]:
     """Return m experts of 1/m of the width whose outputs sum to `ffn`'s (DeepSeekMoE, arXiv:2401.06066, Section 3.1).
 
     SwiGLU works on each hidden channel by itself and adds the channels up, so they may be shared out in any way; here
-    neighbours stay together. Weights are copied. InputError where m does not divide the width.
+    neighbours stay together. Weights are copied. Raises InputError if m does not divide the width.
     """
     width, d_model = ffn.gate.weight.shape
     require_int("m", m, 1, width)

@@ -5,7 +5,6 @@
 """
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -160,8 +159,9 @@ def _flops(value: float) -> str:
 
 def _unit(value: float, unit: str) -> str:
     """Write a value with an SI prefix before its unit: 989 TFLOP/s."""
-    number, prefix = re.fullmatch(r"([\d.e+-]+)([PTGMk]?)", short_number(value)).groups()  # type: ignore[union-attr]
-    return f"{number} {prefix}{unit}"
+    number = short_number(value)
+    prefix = number[-1] if number[-1].isalpha() else ""
+    return f"{number.removesuffix(prefix)} {prefix}{unit}"
 
 
 def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float) -> Any:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from dsmoe_lite.viz import theme
 
-MODELS = {  # pattern of a name: role of the colour. The first pattern that matches counts.
+MODELS = {  # pattern of a name: role of the colour; the first pattern that matches counts
     r"\bhash\b": "hash",
     r"\bswitch\b(?! \d)": "switch",  # "Switch 0.01" is a loss
     r"gshard|\btop-2\b|^x1\.5\b|\b0\+2-of-16\b": "gshard",
-    r"deepseekmoe\b(?!-)|\bhalf active\b|\b1\+7-of-63\b": "deepseekmoe",
+    r"\bhalf active\b": "deepseekmoe_tint",
+    r"deepseekmoe\b(?!-)|\b1\+7-of-63\b": "deepseekmoe",
     r"\bdense\b": "dense",
     r"\bMHA\b": "mha",
     r"\bGQA\b": "gqa",
@@ -33,7 +34,12 @@ COMPONENTS = {
 
 
 def model(name: str) -> str | None:
-    """Return the role of the model that a name means, or None."""
+    """Return the role of the model that a name means, without its tint, or None."""
+    role = _role(name)
+    return role and role.removesuffix("_tint")
+
+
+def _role(name: str) -> str | None:
     return next((role for pattern, role in MODELS.items() if re.search(pattern, name, re.IGNORECASE)), None)
 
 
@@ -42,12 +48,12 @@ def roles(names: Sequence[str], *, alike: bool = False) -> list[str]:
     found: list[str] = []
     neutral = 0
     for name in names:
-        role = model(name)
+        role = _role(name)
         if role is None:
             found.append(f"line{1 if alike else 1 + neutral % theme.N_LINES}")
             neutral += 1
         else:
-            found.append(f"{role}_tint" if role in found else role)
+            found.append(f"{role}_tint" if role in found and not role.endswith("_tint") else role)
     return found
 
 

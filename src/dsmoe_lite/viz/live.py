@@ -7,7 +7,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-import ipywidgets  # type: ignore[import-untyped]
+import ipywidgets
 from IPython.display import display
 
 from dsmoe_lite.common.errors import InputError, RunError

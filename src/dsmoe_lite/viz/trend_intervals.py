@@ -67,8 +67,8 @@ def trend_intervals(
 
 def _rows(marks: list[dict[str, Any]], margins: list[dict[str, Any]], domain: tuple[float, float], x_title: str) -> Any:
     names_width = max(len(mark["label"]) for mark in marks) * NAME_SIZE * CHARACTER_WIDTH + 14
-    texts_width = max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH
-    width = int(max(theme.MAX_WIDTH - 44 - PLACE_WIDTH - names_width - texts_width, 170))
+    texts_width = max(len(mark["shown"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH
+    width = int(max(theme.MAX_WIDTH - 44 - PLACE_WIDTH - names_width - texts_width, 140))
     scale = alt.Scale(domain=list(domain), nice=False, zero=False)
     x = alt.X("mean:Q", title=x_title, scale=scale, axis=alt.Axis(tickCount=5, grid=False))
     y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None, axis=None)
@@ -99,7 +99,7 @@ def _rows(marks: list[dict[str, Any]], margins: list[dict[str, Any]], domain: tu
             x=alt.value(-int(names_width)), text="label:N"
         ),
         base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE, color=ink).encode(
-            x=alt.value(width), text="text:N"
+            x=alt.value(width), text="shown:N"
         ),
     ]  # fmt: skip
     if margins:
@@ -115,10 +115,18 @@ def _mark(row: dict[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"rows: {row['label']}: low = {low:g}, mean = {mean:g}, high = {high:g} must be in rising order"
         )
-    text = f"{row['verdict']}, {mean:+.3f} ± {(high - low) / 2:.3f}"
-    return {"name": f"{row['label']}|{row['place']}", "label": row["label"], "place": row["place"], "mean": mean,
-            "low": low, "high": high, "text": text, "verdict": row["verdict"],
-            "filled": row["verdict"] in ("holds", "reversed")}  # fmt: skip
+    shown = f"{row['verdict']}, {mean:+.3f}"
+    text = f"{shown} ± {(high - low) / 2:.3f}"
+    return {
+        **{field: row[field] for field in ("label", "place", "verdict")},
+        "name": f"{row['label']}|{row['place']}",
+        "shown": shown,
+        "text": text,
+        "mean": mean,
+        "low": low,
+        "high": high,
+        "filled": row["verdict"] in ("holds", "reversed"),
+    }
 
 
 def _edge(marks: list[dict[str, Any]]) -> float:

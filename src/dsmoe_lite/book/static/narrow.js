@@ -71,26 +71,29 @@
     } else panel.layer.splice(panel.layer.indexOf(names), 1);
   }
 
-  // Names left of the rows and numbers right of them move above each row.
-  function moveRows(panel) {
+  // Names left of the rows and numbers right of them move above each row, with a halo against lines behind them.
+  function moveRows(panel, card) {
     const named = panel.layer.some((layer) => styledAs("row_name", layer));
     if (named) panel.height *= 1.9;
     panel.layer = panel.layer.filter((layer) => !styledAs("row_place", layer));
+    const halo = { stroke: card, strokeWidth: 4, strokeJoin: "round" };
     for (const { mark, encoding } of panel.layer) {
       if (mark && mark.style === "row_name") {
-        mark.dy = -24;
+        Object.assign(mark, { dy: -24, ...halo });
         encoding.x = { value: 0 };
-      } else if (mark && mark.style === "row_text") Object.assign(mark, { align: "right", dx: 0, dy: named ? -9 : -12 });
+      } else if (mark && mark.style === "row_text") {
+        Object.assign(mark, { align: "right", dx: 0, dy: named ? -9 : -12, ...halo });
+      }
     }
   }
 
-  function rearrange(node, room) {
+  function rearrange(node, room, card) {
     if (node.title) node.title = wrappedTitle(node.title, room);
     for (const { color } of encodingsOf(node)) {
       if (color && color.legend && color.legend.orient === "bottom") color.legend.columns = 2;
     }
     if (node.layer) {
-      moveRows(node);
+      moveRows(node, card);
       node.layer = node.layer.filter((layer) => !styledAs("in_segment", layer)); // a segment has no room for words
       moveNames(node);
     }
@@ -99,7 +102,7 @@
     nameRows(panels);
     for (const arrangement of ["hconcat", "concat", "columns"]) delete node[arrangement];
     node.vconcat = panels;
-    panels.forEach((panel) => rearrange(panel, room));
+    panels.forEach((panel) => rearrange(panel, room, card));
   }
 
   // The rows that a view or its layers hold themselves.
@@ -157,7 +160,7 @@
 
   // Draw `spec` by `embed(spec)` in at most `room` px. What axes and names take beside the panels is known once it is drawn.
   window.dsmoeNarrow = async function (spec, room, embed) {
-    rearrange(spec, room - PADDING);
+    rearrange(spec, room - PADDING, spec.config.background);
     spec.config = { ...spec.config, axisX: { labelOverlap: true, labelSeparation: 6, labelFlush: true } };
     const views = sized(spec);
     const widest = Math.max(...views.map(({ width }) => width).filter(Number.isFinite));
