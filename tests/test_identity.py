@@ -48,8 +48,8 @@ def test_a_colour_names_one_model_in_every_chart(notebook: Path) -> None:
                     assert PART_OF[colour] == name
             drawn = {key: value for key, value in spec.items() if key not in ("config", "datasets")}
             literal = [colour for colour in re.findall("#[0-9A-F]{6}", json.dumps(drawn)) if colour in OWNER]
-            titles = json.dumps([panel.get("title") for panel in spec.get("hconcat", [])])
-            if not all(identity.model(title) for title in re.findall(r'"text": "(.*?)"', titles)) or not titles:
+            panels = [str((panel.get("title") or {}).get("text")) for panel in spec.get("hconcat", [])]
+            if not any(map(identity.model, panels)):  # a panel of one model may be drawn in its colour
                 assert len(literal) == sum(colour in OWNER for _, colour in pairs), spec.get("title")
 
 
