@@ -89,8 +89,8 @@
 
   function rearrange(node, room, card) {
     if (node.title) node.title = wrappedTitle(node.title, room);
-    for (const { color } of encodingsOf(node)) {
-      if (color && color.legend && color.legend.orient === "bottom") color.legend.columns = 2;
+    for (const { legend } of encodingsOf(node).flatMap(({ color, shape }) => [color || {}, shape || {}])) {
+      if (legend && (legend.orient === "bottom" || legend.orient === "top")) legend.columns = 2;
     }
     if (node.layer) {
       moveRows(node, card);
@@ -174,9 +174,9 @@
       });
       const drawn = await embed(trial);
       const excess = drawn.view.container().querySelector("svg").getAttribute("width") - room;
-      if (excess <= 0 || attempt === 3) return drawn;
+      if (excess <= 0 || attempt === 6) return drawn;
       drawn.finalize();
-      width = Math.max(120, width - excess);
+      width = Math.max(80, width - excess);
     }
   };
 })();
