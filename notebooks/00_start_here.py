@@ -11,11 +11,11 @@
 #
 # ![From a dense FFN, to GShard's top-2 experts, to DeepSeekMoE's many narrow experts with one shared expert.](images/overview.svg)
 #
-# **Which part of a language model works on which word?** In most models the answer is dull: all of it, on every word.
-# A *mixture of experts* (MoE) is different. It holds many small networks, its **experts**, and for every token a
+# **Which part of a language model works on which word?** In most models the answer is dull: all of it, on every word. A
+# *mixture of experts* (MoE) is different. It holds many small networks, its **experts**, and for every token a
 # **router** picks a few of them. Below you will see a trained model with sixteen experts per layer route your own
-# sentence. The same word often goes to the same expert, far more often than chance, but not always: context decides
-# too.
+# sentence. The same word goes to the same expert in 63% of all cases, three times as often as by chance, but not
+# always: context decides too.
 #
 # Many of today's large open models are built this way. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2
 # {cite:p}`DeepSeekV2` and DeepSeek-V3 {cite:p}`DeepSeekV3`, and this course builds it step by step, on your machine, in code
@@ -65,8 +65,8 @@ explore({"GShard": model}, tokenizer, sentence, window=LENGTH, expert=6)
 # and their colour shows how much it contributes. Click another expert, or use the arrow keys; click a token to see its two
 # experts in both layers. (Layers and experts count from 0. A × means that the expert had no room left; chapter 02 explains.)
 #
-# In JupyterLab you can do more: type a sentence and press *Route this text*, or switch the expert in focus off and see
-# which tokens the model then predicts worse.
+# Type a sentence of its world and press *Route this text*, or switch the expert in focus off and see which tokens the
+# model then predicts worse. (In the book this page runs the model itself; it needs no Python.)
 #
 # **Ask.** A question comes twice, about a tool and about a pet. Five tokens occur in both: *does*, *Ridi*, *Lava*,
 # *have* and the question mark. In layer 0, do they go to the same two experts both times?
@@ -96,19 +96,21 @@ moved = [
 lab.answer("00-same-word", "some of them" if moved else "all of them")
 
 # %% [markdown]
-# Some of them. The name *Ridi Lava* keeps its experts. The question mark does not: e0 and e6 where a tool must follow, e1
-# and e2 where a pet must. At the question mark the model has to produce the answer, and **one and the same token gets other
-# experts where other knowledge is needed**. Nobody programmed that. It came from training.
+# Some of them: four of the five. Only the question mark changes, from e0 and e6 where a tool must follow to e1 and e2
+# where a pet must. At the question mark the model has to produce the answer, and **the same token gets different
+# experts when different knowledge is needed**. Nobody programmed that. It came from training.
 #
 # ## Is that more than chance?
 #
 # One sentence proves nothing. Take 4,096 tokens of text that the model never saw in training. For every word, look up
-# the expert that it gets most often as its first choice. How often does a token get the favourite expert of its word?
+# the expert that it gets most often as its first choice. What share of all tokens gets the favourite expert of their
+# word?
 #
 # Here chance needs care. A word that occurs once always gets its favourite expert, whatever the router does. So shuffle
 # the experts over the tokens and count again: that is what chance would give.
 #
-# **Ask.** The shuffled count is 0.2. And the trained router?
+# **Ask.** With shuffled experts, 0.2 of the tokens get the favourite expert of their word. What share do with the
+# trained router? (A number from 0 to 1.)
 
 # %% tags=["hide-input"]
 import torch
@@ -169,8 +171,8 @@ claim("layer 1, the word decides", observed[1], (0.5, 0.75))
 claim("by chance, the larger of the two", max(s[-1] for s in shuffled), (0.1, 0.3))
 
 # %% [markdown]
-# In about six of ten cases, three times as often as chance. So the word decides most choices, and the rest is context, as at the
-# question mark. Keep the habit: in this course **no number stands without what chance would give**.
+# 0.63, three times as often as by chance. So the word decides much, and context decides the rest, as at the question
+# mark. Keep the habit: in this course **every such number is shown beside what chance would give**.
 #
 # ## What the model has read
 #
@@ -193,14 +195,15 @@ for domain, words_shown in SHOWN.items():
     print(f"{words_shown}:\n    {samples[domain][:76]} ...")
 
 # %% [markdown]
-# ## What does an expert store?
+# ## Do experts remember more?
 #
-# Some facts are stated in the training text but never asked there. Asking them afterwards, in the form in which other
-# facts were asked, tests memory. **Recall** is the share of right answers. The hardest test is about people who are
-# rarely mentioned.
+# Some facts are stated in the training text but never asked about there. After training we ask about them, in the form
+# of the questions that the model has read: that tests memory. **Recall** is the share of right answers. The hardest
+# test is about people who are rarely mentioned.
 #
 # **Ask.** A *dense* model, in which every token uses all weights, recalls 0.30 of these facts. The model with experts
-# does the work of a dense one twice as wide and stores eight times as much. What does it recall?
+# does the work of a dense model whose FFN, its memory, is twice as wide, and stores eight times as much of it. What
+# does it recall? (A number from 0 to 1.)
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
@@ -237,30 +240,33 @@ charts.model_comparison(
 # | chapter | its question | minutes |
 # |---|---|---:|
 # | 00 Start here | which part of a model works on which word? | 7 |
-# | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 15 |
-# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 16 |
+# | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 16 |
+# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 17 |
 # | 03 Who goes where? | what do experts divide among themselves? | 10 |
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
 # | 05 Shared experts | what should every token get? | 15 |
-# | 06 Balance | what keeps all experts at work? | 16 |
-# | 07 The paper's experiments | which of the paper's findings hold at our size? | 28 |
+# | 06 Balance | what keeps all experts at work? | 17 |
+# | 07 The paper's experiments | which of the paper's findings hold at our size? | 24 |
 # | 08 What experts learn | what is lost with each of them? | 45 |
 # | 09 Latent attention | what has attention to remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
-# | 11 Devices | how far must a token travel? | 11 |
-# | 12 Many devices | how do many devices share one layer? | 46 |
+# | 11 Devices | how far must a token travel? | 12 |
+# | 12 Many devices | how do many devices share one layer? | 40 |
 #
 # Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02 to 05 and 07 make a course
 # of their own.
 #
 # ## How a chapter works
 #
-# - **Words and letters** of the course are listed in `ARCHITECTURE.md`, and in the book on the page *A map of the code*.
-# - **Ask**: make a guess before the answer is shown. In JupyterLab, buttons take it, and the end of the chapter scores it.
-# - **Build**: each idea is built in a few lines, then proved equal to the package `dsmoe_lite`, which is used from then on.
+# - **Words and letters** are explained on the page *Words and letters* of the book (`pages/glossary.md`); there, each
+#   word links to it at its first use.
+# - **Ask**: make a guess before the answer is shown. In JupyterLab, buttons take it, and the end of the chapter scores
+#   it.
+# - **Build**: each idea is built in a few lines, then proved equal to the package `dsmoe_lite`, which is used from then
+#   on.
 # - **Fold**: set-up, plotting and checks are folded away. Open a folded cell at its left edge.
-# - **Change**: the first code cell holds the chapter's parameters and their ranges. Change one and run the chapter again.
-#   Or run it in a cell of its own: `!dsmoe run 01 -p ffn_width=32`.
+# - **Change**: the first code cell holds the chapter's parameters and their ranges. Change one and run the chapter
+#   again. Or run it in a cell of its own: `!dsmoe run 01 -p ffn_width=32`.
 #
 # Your machine has what the course needs if torch is listed here; the rest serves single chapters:
 

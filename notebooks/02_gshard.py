@@ -17,7 +17,7 @@
 # facts instead of 30%. This is GShard's top-2 routing {cite:p}`GShard2020`, the baseline of the DeepSeekMoE paper.
 #
 # **Afterwards you can** build a router and a layer of experts, say why tokens are dropped and which ones, and write the loss
-# that keeps experts busy. **You need** chapter 01. **Reading time** 16 minutes. **Hardware** any laptop CPU.
+# that keeps experts busy. **You need** chapter 01. **Reading time** 17 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -43,9 +43,9 @@ steps = lab.choose(smoke=30, cpu=300, gpu=3000)
 # %% [markdown]
 # ## Store many, use two
 #
-# The FFN of a block becomes $E$ FFNs, the **experts**. A **router** gives every token $t$ an affinity $s_{i,t}$ to every
-# expert $i$, and only the $K$ experts with the largest affinity work on the token (DeepSeekMoE {cite:p}`DeepSeekMoE2024`,
-# Equations 3 to 5; the division by the sum is GShard's):
+# The FFN of a block becomes $E$ FFNs, the **experts**. A **router** gives every token $t$ an affinity $s_{i,t}$ to
+# every expert $i$, and only the $K$ experts with the largest affinity work on the token (DeepSeekMoE
+# {cite:p}`DeepSeekMoE2024`, Equations 3 to 5; the division by the sum is GShard's):
 #
 # $$
 # s_{i,t} = \operatorname{Softmax}_i\bigl(\mathbf{u}_t^\top \mathbf{e}_i\bigr), \qquad
@@ -93,15 +93,15 @@ lab.answer(
 )
 models = {
     "dense": dense,
-    "dense, 2 widths": replace(dense, ffn_width=2 * F_width),
+    "twice as wide": replace(dense, ffn_width=2 * F_width),
     f"top-{K} of {E}": gshard,
 }
 rows = accounting.split_rows({name: (config, 64) for name, config in models.items()})
 charts.parameter_split(rows, title="What is stored, what is used?")
 
 # %% [markdown]
-# Twice. Storage grows with $E$, work only with $K$. An honest comparison therefore has two dense baselines: the FFN of one
-# width, which is the paper's, and the FFN of $K$ widths, which does the same work.
+# Twice. Storage grows with $E$, work only with $K$. An honest comparison therefore has two dense baselines: the FFN of
+# the same width, which is the paper's, and the FFN of $K$ times the width, which does the same work.
 #
 # ## The router
 #
@@ -115,27 +115,22 @@ from torch.testing import assert_close
 from dsmoe_lite import Router
 
 
-def route(u, e, k):  # u (T, D), e (E, D)
+def route(u, e, k, divide):  # u (T, D), e (E, D)
     s = (u @ e.T).softmax(dim=-1)  # (T, E)
     s_chosen, chosen = s.topk(k)  # (T, K)
-    gates = s_chosen / s_chosen.sum(dim=1, keepdim=True) if k > 1 else s_chosen
+    gates = s_chosen / s_chosen.sum(dim=1, keepdim=True) if divide else s_chosen
     return chosen, gates
 
 
 router = Router(D, replace(moe_config, capacity_factor=None), vocab_size=1024).eval()
 u = torch.randn(40, D)
 theirs = router(u, (1, 40))
-chosen, gates = route(u, router.weight, K)
+chosen, gates = route(u, router.weight, K, divide=K > 1)
 assert torch.equal(chosen, theirs.topk_ids)
 assert_close(gates, theirs.gates)
 print("router: equal")
 
 # %% [markdown]
-# The choice itself has no gradient: a token goes to an expert or it does not. The gates have one. If an expert's output
-# helps, the loss asks for more of it, its gate grows, and with the gate the affinity. With $K = 1$ the division would make
-# every gate the constant 1, and the router would learn nothing from the text. That is why one-expert routers keep the bare
-# affinity.
-#
 # ## The experts
 #
 # **Build** the sum of {eq}`eq:moe` as it reads: for each expert, take its tokens, run its FFN, and add the result back,
@@ -148,8 +143,9 @@ import torch.nn.functional as F
 from dsmoe_lite import MoELayer
 
 
-def moe(u, e, W_gate, W_up, W_down, k):  # weights (E, F, D), (E, F, D), (E, D, F)
-    chosen, gates = route(u, e, k)
+def moe(u, e, experts, k, divide):
+    W_gate, W_up, W_down = experts  # (E, F, D), (E, F, D), (E, D, F)
+    chosen, gates = route(u, e, k, divide)
     y = torch.zeros_like(u)
     for i in range(len(e)):
         token, rank = torch.where(chosen == i)  # the tokens that chose expert i
@@ -160,22 +156,45 @@ def moe(u, e, W_gate, W_up, W_down, k):  # weights (E, F, D), (E, F, D), (E, D, 
 
 dropless = replace(moe_config, capacity_factor=None, eval_capacity_factor=None)
 layer = MoELayer(D, dropless, vocab_size=1024).eval()
-w = layer.experts
-mine = moe(u, layer.router.weight, w.gate, w.up, w.down, K)
+experts = layer.experts.gate, layer.experts.up, layer.experts.down
+mine = moe(u, layer.router.weight, experts, K, divide=K > 1)
 theirs, routing = layer(u[None])
 assert_close(mine, theirs[0], atol=1e-6, rtol=1e-4)
 print("layer of experts: equal")
 
 # %% [markdown]
-# The package gets there differently: it sorts the tokens by expert once, so that each expert finds its tokens side by
-# side and all experts can be computed together. Chapter 10 is about that.
+# (The package gets there differently: it sorts the tokens by expert once, so that all experts can be computed together.
+# Chapter 10 is about that.)
+#
+# ## How does the router learn?
+#
+# The choice itself has no gradient: a token goes to an expert or it does not. The gates have one: if an expert's output
+# helps, the loss asks for more of it, so its gate grows, and with the gate the affinity. Does that reach the router?
+# Differentiate the output of the layer, with two experts for each token and with one:
+
+
+# %%
+def router_learns(k, divide):
+    e = layer.router.weight.detach().clone().requires_grad_()
+    moe(u, e, experts, k, divide).square().mean().backward()
+    return e.grad.abs().max() > 1e-9
+
+
+for k, divide in ((2, True), (1, False), (1, True)):
+    gates = "divided by their sum" if divide else "the bare affinities"
+    found = "a gradient" if router_learns(k, divide) else "none"
+    print(f"K = {k}, gates {gates}:  the router gets {found}")
+
+# %% [markdown]
+# With $K = 1$ the division makes every gate the constant 1, and the router gets no gradient from the language model. That
+# is why routers that pick one expert keep the bare affinity.
 #
 # ## Capacity: what if an expert is full?
 #
-# **Slots.** Experts sit on different devices, and a device wants to know in advance how many tokens will come. So every
-# expert gets a fixed number of slots. Call one pair of a token and an expert that it chose a **choice**: $T$ tokens make $TK$
-# choices, and the fair share of an expert is $TK/E$. A **capacity factor** $c$ leaves some room
-# {cite:p}`Switch2021,STMoE2022`; GShard has $c = 1$:
+# **Slots.** In large models the experts are on different devices, and each device reserves memory before the tokens
+# arrive. So every expert gets a fixed number of slots. Call one pair of a token and an expert that it chose a
+# **choice**: $T$ tokens make $TK$ choices, and the fair share of an expert is $TK/E$. A **capacity factor** $c$ leaves
+# some room {cite:p}`Switch2021,STMoE2022`; GShard has $c = 1$; our runs train with 1.25 and are evaluated with 2:
 #
 # $$
 # C = \left\lceil c\,\frac{T K}{E} \right\rceil
@@ -214,8 +233,8 @@ print(f"queue: the same {int((~mine).sum())} of {mine.numel()} choices are dropp
 # (In training GShard also skips some second choices by chance: one with gate $g_2$ is kept with probability $2 g_2$. A second
 # expert that hardly counts is not worth a slot.)
 #
-# **Ask.** A fresh router knows nothing of balance, and sends equal words to equal experts. If $c = 1$, which part of the
-# choices is dropped?
+# **Ask.** A fresh router knows nothing of balance, and sends the same word to the same experts. If $c = 1$, what share
+# of the choices is dropped?
 
 # %% tags=["hide-input"]
 from statistics import mean
@@ -276,9 +295,9 @@ charts.capacity_curve(
 )
 
 # %% [markdown]
-# About a quarter. Training with the balance loss of the next section lowers the curve, but not to zero, because loads stay uneven.
-# Capacity has a price either way: dropped choices if $c$ is small, empty slots if it is large. DeepSeekMoE's validation runs
-# drop nothing.
+# About a quarter. Training with the balance loss of the next section lowers the curve, but not to zero, because loads
+# stay uneven. Capacity has a price either way: dropped choices if $c$ is small, empty slots if it is large. The small
+# models of the DeepSeekMoE paper drop nothing.
 #
 # **Move** the slider: the load of each expert of the trained model's first layer, and where the slots end.
 
@@ -306,7 +325,8 @@ live(
 )
 
 # %% [markdown]
-# **Ask.** The queue runs over the whole batch, here 64 texts. In which part of the batch are choices dropped?
+# **Ask.** The queue runs over the whole batch, here 64 texts. Where in the batch are most choices dropped: at its
+# start, at its end, or everywhere alike?
 
 # %% tags=["hide-input"]
 from dsmoe_lite.routing.positions import drop_rate_by_position
@@ -338,21 +358,23 @@ inside = in_text[-1] - in_text[0]
 claim("choices dropped, last eighth of each text minus first", inside, (-0.06, 0.1))
 
 # %% [markdown]
-# At the end: texts that come late in the batch lose second choices. It is an accident of the queue, not of what the tokens are.
-# OpenMoE {cite:p}`OpenMoE2024` found a *drop towards the end* within its sequences; the cause is the same queue.
+# At the end: the last eighth loses 27% of its choices, the first nothing. That is an accident of the queue and has
+# nothing to do with what the tokens are. OpenMoE {cite:p}`OpenMoE2024` found a *drop towards the end* within its
+# sequences; the cause is the same queue.
 #
 # ## Balance: who keeps the experts busy?
 #
-# If a router finds one expert useful, it sends it more tokens; they train it, and it becomes more useful still. Nothing
-# stops this. GShard adds a loss that is large if the experts that get many first choices, $n_i$, also have a high mean
-# affinity $\bar{s}_i$:
+# If the router finds one expert useful, it sends that expert more tokens. The tokens train the expert, and the expert
+# becomes more useful still. Nothing in the loss of the language model stops this. So GShard adds another loss. Let
+# $n_i$ be the number of tokens whose first choice is expert $i$, and $\bar{s}_i$ the mean affinity of all tokens to it:
 #
 # $$
 # \ell_{aux} = \frac{1}{E} \sum_{i=1}^{E} \frac{n_i}{T}\, \bar{s}_i, \qquad \bar{s}_i = \frac{1}{T} \sum_{t=1}^{T} s_{i,t}
 # $$ (eq:gshard-loss)
 #
 # Switch {cite:p}`Switch2021` writes $E \sum_i f_i P_i$ with $f_i = n_i / T$ and $P_i = \bar{s}_i$: the same loss, times
-# $E^2$. Counting has no gradient, so the router learns from $\bar{s}_i$ alone: the affinity to popular experts is pushed down.
+# $E^2$. Both are large if the same experts have many tokens and high affinities. Counting has no gradient, so the
+# router learns from $\bar{s}_i$ alone: the affinity to popular experts is pushed down.
 #
 # **Ask.** At perfect balance Switch's form is 1. What is it if all tokens go to one of 16 experts with affinity 1? (A number.)
 
@@ -361,42 +383,27 @@ from dsmoe_lite import Routing
 from dsmoe_lite.layers.balance import gshard_loss, switch_loss
 
 lab.ask("02-collapse", low=0, high=300)
-
-
-def made_up(scores):  # a Routing with these affinities
-    ids = scores.topk(2).indices
-    everything = torch.ones_like(ids, dtype=torch.bool)
-    return Routing(
-        logits=scores.log(),
-        scores=scores,
-        topk_ids=ids,
-        gates=scores.gather(1, ids),
-        kept=everything,
-        batch_shape=(1, len(scores)),
-    )
-
-
 tokens = torch.arange(8 * 16)
 first = F.one_hot(tokens % 16, 16)  # each expert first for 8 tokens
 even = torch.full((len(tokens), 16), 1 / 16) + 1e-6 * first
 collapsed = F.one_hot(torch.zeros_like(tokens), 16).float()
-lab.answer("02-collapse", switch_loss(made_up(collapsed)).item())
+lab.answer("02-collapse", switch_loss(Routing.of_scores(collapsed, 2)).item())
 for name, scores in {"balanced": even, "collapsed": collapsed}.items():
-    made = made_up(scores)
+    made = Routing.of_scores(scores, 2)
     print(f"{name:10} Switch {switch_loss(made):6.3f}   GShard {gshard_loss(made):.5f}")
-random_scores = torch.randn(64, 16).softmax(dim=-1)
-assert_close(
-    16**2 * gshard_loss(made_up(random_scores)), switch_loss(made_up(random_scores))
-)
+any_routing = Routing.of_scores(torch.randn(64, 16).softmax(dim=-1), 2)
+assert_close(16**2 * gshard_loss(any_routing), switch_loss(any_routing))
 
 # %% [markdown]
-# $E$, so 16; in GShard's form $1/E^2$ becomes $1/E$. One weight therefore means different things in the two papers: $\alpha$
-# on Switch's form is $\alpha E^2$ on GShard's. This course trains with Switch's form. Chapter 06 is about what else was tried.
+# $E$, so 16; in GShard's form $1/E^2$ becomes $1/E$. One weight therefore means different things in the two papers: a
+# weight $\alpha$ on Switch's form equals $\alpha E^2$ on GShard's. This course trains with Switch's form. Chapter 06 is
+# about what else was tried.
 #
 # ## Train it
 #
-# Two simpler routers complete the comparison. **Switch** uses one expert, and its gate is the affinity itself. **Hash**
-# {cite:p}`HashLayer2021` learns no router: a fixed table sends each token *id* to one expert, with gate 1.
+# Is the second expert needed? Does a router have to learn? Two simpler routers answer. **Switch** uses one expert, and
+# its gate is the affinity itself. **Hash** {cite:p}`HashLayer2021` uses one expert and learns nothing: a fixed table
+# sends each token *id* to its expert, with gate 1.
 
 # %%
 from dsmoe_lite import TrainConfig, train
@@ -465,9 +472,9 @@ interval = {"smoke": (0.1, 0.45), "cpu": (0.12, 0.21), "gpu": (0.0, 1.0)}[profil
 claim(name, last["drop_rate"], interval, asserted=lab.own)
 
 # %% [markdown]
-# After 0.3 million tokens the experts are *behind*. Each of them sees only an eighth of the tokens, and the router is still making up
-# its mind, while the dense FFN learns from every token. Do experts ever pay? The comparison was also run eight times as long,
-# with five seeds and all baselines. All five models share one learning rate, chosen on pilot runs with another seed; none was
+# After 0.3 million tokens the experts are *behind*. One likely reason: each of them sees only an eighth of the tokens,
+# while the dense FFN learns from all. Do experts ever pay? The comparison was also run eight times as long, with five
+# seeds and all baselines. All five models share one learning rate, chosen on pilot runs with another seed; none was
 # tuned by itself.
 
 # %% tags=["hide-input"]
@@ -476,7 +483,7 @@ from dsmoe_lite.study.rows import curve_gaps, overtaken_at
 
 NAMES = {
     "course-dense": "dense",
-    "course-dense-x2": "dense, 2 widths",
+    "course-dense-x2": "dense, twice as wide",
     "course-gshard": "GShard top-2",
     "course-switch": "Switch top-1",
     "course-hash": "Hash top-1",
@@ -504,7 +511,7 @@ charts.training_curves(
 )
 
 # %% [markdown]
-# They do, after 0.8 million tokens. Now look at Hash: its loss ends as low as the dense model's.
+# They do, after 0.8 million tokens. Now look at Hash: its loss ends no higher than the dense model's.
 #
 # **Ask.** The dense model recalls 0.96 of the facts about people who are mentioned often. What does Hash recall? (A number from 0 to 1.)
 
@@ -551,12 +558,13 @@ for question in asked:
 print(
     f"{len(asked)} questions, at their last token {tokenizer.decode(asked[0][-1:])!r}"
 )
-print(f"experts that meet one: Hash {len(of_hash)}, GShard {len(of_router)}")
+print(f"experts that work on one of them: Hash {len(of_hash)}, GShard {len(of_router)}")
 
 # %% [markdown]
-# A third. Every question ends in the same token, so the table sends all 200 of them to one expert, but the facts were learnt at other
-# tokens, by experts that this one cannot reach. A learnt router reads the hidden state, which knows what was asked, and
-# spreads the questions over all 16 experts. **That is what the router is for.**
+# 0.36, about a third. Every question ends in the same token, so at the moment of the answer the table sends all 200
+# questions to one expert. The facts were stated at other tokens, where other experts worked. A learnt router reads the
+# hidden state, which knows what was asked, and spreads the questions over all 16 experts. **That is what the router is
+# for.**
 #
 # GShard beats both dense models and both other routers with every seed, in the loss and most of all in rare facts.
 #
@@ -577,15 +585,15 @@ for row in measured[1:]:
     )
 
 # %% [markdown]
-# GShard does the FFN work of the dense model of two widths and takes longer: a step also sorts tokens, copies them, and runs
-# many small products. Per second its lead is therefore smaller than per token; these runs do not show by how much. Chapter
-# 10 is about getting the time back.
+# GShard does the FFN work of the dense model that is twice as wide, and takes longer: a step also sorts tokens, copies
+# them, and runs many small products. Per second its lead is therefore smaller than per token; these runs do not show by
+# how much. Chapter 10 is about getting the time back.
 #
 # ## Exercises
 #
 # **1. A bug from the wild** (15 minutes). A widely used library computed the balance loss of a model by first joining
 # the tokens of all its layers, then counting. Here is that idea for Switch's loss. Two layers, each collapsed on a
-# different expert, look more balanced to it than they are. Mend it: `routings` is a list of Routing, one for each layer; return the mean
+# different expert, look more balanced to it than they are. Fix it: `routings` is a list of Routing, one for each layer; return the mean
 # over layers.
 
 
@@ -603,24 +611,19 @@ def mended_loss(routings):
     return None  # your loss
 
 
+# %% tags=["hide-input"]
 def layers_are_kept_apart(mended_loss):
     def collapse_on(expert):
         scores = torch.full((64, 4), 0.01)
         scores[:, expert] = 0.97
-        return made_up(scores)
+        return Routing.of_scores(scores, 2)
 
     two = mended_loss([collapse_on(0), collapse_on(1)])
     assert abs(float(two) - 4 * 0.97) < 1e-4, (
         f"two collapsed layers of 4 experts score 3.88 each, not {float(two):.2f}"
     )
-    mixed = mended_loss(
-        [
-            collapse_on(2),
-            made_up(
-                torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4)
-            ),
-        ]
-    )
+    even = torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4)
+    mixed = mended_loss([collapse_on(2), Routing.of_scores(even, 2)])
     three = mended_loss([collapse_on(0)] * 3)
     assert abs(float(three) - 4 * 0.97) < 1e-4, (
         f"three collapsed layers score 3.88 each, not {float(three):.2f}"
@@ -631,7 +634,7 @@ def layers_are_kept_apart(mended_loss):
 
 
 collapsed_apart = [
-    made_up(F.one_hot(torch.full((64,), i), 2).float()) for i in range(2)
+    Routing.of_scores(F.one_hot(torch.full((64,), i), 2).float(), 2) for i in range(2)
 ]
 print(
     f"two layers, each collapsed on its own expert of two: joined loss {joined_loss(collapsed_apart):.2f}, balance is 1.00"
@@ -650,8 +653,8 @@ verdict = check_exercise(mended_loss, layers_are_kept_apart)
 # `hf-aux-layer-concat` in `data/published.json`.
 # </details>
 #
-# **2. Count like Algorithm 1** (15 minutes). Given the experts chosen by each token, the second gates, and one random
-# draw a token, return which tokens' *second* choice is sent. First choices all count before any second; a second
+# **2. Count like GShard's Algorithm 1** (15 minutes). Given the experts chosen by each token, the second gates, and one
+# random draw per token, return which tokens' *second* choice is sent. First choices all count before any second; a second
 # choice is sent if $2 g_2 >$ draw and its expert has a slot; and it counts, as the algorithm prints it, even when it is
 # not sent.
 
@@ -661,6 +664,7 @@ def second_sent(chosen, second_gate, draw, slots):  # (T, 2), (T,), (T,), int
     return None  # a list of T booleans
 
 
+# %% tags=["hide-input"]
 def follows_algorithm_1(second_sent):
     chosen = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 1], [2, 1], [2, 0]])
     gate = torch.tensor([0.4, 0.1, 0.5, 0.3, 0.45, 0.25])
@@ -712,9 +716,10 @@ lab.score()
 # %% [markdown]
 # 1. A layer of experts stores $E$ FFNs and uses $K$: storage grows with $E$, work with $K$.
 # 2. The choice of experts has no gradient; the gates have one, and through them the router learns.
-# 3. Experts have slots. What finds none is dropped, and the queue decides who: late tokens' second choices.
+# 3. Experts have slots. A choice that finds none is dropped: mostly second choices of tokens late in the batch.
 # 4. A balance loss keeps experts busy; its scale differs between papers by $E^2$.
-# 5. Given enough tokens experts win, most of all on rare facts. A fixed table does not: a router has to see the context.
+# 5. Given enough tokens experts win, most of all on rare facts. A fixed table does not: a router has to see the
+#    context.
 #
 # The model now chooses by itself, and nobody told it what to choose by. **Chapter 03** looks at what it found, and at what is
 # wrong with sixteen experts.

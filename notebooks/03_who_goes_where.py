@@ -11,11 +11,12 @@
 #
 # ![Left: four experts, each of which works on several kinds of text. Right: what the two experts of a token write, as arrows. Where punctuation is due they point in similar directions; where a fact is due they are nearly perpendicular.](images/who_goes_where.svg)
 #
-# **What do sixteen experts divide among themselves?** Nobody told them. In a trained GShard model the *word* decides most: the
-# typical word sends 75% of its tokens to one first expert, where chance gives 49%. The subject decides less, so that one
-# expert works on several kinds of text. And where common knowledge is due, such as a full stop, the two experts of a token write much
-# the same thing. DeepSeekMoE {cite:p}`DeepSeekMoE2024` calls the two faults **hybridity** and **redundancy**, and was built
-# against them.
+# **What do sixteen experts divide among themselves?** Nobody told them. In a trained GShard model the *word* decides
+# much: a frequent word sends 60% of its tokens to one expert, where chance gives 18%. The subject decides little: an
+# expert works on 3.6 of our five kinds of text, where chance gives 4.9. And before a full stop, which every text needs,
+# the two experts of a token write similar vectors, with a cosine of 0.65; before a fact it is a fifth of that.
+# DeepSeekMoE {cite:p}`DeepSeekMoE2024` calls the two faults **hybridity** and **redundancy**, and was built against
+# them.
 #
 # **Afterwards you can** read a routing without fooling yourself, find out what an expert is worth, and say in one picture each
 # what hybridity and redundancy are. **You need** chapter 02. **Reading time** 10 minutes. **Hardware** any laptop CPU.
@@ -71,9 +72,9 @@ with torch.no_grad():
 print(len(routings), "layers, chosen experts", tuple(routings[0].topk_ids.shape))
 
 # %% [markdown]
-# For each word of the vocabulary take its favourite: the expert that is most often its first choice. Which share of the word's
-# tokens go there? The mean of this share over all words is the *vocabulary specialization* {cite:p}`OLMoE2024`. At 1 the word
-# alone decides.
+# For each word of the vocabulary take its favourite: the expert that is most often its first choice. What share of the
+# word's tokens go there? The mean of this share over all words is the *vocabulary specialization* {cite:p}`OLMoE2024`.
+# At 1 the word alone decides. (Chapter 00 counted each token once; here each word counts once.)
 #
 # A number needs its **null**: what would chance give? Shuffle the choices over the tokens, so that every expert stays as busy
 # as it is but words mean nothing, and measure again.
@@ -199,8 +200,8 @@ for at, (of_one, of_busiest, related) in EXPECTED.items():
     )
 
 # %% [markdown]
-# In neither. The busiest experts, at the right of each panel, can be switched off for almost nothing. Load says how much work an
-# expert does, not what it is good for.
+# No, in neither layer. The busiest experts, at the right of each panel, can be switched off at almost no cost. Load
+# says how much work an expert does, not what it is good for.
 #
 # What is the most important expert of layer 0, e4, good for? Look at the token after which the model misses it most, and do
 # the same for the next five:
@@ -229,12 +230,13 @@ claim(
 claim("share of <|end|> among all tokens", here.float().mean(), (0.01, 0.04))
 
 # %% [markdown]
-# Two thirds of e4's worth come right after `<|end|>`, where one document has ended and the next begins: 2% of the tokens. The
-# worth of e2 and e14 comes mostly after one relation each, *pet* and *song*, where a fact has to be recalled; that of e0 is
-# spread. An expert can earn its place on very few tokens, and no count of tokens shows it.
+# Two thirds of e4's worth come right after `<|end|>`, where one document has ended and the next begins: 2% of the
+# tokens. Half or more of the worth of e2 and of e14 comes after one relation each, *pet* and *song*, where a fact has
+# to be recalled; that of e0 is spread. An expert can earn its place on very few tokens, and no count of tokens shows
+# it.
 #
-# See it for yourself. In this text *pet* goes to e2. Switch e2 off: who takes its tokens? (The model knows only its small
-# world; for a text of your own use its people.)
+# See it for yourself. In this text *pet* goes to e2. Switch e2 off, and watch the loss after *pet*. (The model knows
+# only its small world; for a text of your own use its people.)
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.explorer import explore
@@ -298,10 +300,10 @@ claim(
 report(with_kinds_shuffled=kinds_of_an_expert(mixed))
 
 # %% [markdown]
-# 3.6, the mean of both layers. Experts lean towards kinds of text, e15 even towards language alone. But nearly all
-# serve several that have nothing in common. This is **hybridity**: with so few experts each has to hold many kinds of
-# knowledge at once, and most of the weights that work on a token are about something else. One remedy is to have more
-# and smaller experts; chapter 04 cuts them.
+# 3.6, the mean of both layers. Experts lean towards some kinds of text: e15 works on the two languages alone. But
+# nearly all serve several kinds that have nothing in common. This is **hybridity**: with so few experts, each has to
+# serve many kinds of text, so some of the weights that work on a token may be about something else. One remedy is to
+# have more and smaller experts; chapter 04 cuts them.
 #
 # (Sharing an expert is not yet a proof that the subjects disturb each other. Chapter 08 switches experts off and looks at who
 # suffers.)
@@ -347,8 +349,9 @@ print(
 )
 
 # %% [markdown]
-# Now sort all tokens by **what is due next**: within the sentences about people a function word, punctuation, a name, a relation
-# or a value, which is a fact about this person alone; elsewhere the kind of text.
+# Now group all tokens by **what comes next**. In sentences about people that is a function word, punctuation, a name, a
+# relation or a value; the value is the fact itself, true of this person alone. In all other texts, group by the kind of
+# text.
 #
 # **Ask.** Where do the two experts of a token agree most?
 
@@ -407,9 +410,10 @@ for effect, value in untrained.items():
     claim(f"untrained experts, {effect}", value, (-0.05, 0.05))
 
 # %% [markdown]
-# Before punctuation: the cosine is about 0.65. Where a value is due it is a fifth of that. The common knowledge is in both
-# experts; the particular fact is not. Experts that have not been trained have a cosine of 0, so training made them alike. This is
-# **redundancy**. The remedy is to give common knowledge an expert of its own, which every token visits: chapter 05.
+# Before punctuation: the cosine is about 0.65. Before a value it is a fifth of that. So both experts seem to hold the
+# common knowledge, and only one of them the fact. Experts that have not been trained have a cosine of 0, so training
+# made them alike. This is **redundancy**. The remedy is to give common knowledge an expert of its own, which every
+# token visits: chapter 05.
 #
 # Is this a property of one model? Chapter 07 trained five more GShard models, with other sizes, on a larger world of the
 # same grammar:
@@ -436,13 +440,13 @@ claim("overlap before punctuation minus before a value, least", min(gaps), (0.0,
 claim("overlap before punctuation minus before a value, mean", mean(gaps), (0.1, 0.3))
 
 # %% [markdown]
-# All five agree in direction; the difference is smaller than in our model.
+# All five agree in direction, but the difference is smaller than in our model.
 #
 # ## Exercises
 #
 # **1. A bug from the wild** (10 minutes). Short texts of a batch are filled up with a padding token. Several libraries counted
 # these tokens like any others when they measured the load of experts and their balance. All padding goes to the same experts,
-# and they look overloaded. Mend it: return each expert's share of the choices of real tokens.
+# and they look overloaded. Fix it: return each expert's share of the choices of real tokens.
 
 
 # %%
@@ -533,9 +537,12 @@ verdict = check_exercise(favourite_share, is_vocabulary_specialization)
 lab.score()
 
 # %% [markdown]
-# 1. What experts divide is mostly words. Compare such a number with what chance gives: 0.75 means something beside 0.49.
+# 1. Experts divide words more than chance would: a frequent word keeps 60% of its tokens at one expert, against 18%.
+#    Without its null such a number says nothing.
 # 2. A busy expert need not be an important one. Switch it off to find out; its worth may lie on 2% of the tokens.
-# 3. **Hybridity**: an expert serves 3.6 of the five kinds of text.
-# 4. **Redundancy**: where common knowledge is due, the two experts of a token write much the same.
+# 3. **Hybridity**: an expert serves 3.6 of five kinds of text; by chance it would be 4.9.
+# 4. **Redundancy**: before punctuation, the two experts of a token write similar vectors; before a fact they do not.
+#    (Weaker in five other models.)
 #
-# Both faults come from having few, large experts that share nothing. **Chapter 04** starts with the first: cut the experts finer.
+# DeepSeekMoE blames both faults on few, large experts that share nothing. **Chapter 04** starts with the first: cut the
+# experts finer.

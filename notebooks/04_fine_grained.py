@@ -11,10 +11,11 @@
 #
 # ![An expert of eight hidden channels is cut into four of two channels each, whose outputs sum to its own. Sixteen experts of which a token uses two become sixty-four of which it uses eight.](images/fine_grained.svg)
 #
-# **Are many small experts better than a few large ones?** DeepSeekMoE's first idea {cite:p}`DeepSeekMoE2024` is to cut every
-# expert into $m$ narrow ones and let a token use $m$ times as many. Weights and work stay the same; a token gets to
-# *combine*. Where combinations are needed this is decisive: in the toy below the error falls from 37% to 6%. In our small
-# language model it buys nothing that five seeds can resolve. Both results belong to the answer.
+# **Are many small experts better than a few large ones?** DeepSeekMoE's first idea {cite:p}`DeepSeekMoE2024` is to cut
+# every expert into $m$ narrow ones and let a token use $m$ times as many. Weights and work stay the same, but a token
+# can mix pieces of many experts. Where combinations are needed this is decisive: in the toy below the error falls from
+# 37% to 6%. In this chapter's language model five seeds cannot resolve a gain; chapter 07, with ten seeds, resolves a
+# small one. Both results belong to the answer.
 #
 # **Afterwards you can** cut a layer of experts without changing its output, say what grows and what does not, and recognise a
 # task that needs fine experts. **You need** chapter 02. **Reading time** 14 minutes. **Hardware** any laptop CPU.
@@ -174,16 +175,19 @@ report(
 )
 
 # %% [markdown]
-# About 6%. The reason is visible in the task: 64 patches need 64 different functions, and eight large experts can hold only
-# eight. Sixteen small experts can hold the sixteen skills, and a token *adds two of them up*. That is what cutting buys:
-# **not more capacity, but combinations.**
+# About 6%. The reason is visible in the task: 64 patches need 64 different functions, and eight large experts can hold
+# only eight. Sixteen smaller experts could hold one skill each, and a token would *add two of them up*. Trained, 2 of
+# 16 leave 17%; 4 of 32, which can give two experts to a skill, leave 6%. That is what cutting buys: **not more weights,
+# but combinations.**
 #
-# The control, *columns only*, shows that this is about combinations. Where a patch has the pattern of its column alone,
-# eight functions are enough, and the large experts leave only 6%, near the 2% of the small ones.
+# The control, *columns only*, shows that this is about combinations. There a patch has the pattern of its column alone,
+# and eight functions are enough: one large expert leaves 6%, four small ones 2%. The small ones lead by 4 points, not
+# by 30.
 #
 # ## How many more choices?
 #
-# With $m$ pieces per expert the layer becomes (DeepSeekMoE, Equations 6 to 8; the paper writes $N$ for our $E$):
+# With $m$ pieces per expert a token chooses $mK$ of $mE$ experts (DeepSeekMoE, Equations 6 to 8; the paper writes $N$
+# for our $E$):
 #
 # $$
 # \mathbf{h}_t = \mathbf{u}_t + \sum_{i=1}^{mE} g_{i,t} \operatorname{FFN}_i(\mathbf{u}_t), \qquad
@@ -198,9 +202,9 @@ report(
 # The letters are those of chapter 02: $\mathbf{u}_t$ is the token as it enters, $s_{i,t}$ its affinity to expert $i$,
 # $\mathbf{e}_i$ that expert's vector, $g_{i,t}$ the gate. Each $\operatorname{FFN}_i$ is now $1/m$ as wide.
 #
-# The gates are the scores themselves. Two papers disagree here: GShard's own {cite:p}`GShard2020` divides its two gates by their
-# sum (Algorithm 1), as chapter 02 does; the DeepSeekMoE paper prints the conventional layer with undivided scores
-# (Section 2, Equations 3 to 5) and builds on that.
+# The gates are the scores themselves, not divided by their sum. Chapter 02 divides, as GShard's paper
+# {cite:p}`GShard2020` does (Algorithm 1). The DeepSeekMoE paper prints even the conventional layer undivided (Section
+# 2, Equations 3 to 5), and builds on that.
 #
 # Move the controls: $E$ experts, $K$ per token, each cut into $m$.
 
@@ -227,10 +231,10 @@ live(
 )
 
 # %% [markdown]
-# The filled area is what a token pays for, the same in every row. The number of ways grows exponentially with $m$. It only
-# says what a router *could* choose.
+# From 2 of 16 to 8 of 64 the number of choices grows from 120 to 4.4 billion, while the filled area, what a token pays
+# for, stays the same. That is what a router *could* choose, not what it does.
 #
-# ## Cutting changes nothing
+# ## Why an expert can be cut
 #
 # Why can an FFN be cut at all? Write it channel by channel. With row $c$ of $W_{gate}$ and $W_{up}$, and column $c$ of
 # $W_{down}$:
@@ -347,11 +351,11 @@ lab.answer(
 #
 # Dividing the gates by their sum does not help: the same 1 is shared by $mK$ pieces.
 #
-# With **gates times $m$** the finer layer *is* the coarser one, proved above in float64. So this course multiplies by $m$
-# (`routed_scaling_factor`), and then $m$ changes one thing only, the choices. **The paper prints no such factor.** It
-# is our departure; weights trained from scratch can grow to make up for it. (DeepSeek-V2 and V3 have a factor in their
-# released configs; the case is `routed-scaling` in `data/published.json`.) In the pilot of
-# [chapter 07](07_paper_experiments.ipynb), DeepSeekMoE as printed lost to GShard; three seeds could not rank the gates.
+# With **gates times $m$** the finer layer *is* the coarser one (the folded cell checks it in float64). So this course
+# multiplies by $m$ (`routed_scaling_factor`), and then $m$ changes one thing only, the choices. **The paper prints no
+# such factor.** It is our departure; weights trained from scratch can grow to make up for it. (DeepSeek-V2 and V3 have
+# a factor in their released configs; the case is `routed-scaling` in `data/published.json`.) In the pilot of [chapter
+# 07](07_paper_experiments.ipynb), DeepSeekMoE as printed lost to GShard; three seeds could not rank the gates.
 #
 # ## What can pieces do that one expert cannot?
 #
@@ -368,9 +372,9 @@ print(
 )
 
 # %% [markdown]
-# They part at once: pieces give different outputs, so their rows of the router are pulled in different directions. From then
-# on a token can weigh each piece by itself, leave some out, and take pieces of eight different experts. It is no longer the
-# product of two choices but a recipe with $mK$ ingredients.
+# They part at once: pieces give different outputs, so their rows of the router are pulled in different directions. From
+# then on a token can weigh each piece by itself, leave some out, and take pieces of eight different experts. Instead of
+# $K$ whole experts it gets a recipe of $mK$ pieces.
 #
 # ## What does it cost?
 #
@@ -423,10 +427,10 @@ print(
 lab.answer("04-what-grows", "the router", "one row per piece")
 
 # %% [markdown]
-# The router, with one row per piece. In our tiny model it does a sixth of the experts' work at $m = 8$; in the
-# paper's 2B model, a third of a percent. The last column grows too: a token is copied to $mK$ experts and its results come back.
-# On one device these are memory accesses; on many devices they travel over a network, and chapters 06 and 12 are about
-# keeping that in bounds.
+# The router, with one row per piece. In our tiny model it does a sixth of the experts' work at $m = 8$; in the paper's
+# 2B model, a third of a percent. The last column grows too: a token is copied to $mK$ experts and its results come
+# back. On one device these are memory accesses; on many devices they travel over a network, and chapters 11 and 12 are
+# about keeping that in bounds.
 #
 # On the clock, equal FLOPs are not equal time. One layer, forward and backward, beside a dense FFN that does the same work:
 
@@ -487,19 +491,20 @@ charts.model_comparison(
 )
 
 # %% [markdown]
-# Five seeds cannot tell. Each line above has the mean difference, its 95% interval and the seeds; both intervals include
-# zero, and the means lean the wrong way. The factor $m$ does not pay either: as printed, $m = 4$ has the lower mean.
+# Five seeds cannot tell. Each line above has the mean difference, its 95% interval and the seeds; both intervals
+# include zero, and the means lean the wrong way. Nor can they tell whether the factor $m$ pays.
 #
-# Why, if the toy is so clear? Our made-up world is mostly a lookup table: *whose* tool, *which* tool. One expert that knows
-# the pair is enough. That is a guess; no run here tests it. The toy shows what would have to
-# be different: knowledge that is **made of reusable parts**. Whether real text is like that at our size, the second
-# protocol of [chapter 07](07_paper_experiments.ipynb) will ask.
+# Why, if the toy is so clear? Our made-up world is mostly a lookup table: *whose* tool, *which* tool. One expert that
+# knows the pair is enough. That is a guess; no run here tests it. The toy shows what would have to be different:
+# knowledge that is **made of reusable parts**. With ten seeds and smaller models [chapter
+# 07](07_paper_experiments.ipynb) does find a small gain, and its second protocol asks whether real text is made of such
+# parts.
 #
 # ## Exercises
 #
 # **1. A bug from the wild** (10 minutes). A widely used library chooses the experts on the logits, and takes the softmax
 # of the chosen ones only. That is right for Mixtral {cite:p}`Mixtral`. It is not right for DeepSeekMoE, whose gates are
-# those of {eq}`eq:fine-gates`. Mend it: return the gates of the paper, as printed, best first.
+# those of {eq}`eq:fine-gates`. Fix it: return the gates of the paper, as printed, best first.
 
 
 # %%
@@ -544,10 +549,9 @@ verdict = check_exercise(mended_gates, are_those_of_the_paper)
 #     return logits.softmax(dim=-1).topk(k, dim=-1).values
 # ```
 #
-# Softmax after the choice is softmax before it, divided by the sum over the chosen: the gates of GShard's own paper. The
-# same experts are chosen, nothing fails, and every output of the layer has the wrong size. The case is recorded as `softmax-order` in
-# `data/published.json`.
-# </details>
+# A softmax over the chosen logits equals a softmax over all of them, divided by the sum of the chosen: the gates of
+# GShard's own paper. The same experts are chosen, nothing fails, and every output of the layer has the wrong size. The
+# case is recorded as `softmax-order` in `data/published.json`. </details>
 #
 # **2. How fine before the router counts?** (15 minutes) Return the largest $m$ that divides the width $F$ and for which
 # the router does at most `share` of the work of the experts that a token uses.
@@ -612,10 +616,11 @@ lab.score()
 # %% [markdown]
 # 1. Cutting experts buys combinations: in the quilt, 64 patches from 16 skills, four small experts leave a sixth of the
 #    error of one large expert.
-# 2. An FFN can be cut because its channels meet only in a sum. A cut layer equals the uncut one if gates are multiplied by $m$;
-#    the paper prints no such factor.
+# 2. An FFN can be cut because its channels meet only in a sum. A cut layer equals the uncut one if gates are multiplied
+#    by $m$; the paper prints no such factor.
 # 3. Expert weights and FLOPs stay the same. The router, the copies and the time grow.
-# 4. In the paper finer experts do better on benchmarks. In our made-up world five seeds cannot resolve a difference.
+# 4. In the paper finer experts do better on benchmarks. In this chapter's model five seeds cannot resolve a difference;
+#    in chapter 07's, ten seeds resolve a small gain.
 #
 # If every token has its own recipe of narrow experts, where does the knowledge go that *all* tokens need? **Chapter 05** sets
 # some experts aside for it.

@@ -126,7 +126,10 @@ def train_toy(shared, common):
 
 
 # %% [markdown]
-# **Ask.** With all eight routed, 9% of the heights stay unexplained. What stays with four of the eight shared? (In percent.)
+# As a control, both layers are also trained without $c$.
+#
+# **Ask.** With $c$ and all eight routed, 9% of the variance
+# stays unexplained. How much does with four of the eight shared? (In percent.)
 
 # %% tags=["trained", "hide-input"]
 lab.ask("05-toy", low=0, high=100)
@@ -176,12 +179,12 @@ for words, shared, error, share in (
             claim(f"{words}, {shared} shared: {what}", value, limits, asserted=lab.own)
 
 # %% [markdown]
-# Under 2%. The right panel says why. It shows how much of the common wave is found in a routed expert: the squared
-# correlation of what the expert computes with $c$. Without shared experts it is four times what chance gives in the control, where no
-# $c$ exists: expert after expert learns a part of $c$. That is **redundancy**. With shared experts the routed ones have hardly more of
-# it than in the control.
+# Under 2%. The right panel says why. It shows how much of the common wave is in a routed expert: the squared
+# correlation of its output with $c$. With none shared that is 11%; in the control, where a correlation can only be
+# chance, 2.5%. So expert after expert learns a part of $c$: that is **redundancy**. With four shared it is down to
+# 3.5%.
 #
-# In the control sharing does not pay. **A shared expert is worth its place if there is something to share.**
+# Without $c$ sharing does not pay. **A shared expert is worth its place if there is something to share.**
 #
 # ## The layer, complete
 #
@@ -203,13 +206,14 @@ for words, shared, error, share in (
 # s_{i,t} = \operatorname{Softmax}_i\bigl(\mathbf{u}_t^\top \mathbf{e}_i\bigr)
 # $$ (eq:deepseekmoe-affinity)
 #
-# The softmax runs over the routed experts; the paper does not say so, but the released code of its 16B model does
-# it this way. The course multiplies $g_{i,t}$ by $m$, for the reason given in chapter 04. The paper has no such factor, and whether
-# it helps is not settled: without it the layer did worse in the pilot of chapter 07 (0.886 against GShard's 0.867), and slightly
-# better in the runs of this chapter.
+# The softmax runs over the routed experts; the paper does not say so, but the released code of its 16B model does it
+# this way. The course multiplies $g_{i,t}$ by $m$, for the reason given in chapter 04. The paper has no such factor,
+# and whether it helps is not settled: in the pilot of chapter 07 the layer without it lost to GShard (0.886 against
+# 0.867); in the runs of this chapter one shared expert is better without it, by 0.010 ± 0.008.
 #
-# **Build** it, with each expert as a function, and **prove** it equal to the package's layer. The package holds the $K_s$ shared experts
-# as one FFN of $K_s$ widths, which by chapter 04 is the same; so cut that FFN into $K_s$ first.
+# **Build** it, with each expert as a function, and **prove** it equal to the package's layer. The package stores the
+# $K_s$ shared experts as one FFN, $K_s$ times as wide. By chapter 04 that is the same function; the proof first cuts it
+# into $K_s$ experts.
 
 
 # %%
@@ -439,9 +443,9 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # - For values it is the other way round: 0.005 against 0.156. First names and function words need it hardly at all.
 # - For brackets, last names and code the two cannot be separated.
 #
-# The shared expert works on what many texts have in common; what differs from person to person comes from the routed ones. Frequent
-# people are recalled as well without it. One caution: this is one trained model, and an ablation shows only what the
-# other experts cannot make up for.
+# So the shared expert serves punctuation, sums and the second language; facts about people come from the routed ones.
+# Without it all frequent people are still recalled. One caution: this is one trained model, and an ablation shows only
+# what the other experts cannot make up for.
 #
 # Here are the routed choices beside those of GShard, on a sentence of the world. The shared expert is not drawn: it gets every token.
 
@@ -456,7 +460,7 @@ explore({"GShard": gshard, "DeepSeekMoE": model}, tokenizer, sentence, window=64
 # ## Are the routed experts less alike now?
 #
 # That was the purpose. In chapter 03's GShard model the two experts of a token wrote much the same wherever punctuation
-# was due: the cosine {eq}`eq:overlap` of their outputs was 0.65.
+# was due: the cosine {eq}`eq:overlap` of their outputs was 0.66.
 #
 # **Ask.** What is it between the two best routed experts of this model, before punctuation? (From 0 to 1.)
 
@@ -510,8 +514,9 @@ claim(
 claim("the same, DeepSeekMoE", overlap("DeepSeekMoE", "punctuation"), (0.1, 0.3))
 
 # %% [markdown]
-# 0.2. Over all places it is half of GShard's. That is what the paper hopes for. But these are two single models, and experts of
-# different width. Chapter 07 trained five pairs at another size; there the same number is:
+# 0.22, a third of GShard's. Over all tokens it is half: 0.20 against 0.39. That is what the paper hopes for. But these
+# are two single models, and experts of different width. Chapter 07 trained five pairs at another size; there the same
+# number is:
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.protocol import CPU
@@ -533,8 +538,8 @@ apart = [one - other for one, other in zip(*pairs.values(), strict=True)]
 claim("overlap of GShard minus DeepSeekMoE, five pairs", mean(apart), (-0.05, 0.08))
 
 # %% [markdown]
-# No difference. So a shared expert *can* make routed experts less alike, as in the toy and in our larger model; it does not
-# always.
+# There we cannot resolve a difference. The toy shows that a shared expert *can* make routed experts less alike; our
+# language models do not decide whether it does.
 #
 # ## Swap it for one more routed expert
 #
@@ -565,10 +570,11 @@ claim("shared expert swapped for a routed one, rise", swapped - ours, (0.01, 0.0
 claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01))
 
 # %% [markdown]
-# 2.414, a rise of 0.606 nats; ours is a thirtieth of it. The paper's model is far larger and was trained on real text,
-# which has more in common than our sentences. In both models the loss rises because *nothing was trained to stand in*: the
-# expert that comes eighth in a token's ranking was never meant for this token. So the swap shows that the routed experts of **this model** do
-# not do the shared expert's job. It does not show that a model trained *without* shared experts would be worse.
+# 2.414, a rise of 0.606 nats; ours is a thirtieth of it. Perhaps real text has more in common than our sentences; no
+# run here tests that. One thing is clear: *nothing was trained to stand in*. The expert that comes eighth in a token's
+# ranking was never meant for this token, and in our model it gives back 0.002 of the 0.024 lost. So the swap shows that
+# the routed experts of **this model** do not do the shared expert's job. It does not show that a model trained
+# *without* shared experts would be worse.
 #
 # The swap has also been made by accident. A serving engine took the shared expert for one more routed one, and the
 # model answered 0 of 6 questions (`fused-shared-lost` in `data/published.json`).
@@ -610,9 +616,9 @@ four = gaps(records("paper"), "4+4-of-60", "deepseekmoe", "held-out loss")
 print(f"4 shared minus 1, chapter 07: {seed_line(four).partition('   ')[0]}")
 
 # %% [markdown]
-# By 0.005, printed without a spread. Ours do not differ beyond their seeds either: five seeds cannot resolve whether one shared
-# expert helps here, or two. Chapter 07 has ten seeds and finds one thing more: **four of 64 are worse than one**, by 0.017
-# ± 0.009. The paper's larger models keep one shared expert for every three routed ones in use.
+# By 0.005, without a spread over seeds. The chart shows our own models: five seeds cannot resolve whether one shared
+# expert helps, or two. Chapter 07 has ten seeds and finds one thing more: **four of 64 are worse than one**, by 0.017 ±
+# 0.009. The paper's larger models keep one shared expert for every three routed ones in use.
 #
 # ## What it saves
 #
@@ -650,7 +656,7 @@ for row in compare(timed, rounds={"smoke": 5, "cpu": 15, "gpu": 50}[profile])[1:
 # **1. A bug from the wild** (10 minutes). A serving engine computes shared and routed experts in one go: the shared
 # expert becomes one more column of the gates, the last. When all is added up, the whole sum is multiplied by the
 # scale of the routed gates; so that the shared expert keeps its weight of 1, its column holds 1 / scale. On one path the
-# gates come with the scale already in them, and the last multiplication is left out. Mend the function for both paths.
+# gates come with the scale already in them, and the last multiplication is left out. Fix the function for both paths.
 
 
 # %%
@@ -663,6 +669,7 @@ def mended_fusion(gates, scale, already_scaled):
     return None  # (T, K + 1), the shared expert last
 
 
+# %% tags=["hide-input"]
 def shared_keeps_weight_one(mended_fusion):
     bare = torch.tensor([[0.5, 0.25], [0.125, 0.0625]])
     for scale in (2.0, 16.0, 0.5):
@@ -707,6 +714,7 @@ def merged(ffns):
     return None  # (gate, up, down)
 
 
+# %% tags=["hide-input"]
 def is_their_sum(merged):
     torch.manual_seed(0)
     for widths in ((3,), (2, 2), (4, 1, 3)):
@@ -754,12 +762,14 @@ verdict = check_exercise(merged, is_their_sum)
 lab.score()
 
 # %% [markdown]
-# 1. Shared experts are experts that every token visits, with gate 1; the router chooses among the others. Weights and work of the
-#    experts stay the same.
-# 2. They pay if there is something to share: in the toy the error falls from 9% to under 2%, and in the control it does not.
-# 3. In our model the work is divided. The shared expert serves what many texts have in common; facts stay with the routed experts.
-# 4. Swapped for a routed expert it is missed: much in the paper, little here. Whether a model without it would be worse our
-#    runs cannot resolve; four of 64 are too many.
+# 1. Shared experts are experts that every token visits, with gate 1; the router chooses among the others. Weights and
+#    work of the experts stay the same.
+# 2. They pay if there is something to share: in the toy the error falls from 9% to under 2%, and in the control it does
+#    not.
+# 3. In our model the work is divided. The shared expert serves punctuation, sums and the second language; facts stay
+#    with the routed experts.
+# 4. Swapped for a routed expert it is missed: much in the paper, little here. Whether a model without it would be worse
+#    our runs cannot resolve; four of 64 are too many.
 #
 # The layer is complete. But what keeps a router from sending everything to the same few experts? **Chapter 06** lets one go, and
 # watches.

@@ -382,14 +382,6 @@ null = nulls.mean(dim=0).clamp(min=1e-9)
 # %% tags=["trained"]
 from dsmoe_lite.routing.coactivation import seriate
 
-charts.coactivation(
-    together.tolist(),
-    null=null.tolist(),
-    order=seriate(together / null),
-    title=f"Which experts of {name} work together? (layer {layer})",
-)
-
-# %% tags=["trained"]
 chose = torch.zeros(N * length, E, dtype=torch.bool).scatter_(1, at.topk_ids, True)
 # a few tokens would be enough to make a strong pair of rare experts
 often = chose.float().mean(dim=0) >= 0.02
@@ -397,8 +389,20 @@ pairs = (often[:, None] & often[None, :]).triu(1)
 times_chance = together / null * pairs
 highest = (nulls / null * pairs).max()
 print(f"highest of {pairs.sum()} pairs in any shuffle: {highest:.1f} times chance")
+strongest = [
+    divmod(pair, E) for pair in times_chance.flatten().topk(6).indices.tolist()
+]
+charts.coactivation(
+    together.tolist(),
+    null=null.tolist(),
+    order=seriate(together / null),
+    marked=strongest,
+    title=f"Which experts of {name} work together? (layer {layer})",
+    subtitle="Colour: tokens in common, over chance. Rings: the six strongest pairs, listed below.",
+)
 
 
+# %% tags=["trained"]
 def commonest(values, names):
     """What most tokens that chose both have (and its share of all tokens)."""
     value = values[both].mode().values
@@ -406,11 +410,10 @@ def commonest(values, names):
     return f"{share:.0%} {names[value]!r} ({of_all:.0%})"
 
 
-for pair in times_chance.flatten().topk(6).indices.tolist():
-    i, j = divmod(pair, E)
+for number, (i, j) in enumerate(strongest, 1):
     both = chose[:, i] & chose[:, j]
     print(
-        f"  e{i} and e{j}: {times_chance[i, j]:.1f};",
+        f"{number}  e{i} and e{j}: {times_chance[i, j]:.1f};",
         f"{commonest(domains, corpus.domains)},",
         f"token {commonest(words, pieces)},",
         f"next {commonest(tokens[:, 1:].flatten(), pieces)}",
@@ -510,7 +513,7 @@ if not checkpoint and run == 0:
 # all. Gates are as trained, so compare experts of one model, and not the two models.
 #
 # Three things can be counted without touching the model: an expert's load, its mean gate (over the tokens that chose it), and the
-# sum of its gates, which combines the two.
+# sum of its gates, which joins the two.
 #
 # **Ask.** Which of the three predicts what an expert is worth? And first: is a busy expert a needed one?
 

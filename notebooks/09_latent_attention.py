@@ -872,7 +872,7 @@ charts.training_curves(
 #
 # **1. A bug from the wild** (15 minutes). RoPE turns *pairs* of channels. Which two make a pair is a choice: the paper and
 # DeepSeek's own code take neighbours, $2j$ and $2j + 1$; this package, like most models in `transformers`, takes channel $j$ of each half. Weights that
-# were trained with one choice and run with the other load, run, and are wrong. Port the weight of a query projection: `W` has
+# were trained with one choice give wrong results with the other, and no error is raised. Port the weight of a query projection: `W` has
 # $H\,(d_h + d_h^R)$ rows, head by head, first the $d_h$ plain channels of a head, then its $d_h^R$ rotated ones as neighbours. Return it for
 # halves.
 

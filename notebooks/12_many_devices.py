@@ -16,11 +16,10 @@
 # learn the same model as one, then on paper with thousands.
 #
 # **You will** send each token once to a process, however many of its experts live there; write an all-to-all; train on four processes
-# and get one process's losses; kill a process and watch the run come back; see what a limit on devices costs and saves; and
-# find out which assumptions decide how much of
+# and get one process's losses; kill a process and watch the run come back; and find out which assumptions decide how much of
 # a thousand devices' speed is left.
 #
-# **You need** chapters 05, 06 and 11. Nothing about `torch.distributed`. **Reading time** 46 minutes. **Hardware** any laptop CPU; the
+# **You need** chapters 05, 06 and 11. Nothing about `torch.distributed`. **Reading time** 40 minutes. **Hardware** any laptop CPU; the
 # processes are real, the network is your memory.
 
 # %% tags=["parameters"]
@@ -377,19 +376,15 @@ import time
 from statistics import mean
 
 from dsmoe_lite import Routing
+from dsmoe_lite.layers.router import join
 
 predict("12-product", None)  # two numbers; 1 is balance, 16 collapse
 
-subjects = []
-for w in range(4):
-    ids = (4 * w + torch.arange(100) % 4)[:, None]  # (T, 1)
-    scores = F.one_hot(4 * w + torch.arange(100) % 4, 16).float()
-    kept = torch.ones(100, 1, dtype=torch.bool)
-    subjects.append(Routing(scores, scores, ids, torch.ones(100, 1), kept, (1, 100)))
-
-fields = ("logits", "scores", "topk_ids", "gates", "kept")
-joined = [torch.cat([getattr(s, name) for s in subjects]) for name in fields]
-together_loss = expert_loss(Routing(*joined, (4, 100)))
+subjects = [
+    Routing.of_scores(F.one_hot(4 * w + torch.arange(100) % 4, 16).float(), 1)
+    for w in range(4)
+]
+together_loss = expert_loss(join(subjects, (4, 100)))
 each_loss = mean(expert_loss(one).item() for one in subjects)
 print(f"mean of the processes' losses: {each_loss:g}")
 print(f"loss of the batch:             {together_loss.item():g}")
@@ -409,13 +404,13 @@ print(f"loss of the batch:             {together_loss.item():g}")
 
 # %% tags=["measured"]
 again, seen, before = {}, [], {}
-began, killed = time.perf_counter(), False
+began, killed = time.perf_counter(), None
 with tempfile.TemporaryDirectory() as folder:
     for event in run_workers(train_part, P, *arguments, folder, restarts=1):
         now, rank, step = time.perf_counter() - began, event["rank"], event["step"]
-        if rank == 1 and step == 7 and not killed:
+        if rank == 1 and step == 7 and killed is None:
             os.kill(event["pid"], signal.SIGKILL)
-            killed = True
+            killed = now
         start = before.get((rank, event["restart"]), now)
         before[rank, event["restart"]] = now
         of = "started again" if event["restart"] else "first start"
@@ -423,18 +418,19 @@ with tempfile.TemporaryDirectory() as folder:
         if start < now:
             seen.append(row | {"what": f"step {step}"})
         again[rank, step] = event["loss"]
+back = min(row["start"] for row in seen if row["group"] == "started again")
 charts.link_timeline(
     sorted(seen, key=lambda row: row["lane"]),
+    spans=[
+        {"start": killed, "end": back, "text": f"killed; back in {back - killed:.1f} s"}
+    ],
     unit="seconds",
     title="What does each process do?",
-    subtitle=[
-        "A bar is a step; the first after a start is not drawn.",
-        "Process 1 is killed where the first colour ends; then new processes start.",
-    ],
+    subtitle="A bar is a step; the first after a start is not drawn.",
 )
 
 # %%
-assert killed
+assert killed is not None
 for rank in range(P):
     assert [again[rank, step + 1] for step in range(steps)] == losses[0]
 print(f"killed once, and still the same {steps} losses to the last bit")
@@ -451,101 +447,6 @@ print(f"killed once, and still the same {steps} losses to the last bit")
 # (for restarts torch 2.13 needs `TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` before the second command; without it the new processes
 # cannot meet).
 # `src/dsmoe_lite/parallel/clusters` has files that start the second line on Slurm and on Kubernetes.
-#
-# ## Three losses for devices
-#
-# All wait for the slowest, so it is *devices* that should be even. The recorded runs of chapter 06 have 64 routed experts on
-# eight devices, six for each token, beside two shared ones; five seeds each. *experts* is the expert-level loss (0.01), *devices* V2's device-level loss (0.05) with a weak expert-level one (0.003); *devices, sends* adds the communication
-# loss (0.02) and lets a token reach three devices.
-#
-# **Ask.** Which is evener over devices: the loss on experts, or the one on devices? And which over experts?
-
-# %%
-from dsmoe_lite.study.grids import records
-
-predict("12-even", None)  # "experts" or "devices", twice
-
-SHOWN = {
-    "none": "no loss",
-    "expert-0.01": "experts",
-    "device": "devices",
-    "communication": "devices, sends",
-}
-
-
-def busiest_device(record):  # mean over layers of the largest device's load
-    loads = [torch.tensor(one["load"]) for one in record["heldout_experts"]]
-    return mean(l.view(8, 8).mean(dim=1).max().item() for l in loads)
-
-
-def busiest_expert(record):
-    return mean(one["max_vio"] + 1 for one in record["heldout_experts"])
-
-
-of_none = {
-    r["seed"]: r["heldout_loss"]
-    for r in records("balance")
-    if r["model_name"] == "none"
-}
-METRICS = {
-    "busiest device": busiest_device,
-    "busiest expert": busiest_expert,
-    "loss minus no loss's": lambda r: r["heldout_loss"] - of_none[r["seed"]],
-}
-rows = [
-    {"model": shown, "seed": r["seed"], "metric": metric, "value": value_of(r)}
-    for metric, value_of in METRICS.items()
-    for name, shown in SHOWN.items()
-    for r in records("balance")
-    if r["model_name"] == name
-]
-charts.model_comparison(
-    rows,
-    title="Who is even where?",
-    subtitle="Busiest: load over the mean. Ring: one seed. Dot and bar: mean, 95% interval.",
-)
-
-# %% [markdown]
-# **What to notice.** A loss on devices makes devices the evenest, with 3% more than its share for the busiest, and lets experts differ more than the loss on
-# experts does. That is what it is for. We could not resolve a difference in held-out loss: every interval includes 0. The gain is time: devices wait less for each other.
-#
-# ## A limit on devices
-#
-# Evenness does not make rows fewer. V2 lets a token reach at most $M = 3$ of 8 devices, V3 $M = 4$ of 8 nodes. In chapter 11 a router that knew
-# nothing of a limit kept most of its affinity under one. These runs are trained with their limit from the first step on: the same shape and V2's
-# three losses, five seeds for each $M$.
-#
-# **Ask.** Which $M$ is the smallest that costs no loss you could see? How many rows does it save?
-
-# %%
-predict("12-limit", None)  # 1, 2, 3 or 4; 0 to 1
-
-limited = records("reach")
-free = {r["seed"]: r["heldout_loss"] for r in limited if r["model_name"] == "M8"}
-COSTS = {
-    "devices reached": lambda r: mean(one["reached"] for one in r["heldout_experts"]),
-    "loss minus that of M = 8": lambda r: r["heldout_loss"] - free[r["seed"]],
-}
-rows = [
-    {
-        "model": f"M = {r['model_name'][1:]}",
-        "seed": r["seed"],
-        "metric": m,
-        "value": v(r),
-    }
-    for m, v in COSTS.items()
-    for r in limited
-]
-charts.model_comparison(
-    rows,
-    title="What does a limit save, and what does it cost?",
-    subtitle="Held-out text. Ring: one seed. Dot and bar: mean and its 95% interval.",
-)
-
-# %% [markdown]
-# **What to notice.** Without a limit a token reaches 4.6 devices, about what chance gives. With one it reaches as many as it may, so $M = 3$ saves a
-# third of the rows. What that costs *does not show*: every interval holds 0, even at $M = 1$, with all six experts on one device. V2 reports that from $M = 3$ on the model is about as good as with
-# free choice {cite:p}`DeepSeekV2`. Our runs do not contradict it, and cannot say where it begins to hurt: intervals are more than 0.01 wide to each side. That would take longer runs of larger models, or far more seeds.
 #
 # ## Seconds, on paper
 #
@@ -804,6 +705,7 @@ for overlap in (False, True):
 
 # %%
 from dsmoe_lite.simulate.placement import balanced_placement
+from dsmoe_lite.study.grids import records
 
 predict("12-placed", None)  # busiest device over the mean, four times
 

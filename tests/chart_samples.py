@@ -60,23 +60,6 @@ def table_rows() -> list[dict[str, Any]]:
     ]
 
 
-def device_limits(tokens: int, devices: int, k: int = 6) -> list[dict[str, Any]]:
-    """k experts per token on at most m of the devices at limit m."""
-    draw = random.Random(4)
-    limits = []
-    for m in range(1, devices + 1):
-        counts, gates = [[0] * devices for _ in range(tokens)], [[0.0] * devices for _ in range(tokens)]
-        for t in range(tokens):
-            allowed = draw.sample(range(devices), m)
-            for _ in range(k):
-                d = draw.choice(allowed)
-                counts[t][d] += 1
-                gates[t][d] += 1 / k
-        reached = sum(count > 0 for row in counts for count in row) / tokens
-        limits.append({"counts": counts, "gates": gates, "reached": reached, "affinity": m / (m + 1)})
-    return limits
-
-
 def coactivation_shares(experts: int) -> tuple[list[list[float]], list[list[float]]]:
     """Co-activation of experts in four groups, and the same by chance."""
     draw = random.Random(5)
@@ -136,12 +119,6 @@ CACHES = [
         ("DeepSeek-V2-Lite", "MLA", 15_552), ("Mixtral 8x7B", "GQA", 65_536), ("V3 with MHA", "MHA", 1_998_848),
         ("one KV head", "MQA", 5_000),
     )
-]  # fmt: skip
-RATIOS = [
-    {"what": "SparseMoE, 16 experts", "against": "dense of equal FLOPs", "ratio": 1.32, "low": 1.28, "high": 1.37,
-     "goal": 1.1},
-    {"what": "grouped", "against": "loop over experts", "ratio": 0.61, "low": 0.55, "high": 0.7},
-    {"what": "this layer", "against": "transformers' layer", "ratio": 0.97, "low": 0.93, "high": 1.01, "goal": 1.0},
 ]  # fmt: skip
 TRENDS = [
     {"label": "a beats b", "place": "Table 1", "mean": 0.0225, "low": 0.003, "high": 0.042, "verdict": "holds"},
@@ -205,8 +182,6 @@ def every_chart() -> dict[str, Any]:
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]
         ),
-        "device_flow": charts.device_flow(text[:48], device_limits(48, 8)),
-        "device_flow, few": charts.device_flow(text[:8], device_limits(8, 3), limit=2),
         "cache_calculator": charts.cache_calculator(CACHES),
         "cache_calculator, one": charts.cache_calculator(CACHES[:1], context=1024, bits=6, memory=None),
         "cache_by_design": charts.cache_by_design(),
@@ -218,7 +193,9 @@ def every_chart() -> dict[str, Any]:
         ),
         "needle": charts.needle(needle_rows(("RoPE", "window", "YaRN"), 5, 3)),
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
-        "coactivation": charts.coactivation(pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4)),
+        "coactivation": charts.coactivation(
+            pairs, null=null_of_pairs, order=sorted(range(64), key=lambda e: e % 4), marked=[(0, 4), (7, 3)]
+        ),
         "coactivation, few": charts.coactivation(coactivation_shares(8)[0]),
         "effect_matrix": charts.effect_matrix(
             [{"model": m, "without": a, "on": b, "value": (1.7 if a == b else 0.1) - 0.2 * i + 0.01 * run}
@@ -260,7 +237,8 @@ def every_chart() -> dict[str, Any]:
                 {"lane": f"lane {n}", "group": f"half {n % 2}", "what": what, "start": start, "end": start + 25}
                 for n in range(6)
                 for what, start in (("dispatch", 40 * n), ("up", 40 * n + 28))
-            ]
+            ],
+            spans=[{"start": 90, "end": 130, "text": "waits"}],
         ),
         "scaling_curve": charts.scaling_curve(
             [
@@ -274,8 +252,6 @@ def every_chart() -> dict[str, Any]:
         ),
         "product_speed": charts.product_speed(speed_rows("hopper", "mma", "triton"), dense=speed_rows("dense")),
         "product_speed, one": charts.product_speed(speed_rows("hopper")[:2]),
-        "ratio_bars": charts.ratio_bars(RATIOS),
-        "ratio_bars, wide": charts.ratio_bars([{**row, "ratio": 9.5, "high": 12} for row in RATIOS[:1]] + RATIOS[1:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),
         "roofline, one": charts.roofline(POINTS[1:2], peak=2e11, bandwidth=4e10),
         "specialization_against_null": charts.specialization_against_null(specialization_rows(4, 64)),

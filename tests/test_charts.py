@@ -305,13 +305,25 @@ def test_worth_shows_every_expert_on_common_axes_and_names_the_most_important():
     assert len(domains) == 1
 
 
-def test_close_values_are_distinguished_by_their_numbers():
-    rows = [{"model": name, "metric": "loss", "value": value} for name, value in (("a", 1.8061), ("b", 1.8079))]
-    for number, expected in (("", ["1.81", "1.81"]), (".3f", ["1.806", "1.808"])):
-        chart = charts.model_comparison(rows, number=number)
-        texts = next(v for v in all_values(chart.to_dict()) if "text" in v[0])
-        assert [row["text"] for row in texts] == expected
-        assert f"a {expected[0]} and b {expected[1]}" in chart.description
+def test_means_have_the_decimals_that_their_intervals_justify():
+    seeds = {
+        "wide": [0.18, 0.25, 0.31, 0.47], "narrow": [0.90, 0.92, 0.93, 0.94], "none": [1.0] * 4,
+        "tiny": [0.500, 0.5001, 0.5002, 0.5001],
+    }  # fmt: skip
+    rows = [{"model": m, "metric": "recall", "value": v} for m, values in seeds.items() for v in values]
+
+    def texts(rows):
+        values = all_values(charts.model_comparison(rows).to_dict())
+        return {row["model"]: row["text"] for row in next(panel for panel in values if "text" in panel[0])}
+
+    of_two = [row for row in rows if row["model"] in ("wide", "narrow")]
+    assert texts(of_two) == {"wide": "0.30 ± 0.20", "narrow": "0.92 ± 0.03"}
+    assert texts(rows) == {"wide": "0.302 ± 0.197", "narrow": "0.922 ± 0.027", "none": "1.000", "tiny": "0.500"}
+    near_zero = [{"model": "m", "metric": "difference", "value": v} for v in (-0.012, 0.009, 0.0029)]
+    assert texts(near_zero) == {"m": "0.00 ± 0.03"}
+    large = [{"model": "m", "metric": "tokens a second", "value": v} for v in (12_000, 12_500, 12_400)]
+    assert texts(large) == {"m": "12,300 ± 657"}
+    assert texts(large[:1]) == {"m": "12k"}
 
 
 def test_a_matrix_averages_runs_and_frames_the_effect_of_a_group_on_itself():

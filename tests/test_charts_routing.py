@@ -9,10 +9,8 @@ import pytest
 import vl_convert
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.viz import benchmarks, charts, renderer
+from dsmoe_lite.viz import charts, renderer, roofline
 from dsmoe_lite.viz.helpers import separate_labels, short_number
-
-TOKENS, DEVICES, K = ["The", " capital", "\n", " of"], 3, 6
 
 
 def svg(chart, **params):
@@ -44,50 +42,17 @@ def _inline(node):
             yield from _inline(value)
 
 
-def test_a_tokens_cells_sum_to_its_experts_at_every_limit_and_the_slider_changes_them():
-    limits = chart_samples.device_limits(len(TOKENS), DEVICES, K)
-    chart = charts.device_flow(TOKENS, limits)
-    for m, one in enumerate(limits, 1):
-        picture = svg(chart, limit=m)
-        numbers = [int(text) for text in re.findall(r'font-size="10.5px"[^>]*>(\d+)<', picture)]
-        assert sorted(numbers) == sorted(count for row in one["counts"] for count in row if count)
-        assert sum(numbers) == K * len(TOKENS)
-    boxes = marks(svg(chart, limit=1), "t")
-    gates = {(int(box["t"]), box["device"]): float(box["gate"]) for box in boxes if "gate" in box and "device" in box}
-    assert len(gates) == len(TOKENS) * DEVICES
-    for t in range(len(TOKENS)):
-        of_token = [gates[t, f"d{d}"] for d in range(DEVICES)]
-        assert of_token == pytest.approx(limits[0]["gates"][t], abs=1e-3)
-        assert sorted(of_token) == pytest.approx([0, 0, 1], abs=1e-3)
-
-
-def test_the_costs_of_each_limit_are_in_the_table_and_the_description():
-    limits = chart_samples.device_limits(len(TOKENS), DEVICES, K)
-    chart = charts.device_flow(TOKENS, limits, limit=2)
-    spec = chart.to_dict()
-    assert [(param["name"], param["value"]) for param in spec["params"]] == [("limit", 2)]
-    bind = spec["params"][0]["bind"]
-    assert (bind["input"], bind["min"], bind["max"], bind["step"]) == ("range", 1, DEVICES, 1)
-    cells = {(row["limit"], row["name"]): row["text"] for row in values(spec["vconcat"][1], "text")}
-    for m, one in enumerate(limits, 1):
-        assert cells[m, "devices reached"] == f"{one['reached']:.2f}"
-        assert cells[m, "affinity kept"] == f"{one['affinity']:.0%}"
-    for end in (0, -1):
-        text = f"{limits[end]['reached']:.2f} devices and keeps {limits[end]['affinity']:.1%}"
-        assert text in spec["description"]
-
-
-def test_the_frame_marks_the_chosen_limit():
-    chart = charts.device_flow(TOKENS, chart_samples.device_limits(len(TOKENS), DEVICES, K))
-    framed = {m: {mark["limit"] for mark in marks(svg(chart, limit=m), "limit") if len(mark) == 1} for m in (1, 3)}
-    assert framed == {1: {"1"}, 3: {"3"}}
-
-
 def pairs(chart, field):
     """The number `field` of each box drawn, by row and column."""
     boxes = [mark for mark in marks(svg(chart), "expert") if "share" in mark]
     numbers = [float(mark[field].rstrip("%")) / (100 if mark[field].endswith("%") else 1) for mark in boxes]
     return {(mark["i"], mark["expert"]): number for mark, number in zip(boxes, numbers, strict=True)}
+
+
+def test_marked_pairs_are_ringed_and_numbered():
+    chart = charts.coactivation([[1.0, 0.1, 0.5], [0.2, 1.0, 0.3], [0.4, 0.7, 1.0]], marked=[(2, 1), (0, 2)])
+    rings = values(chart.to_dict(), "number")
+    assert [(row["i"], row["expert"], row["number"]) for row in rings] == [("e2", "e1", "1"), ("e0", "e2", "2")]
 
 
 def test_pairs_are_drawn_in_the_given_order_with_a_blank_diagonal():
@@ -107,19 +72,6 @@ def test_lift_is_the_share_over_chance(null):
     assert pairs(chart, "times") == {(f"e{i}", f"e{j}"): lift for (i, j), lift in known.items()}
     assert set(pairs(chart, "by chance").values()) == {0.25}
     assert "100.0% of the tokens of e2 also use e1, 4.00 times chance" in chart.to_dict()["description"]
-
-
-def test_ratios_are_written_out_beside_a_line_at_one_and_their_goal():
-    chart = charts.ratio_bars(chart_samples.RATIOS)
-    spec = chart.to_dict()
-    rows = values(spec, "low")
-    for row, given in zip(rows, chart_samples.RATIOS, strict=True):
-        assert (row["low"], row["ratio"], row["high"]) == (given["low"], given["ratio"], given["high"])
-        assert row["text"].startswith(f"{given['ratio']:.2f} ({given['low']:.2f} to {given['high']:.2f})")
-        assert row["text"] in spec["description"]
-    goals = [row["goal"] for row in values(spec["layer"][-1], "goal")]
-    assert goals == [given["goal"] for given in chart_samples.RATIOS if "goal" in given]
-    assert values(spec["layer"][0], "ratio") == [{"ratio": 1.0}]
 
 
 def test_trends_are_written_out_with_their_margins_and_verdicts():
@@ -148,14 +100,6 @@ def test_trends_are_written_out_with_their_margins_and_verdicts():
             charts.trend_intervals([{**holds, **change}])
     with pytest.raises(InputError, match="the same 'label' and 'place'"):
         charts.trend_intervals([holds, holds])
-
-
-@pytest.mark.parametrize(("high", "kind"), [(1.4, None), (9.0, "log")])
-def test_the_ratio_axis_includes_one_and_is_logarithmic_if_wide(high, kind):
-    axis = benchmarks._ratio_axis([1.0, 1.2, high], "t").to_dict()
-    assert axis["scale"].get("type") == kind
-    assert axis["scale"]["domain"][0] < 1.0
-    assert axis["scale"]["domain"][1] > high
 
 
 def test_the_roof_bends_where_bandwidth_meets_the_peak_and_unmeasured_points_lie_on_it():
@@ -188,14 +132,14 @@ def test_labels_of_the_roofline_do_not_overlap():
     picture = svg(charts.roofline(rows, peak=989e12, bandwidth=3.35e12))
     heights = {float(y) for y in re.findall(r'translate\([-\d.]+,([\d.]+)\)"[^>]*>layer \d<', picture)}
     assert len(heights) == 8
-    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= benchmarks.LABEL_GAP - 0.5
+    assert min(b - a for a, b in itertools.pairwise(sorted(heights))) >= roofline.LABEL_GAP - 0.5
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(989e12, "989 TB/s"), (3.35e9, "3.35 GB/s"), (1.979e15, "1.98 PB/s"), (7, "7 B/s")]
 )
 def test_units_follow_a_space(value, text):
-    assert benchmarks._unit(value, "B/s") == text
+    assert roofline._unit(value, "B/s") == text
 
 
 def specialization_row(value, expert=None, what="layer 1"):
@@ -223,25 +167,9 @@ def test_without_experts_each_layer_is_a_row_with_its_own_null():
     assert all(f"{row['what']}: {short_number(row['value'])}" in chart.to_dict()["description"] for row in rows)
 
 
-def flow(**changes):
-    one = {"counts": [[1, 0]], "gates": [[1.0, 0.0]], "reached": 1.0, "affinity": 0.5}
-    return lambda: charts.device_flow(["a"], [{**one, **changes}])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: charts.device_flow([], []), "tokens = 0"),
-        (lambda: charts.device_flow(["a"] * 49, []), "tokens = 49"),
-        (lambda: charts.device_flow(["a"], []), r"limits = \[\]"),
-        (lambda: charts.device_flow(["a"], [{"counts": [[1]]}]), "no 'reached'"),
-        (lambda: charts.device_flow(["a"], chart_samples.device_limits(1, 2), limit=3), "limit = 3"),
-        (flow(counts=[[1] * 9]), "9 devices"),
-        (flow(counts=[[1, 1]]), "token 0 reaches 2 devices"),
-        (flow(counts=[[1, 0], [1, 0]]), "1 rows of 2"),
-        (flow(counts=[[-1, 0]]), "0 or above"),
-        (flow(gates=[[1.0]]), "gates has 1 devices, counts 2"),
-        (flow(affinity=50), "affinity = 50"),
         (lambda: charts.coactivation([[1.0]]), "1 rows"),
         (lambda: charts.coactivation([[1.0] * 65] * 65), "65 rows"),
         (lambda: charts.coactivation([[1.0, 0.5], [1.0]]), "2 rows of 2"),
@@ -249,10 +177,6 @@ def flow(**changes):
         (lambda: charts.coactivation([[1.0, None], [None, 1.0]]), "no pair"),
         (lambda: charts.coactivation([[1.0, 0.5]] * 2, order=[0, 0]), "each of the 2 experts once"),
         (lambda: charts.coactivation([[1.0, 0.5]] * 2, null=[[0.5]]), "null: must have 2"),
-        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": 2.0}]), "low = 2"),
-        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "low": -1.0}]), "low = -1"),
-        (lambda: charts.ratio_bars([{**chart_samples.RATIOS[0], "goal": 0}]), "goal = 0"),
-        (lambda: charts.ratio_bars(chart_samples.RATIOS[:1] * 2), "same 'what'"),
         (lambda: charts.roofline(chart_samples.POINTS, peak=0, bandwidth=1), "peak = 0"),
         (lambda: charts.roofline(chart_samples.POINTS, peak=1, bandwidth=float("nan")), "bandwidth = nan"),
         (lambda: charts.roofline([{"name": "a", "intensity": 0}], peak=1, bandwidth=1), "above 0"),

@@ -42,7 +42,6 @@ INCOMPLETE = (
     "text-long-gpu",
     "text-long",
     "text-short",
-    "common",
 )  # the first two need a GPU, the others hours
 
 

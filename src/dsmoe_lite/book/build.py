@@ -80,6 +80,9 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     from sphinx.util.docutils import docutils_namespace, patch_docutils
     from sphinx_external_toc import collectors
 
+    from dsmoe_lite.book.models import write_models
+    from dsmoe_lite.viz.packed_model import ENGINE
+
     vars(collectors)["gc"] = SimpleNamespace(get_objects=_without_proxies)
     toc_file, loaded, copied = temporary / "toc.yml", temporary / "static", temporary / "sources" / sources.name
     shutil.copytree(sources, copied, ignore=shutil.ignore_patterns(".*"))
@@ -90,6 +93,8 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     toc_file.write_text(yaml.safe_dump(toc), encoding="utf-8")
     _copy_scripts(loaded)
     _themes(loaded / "themes.js")
+    shutil.copy(ENGINE, loaded)
+    write_models(sorted(copied.rglob("*.ipynb")), loaded)
     n_steps = 2 * (len(chapters) + len(reference)) + (3 if reference else 2)  # read and written; index, search, modules
     warnings = io.StringIO()
     settings = conf.settings(book, toc_file, [STATIC, loaded], sources.name)

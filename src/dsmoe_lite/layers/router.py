@@ -32,6 +32,13 @@ class Routing:
     clean_logits: Tensor | None = None  # (T, E), where noise was added
     noise_scale: Tensor | None = None  # (T, E), its standard deviation
 
+    @classmethod
+    def of_scores(cls, scores: Tensor, k: int, batch_shape: tuple[int, int] | None = None) -> "Routing":
+        """The routing of given affinities (T, E): every token takes its `k` largest, which are also its gates."""
+        ids = ordered_topk(scores, k)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        return cls(scores.log(), scores, ids, scores.gather(-1, ids), kept, batch_shape or (1, len(scores)))
+
     @property
     def n_experts(self) -> int:
         """E."""

@@ -33,9 +33,9 @@ def loss_table(
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart:
-    """Draw a table of losses by made-up routings; the darker a cell, the further above its value in column `balanced`.
+    """Draw a table of losses by made-up routings; colour: how far above its value in column `balanced`.
 
-    rows: {loss, routing, value}; the darkest cell of a loss is its highest value. A routing's name breaks at "|".
+    rows: {loss, routing, value}; the strongest colour of a loss is its highest value. A routing's name breaks at "|".
     """
     require_rows(rows, "loss", "routing", "value")
     losses, routings = distinct(row["loss"] for row in rows), distinct(row["routing"] for row in rows)
@@ -57,7 +57,7 @@ def loss_table(
         + "; ".join(f"{loss}: {word_list(names) if names else 'none'}" for loss, names in above.items())
     )
     subtitle = (
-        subtitle or "Number: the loss. Darker: further above its value at balance. Pale: the loss sees no imbalance."
+        subtitle or "Number: the loss. Stronger: further above its value at balance. Weak: the loss sees no imbalance."
     )
     x = alt.X("routing:N", sort=list(labels.values()), title=None,
               axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '|')", labelLineHeight=14,

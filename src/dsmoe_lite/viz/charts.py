@@ -2,11 +2,9 @@
 
 from dsmoe_lite.viz.ablation_matrix import ablation_matrix
 from dsmoe_lite.viz.balance import loss_table, reach_curve
-from dsmoe_lite.viz.benchmarks import ratio_bars, roofline
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
-from dsmoe_lite.viz.device_flow import device_flow
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
 from dsmoe_lite.viz.expert_load import expert_load
@@ -18,6 +16,7 @@ from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.long_context import needle, rotary_frequencies
 from dsmoe_lite.viz.many_devices import exchange_matrix, link_timeline, scaling_curve
+from dsmoe_lite.viz.roofline import roofline
 from dsmoe_lite.viz.specialization import specialization_against_null
 from dsmoe_lite.viz.token_routing import token_routing
 from dsmoe_lite.viz.trend_intervals import trend_intervals
@@ -30,7 +29,6 @@ __all__ = [
     "capacity_curve",
     "coactivation",
     "decode_cost",
-    "device_flow",
     "effect_matrix",
     "effects_by_kind",
     "exchange_matrix",
@@ -46,7 +44,6 @@ __all__ = [
     "needle",
     "parameter_split",
     "product_speed",
-    "ratio_bars",
     "reach_curve",
     "roofline",
     "rotary_frequencies",

@@ -11,7 +11,7 @@ from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.helpers import data, expert_axis, flatten_packed, gradient_legend, plain
 
 MAX_EXPERTS = 64
-SIDE, MAX_CELL = 512, 40  # px
+SIDE, MAX_CELL = 400, 40  # px
 MIN_NUMBER_CELL = 30  # px of a cell from which its number fits
 MAX_LIFT = 3.0  # end of the colour scale
 UNIT = 10_000  # shares are packed as whole multiples of 1 / UNIT
@@ -22,6 +22,7 @@ def coactivation(
     *,
     null: float | Sequence[Sequence[float]] | None = None,
     order: Sequence[int] | None = None,
+    marked: Sequence[tuple[int, int]] = (),
     title: str = "Which experts fire together?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -30,7 +31,7 @@ def coactivation(
 
     matrix: E x E shares in [0, 1], None or NaN for an expert without tokens; the diagonal is blank. null: the shares by
     chance, one number or E x E; the colours then run from 0 to 3 times chance. order: every expert once, the order of
-    rows and columns. At most 64 experts.
+    rows and columns. marked: pairs to ring, numbered from 1. At most 64 experts.
     """
     shares = _table(matrix, "matrix", len(matrix))
     n_experts = len(shares)
@@ -51,7 +52,8 @@ def coactivation(
     rows = [{"i": f"e{i}", "j": " ".join(map(str, order)), "share": _packed(shares, i, order)}
             | ({"chance": _packed(chance, i, order)} if chance else {}) for i in order]  # fmt: skip
     high = MAX_LIFT if chance else highest
-    return theme.finish(_heat_map(rows, order, high, lift=bool(chance)), title, subtitle, description)
+    rings = [{"i": f"e{i}", "expert": f"e{j}", "number": str(n)} for n, (i, j) in enumerate(marked, 1)]
+    return theme.finish(_heat_map(rows, order, high, rings, lift=bool(chance)), title, subtitle, description)
 
 
 def _table(table: Sequence[Sequence[Any]], name: str, n_experts: int) -> list[list[float]]:
@@ -97,7 +99,9 @@ def _packed(table: list[list[float]], i: int, order: list[int]) -> str:
     return " ".join(cells)
 
 
-def _heat_map(rows: list[dict[str, Any]], order: list[int], high: float, *, lift: bool) -> Any:
+def _heat_map(
+    rows: list[dict[str, Any]], order: list[int], high: float, rings: list[dict[str, Any]], *, lift: bool
+) -> Any:
     fields = ["j", "share", "chance"] if lift else ["j", "share"]
     computed = {
         "expert": "'e' + datum.j",
@@ -113,8 +117,9 @@ def _heat_map(rows: list[dict[str, Any]], order: list[int], high: float, *, lift
                alt.Tooltip("percent:N", title="share")]  # fmt: skip
     if lift:
         tooltip += [alt.Tooltip("null:N", title="by chance"), alt.Tooltip("value:Q", title="times", format=".2f")]
-    base = alt.Chart().encode(x=expert_axis(order, title="also use"),
-                             y=expert_axis(order, field="i:N", channel=alt.Y, title="tokens of"))  # fmt: skip
+    x = expert_axis(order, title="also use")
+    y = expert_axis(order, field="i:N", channel=alt.Y, title="tokens of")
+    base = alt.Chart().encode(x=x, y=y)
     boxes = base.mark_rect().encode(
         color=alt.Color("value:Q", scale=theme.ramp((0.0, high)), legend=legend), tooltip=tooltip
     )
@@ -127,4 +132,12 @@ def _heat_map(rows: list[dict[str, Any]], order: list[int], high: float, *, lift
     side = size * len(order)
     cells = flatten_packed(alt.layer(*layers, data=data(rows)), fields).transform_filter("isValid(datum.share)")
     cells = cells.transform_calculate(**computed).transform_filter("isValid(datum.value)")
+    if rings:
+        at = alt.Chart(data(rings)).encode(x=x, y=y)
+        ring = at.mark_point(size=120, stroke=theme.LIGHT["frame"], strokeWidth=2.2)
+        badge = at.mark_point(
+            size=190, xOffset=14, yOffset=-10, opacity=1, fill=theme.LIGHT["card"], stroke=theme.LIGHT["frame"]
+        )
+        number = at.mark_text(dx=14, dy=-10, fontSize=11.5, fontWeight=600, color=theme.LIGHT["ink"])
+        cells = alt.layer(cells, ring, badge, number.encode(text="number:N"))
     return cells.properties(width=side, height=side)

@@ -4,6 +4,7 @@
 - parameter_split: which components have the parameters and FLOPs of each model?
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,15 +32,14 @@ MEASURES = {"total": "parameters stored", "active": "parameters used per token",
 def model_comparison(
     rows: Rows,
     *,
-    number: str = "",
     title: str = "How do the models compare?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.ConcatChart:
     """Draw one panel per metric: a small ring per seed, and the mean as a dot with its 95% t-interval and its value.
 
-    rows: {model, metric, value, seed (optional)}. Panels and models keep the order of the rows. `number` is the format
-    of the values, if three digits cannot distinguish them.
+    rows: {model, metric, value, seed (optional)}. Panels and models keep the order of the rows. The values of a panel
+    have as many decimals as its intervals justify.
     """
     require_rows(rows, "model", "metric", "value")
     models, metrics = distinct(row["model"] for row in rows), distinct(row["metric"] for row in rows)
@@ -51,40 +51,49 @@ def model_comparison(
         subtitle = "Ring: one seed. Dot and bar: mean and its 95% interval."
     if not description:
         parts = [
-            f"{metric}: " + word_list([f"{m} {_mean_text(mean_and_half_width(values[metric, m])[0], None, number)}"
-                                    for m in models if (metric, m) in values])
+            f"{metric}: " + word_list([f"{m} {text}" for m, text in _texts(_of_metric(values, metric)).items()])
             for metric in metrics
-        ]  # fmt: skip
+        ]
         description = f"Dot chart of {len(models)} models by {word_list(metrics)}. Means: {'; '.join(parts)}."
     columns = min(len(metrics), 3)
     names_width = min(max(len(model) for model in models) * 12 * CHARACTER_WIDTH, 150)
     width = int((theme.MAX_WIDTH - 50 - names_width) / columns - 36)
     panels = [
-        _metric_panel(
-            metric,
-            {m: values[metric, m] for m in models if (metric, m) in values},
-            models,
-            number,
-            width,
-            i % columns == 0,
-        )
+        _metric_panel(metric, _of_metric(values, metric), models, width, i % columns == 0)
         for i, metric in enumerate(metrics)
     ]
     return theme.finish(alt.concat(*panels, columns=columns, spacing=22), title, subtitle, description)
 
 
-def _mean_text(mean: float, half_width: float | None, number: str) -> str:
-    text = format(mean, number) if number else short_number(mean)
-    return text if half_width is None else f"{text} ± {float(f'{half_width:.2g}'):g}"
+def _of_metric(values: dict[tuple[str, str], list[float]], metric: str) -> dict[str, list[float]]:
+    return {model: of_seeds for (name, model), of_seeds in values.items() if name == metric}
 
 
-def _metric_panel(
-    metric: str, values: dict[str, list[float]], models: list[str], number: str, width: int, first: bool
-) -> Any:
+def _texts(values: dict[str, list[float]]) -> dict[str, str]:
+    """The mean of each model, with half its 95% interval if its seeds differ."""
+    found = {model: mean_and_half_width(of_seeds) for model, of_seeds in values.items()}
+    half_widths = [half_width for _, half_width in found.values() if half_width]
+    if not half_widths:
+        return {model: short_number(mean) for model, (mean, _) in found.items()}
+    shape = f"z,.{_decimals(half_widths)}f"
+    texts = {}
+    for model, (mean, half_width) in found.items():
+        margin = format(half_width or 0.0, shape)
+        texts[model] = format(mean, shape) + (f" ± {margin}" if float(margin.replace(",", "")) else "")
+    return texts
+
+
+def _decimals(half_widths: list[float]) -> int:
+    """Decimals that show a digit of each interval, two after a leading 1; at most one more than the widest needs."""
+    narrowest, widest = (max(0, -math.floor(math.log10(w / 2))) for w in (min(half_widths), max(half_widths)))
+    return min(narrowest, widest + 1)
+
+
+def _metric_panel(metric: str, values: dict[str, list[float]], models: list[str], width: int, first: bool) -> Any:
     means: list[dict[str, Any]] = []
-    for model, of_seeds in values.items():
-        mean, half_width = mean_and_half_width(of_seeds)
-        text, margin = _mean_text(mean, half_width, number), half_width or 0
+    for model, text in _texts(values).items():
+        mean, half_width = mean_and_half_width(values[model])
+        margin = half_width or 0
         means.append({"model": model, "mean": mean, "low": mean - margin, "high": mean + margin, "text": text})
     seeds = [{"model": model, "value": v} for model, of_seeds in values.items() for v in of_seeds if len(of_seeds) > 1]
     low, high = nice_range(

@@ -11,10 +11,12 @@ import traitlets
 from tokenizers import Tokenizer
 
 from dsmoe_lite.common.errors import InputError, RunError, require, require_int
+from dsmoe_lite.config import to_dict
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.routing.interventions import switch_off
 from dsmoe_lite.routing.trace import RoutingTrace, tokenize
 from dsmoe_lite.viz import renderer, theme
+from dsmoe_lite.viz.packed_model import fingerprint
 from dsmoe_lite.viz.token_routing import MAX_TOKENS as MAX_PICTURE_TOKENS
 from dsmoe_lite.viz.token_routing import token_routing
 
@@ -56,7 +58,9 @@ def explore(
     require(1 <= len(models) <= MAX_VIEWS, "models", len(models), f"must be 1 to {MAX_VIEWS}")
     copies = {name: deepcopy(model).eval() for name, model in models.items()}
     traces = {name: recompute(name, text, frozenset()) for name in copies}
-    return Explorer(traces, text=text, recompute=recompute, layer=layer, expert=expert)
+    known = [{"weights": fingerprint(model), "config": to_dict(model.config)} for model in copies.values()]
+    live = {"models": known, "window": window, "n_devices": n_devices}
+    return Explorer(traces, text=text, recompute=recompute, layer=layer, expert=expert, live=live)
 
 
 class OutOfRangeError(InputError, traitlets.TraitError):
@@ -65,6 +69,8 @@ class OutOfRangeError(InputError, traitlets.TraitError):
 
 class Explorer(anywidget.AnyWidget):
     """The widget. Without `recompute` it shows recorded traces: text and experts cannot be changed.
+
+    live: the weights and configs of the models, for a page that computes without Python if it has these weights.
 
     The page draws its traits; `layer`, `token` and `focus` (the expert in focus of each model) can be set.
     """
@@ -80,6 +86,7 @@ class Explorer(anywidget.AnyWidget):
     busy = traitlets.Bool(False).tag(sync=True)
     message = traitlets.Unicode().tag(sync=True)
     can_compute = traitlets.Bool(False).tag(sync=True)
+    live: Any = traitlets.Dict().tag(sync=True)
 
     def __init__(
         self,
@@ -89,6 +96,7 @@ class Explorer(anywidget.AnyWidget):
         recompute: Recompute | None = None,
         layer: int = 0,
         expert: int | None = None,
+        live: Mapping[str, Any] | None = None,
     ) -> None:
         require(1 <= len(traces) <= MAX_VIEWS, "traces", len(traces), f"must be 1 to {MAX_VIEWS}")
         texts = {trace.tokens for trace in traces.values()}
@@ -106,6 +114,7 @@ class Explorer(anywidget.AnyWidget):
             layer=layer,
             focus=[_busiest(trace, layer) if expert is None else expert for trace in traces.values()],
             can_compute=recompute is not None,
+            live=dict(live or {}),
         )
         self.on_msg(self._receive)
 

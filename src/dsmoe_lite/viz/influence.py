@@ -32,7 +32,7 @@ def influence(
     if not description:
         found = word_list([f"{part}: {n} of {len(tokens) ** 2} pairs" for part, n in n_changed.items()])
         description = f"Grid of changed input tokens by outputs that change. {found}."
-    subtitle = subtitle or "Row: the token that is changed. Dark: this column's output changes."
+    subtitle = subtitle or "Row: the token that is changed. Filled: this column's output changes."
     label_width = int(max(map(len, tokens)) * 12 * CHARACTER_WIDTH) + 8
     available = theme.MAX_WIDTH - 80 - label_width - GAP * (len(parts) - 1)
     size = min(MAX_CELL, available // (len(parts) * len(tokens)))

@@ -65,6 +65,7 @@ def exchange_matrix(
 def link_timeline(
     rows: Rows,
     *,
+    spans: Rows = (),
     unit: str = "µs",
     title: str = "What waits for what?",
     subtitle: str | Sequence[str] = "",
@@ -72,31 +73,34 @@ def link_timeline(
 ) -> alt.LayerChart:
     """Draw bars on a time axis, one lane per part of a device; the colour is the group, such as half of a batch.
 
-    rows: {lane, group, what, start, end}: `what` is written on the bar. At most eight lanes and four groups.
+    rows: {lane, group, what, start, end}: `what` is written on the bar. At most eight lanes and four groups. The axis
+    begins with the first bar. spans: {start, end, text}: stretches of time between dashed lines, named in their middle.
     """
     require_rows(rows, "lane", "group", "what", "start", "end")
+    if spans:
+        require_rows(spans, "start", "end", "text")
     lanes, groups = distinct(row["lane"] for row in rows), distinct(row["group"] for row in rows)
     if len(lanes) > MAX_LANES or len(groups) > MAX_GROUPS:
         raise InputError(
             f"rows: {len(lanes)} lanes of {len(groups)} groups: at most {MAX_LANES} of {MAX_GROUPS} can be shown"
         )
     ends = {lane: max(float(plain(row["end"])) for row in rows if row["lane"] == lane) for lane in lanes}
-    last = max(ends.values())
+    first, last = min(float(plain(row["start"])) for row in rows), max(ends.values())
     width = int(theme.MAX_WIDTH - 60 - max(map(len, lanes)) * 12 * CHARACTER_WIDTH)
     if not description:
         last_times = word_list([f"{lane} to {end:.0f} {unit}" for lane, end in ends.items()])
         description = f"Timeline of {len(lanes)} lanes: {last_times}."
-    bars = [
-        {**row, "middle": (plain(row["start"]) + plain(row["end"])) / 2,
-         "text": row["what"] if _fits(row["what"], width * (plain(row["end"]) - plain(row["start"])) / last) else ""}
-        for row in rows
-    ]  # fmt: skip
+    bars = []
+    for row in rows:
+        start, end = float(plain(row["start"])), float(plain(row["end"]))
+        fits = _fits(row["what"], width * (end - start) / (last - first))
+        bars.append({**row, "middle": (start + end) / 2, "text": row["what"] if fits else ""})
     color = alt.Color("group:N", title=None, sort=groups, legend=alt.Legend(orient="top", offset=4),
                       scale=alt.Scale(domain=groups, range=theme.GROUPS[: len(groups)]))  # fmt: skip
     y = alt.Y(
         "lane:N", sort=lanes, title=None, axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=220, grid=False)
     )
-    x = alt.X("start:Q", title=unit, scale=alt.Scale(domain=[0, last], nice=False), axis=alt.Axis(tickCount=6))
+    x = alt.X("start:Q", title=unit, scale=alt.Scale(domain=[first, last], nice=False), axis=alt.Axis(tickCount=6))
     base = alt.Chart(data(bars)).encode(y=y)
     bar_marks = base.mark_bar(size=22, stroke=theme.LIGHT["card"], strokeWidth=1).encode(
         x=x, x2="end:Q", color=color,
@@ -105,8 +109,22 @@ def link_timeline(
     texts = base.mark_text(style="in_segment", fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(
         x="middle:Q", text="text:N"
     )
-    chart = alt.layer(bar_marks, texts).properties(width=width, height=LANE_HEIGHT * len(lanes))
+    layers = [bar_marks, texts]
+    if spans:
+        layers += _named_spans(spans, x)
+    chart = alt.layer(*layers).properties(width=width, height=LANE_HEIGHT * len(lanes))
     return theme.finish(chart, title, subtitle, description)
+
+
+def _named_spans(spans: Rows, x: alt.X) -> list[Any]:
+    middles = [{**span, "middle": (plain(span["start"]) + plain(span["end"])) / 2} for span in spans]
+    edges = [{"start": plain(span[edge])} for span in spans for edge in ("start", "end")]
+    return [
+        alt.Chart(data(edges)).mark_rule(strokeDash=[4, 3], color=theme.LIGHT["ink"]).encode(x=x),
+        alt.Chart(data(middles))
+        .mark_text(fontWeight=600, color=theme.LIGHT["ink"])
+        .encode(x="middle:Q", text="text:N"),
+    ]
 
 
 def _fits(text: str, width: float) -> bool:

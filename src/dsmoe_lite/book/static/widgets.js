@@ -2,10 +2,11 @@
 (function () {
   "use strict";
 
-  // What a widget's script asks of its model. Messages to Python go nowhere.
+  // What a widget's script asks of its model. `answers` stands in for Python; without it messages go nowhere.
   class SavedModel {
-    constructor(state) {
+    constructor(state, answers) {
       this.state = state;
+      this.answers = answers;
       this.listeners = new Map();
     }
     get(name) {
@@ -13,10 +14,15 @@
     }
     set(name, value) {
       this.state[name] = value;
-      for (const listener of this.listeners.get(`change:${name}`) || []) listener();
+      this.emit(`change:${name}`);
+    }
+    emit(event, content) {
+      for (const listener of this.listeners.get(event) || []) listener(content);
     }
     save_changes() {}
-    send() {}
+    send(message) {
+      if (this.answers) this.answers.receive(this, message);
+    }
     on(event, listener) {
       this.listeners.set(event, [...(this.listeners.get(event) || []), listener]);
     }
@@ -47,7 +53,8 @@
     style.textContent = state._css;
     const el = document.createElement("div");
     state.can_compute = false; // nobody to run a cell here
-    box.model = new SavedModel(state);
+    const answers = window.dsmoeAnswers.can(state) ? new window.dsmoeAnswers(state) : null;
+    box.model = new SavedModel(state, answers);
     await widget.render({ model: box.model, el });
     box.replaceChildren(style, el);
     box.dataset.mounted = "yes";

@@ -1,8 +1,4 @@
-"""Charts of benchmarks, and the question that each answers.
-
-- ratio_bars: how many times as long does one implementation take as another?
-- roofline: does memory bandwidth or arithmetic limit an operation?
-"""
+"""The chart `roofline`: does memory bandwidth or arithmetic limit an operation?"""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +12,6 @@ from dsmoe_lite.viz.helpers import (
     CHARACTER_WIDTH,
     data,
     distinct,
-    nice_range,
     plain,
     require_rows,
     separate_labels,
@@ -24,92 +19,9 @@ from dsmoe_lite.viz.helpers import (
 )
 
 Rows = Sequence[dict[str, Any]]
-LOG_TICKS = [digit * 10.0**power for power in range(-3, 4) for digit in (1, 2, 5)]  # of a ratio axis
-LOG_FROM = 4.0  # highest over lowest ratio from which the axis is logarithmic
-TEXT_SIZE, NAME_SIZE = 11.5, 12  # font sizes
+TEXT_SIZE = 11.5  # font size
 ROOFLINE_SIZE = (600, 330)  # px
 LABEL_GAP, LEADER = 17, 14  # px: between two labels of the roofline, from a point to its label
-
-
-def ratio_bars(
-    rows: Rows,
-    *,
-    x_title: str = "ratio of times",
-    title: str = "How many times as long?",
-    subtitle: str | Sequence[str] = "",
-    description: str = "",
-) -> alt.LayerChart:
-    """Draw one row per ratio: a dot with its 95% interval and its numbers, beside a line at 1, equal times.
-
-    rows: {what, against, ratio, low, high, goal (optional)}; a tick marks the goal. Wide ranges have a log scale.
-    """
-    require_rows(rows, "what", "against", "ratio", "low", "high")
-    marks = [_mark(row) for row in rows]
-    if len({mark["name"] for mark in marks}) < len(marks):
-        raise InputError("rows: two of them have the same 'what' and 'against'")
-    numbers = "; ".join(f"{mark['name'].replace('|', ' ')} {mark['text']}" for mark in marks)
-    description = description or f"Dot chart of ratios with 95% intervals, against 1: {numbers}."
-    goals = [mark for mark in marks if "goal" in mark]
-    subtitle = subtitle or "Dot and bar: ratio and its 95% interval. Line: equal times." + (
-        " Tall tick: goal." if goals else ""
-    )
-    names_width = min(
-        max(len(part) for mark in marks for part in mark["name"].split("|")) * NAME_SIZE * CHARACTER_WIDTH, 230
-    )
-    numbers_width = max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH
-    width = int(min(theme.MAX_WIDTH - 60 - names_width - numbers_width, 460))
-    y = alt.Y("name:N", sort=[mark["name"] for mark in marks], title=None,
-              axis=alt.Axis(labelExpr="split(datum.label, '|')", labelColor=theme.LIGHT["ink"], labelLimit=230,
-                            labelLineHeight=14, labelOffset=-7, grid=True))  # fmt: skip
-    x = _ratio_axis([1.0] + [value for mark in marks for key, value in mark.items() if key not in ("name", "text")],
-                    x_title)  # fmt: skip
-    base = alt.Chart(data(marks)).encode(y=y)
-    accent = theme.LIGHT["line1"]
-    layers: list[Any] = [
-        alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1.2).encode(x=x),
-        base.mark_rule(strokeWidth=3, color=accent).encode(x=alt.X("low:Q"), x2="high:Q"),
-        base.mark_circle(size=80, opacity=1, color=accent).encode(x=x, tooltip=["name:N", "text:N"]),
-        base.mark_text(style="row_text", align="left", dx=8, fontSize=TEXT_SIZE).encode(
-            x=alt.value(width), text="text:N"
-        ),
-    ]
-    if goals:
-        ticks = alt.Chart(data(goals)).mark_tick(size=22, thickness=2.5, opacity=1, color=theme.LIGHT["ink"])
-        layers.append(ticks.encode(y=y, x=alt.X("goal:Q")))
-    chart = alt.layer(*layers).properties(width=width, height=38 * len(marks))
-    return theme.finish(chart, title, subtitle, description)
-
-
-def _mark(row: dict[str, Any]) -> dict[str, Any]:
-    ratio, low, high = (float(plain(row[field])) for field in ("ratio", "low", "high"))
-    if not 0 < low <= ratio <= high < math.inf:
-        raise InputError(
-            f"rows: {row['what']}: low = {low:g}, ratio = {ratio:g}, high = {high:g} must be positive and rise"
-        )
-    text = f"{_ratio(ratio)} ({_ratio(low)} to {_ratio(high)})"
-    mark = {"name": f"{row['what']}|over {row['against']}", "ratio": ratio, "low": low, "high": high, "text": text}
-    goal = plain(row.get("goal"))
-    if goal is None:
-        return mark
-    if not goal > 0:
-        raise InputError(f"rows: {row['what']}: goal = {goal:g} must be above 0")
-    return {**mark, "goal": float(goal), "text": f"{text}, goal {_ratio(goal)}"}
-
-
-def _ratio(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else short_number(value)
-
-
-def _ratio_axis(values: list[float], title: str) -> alt.X:
-    low, high = min(values), max(values)
-    if high / low < LOG_FROM:
-        low, high = nice_range(values)
-        return alt.X("ratio:Q", title=title, scale=alt.Scale(domain=[low, high], nice=False, zero=False),
-                     axis=alt.Axis(tickCount=5, grid=False))  # fmt: skip
-    low, high = low / 1.15, high * 1.15
-    ticks = [tick for tick in LOG_TICKS if low <= tick <= high]
-    return alt.X("ratio:Q", title=f"{title} (log scale)", scale=alt.Scale(type="log", domain=[low, high], nice=False),
-                 axis=alt.Axis(values=ticks, format="~g", grid=False))  # fmt: skip
 
 
 def roofline(
