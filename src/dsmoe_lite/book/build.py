@@ -50,6 +50,11 @@ def build(book_file: Path, out: Path) -> Path:
         for old, new in {"index": book["toc"]["root"], **book.get("moved", {})}.items():
             page = REDIRECT.format(title=book["title"], page=f"{Path(new).name}.html")
             (pages / f"{old}.html").write_text(page, encoding="utf-8")
+        if book.get("front"):
+            from dsmoe_lite.book.front import write_front
+
+            chapters = [book_file.parent / f"{name}.ipynb" for name in _names(book) if Path(name).name[0].isdigit()]
+            write_front(pages, book["title"], [path for path in chapters if path.exists()])
         _replace(out, pages)
     return out / "index.html"
 
@@ -80,6 +85,7 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     from sphinx.util.docutils import docutils_namespace, patch_docutils
     from sphinx_external_toc import collectors
 
+    from dsmoe_lite.book.front import MODELS
     from dsmoe_lite.book.models import write_models
     from dsmoe_lite.viz.packed_model import ENGINE
 
@@ -94,7 +100,7 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     _copy_scripts(loaded)
     _themes(loaded / "themes.js")
     shutil.copy(ENGINE, loaded)
-    write_models(sorted(copied.rglob("*.ipynb")), loaded)
+    write_models(sorted(copied.rglob("*.ipynb")), loaded, MODELS.values() if book.get("front") else ())
     n_steps = 2 * (len(chapters) + len(reference)) + (3 if reference else 2)  # read and written; index, search, modules
     warnings = io.StringIO()
     settings = conf.settings(book, toc_file, [STATIC, loaded], sources.name)

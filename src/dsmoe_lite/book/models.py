@@ -1,7 +1,7 @@
 """The models that the book's explorers can run without Python: scripts beside the pages, loaded when a reader asks."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,17 @@ from dsmoe_lite.viz.packed_model import fingerprint, pack
 STATE = "application/vnd.jupyter.widget-state+json"
 
 
-def write_models(notebooks: Iterable[Path], folder: Path) -> None:
-    """Write models.js, the list of models, and one script for each shipped model that a saved explorer names."""
+def write_models(notebooks: Iterable[Path], folder: Path, also: Collection[Path] = ()) -> None:
+    """Write models.js, the list of models, and one script for each shipped model that a saved explorer names.
+
+    also: files of models that other pages need.
+    """
     wanted = {weights for notebook in notebooks for weights in _named(notebook)}
     shipped = []
-    for path in sorted((DATA / "models").glob("*.safetensors")) if wanted else []:
+    for path in sorted((DATA / "models").glob("*.safetensors")) if wanted or also else []:
         model = load_model(path)
         weights = fingerprint(model)
-        if weights in wanted:
+        if weights in wanted or path in also:
             packed = pack(model, read_tokenizer(read_metadata(path)["tokenizer"]))
             script = folder / "models" / f"{weights}.js"
             script.parent.mkdir(exist_ok=True)
