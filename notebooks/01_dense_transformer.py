@@ -433,9 +433,9 @@ compared = [
 charts.model_comparison(compared, title="Does a wider FFN know more?")
 
 # %% [markdown]
-# On average, yes: it recalls 0.45 of the facts about rare people instead of 0.30. But look at the rings: runs that
-# differ only in their random start differ as much as the two widths do, so a single run of each could have shown the
-# opposite.
+# On average, yes: it recalls 0.45 of the facts about rare people instead of 0.30. But look at the rings: runs of one
+# width that differ only in their seed, which sets the first weights and where in the text training begins, differ as
+# much as the two widths do. So a single run of each could have shown the opposite.
 #
 # And the price is certain. Twice the width costs twice the FFN's weights and twice its FLOPs, **for every token, whether it
 # needs them or not**. A sum pays for the memory of people; a name pays for brackets.

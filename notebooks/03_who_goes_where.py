@@ -13,10 +13,10 @@
 #
 # **What do sixteen experts divide among themselves?** Nobody told them. In a trained GShard model the *word* decides
 # much: a frequent word sends 60% of its tokens to one expert, where chance gives 18%. The subject decides little: an
-# expert works on 3.6 of our five kinds of text, where chance gives 4.9. And before a full stop, which every text needs,
-# the two experts of a token write similar vectors, with a cosine of 0.65; before a fact it is a fifth of that.
-# DeepSeekMoE {cite:p}`DeepSeekMoE2024` calls the two faults **hybridity** and **redundancy**, and was built against
-# them.
+# expert works on 3.6 of our five kinds of text, where chance gives 4.9. And before punctuation the two experts of a
+# token write similar vectors, with a cosine of 0.66; before a fact it is a fifth of that. (One model; in five others
+# the last difference is smaller.) DeepSeekMoE {cite:p}`DeepSeekMoE2024` calls the two faults **hybridity** and
+# **redundancy**, and was built against them.
 #
 # **Afterwards you can** read a routing without fooling yourself, find out what an expert is worth, and say in one picture each
 # what hybridity and redundancy are. **You need** chapter 02. **Reading time** 10 minutes. **Hardware** any laptop CPU.
@@ -200,7 +200,7 @@ for at, (of_one, of_busiest, related) in EXPECTED.items():
     )
 
 # %% [markdown]
-# No, in neither layer. The busiest experts, at the right of each panel, can be switched off at almost no cost. Load
+# No, in neither layer. The busiest expert, furthest right in each panel, can be switched off at almost no cost. Load
 # says how much work an expert does, not what it is good for.
 #
 # What is the most important expert of layer 0, e4, good for? Look at the token after which the model misses it most, and do
@@ -410,10 +410,10 @@ for effect, value in untrained.items():
     claim(f"untrained experts, {effect}", value, (-0.05, 0.05))
 
 # %% [markdown]
-# Before punctuation: the cosine is about 0.65. Before a value it is a fifth of that. So both experts seem to hold the
-# common knowledge, and only one of them the fact. Experts that have not been trained have a cosine of 0, so training
-# made them alike. This is **redundancy**. The remedy is to give common knowledge an expert of its own, which every
-# token visits: chapter 05.
+# Before punctuation: the cosine is 0.66. Before a value it is a fifth of that. So both experts seem to hold the common
+# knowledge, and only one of them the fact. Experts that have not been trained have a cosine of 0, so training made them
+# alike. This is **redundancy**. The remedy is to give common knowledge an expert of its own, which every token visits:
+# chapter 05.
 #
 # Is this a property of one model? Chapter 07 trained five more GShard models, with other sizes, on a larger world of the
 # same grammar:

@@ -15,8 +15,9 @@
 # one of a token's experts has to be sent the token. With six of 64 experts on eight devices a token reaches 4.5 devices
 # by chance, and a trained router reaches as many, for nothing taught it where experts live. DeepSeek-V2
 # {cite:p}`DeepSeekV2` limits a token to its best three devices. That saves a third of the messages and keeps 96% of the
-# affinity. Models trained with a limit lose nothing that five seeds can resolve. A loss on *devices* brings the busiest
-# from 1.41 to 1.03 times its share.
+# affinity (in one short run). Models trained with a limit lose nothing that five seeds can resolve. A loss on
+# *devices*, with a weak one on experts, brings the busiest device from 1.41 to 1.03 times its share; a loss on experts
+# alone brings it to 1.10.
 #
 # **Afterwards you can** write device-limited routing, the device-level and the communication loss, and the budget by which V2
 # drops tokens. **You need** chapter 06. **Reading time** 12 minutes. **Hardware** any laptop CPU.
@@ -198,8 +199,9 @@ report(
 # of 8 devices. V3 {cite:p}`DeepSeekV3` lets it reach 4 of 8 nodes, and ranks a node by the *sum* of its best $K/M = 2$
 # scores (Section 2.1.2).
 #
-# Affinity is not yet the loss. These models were trained with their limit from the first step on, five seeds for each
-# $M$ (64 experts, six for each token, beside two shared ones).
+# Affinity is not yet the loss. These models were trained with their limit from the first step on, and with V2's three
+# balance losses, of which the next section builds two: five seeds for each $M$ (64 experts, six for each token, beside
+# two shared ones).
 #
 # **Ask.** How many of the limits raise the held-out loss by so much that five seeds can resolve it?
 
@@ -244,9 +246,9 @@ charts.model_comparison(
 )
 
 # %% [markdown]
-# None of them: every interval includes 0, even at $M = 1$, with all six experts on one device. And $M = 3$ saves a third of
-# the messages. V2 reports that from $M = 3$ on its model is about as good as without a limit. Our runs do not
-# contradict that, and cannot say where a limit begins to hurt: the intervals reach more than 0.01 nats to each side.
+# None of them: every interval includes 0, even at $M = 1$, with all six experts on one device. And $M = 3$ saves a
+# third of the messages. V2 reports that from $M = 3$ on its model is about as good as without a limit. Our runs do not
+# contradict that, and cannot say where a limit begins to hurt: each interval is at least ± 0.011 nats wide.
 #
 # ## Losses for devices
 #
@@ -400,9 +402,9 @@ charts.model_comparison(
 )
 
 # %% [markdown]
-# The loss on devices: their busiest has 3% more than its share. It lets experts differ more than the loss on experts does,
-# and that is the point. We could not resolve a difference in held-out loss: every interval includes 0. The gain is time:
-# devices wait less for each other.
+# The loss on devices: their busiest has 3% more than its share. It lets experts differ more than the loss on experts
+# does, and that is the point. We could not resolve a difference in held-out loss: every interval includes 0. What
+# evenness should gain is time, because devices wait less for each other; a laptop cannot measure that.
 #
 # ## What V2 drops
 #
@@ -462,9 +464,9 @@ claim(
 )
 
 # %% [markdown]
-# Dropping the lowest affinity first costs a little less than dropping the last in the queue. The two are close because
-# the queue ends with the sixth choices, which have little affinity anyway. V3 drops nothing: its balance is good
-# enough.
+# In the router trained above, which had no loss on devices, dropping the lowest affinity first costs a little less
+# affinity than dropping the last in the queue. The two are close because the queue ends with the sixth choices, which
+# have little affinity anyway. V3 drops nothing: its balance is good enough.
 #
 # ## Exercises
 #
@@ -590,8 +592,8 @@ lab.score()
 # 1. With many narrow experts a token reaches many devices: 4.5 of eight by chance, and as many with a trained router.
 # 2. A limit of three devices saves a third of the messages and keeps 96% of the affinity. What it costs in loss, five
 #    seeds cannot resolve.
-# 3. A device-level loss makes devices even (the busiest has 1.03 times its share) and leaves the experts on them alone;
-#    the communication loss counts what is sent.
+# 3. A device-level loss does not look at single experts; with a weak expert-level loss it makes devices even (the
+#    busiest has 1.03 times its share). The communication loss counts what is sent.
 # 4. V2 drops what exceeds a device's budget, lowest affinity first. V3 drops nothing.
 #
 # So far all eight devices were one laptop. **Chapter 12** puts the experts on processes of their own, and sends the tokens.
