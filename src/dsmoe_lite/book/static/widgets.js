@@ -53,7 +53,7 @@
     style.textContent = state._css;
     const el = document.createElement("div");
     state.can_compute = false; // nobody to run a cell here
-    const answers = window.dsmoeAnswers.can(state) ? new window.dsmoeAnswers(state) : null;
+    const answers = window.dsmoeAnswers?.can(state) ? new window.dsmoeAnswers(state) : null;
     box.model = new SavedModel(state, answers);
     await widget.render({ model: box.model, el });
     box.replaceChildren(style, el);
