@@ -402,9 +402,9 @@ assert_close(16**2 * gshard_loss(any_routing), switch_loss(any_routing))
 #
 # ## Train it
 #
-# Is the second expert needed? Does a router have to learn? Two simpler routers answer. **Switch** uses one expert, and
-# its gate is the affinity itself. **Hash** {cite:p}`HashLayer2021` uses one expert and learns nothing: a fixed table
-# sends each token *id* to its expert, with gate 1.
+# What does a router add that learns? Two simpler routers for comparison. **Switch** uses one expert, and its gate is
+# the affinity itself. **Hash** {cite:p}`HashLayer2021` uses one expert and learns nothing: a fixed table sends each
+# token *id* to its expert, with gate 1.
 
 # %%
 from dsmoe_lite import TrainConfig, train
