@@ -52,9 +52,12 @@ def build(book_file: Path, out: Path) -> Path:
             (pages / f"{old}.html").write_text(page, encoding="utf-8")
         if book.get("front"):
             from dsmoe_lite.book.front import write_front
+            from dsmoe_lite.book.playground import write_playground
 
             chapters = [book_file.parent / f"{name}.ipynb" for name in _names(book) if Path(name).name[0].isdigit()]
-            write_front(pages, book["title"], [path for path in chapters if path.exists()])
+            chapters = [path for path in chapters if path.exists()]
+            write_front(pages, book["title"], chapters)
+            write_playground(pages, book["title"], {path.name[:2]: f"{path.stem}.html" for path in chapters})
         _replace(out, pages)
     return out / "index.html"
 
