@@ -17,9 +17,9 @@ from dsmoe_lite.evaluate import recall
 from dsmoe_lite.routing.interventions import silence, switch_off
 from dsmoe_lite.viz.packed_model import ENGINE
 
-COUNTED = "() => [...document.querySelectorAll('.known b')].every((known) => known.textContent !== '…')"
+COUNTED = "() => [...document.querySelectorAll('#lab .known b')].every((known) => known.textContent !== '…')"
 NAMES = list(front.MODELS)
-LARGE, SMALL = (f".{name.lower()} .experts" for name in NAMES)
+LARGE, SMALL = (f"#lab .{name.lower()} .experts" for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def opened(browser, site):
 
 def known(page):
     page.wait_for_function(COUNTED)
-    return [int(text.split(" ")[0]) for text in page.locator(".known b").all_inner_texts()]
+    return [int(text.split(" ")[0]) for text in page.locator("#lab .known b").all_inner_texts()]
 
 
 @torch.no_grad()
@@ -206,3 +206,30 @@ def test_links_lead_to_the_chapters_and_a_missing_model_is_one_line(browser, sit
     assert page.locator(".chapters li").count() == len(stems)
     assert page.title() == "DeepSeekMoE & more"
     page.close()
+
+
+def test_the_film_shows_what_the_models_knew_at_each_step(opened):
+    page = opened()
+    learning = page.evaluate("window.dsmoeFront.learning")
+    assert learning["steps"] == [0, 50, 200, 400, 800, 1200]
+    for name, model in zip(NAMES, learning["models"], strict=True):
+        final = load_model(paths.DATA / "models" / f"paper-{name.lower()}-seed0.safetensors")
+        asked = World().questions("head")
+        tokenizer = read_tokenizer(
+            read_metadata(paths.DATA / "models" / f"paper-{name.lower()}-seed0.safetensors")["tokenizer"]
+        )
+        assert model["known"][-1] == round(200 * recall(final, tokenizer, asked)["head"])
+        assert model["known"][0] <= 4 < model["known"][-1]  # before training it knows nothing
+        panel = page.locator(f"#learning .{name.lower()}")
+        for at in (0, 5):
+            page.locator("#film").fill(str(at))
+            shown = model["answers"][at][0]
+            assert f"says {shown['says'] or '∙'}" in panel.inner_text()
+            assert f"knows {model['known'][at]} of 200 facts" in panel.inner_text()
+            used = panel.locator(".experts span").evaluate_all(
+                "all => all.filter((square) => Number(square.style.getPropertyValue('--used')) > 0).length"
+            )
+            assert used == sum(len(layer) for layer in shown["used"])
+    page.get_by_role("button", name="Play", exact=True).click()
+    page.wait_for_function("() => document.getElementById('film').value === '1'")
+    page.get_by_role("button", name="Pause", exact=True).click()

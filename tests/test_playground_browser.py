@@ -280,6 +280,7 @@ def test_the_page_can_be_read_by_all(opened, screenshots, width):
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert opened.errors == []
         found = Axe().run(page).response["violations"]
+        page.wait_for_timeout(300)
         opened.errors.clear()  # axe asks for style sheets, which file:// refuses
         assert [one["id"] for one in found if one["impact"] in ("serious", "critical")] == []
         page.screenshot(path=screenshots / f"playground_{width}_{scheme}.png", full_page=True)

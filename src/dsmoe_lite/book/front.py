@@ -8,6 +8,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
+from dsmoe_lite.book.learning import learning
 from dsmoe_lite.checkpoint import load_model
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.config import to_dict
@@ -19,13 +20,14 @@ MODELS = {
     "GShard": DATA / "models" / "world-gshard.safetensors",
     "DeepSeekMoE": DATA / "models" / "world-deepseekmoe.safetensors",
 }
+N_FILMED = 6  # questions
 ROW = re.compile(r"^\| (\d\d) (.*?) \| (.*?) \| (\d+) \|$", re.MULTILINE)  # of the map in the first chapter
 
 
 def write_front(pages: Path, title: str, chapters: Sequence[Path]) -> None:
     """Write index.html and what it loads into the built book; `chapters` are its notebooks, the first has the map."""
     static = pages / "_static"
-    for name in ("front.css", "front.js"):
+    for name in ("front.css", "front.js", "learn.js"):
         shutil.copy(SOURCES / name, static)
     (static / "front_data.js").write_text(f"window.dsmoeFront = {json.dumps(_data())};\n", encoding="utf-8")
     names = {path.name[:2]: f"{path.stem}.html" for path in chapters}
@@ -41,7 +43,7 @@ def write_front(pages: Path, title: str, chapters: Sequence[Path]) -> None:
     (pages / "index.html").write_text(page, encoding="utf-8")
 
 
-def _data() -> dict[str, list[object]]:
+def _data() -> dict[str, object]:
     """Questions, one of each relation first, and the models without capacities: one question is a very small batch."""
     asked = World().questions("head")
     firsts = {question.relation: question for question in reversed(asked)}
@@ -53,7 +55,11 @@ def _data() -> dict[str, list[object]]:
         free = replace(model.config.moe, capacity_factor=None, eval_capacity_factor=None)
         config = to_dict(replace(model.config, moe=free))
         models.append({"name": name, "weights": fingerprint(model), "config": config})
-    return {"questions": [[question.prompt, question.answer] for question in ordered], "models": models}
+    return {
+        "questions": [[question.prompt, question.answer] for question in ordered],
+        "models": models,
+        "learning": learning(ordered[:N_FILMED]),
+    }
 
 
 def _items(chapter: Path, names: dict[str, str]) -> list[str]:
