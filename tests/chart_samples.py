@@ -80,6 +80,17 @@ def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def bias_rows() -> list[dict[str, Any]]:
+    """MaxVio of 40 batches at five speeds: slow ones are still falling, fast ones overshoot."""
+    draw = random.Random(11)
+    speeds = [10 ** (power / 2) for power in range(-8, -3)]
+    return [
+        {"speed": speed, "batch": batch, "max_vio": max(8 - 300 * speed * batch, 100 * speed) + 0.1 * draw.random()}
+        for speed in speeds
+        for batch in range(40)
+    ]
+
+
 def cost_rows(runs: int) -> list[dict[str, Any]]:
     draw = random.Random(8)
     slopes = {"MHA": 0.9, "GQA": 0.5, "MLA naive": 1.05, "MLA absorbed": 0.3}
@@ -177,6 +188,7 @@ def every_chart() -> dict[str, Any]:
         ),
         "capacity_curve": charts.capacity_curve(capacity),
         "finer_experts": charts.finer_experts(finer),
+        "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",

@@ -2,6 +2,7 @@
 
 from dsmoe_lite.viz.ablation_matrix import ablation_matrix
 from dsmoe_lite.viz.balance import loss_table, reach_curve
+from dsmoe_lite.viz.bias_speed import bias_speed
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
@@ -24,6 +25,7 @@ from dsmoe_lite.viz.trend_intervals import trend_intervals
 __all__ = [
     "ablation_matrix",
     "bank_groups",
+    "bias_speed",
     "cache_by_design",
     "cache_calculator",
     "capacity_curve",

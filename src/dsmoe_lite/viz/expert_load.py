@@ -1,13 +1,13 @@
 """The chart `expert_load`: does every expert of a layer get its share of the tokens?"""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.controls import binding
 from dsmoe_lite.viz.helpers import data, expert_axis, gradient_legend, plain, require_rows
 
 STARVED, OVERLOADED = 0.5, 1.5  # relative loads at which the colour changes
@@ -48,7 +48,7 @@ def expert_load(
     limit = None if capacity is None else float(plain(capacity)) / (mean or 1.0)
     if len(steps) == 1:
         return theme.finish(_load_bars(rows, len(final), limit), title, subtitle, description)
-    step_param = alt.param(name="step", value=steps[-1], bind=_step_control(steps))
+    step_param = alt.param(name="step", value=steps[-1], bind=binding("Step", steps))
     bars = _load_bars(rows, len(final), limit, step_param)
     return theme.finish(
         alt.vconcat(bars, _history_strip(rows, steps, step_param), spacing=14), title, subtitle, description
@@ -76,13 +76,6 @@ def relative_load(counts: list[float]) -> list[float]:
 
 def _state(load: float) -> str:
     return "starved" if load < STARVED else "overloaded" if load > OVERLOADED else "fair"
-
-
-def _step_control(steps: list[Any]) -> Any:
-    gaps = {later - earlier for earlier, later in pairwise(steps)}
-    if len(gaps) == 1:
-        return alt.binding_range(min=steps[0], max=steps[-1], step=gaps.pop(), name="Step ")
-    return alt.binding_select(options=steps, name="Step ")
 
 
 def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, step_param: Any = None) -> Any:

@@ -1,0 +1,53 @@
+"""Charts with a slider or menu and no kernel: at every setting they draw the numbers of the package."""
+
+import re
+from statistics import mean
+
+import chart_samples
+import pytest
+from test_charts_routing import marks, svg
+
+from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz.controls import Control
+
+
+def control(chart, name):
+    """The slider or menu of one parameter, as it is stored."""
+    (param,) = [one for one in renderer.stable(chart.to_dict())["params"] if one["name"] == name]
+    return {**param["bind"], "value": param["value"]}
+
+
+def words(picture):
+    return re.findall(r"<text[^>]*>([^<]*)<", picture)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([512, 1024, 1536], "range"), ([-4.0, -3.5, -3.0], "range"), ([512, 1024, 4096], "select"), ([1, 2], "select"),
+     (["in turn", "overlapped", "never"], "select"), ([False, True], "select")],
+)  # fmt: skip
+def test_evenly_spaced_values_get_a_slider_and_others_a_menu(values, kind):
+    choice = Control("value", "Value,", values[0])
+    bind = choice.param([{"value": value} for value in values]).param.bind.to_dict()
+    assert bind["input"] == kind
+    assert bind["name"] == "Value, "
+
+
+def test_a_control_starts_at_one_of_its_values():
+    with pytest.raises(InputError, match="length = 3: must be one of 1, 2, 4"):
+        Control("length", "Length", 3).values([{"length": n} for n in (4, 2, 1)])
+
+
+def test_a_bias_speed_draws_its_own_trace_and_end():
+    rows = chart_samples.bias_rows()
+    chart = charts.bias_speed(rows, speed=0.001, last=20)
+    slider = control(chart, "exponent")
+    assert (slider["min"], slider["max"], slider["step"], slider["value"]) == (-4, -2, 0.5, -3)
+    for exponent in (-4, -3.5, -3, -2.5, -2):
+        vios = [row["max_vio"] for row in rows if abs(row["speed"] - 10**exponent) < 1e-9]
+        picture = svg(chart, exponent=exponent)
+        (text,) = [word for word in words(picture) if word.startswith("γ = ")]
+        assert text == f"γ = {10**exponent:.2g}: MaxVio {mean(vios[-20:]):.2f} at the end"
+        (big,) = [mark for mark in marks(picture, "bias speed γ .log scale.") if "γ" in mark][-1:]
+        assert float(big["MaxVio at the end"]) == pytest.approx(mean(vios[-20:]), rel=1e-3)
