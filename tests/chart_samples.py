@@ -5,6 +5,9 @@ import math
 import random
 from typing import Any
 
+from dsmoe_lite import preset
+from dsmoe_lite.accounting import split_rows
+from dsmoe_lite.layers.capacity import capacity
 from dsmoe_lite.viz import charts, renderer
 
 EXPERTS = 8
@@ -78,6 +81,26 @@ def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
         for e in range(experts)
         for null in [0.3 + 0.2 * draw.random()]
     ]  # fmt: skip
+
+
+def length_rows() -> list[dict[str, Any]]:
+    """Where the parameters and FLOPs of a dense model are, by the length of its texts, beside one of fixed length."""
+    dense = preset("course-dense")
+    models = {2**power: {"dense, S = 64": (dense, 64), "dense": (dense, 2**power)} for power in range(9, 18)}
+    return [{**row, "seq_len": n} for n, two in models.items() for row in split_rows(two)]
+
+
+CAPACITY_LOADS = [100, 300, 200, 50, 0, 600, 200, 150]
+
+
+def capacity_rows() -> list[dict[str, Any]]:
+    """Slots and the share of dropped choices of CAPACITY_LOADS, by capacity factor."""
+    rows = []
+    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
+        slots = capacity(sum(CAPACITY_LOADS), 1, len(CAPACITY_LOADS), factor)
+        lost = sum(max(0, load - slots) for load in CAPACITY_LOADS)
+        rows.append({"capacity_factor": factor, "slots": slots, "drop_rate": lost / sum(CAPACITY_LOADS)})
+    return rows
 
 
 def bias_rows() -> list[dict[str, Any]]:
@@ -161,7 +184,7 @@ def every_chart() -> dict[str, Any]:
         for i, model in enumerate(MODELS)
         for seed in range(3)
     ]
-    capacity = [
+    drops = [
         {"model": model, "capacity_factor": c, "drop_rate": math.exp(-2 * c) / (i + 1), "loss": 2 + math.exp(-c)}
         for i, model in enumerate(MODELS)
         for c in (0.5, 1.0, 1.5, 2.0)
@@ -178,15 +201,17 @@ def every_chart() -> dict[str, Any]:
         ),
         "training_curves, many": charts.training_curves(curve_rows(7, 2, 200)),
         "parameter_split": charts.parameter_split(split),
+        "parameter_split, lengths": charts.parameter_split(length_rows(), shares=True, seq_len=2048),
         "model_comparison": charts.model_comparison(results),
-        "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15], capacity=25),
+        "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15]),
         "expert_load, 64": charts.expert_load([draw.random() for _ in range(64)]),
-        "expert_load, history": charts.expert_load(history, capacity=0.6),
+        "expert_load, history": charts.expert_load(history),
+        "expert_capacity": charts.expert_capacity(CAPACITY_LOADS, capacity_rows(), factor=1.25),
         "effects_by_kind": charts.effects_by_kind(kind_rows(), overall={"shared expert": 0.1, "one routed": 0.5}),
         "effects_by_kind, one part": charts.effects_by_kind(
             [{"kind": d, "effect": "layer 1", "value": 0.2} for d in DOMAINS], overall={"layer 1": 0.2}, number=".0%"
         ),
-        "capacity_curve": charts.capacity_curve(capacity),
+        "capacity_curve": charts.capacity_curve(drops),
         "finer_experts": charts.finer_experts(finer),
         "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),

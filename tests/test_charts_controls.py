@@ -25,13 +25,23 @@ def words(picture):
 @pytest.mark.parametrize(
     ("values", "kind"),
     [([512, 1024, 1536], "range"), ([-4.0, -3.5, -3.0], "range"), ([512, 1024, 4096], "select"), ([1, 2], "select"),
-     (["in turn", "overlapped", "never"], "select"), ([False, True], "select")],
+     (["in turn", "overlapped", "never"], "select")],
 )  # fmt: skip
 def test_evenly_spaced_values_get_a_slider_and_others_a_menu(values, kind):
     choice = Control("value", "Value,", values[0])
     bind = choice.param([{"value": value} for value in values]).param.bind.to_dict()
     assert bind["input"] == kind
     assert bind["name"] == "Value, "
+
+
+@pytest.mark.parametrize(("low", "base", "value"), [(1, 2, 1024), (0.0003, 10, 0.003)])
+def test_a_logarithmic_slider_starts_on_a_step(low, base, value):
+    rows = [{"n": low * base**power} for power in range(12)]
+    param = Control("n", "Number", value, base=base).param(rows).param.to_dict()
+    steps = (param["value"] - param["bind"]["min"]) / param["bind"]["step"]
+    assert param["bind"]["input"] == "range"
+    assert steps == pytest.approx(round(steps), abs=1e-6)
+    assert base ** param["value"] == pytest.approx(value, rel=2e-3)
 
 
 def test_a_control_starts_at_one_of_its_values():
@@ -42,12 +52,26 @@ def test_a_control_starts_at_one_of_its_values():
 def test_a_bias_speed_draws_its_own_trace_and_end():
     rows = chart_samples.bias_rows()
     chart = charts.bias_speed(rows, speed=0.001, last=20)
-    slider = control(chart, "exponent")
+    slider = control(chart, "log_speed")
     assert (slider["min"], slider["max"], slider["step"], slider["value"]) == (-4, -2, 0.5, -3)
     for exponent in (-4, -3.5, -3, -2.5, -2):
         vios = [row["max_vio"] for row in rows if abs(row["speed"] - 10**exponent) < 1e-9]
-        picture = svg(chart, exponent=exponent)
+        picture = svg(chart, log_speed=exponent)
         (text,) = [word for word in words(picture) if word.startswith("γ = ")]
         assert text == f"γ = {10**exponent:.2g}: MaxVio {mean(vios[-20:]):.2f} at the end"
         (big,) = [mark for mark in marks(picture, "bias speed γ .log scale.") if "γ" in mark][-1:]
         assert float(big["MaxVio at the end"]) == pytest.approx(mean(vios[-20:]), rel=1e-3)
+
+
+def test_an_expert_is_full_where_the_package_says_so():
+    loads, rows = chart_samples.CAPACITY_LOADS, chart_samples.capacity_rows()
+    chart = charts.expert_capacity(loads, rows, factor=1.25)
+    slider = control(chart, "capacity_factor")
+    assert (slider["min"], slider["max"], slider["step"], slider["value"]) == (0.5, 2, 0.25, 1.25)
+    for row in rows:
+        picture = svg(chart, capacity_factor=row["capacity_factor"])
+        (text,) = [word for word in words(picture) if word.startswith("c = ")]
+        assert text.startswith(f"c = {row['capacity_factor']:.3g}, {row['slots']} slots each: {row['drop_rate']:.1%} of")
+        bars = [mark for mark in marks(picture, "expert") if "dropped" in mark]
+        drawn = {mark["expert"]: (int(mark["choices"]), int(mark["slots"]), int(mark["dropped"])) for mark in bars}
+        assert drawn == {f"e{e}": (n, row["slots"], max(0, n - row["slots"])) for e, n in enumerate(loads)}

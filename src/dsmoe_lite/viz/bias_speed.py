@@ -36,13 +36,12 @@ def bias_speed(
     ends, traces = [], []
     for value in sorted(by_speed):
         points = sorted(by_speed[value])
-        of_speed = {"speed": value, "exponent": _exponent(value)}
         end = mean(vio for _, vio in points[-last:])
-        ends.append({**of_speed, "end": end, "text": f"γ = {value:.2g}: MaxVio {end:.2f} at the end"})
+        ends.append({"speed": value, "end": end, "text": f"γ = {value:.2g}: MaxVio {end:.2f} at the end"})
         binned = over_seeds([{"model": "", "batch": batch, "y": vio} for batch, vio in points], "y", x="batch")[""]
         batches, vios = (" ".join(f"{point[key]:.4g}" for point in binned) for key in ("x", "mean"))
-        traces.append({**of_speed, "batch": batches, "max_vio": vios})
-    control = Control("exponent", "Bias speed γ: 10 to the power of", _exponent(speed))
+        traces.append({"speed": value, "batch": batches, "max_vio": vios})
+    control = Control("speed", "Bias speed γ", speed, base=10)
     if not description:
         texts = word_list([f"{row['speed']:.2g}: {row['end']:.2f}" for row in ends], limit=len(ends))
         description = f"Line chart of MaxVio against batch for {len(ends)} bias speeds, which a slider chooses, and "
@@ -50,10 +49,6 @@ def bias_speed(
     subtitle = subtitle or f"Grey: the other speeds. The end: the mean of the last {last} batches."
     chart = alt.hconcat(_trace(traces, ends, control), _ends(ends, control), spacing=30)
     return theme.finish(chart.add_params(control.param(ends)), title, subtitle, description)
-
-
-def _exponent(speed: float) -> float:
-    return round(math.log10(speed), 3)
 
 
 def _trace(traces: list[dict[str, Any]], ends: list[dict[str, Any]], control: Control) -> Any:
@@ -71,7 +66,7 @@ def _trace(traces: list[dict[str, Any]], ends: list[dict[str, Any]], control: Co
         align="left", baseline="bottom", dy=-5, fontWeight=600, color=theme.LIGHT["line1_label"]
     )
     layers = [
-        others.encode(x=x, y=y, detail="exponent:N"),
+        others.encode(x=x, y=y, detail="speed:N"),
         chosen.mark_line(color=theme.LIGHT["line1"], strokeWidth=2.2).encode(x=x, y=y, tooltip=tooltip),
         text.encode(x=alt.value(0), y=alt.value(0), text="text:N"),
     ]
@@ -79,11 +74,11 @@ def _trace(traces: list[dict[str, Any]], ends: list[dict[str, Any]], control: Co
 
 
 def _ends(ends: list[dict[str, Any]], control: Control) -> Any:
-    exponents = [row["exponent"] for row in ends]
-    ticks = list(range(math.floor(exponents[0]), math.ceil(exponents[-1]) + 1))
-    x = alt.X("exponent:Q", title="bias speed γ (log scale)",
-              scale=alt.Scale(domain=[exponents[0], exponents[-1]], nice=False, padding=8),
-              axis=alt.Axis(grid=False, values=ticks, labelExpr="format(pow(10, datum.value), '~r')"))  # fmt: skip
+    speeds = [row["speed"] for row in ends]
+    powers = range(math.ceil(math.log10(speeds[0]) - 0.01), math.floor(math.log10(speeds[-1]) + 0.01) + 1)
+    x = alt.X("speed:Q", title="bias speed γ (log scale)",
+              scale=alt.Scale(type="log", domain=[speeds[0], speeds[-1]], nice=False, padding=8),
+              axis=alt.Axis(grid=False, values=[10.0**power for power in powers], format="~r"))  # fmt: skip
     scale = alt.Scale(domain=list(nice_range([row["end"] for row in ends], zero=True)), nice=False)
     y = alt.Y("end:Q", title="MaxVio at the end", axis=alt.Axis(tickCount=5), scale=scale)
     tooltip = [alt.Tooltip("speed:Q", title="γ", format=".3~r"), alt.Tooltip("end:Q", title="MaxVio", format=".3~g")]

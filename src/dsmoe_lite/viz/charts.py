@@ -8,6 +8,7 @@ from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
+from dsmoe_lite.viz.expert_capacity import expert_capacity
 from dsmoe_lite.viz.expert_load import expert_load
 from dsmoe_lite.viz.expert_mix import expert_mix
 from dsmoe_lite.viz.expert_worth import expert_worth
@@ -34,6 +35,7 @@ __all__ = [
     "effect_matrix",
     "effects_by_kind",
     "exchange_matrix",
+    "expert_capacity",
     "expert_load",
     "expert_mix",
     "expert_worth",
