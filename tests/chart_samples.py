@@ -83,11 +83,16 @@ def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def chance_rows() -> list[dict[str, Any]]:
+    """Devices, of 8, that k of 64 experts reach by chance."""
+    return [{"top_k": k, "reached": 8 * (1 - math.comb(56, k) / math.comb(64, k))} for k in range(1, 17)]
+
+
 def length_rows() -> list[dict[str, Any]]:
     """Where the parameters and FLOPs of a dense model are, by the length of its texts, beside one of fixed length."""
     dense = preset("course-dense")
-    models = {2**power: {"dense, S = 64": (dense, 64), "dense": (dense, 2**power)} for power in range(9, 18)}
-    return [{**row, "seq_len": n} for n, two in models.items() for row in split_rows(two)]
+    moving = [{**row, "seq_len": 2**n} for n in range(9, 18) for row in split_rows({"dense": (dense, 2**n)})]
+    return [*moving, *split_rows({"dense, S = 64": (dense, 64)})]
 
 
 CAPACITY_LOADS = [100, 300, 200, 50, 0, 600, 200, 150]
@@ -219,6 +224,7 @@ def every_chart() -> dict[str, Any]:
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]
         ),
+        "reach_by_chance": charts.reach_by_chance(chance_rows(), devices=8, top_k=6),
         "cache_calculator": charts.cache_calculator(CACHES),
         "cache_calculator, one": charts.cache_calculator(CACHES[:1], context=1024, bits=6, memory=None),
         "cache_by_design": charts.cache_by_design(),

@@ -5,8 +5,11 @@ from statistics import mean
 
 import chart_samples
 import pytest
+import torch
 from test_charts_routing import marks, svg
 
+from dsmoe_lite import preset
+from dsmoe_lite.accounting import split_rows
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.controls import Control
@@ -71,7 +74,32 @@ def test_an_expert_is_full_where_the_package_says_so():
     for row in rows:
         picture = svg(chart, capacity_factor=row["capacity_factor"])
         (text,) = [word for word in words(picture) if word.startswith("c = ")]
-        assert text.startswith(f"c = {row['capacity_factor']:.3g}, {row['slots']} slots each: {row['drop_rate']:.1%} of")
+        assert text.startswith(
+            f"c = {row['capacity_factor']:.3g}, {row['slots']} slots each: {row['drop_rate']:.1%} of"
+        )
         bars = [mark for mark in marks(picture, "expert") if "dropped" in mark]
         drawn = {mark["expert"]: (int(mark["choices"]), int(mark["slots"]), int(mark["dropped"])) for mark in bars}
         assert drawn == {f"e{e}": (n, row["slots"], max(0, n - row["slots"])) for e, n in enumerate(loads)}
+
+
+def test_flops_move_with_the_length_of_the_texts_as_they_are_counted():
+    chart = charts.parameter_split(chart_samples.length_rows(), shares=True, seq_len=2048)
+    assert [control(chart, "log_seq_len")[key] for key in ("min", "max", "step", "value")] == [9, 17, 1, 11]
+    for power in (9, 11, 17):
+        picture = svg(chart, log_seq_len=power)
+        counted = {row["component"]: row["flops"] for row in split_rows({"": (preset("course-dense"), 2**power)})}
+        counted = {name: flops / sum(counted.values()) for name, flops in counted.items() if flops}
+        bars = [mark for mark in marks(picture, "x0") if mark.get("model") == "dense"]
+        drawn = {mark["component"]: float(mark["share"].rstrip("%")) / 100 for mark in bars[-len(counted) :]}
+        assert drawn == pytest.approx(counted, abs=6e-4)
+        assert f"FLOPs per token, forward: S = {2**power:,} tokens" in words(picture)
+
+
+def test_devices_by_chance_are_read_at_the_chosen_number_of_experts():
+    chart = charts.reach_by_chance(chart_samples.chance_rows(), devices=8, top_k=6)
+    assert [control(chart, "top_k")[key] for key in ("min", "max", "step", "value")] == [1, 16, 1, 6]
+    for k in (1, 6, 16):
+        drawn = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:k] // 8 for i in range(2000)])
+        counted = mean(len(set(devices)) for devices in drawn.tolist())
+        (text,) = [word for word in words(svg(chart, top_k=k)) if word.endswith("of 8 devices")]
+        assert float(text.split(": ")[1].split()[0]) == pytest.approx(counted, abs=0.11)

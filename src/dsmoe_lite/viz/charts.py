@@ -18,6 +18,7 @@ from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.long_context import needle, rotary_frequencies
 from dsmoe_lite.viz.many_devices import exchange_matrix, link_timeline, scaling_curve
+from dsmoe_lite.viz.reach_by_chance import reach_by_chance
 from dsmoe_lite.viz.roofline import roofline
 from dsmoe_lite.viz.specialization import specialization_against_null
 from dsmoe_lite.viz.token_routing import token_routing
@@ -48,6 +49,7 @@ __all__ = [
     "needle",
     "parameter_split",
     "product_speed",
+    "reach_by_chance",
     "reach_curve",
     "roofline",
     "rotary_frequencies",

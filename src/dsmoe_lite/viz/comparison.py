@@ -10,7 +10,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.errors import InputError, require
 from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.controls import Control
@@ -138,8 +138,8 @@ def parameter_split(
     """Draw one bar per model, split by component: parameters stored, parameters used per token, FLOPs per token.
 
     rows: {model, component, total, active, flops}; measures that no row has are left out. At most eight components.
-    shares: make all bars equally long, for models of very different size. seq_len: rows have a sequence length of this
-    name, a power of two; a slider over them, which starts here, moves the FLOPs and needs no kernel.
+    shares: make all bars equally long, for models of very different size. seq_len, with shares: rows may be for one
+    sequence length each, a power of two in `seq_len`; a slider, which starts here and needs no kernel, moves the FLOPs.
     """
     require_rows(rows, "model", "component")
     models, components = distinct(row["model"] for row in rows), distinct(row["component"] for row in rows)
@@ -151,6 +151,7 @@ def parameter_split(
     if not measures:
         raise InputError(f"rows: no row has any of {', '.join(MEASURES)}")
     width = int(theme.MAX_WIDTH - 130 - min(max(len(model) for model in models) * 12 * CHARACTER_WIDTH, 150))
+    require(shares or seq_len is None, "seq_len", seq_len, "needs shares: bars would change their length")
     control = None if seq_len is None else Control("seq_len", "Sequence length S", seq_len, base=2)
     panels, totals = [], []
     for measure in measures:
@@ -160,12 +161,15 @@ def parameter_split(
         for n in moves.values(rows) if moves else [seq_len]:
             of_n = [row for row in rows if row.get("seq_len", n) == n]
             segments, sums, lengths = _segments(of_n, measure, models, width, shares)
-            chosen = {"seq_len": n} if moves else {}
-            drawn += [{**segment, **chosen} for segment in segments]
-            ends += [{"model": m, "end": lengths[m], "text": short_number(sums[m]), **chosen} for m in models]
+            chosen = {row["model"]: {"seq_len": n} for row in of_n if moves and "seq_len" in row}
+            drawn += [{**segment, **chosen.get(segment["model"], {})} for segment in segments]
+            ends += [
+                {"model": m, "end": lengths[m], "text": short_number(sums[m]), **chosen.get(m, {})} for m in models
+            ]
             if n == seq_len:
                 summed = word_list([f"{model} {short_number(sums[model])}" for model in models])
                 totals.append(f"{MEASURES[measure]}: {summed}")
+        drawn, ends = ([row for i, row in enumerate(of) if row not in of[:i]] for of in (drawn, ends))
         panels.append(_bars(drawn, ends, models, components, width, MEASURES[measure], moves))
     description = (
         description or f"Stacked bars of {len(models)} models by {word_list(components)}. {'; '.join(totals)}."
@@ -232,4 +236,6 @@ def _bars(
     )
     total_texts = sums.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
     panel_title = alt.TitleParams(heading, fontSize=12.5, offset=4)
-    return alt.layer(bars, segment_texts, total_texts).properties(width=width, height=30 * len(models), title=panel_title)
+    return alt.layer(bars, segment_texts, total_texts).properties(
+        width=width, height=30 * len(models), title=panel_title
+    )

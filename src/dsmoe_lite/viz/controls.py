@@ -51,13 +51,16 @@ class Control:
         return alt.param(name=self.name, value=value, bind=binding(label, values))
 
     def filter(self, chart: Any) -> Any:
-        """Keep the rows that are chosen; the renderer rounds numbers to four digits."""
+        """Keep the rows that are chosen, and rows without the field; the renderer rounds numbers to four digits."""
+        return chart.transform_filter(f"!isValid(datum.{self.field}) || {self._is_chosen()}")
+
+    def _is_chosen(self) -> str:
         datum = f"datum.{self.field}"
         if self.base:
-            return chart.transform_filter(f"abs(log({datum}) / log({self.base}) - {self.name}) < 0.01")
+            return f"abs(log({datum}) / log({self.base}) - {self.name}) < 0.01"
         if isinstance(self.value, str):
-            return chart.transform_filter(f"{datum} == {self.name}")
-        return chart.transform_filter(f"abs({datum} - {self.name}) <= 0.002 * abs({self.name})")
+            return f"{datum} == {self.name}"
+        return f"abs({datum} - {self.name}) <= 0.002 * abs({self.name})"
 
     def _log(self, value: float) -> float:
         return round(math.log(value, self.base or math.e), 3)
