@@ -75,6 +75,7 @@ print(f"counted on random scores: {devices_reached(ordered_topk(chance, CHOSEN))
 # About 4.5: the probability that all six avoid a device is 0.43. Cutting experts finer makes it worse, because a token has more of
 # them. **Move** the slider:
 
+
 # %%
 def reached_by_chance(k):
     missed = math.comb(EXPERTS - EXPERTS // DEVICES, k) / math.comb(EXPERTS, k)

@@ -130,15 +130,6 @@ def cost_rows(runs: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def wavelength_rows(pairs: int, low: int, high: int, factor: float) -> list[dict[str, Any]]:
-    rows = []
-    for j in range(pairs):
-        plain, mixed = 2 * math.pi * 10_000 ** (j / pairs), min(max((j - low) / (high - low), 0), 1)
-        rows.append({"pair": j, "wavelength": plain, "kind": "RoPE"})
-        rows.append({"pair": j, "wavelength": plain / (1 - mixed + mixed / factor), "kind": "with YaRN"})
-    return rows
-
-
 def needle_rows(kinds: tuple[str, ...], depths: int, seeds: int) -> list[dict[str, Any]]:
     draw = random.Random(9)
     return [
@@ -231,9 +222,8 @@ def every_chart() -> dict[str, Any]:
         "cache_by_design, few": charts.cache_by_design(heads=16, groups=1, head_dim=64),
         "decode_cost": charts.decode_cost(cost_rows(1)),
         "decode_cost, runs": charts.decode_cost(cost_rows(3)[:30]),
-        "rotary_frequencies": charts.rotary_frequencies(
-            wavelength_rows(32, 10, 23, 40), original=4096, extended=163_840
-        ),
+        "rotary_frequencies": charts.rotary_frequencies(),
+        "rotary_frequencies, close": charts.rotary_frequencies(channels=16, theta=500_000.0, factor=1, trained=512),
         "needle": charts.needle(needle_rows(("RoPE", "window", "YaRN"), 5, 3)),
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(

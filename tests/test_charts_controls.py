@@ -1,5 +1,6 @@
 """Charts with a slider or menu and no kernel: at every setting they draw the numbers of the package."""
 
+import math
 import re
 from statistics import mean
 
@@ -11,6 +12,8 @@ from test_charts_routing import marks, svg
 from dsmoe_lite import preset
 from dsmoe_lite.accounting import split_rows
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.config import YarnConfig
+from dsmoe_lite.layers.rope import rope_frequencies, yarn_range
 from dsmoe_lite.viz import charts, renderer
 from dsmoe_lite.viz.controls import Control
 
@@ -74,9 +77,8 @@ def test_an_expert_is_full_where_the_package_says_so():
     for row in rows:
         picture = svg(chart, capacity_factor=row["capacity_factor"])
         (text,) = [word for word in words(picture) if word.startswith("c = ")]
-        assert text.startswith(
-            f"c = {row['capacity_factor']:.3g}, {row['slots']} slots each: {row['drop_rate']:.1%} of"
-        )
+        c, slots, lost = row.values()
+        assert text == f"c = {c:.3g}: {slots} slots each, {lost:.1%} dropped"
         bars = [mark for mark in marks(picture, "expert") if "dropped" in mark]
         drawn = {mark["expert"]: (int(mark["choices"]), int(mark["slots"]), int(mark["dropped"])) for mark in bars}
         assert drawn == {f"e{e}": (n, row["slots"], max(0, n - row["slots"])) for e, n in enumerate(loads)}
@@ -99,7 +101,28 @@ def test_devices_by_chance_are_read_at_the_chosen_number_of_experts():
     chart = charts.reach_by_chance(chart_samples.chance_rows(), devices=8, top_k=6)
     assert [control(chart, "top_k")[key] for key in ("min", "max", "step", "value")] == [1, 16, 1, 6]
     for k in (1, 6, 16):
-        drawn = torch.stack([torch.randperm(64, generator=torch.Generator().manual_seed(i))[:k] // 8 for i in range(2000)])
+        drawn = torch.stack(
+            [torch.randperm(64, generator=torch.Generator().manual_seed(i))[:k] // 8 for i in range(2000)]
+        )
         counted = mean(len(set(devices)) for devices in drawn.tolist())
         (text,) = [word for word in words(svg(chart, top_k=k)) if word.endswith("of 8 devices")]
         assert float(text.split(": ")[1].split()[0]) == pytest.approx(counted, abs=0.11)
+
+
+@pytest.mark.parametrize(("factor", "trained"), [(40, 4096), (1, 512), (128, 16_384), (7, 1536)])
+def test_the_chart_of_yarn_computes_the_frequencies_of_the_package(factor, trained):
+    picture = svg(charts.rotary_frequencies(), factor=factor, trained=trained)
+    yarn = YarnConfig(factor=factor, original_max_len=trained)
+    drawn = {(mark["kind"], int(mark["channel pair j"])): float(mark["wavelength"].replace(",", ""))
+             for mark in marks(picture, "channel pair j") if "wavelength" in mark}  # fmt: skip
+    for kind, of_kind in (("RoPE", None), ("YaRN", yarn)):
+        wanted = (2 * math.pi / rope_frequencies(64, 10_000.0, of_kind)).tolist()
+        assert [drawn[kind, j] for j in range(32)] == pytest.approx(wanted, rel=1e-3)
+    low, high = yarn_range(64, 10_000.0, yarn)
+    slower = f"pairs {high} to 31 turn {factor} times slower" if factor > 1 else "no pair is slowed down by all of s"
+    said = {f"Pairs 0 to {low} keep their frequency", slower}
+    levels = {f"trained on {trained:,} tokens", f"extended to {factor * trained:,} tokens"}
+    assert said <= set(words(picture))
+    assert {word for word in words(picture) if " tokens" in word and "per" not in word} == (
+        levels if factor > 1 else {f"trained on {trained:,} tokens"}
+    )

@@ -38,13 +38,13 @@ def expert_capacity(
         full = sum(count > at_start["slots"] for count in counts)
         description = f"Bar chart of the choices of {len(counts)} experts and of their slots, which a slider changes. "
         description += f"{at_start['text']}; {full} experts are full."
-    subtitle = subtitle or "Filled: the choice has a slot. Hollow: dropped."
+    subtitle = subtitle or "Filled: choices that have a slot. Hollow: choices that are dropped."
     return theme.finish(_bars(counts, slots, control).add_params(param), title, subtitle, description)
 
 
 def _slots(row: dict[str, Any]) -> dict[str, Any]:
     factor, slots, lost = (plain(row[field]) for field in ("capacity_factor", "slots", "drop_rate"))
-    text = f"c = {factor:.3g}, {slots:,} slots each: {lost:.1%} of the choices are dropped"
+    text = f"c = {factor:.3g}: {slots:,} slots each, {lost:.1%} dropped"
     return {"capacity_factor": factor, "slots": slots, "drop_rate": lost, "text": text}
 
 

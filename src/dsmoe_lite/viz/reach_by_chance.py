@@ -30,11 +30,13 @@ def reach_by_chance(
     points = [_point(row, devices) for row in rows]
     start = next(point for point in points if point["top_k"] == top_k)
     description = description or (
-        f"Line chart of the devices that a token reaches by chance against the experts that it chooses. {start['text']}; "
-        "a slider changes the number of experts."
+        f"Line chart of the devices that a token reaches by chance against the experts that it chooses. "
+        f"{start['text']}; a slider changes the number of experts."
     )
     subtitle = subtitle or f"Experts are drawn at random. Dashed: all {devices} devices."
-    return theme.finish(_curve(points, devices, control).add_params(control.param(points)), title, subtitle, description)
+    return theme.finish(
+        _curve(points, devices, control).add_params(control.param(points)), title, subtitle, description
+    )
 
 
 def _point(row: dict[str, Any], devices: int) -> dict[str, Any]:
