@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmoe_lite import preset
 from dsmoe_lite.accounting import split_rows
+from dsmoe_lite.kernels.work import grouped_product
 from dsmoe_lite.layers.capacity import capacity
 from dsmoe_lite.viz import charts, renderer
 
@@ -81,6 +82,16 @@ def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
         for e in range(experts)
         for null in [0.3 + 0.2 * draw.random()]
     ]  # fmt: skip
+
+
+def token_points() -> list[dict[str, Any]]:
+    """The products of 6 of 64 experts, and of a dense FFN with the same work, by the tokens of a batch."""
+    products = {"dense FFN": (1, 1, 6 * 1408), "6 of 64": (64, 6, 1408)}
+    return [
+        {"name": name, "tokens": 2**n, "intensity": grouped_product(2**n * k, experts, 2048, width).intensity}
+        for n in range(17)
+        for name, (experts, k, width) in products.items()
+    ]
 
 
 def chance_rows() -> list[dict[str, Any]]:
@@ -286,6 +297,7 @@ def every_chart() -> dict[str, Any]:
         "product_speed": charts.product_speed(speed_rows("hopper", "mma", "triton"), dense=speed_rows("dense")),
         "product_speed, one": charts.product_speed(speed_rows("hopper")[:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),
+        "roofline, tokens": charts.roofline(token_points(), peak=989e12, bandwidth=3.35e12, tokens=1024),
         "roofline, one": charts.roofline(POINTS[1:2], peak=2e11, bandwidth=4e10),
         "specialization_against_null": charts.specialization_against_null(specialization_rows(4, 64)),
         "specialization_against_null, layers": charts.specialization_against_null(

@@ -13,8 +13,9 @@ from dsmoe_lite import preset
 from dsmoe_lite.accounting import split_rows
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import YarnConfig
+from dsmoe_lite.kernels.work import grouped_product
 from dsmoe_lite.layers.rope import rope_frequencies, yarn_range
-from dsmoe_lite.viz import charts, renderer
+from dsmoe_lite.viz import charts, renderer, theme
 from dsmoe_lite.viz.controls import Control
 
 
@@ -126,3 +127,28 @@ def test_the_chart_of_yarn_computes_the_frequencies_of_the_package(factor, train
     assert {word for word in words(picture) if " tokens" in word and "per" not in word} == (
         levels if factor > 1 else {f"trained on {trained:,} tokens"}
     )
+
+
+def test_points_of_a_batch_lie_where_its_products_do():
+    chart = charts.roofline(chart_samples.token_points(), peak=989e12, bandwidth=3.35e12, tokens=1024)
+    assert [control(chart, "log_tokens")[key] for key in ("min", "max", "step", "value")] == [0, 16, 1, 10]
+    for power in (0, 10, 16):
+        tokens, picture = 2**power, svg(chart, log_tokens=power)
+        wanted = {"dense FFN": grouped_product(tokens, 1, 2048, 6 * 1408).intensity,
+                  "6 of 64": grouped_product(6 * tokens, 64, 2048, 1408).intensity}  # fmt: skip
+        points = re.findall(r"log scale.: ([\d.]+); FLOP/s [^:]*: \d+; name: ([^;]+);", picture)
+        assert {name: float(x) for x, name in points} == pytest.approx(wanted, rel=1e-3)
+        assert {"dense FFN", "6 of 64", f"tokens in a batch: {tokens:,}"} <= set(words(picture))
+
+
+def test_every_piece_is_read_in_as_many_turns_as_it_shares_a_group():
+    layouts = {"as it lies": [list(range(8))] * 8, "mixed": [[p ^ (r // 2) for p in range(8)] for r in range(8)]}
+    chart = charts.bank_groups(layouts, 3)
+    assert control(chart, "read")["value"] == 3
+    for piece in (0, 3, 7):
+        picture = svg(chart, read=piece)
+        assert {"as it lies: 8 turns", "mixed: 2 turns"} <= set(words(picture))
+        dark = [mark for mark in re.findall(r'<path aria-label="([^"]*)"[^>]*fill="([^"]*)"', picture)
+                if mark[1].upper() == theme.RAMP[3]]  # fmt: skip
+        assert len(dark) == 16
+        assert all(f"piece: {piece}" in label for label, _ in dark)
