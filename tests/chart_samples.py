@@ -94,6 +94,20 @@ def token_points() -> list[dict[str, Any]]:
     ]
 
 
+def scaling_rows() -> list[dict[str, Any]]:
+    """The speed that a device keeps: less with more devices, and more with more tokens or faster links."""
+    slow = {"16B": 0.02, "145B": 0.05, "DeepSeek-V2": 0.06, "DeepSeek-V3": 0.1}
+    return [
+        {"model": model, "devices": 2**n, "tokens": tokens, "bandwidth": bandwidth, "schedule": schedule,
+         "value": 1 / (1 + n * share * (4096 / tokens) * (50 / bandwidth) / (1 + (schedule == "overlapped")))}
+        for tokens in (1024, 4096, 16_384)
+        for bandwidth in (25.0, 50.0, 100.0)
+        for schedule in ("in turn", "overlapped")
+        for model, share in slow.items()
+        for n in range(3, 13)
+    ]  # fmt: skip
+
+
 def chance_rows() -> list[dict[str, Any]]:
     """Devices, of 8, that k of 64 experts reach by chance."""
     return [{"top_k": k, "reached": 8 * (1 - math.comb(56, k) / math.comb(64, k))} for k in range(1, 17)]
@@ -284,13 +298,17 @@ def every_chart() -> dict[str, Any]:
             ],
             spans=[{"start": 90, "end": 130, "text": "waits"}],
         ),
-        "scaling_curve": charts.scaling_curve(
+        "link_timeline, bandwidth": charts.link_timeline(
             [
-                {"model": model, "devices": 2**n, "value": 1 / (1 + n * share)}
-                for model, share in (("16B", 0.02), ("145B", 0.05), ("DeepSeek-V2", 0.06), ("DeepSeek-V3", 0.1))
-                for n in range(3, 13)
-            ]
+                {"lane": lane, "group": "A", "what": what, "start": start, "end": end, "bandwidth": bandwidth}
+                for bandwidth in (25.0, 50.0, 100.0)
+                for lane, what, start, end in (
+                    ("links", "go", 0, 50 / bandwidth), ("units", "exp", 50 / bandwidth, 1 + 50 / bandwidth),
+                )
+            ],
+            unit="ms", bandwidth=50.0,
         ),
+        "scaling_curve": charts.scaling_curve(scaling_rows(), tokens=4096, bandwidth=50.0, schedule="in turn"),
         "bank_groups": charts.bank_groups(
             {"as it lies": [list(range(8))] * 8, "swizzled": [[p ^ r for p in range(8)] for r in range(8)]}, 3
         ),

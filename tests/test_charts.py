@@ -485,6 +485,10 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
     assert 'fill="rgb(244, 247, 250)"' in picture or theme.LIGHT["ramp1"].lower() in picture.lower()
 
 
+SETTING = {"tokens": 1024, "bandwidth": 50.0, "schedule": "in turn"}
+SCALED = {"model": "a", "devices": 8, "value": 0.5, **SETTING}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -492,7 +496,7 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (lambda: charts.exchange_matrix([[1, 2], [3]]), "as many rows as columns"),
         (lambda: charts.exchange_matrix([[1, -2], [3, 4]]), "0 or above"),
         (lambda: charts.link_timeline([{"lane": "a", "group": "b", "what": "c", "start": 0}]), "no 'end'"),
-        (lambda: charts.scaling_curve([{"model": "a", "devices": 8, "value": 1.2}]), "a share, 0 to 1"),
+        (lambda: charts.scaling_curve([{**SCALED, "value": 1.2}], **SETTING), "a share, 0 to 1"),
         (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
         (lambda: charts.expert_load([]), "at least one expert"),
         (lambda: charts.finer_experts([{"layer": "a", "n_experts": 4, "top_k": 5}]), "top_k = 5"),

@@ -136,7 +136,7 @@ def test_points_of_a_batch_lie_where_its_products_do():
         tokens, picture = 2**power, svg(chart, log_tokens=power)
         wanted = {"dense FFN": grouped_product(tokens, 1, 2048, 6 * 1408).intensity,
                   "6 of 64": grouped_product(6 * tokens, 64, 2048, 1408).intensity}  # fmt: skip
-        points = re.findall(r"log scale.: ([\d.]+); FLOP/s [^:]*: \d+; name: ([^;]+);", picture)
+        points = re.findall(r"log scale.: ([\d.]+); FLOP/s [^:]*: [^;]+; name: ([^;]+);", picture)
         assert {name: float(x) for x, name in points} == pytest.approx(wanted, rel=1e-3)
         assert {"dense FFN", "6 of 64", f"tokens in a batch: {tokens:,}"} <= set(words(picture))
 
@@ -152,3 +152,26 @@ def test_every_piece_is_read_in_as_many_turns_as_it_shares_a_group():
                 if mark[1].upper() == theme.RAMP[3]]  # fmt: skip
         assert len(dark) == 16
         assert all(f"piece: {piece}" in label for label, _ in dark)
+
+
+def test_the_menus_of_the_scaling_curve_choose_its_rows():
+    rows, start = chart_samples.scaling_rows(), {"tokens": 4096, "bandwidth": 50.0, "schedule": "in turn"}
+    chart = charts.scaling_curve(rows, **start)
+    assert {name: control(chart, name)["value"] for name in start} == start
+    assert control(chart, "tokens")["options"] == [1024, 4096, 16_384]
+    for setting in (start, {"tokens": 16_384, "bandwidth": 25.0, "schedule": "overlapped"}):
+        drawn = {(mark["model"], int(mark["devices"].replace(",", ""))): float(mark["share of its best speed"][:-1]) / 100
+                 for mark in marks(svg(chart, **setting), "devices .log scale.") if "devices" in mark}  # fmt: skip
+        wanted = {(row["model"], row["devices"]): row["value"] for row in rows
+                  if all(row[name] == value for name, value in setting.items())}  # fmt: skip
+        assert drawn == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_menu_of_the_timeline_chooses_its_bars():
+    chart = chart_samples.every_chart()["link_timeline, bandwidth"]
+    assert control(chart, "bandwidth")["options"] == [25, 50, 100]
+    for bandwidth in (25, 50, 100):
+        bars = [mark for mark in marks(svg(chart, bandwidth=bandwidth), "ms") if "end" in mark]
+        drawn = {mark["lane"]: (float(mark["start"]), float(mark["end"])) for mark in bars}
+        sent = 50 / bandwidth
+        assert drawn == {"links": (0, sent), "units": (sent, 1 + sent)}
