@@ -211,7 +211,6 @@ def every_chart() -> dict[str, Any]:
         for c in (0.5, 1.0, 1.5, 2.0)
     ]
     history = [{"step": 50 * s, "expert": e, "load": draw.random()} for s in range(10) for e in range(EXPERTS)]
-    finer = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 2, 4, 8)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
     pairs, null_of_pairs = coactivation_shares(64)
     return {
@@ -233,7 +232,8 @@ def every_chart() -> dict[str, Any]:
             [{"kind": d, "effect": "layer 1", "value": 0.2} for d in DOMAINS], overall={"layer 1": 0.2}, number=".0%"
         ),
         "capacity_curve": charts.capacity_curve(drops),
-        "finer_experts": charts.finer_experts(finer),
+        "finer_experts": charts.finer_experts(),
+        "finer_experts, many": charts.finer_experts(n_experts=64, top_k=16, pieces=8),
         "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
         "reach_curve": charts.reach_curve(
@@ -285,6 +285,11 @@ def every_chart() -> dict[str, Any]:
              for m in ("GShard", "DeepSeekMoE") for e in range(8)]
         ),
         "trend_intervals": charts.trend_intervals(TRENDS),
+        "trend_intervals, seeds": charts.trend_intervals(
+            [{**row, "seeds": n, "mean": row["mean"] * 8 / n, "low": row["low"] * 10 / n, "high": row["high"] * 8 / n,
+              "verdict": row["verdict"] if n > 8 else "inconclusive"} for n in range(8, 11) for row in TRENDS[:2]],
+            seeds=10,
+        ),
         "launch_counts": charts.launch_counts(
             [{"backend": name, "forward": n, "backward": 2 * n} for name, n in (("loop", 395), ("ours", 4))]
         ),

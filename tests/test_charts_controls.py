@@ -15,7 +15,7 @@ from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import YarnConfig
 from dsmoe_lite.kernels.work import grouped_product
 from dsmoe_lite.layers.rope import rope_frequencies, yarn_range
-from dsmoe_lite.viz import charts, renderer, theme
+from dsmoe_lite.viz import charts, finer_experts, renderer, theme
 from dsmoe_lite.viz.controls import Control
 
 
@@ -160,8 +160,11 @@ def test_the_menus_of_the_scaling_curve_choose_its_rows():
     assert {name: control(chart, name)["value"] for name in start} == start
     assert control(chart, "tokens")["options"] == [1024, 4096, 16_384]
     for setting in (start, {"tokens": 16_384, "bandwidth": 25.0, "schedule": "overlapped"}):
-        drawn = {(mark["model"], int(mark["devices"].replace(",", ""))): float(mark["share of its best speed"][:-1]) / 100
-                 for mark in marks(svg(chart, **setting), "devices .log scale.") if "devices" in mark}  # fmt: skip
+        points = [mark for mark in marks(svg(chart, **setting), "devices .log scale.") if "devices" in mark]
+        drawn = {
+            (mark["model"], int(mark["devices"].replace(",", ""))): mark["share of its best speed"] for mark in points
+        }
+        drawn = {key: float(share.removesuffix("%")) / 100 for key, share in drawn.items()}
         wanted = {(row["model"], row["devices"]): row["value"] for row in rows
                   if all(row[name] == value for name, value in setting.items())}  # fmt: skip
         assert drawn == pytest.approx(wanted, rel=1e-3)
@@ -175,3 +178,39 @@ def test_the_menu_of_the_timeline_chooses_its_bars():
         drawn = {mark["lane"]: (float(mark["start"]), float(mark["end"])) for mark in bars}
         sent = 50 / bandwidth
         assert drawn == {"links": (0, sent), "units": (sent, 1 + sent)}
+
+
+@pytest.mark.parametrize(("E", "K", "m"), [(16, 2, 4), (64, 16, 8), (37, 5, 3), (16, 16, 8)])
+def test_finer_experts_are_counted_exactly_and_drawn_equally_long(E, K, m):
+    picture = svg(charts.finer_experts(), n_experts=E, top_k=K, pieces=m)
+    counts = {n: math.comb(n * E, n * K) for n in (1, 2, m)}
+    exact = {f"C({n * E}, {n * K}) = {count:,}" for n, count in counts.items() if count < 1e12}
+    large = {f"C({n * E}, {n * K}) = {count:.2e}".replace("+", "") for n, count in counts.items() if count >= 1e12}
+    assert exact | large == {word for word in words(picture) if word.startswith("C(")}
+    assert [f"m = {n}" for n in (1, 2, m)] == [word for word in words(picture) if word.startswith("m = ")]
+    cells = [mark for mark in marks(picture, "start") if "state" in mark]
+    for layer, pieces in enumerate((1, 2, m)):
+        of_layer = [cell for cell in cells if cell["layer"] == str(layer)]
+        assert len(of_layer) == pieces * E
+        assert sum(cell["state"] == "used by one token" for cell in of_layer) == pieces * K
+        assert max(float(cell["end"]) for cell in of_layer) == pytest.approx(finer_experts.LAYER_WIDTH, abs=2)
+
+
+def test_products_of_fractions_count_combinations_to_the_last_digit():
+    """What Vega computes in the chart, for every setting of its sliders."""
+    sizes = {(E * m, K * m) for E in range(16, 65) for K in range(1, 17) for m in range(1, 9)}
+    small = [(n, k) for n, k in sizes if math.comb(n, k) < finer_experts.ROUNDED_FROM]
+    assert len(small) > 500
+    for n, k in small:
+        assert round(math.prod((n - k + i) / i for i in range(1, k + 1))) == math.comb(n, k)
+
+
+def test_a_number_of_seeds_shows_its_own_effects_and_verdicts():
+    chart = chart_samples.every_chart()["trend_intervals, seeds"]
+    assert [control(chart, "seeds")[key] for key in ("min", "max", "step", "value")] == [8, 10, 1, 10]
+    for n in (8, 9, 10):
+        shown = {word for word in words(svg(chart, seeds=n)) if re.search(r", [+-]\d", word)}
+        verdicts = ["holds", "leans"] if n > 8 else ["inconclusive"] * 2
+        assert shown == {
+            f"{verdict}, {mean * 8 / n:+.3f}" for verdict, mean in zip(verdicts, (0.0225, 0.01), strict=True)
+        }
