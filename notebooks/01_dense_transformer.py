@@ -298,31 +298,20 @@ print(f"by hand {by_hand / 1e12:.2f}T; the paper's Table 1 prints {printed}")
 
 # %% [markdown]
 # Longer texts shift the work to attention, because its products grow with $S^2$. Attention is two parts of the bar, its
-# weights and its scores. Move the control: at which length do they outgrow the FFN?
+# weights and its scores. Move the slider: at which length do they outgrow the FFN?
 
 # %%
-from ipywidgets import SelectionSlider
-
-from dsmoe_lite.viz.live import live
-
-
-def split_at(length):
-    rows = accounting.split_rows(
-        {"paper, dense 0.2B": (paper, length), "this chapter": (config, 64)}
-    )
-    for row in rows:
-        del row["active"]  # a dense model uses every weight
-    title = f"Where do parameters and FLOPs sit? (paper: {length:,} tokens)"
-    return charts.parameter_split(rows, shares=True, title=title)
-
-
-lengths = SelectionSlider(
-    options=[512, 2048, 8192, 32768, 131072], value=2048, description="tokens"
-)
-live(split_at, length=lengths)
+rows = accounting.split_rows({"this chapter, S = 64": (config, 64)})
+for length in [2**power for power in range(9, 18)]:  # 512 to 131,072 tokens
+    split = accounting.split_rows({"paper, dense 0.2B": (paper, length)})
+    rows += [{**row, "seq_len": length} for row in split]
+for row in rows:
+    del row["active"]  # a dense model uses every weight
+title = "Where do parameters and FLOPs sit?"
+charts.parameter_split(rows, shares=True, seq_len=2048, title=title)
 
 # %% [markdown]
-# Between 2,048 and 8,192 tokens: by {eq}`eq:flops` at $S = 2D = 2{,}560$, a little more than the paper's length. At
+# Between 2,048 and 4,096 tokens: by {eq}`eq:flops` at $S = 2D = 2{,}560$, a little more than the paper's length. At
 # 8,192 attention does twice as much as the FFN. Our own tiny model looks different: most of its weights are vocabulary.
 # Remember that whenever the total of a small model is quoted.
 #
@@ -416,6 +405,25 @@ report(
 # *Seba* is a tool too, but not the right one: the form is learnt before the fact. Facts are what takes long to learn,
 # and facts are what experts will be for.
 #
+# **Type** a question or a beginning of your own. Your model continues it by eight tokens. (It has to compute them, so
+# this needs Python.)
+
+# %% tags=["trained"]
+from IPython.display import Markdown
+from ipywidgets import Text
+
+from dsmoe_lite.viz.live import live
+
+
+def continued(text):
+    (ids,) = generate(model, [tokenizer.encode(text).ids], 8)
+    return Markdown(f"{text} **{tokenizer.decode(ids)}**")
+
+
+beginning = Text("12+30=", description="text", continuous_update=False)
+live(continued, text=beginning)
+
+# %% [markdown]
 # ## The bill
 #
 # To store more, make the FFN wider. These models were trained on 2.4 times as many tokens, with five seeds each:

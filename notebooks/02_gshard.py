@@ -300,30 +300,18 @@ charts.capacity_curve(
 # stay uneven. Capacity has a price either way: dropped choices if $c$ is small, empty slots if it is large. The small
 # models of the DeepSeekMoE paper drop nothing.
 #
-# **Move** the slider: the load of each expert of the trained model's first layer, and where the slots end.
+# **Move** the slider: the choices of each expert of the trained model's first layer, and where its slots end.
 
 # %%
-from ipywidgets import FloatSlider
-
-from dsmoe_lite.viz.live import live
-
 ids = routings_of(trained_model)[0].topk_ids  # (T, 2)
-
-
-def who_is_full(c):
+places = place_in_expert(ids, 16)
+rows = []
+for c in [i / 20 for i in range(10, 41)]:  # 0.5 to 2
     slots = capacity(len(ids), 2, 16, c)
-    lost = (place_in_expert(ids, 16) >= slots).float().mean().item()
-    return charts.expert_load(
-        torch.bincount(ids.flatten(), minlength=16).tolist(),
-        capacity=slots,
-        title=f"Capacity factor {c:g}: {lost:.1%} of the choices are dropped",
-    )
-
-
-live(
-    who_is_full,
-    c=FloatSlider(1.25, min=0.5, max=3.0, step=0.25, description="capacity factor"),
-)
+    lost = (places >= slots).float().mean()
+    rows.append({"capacity_factor": c, "slots": slots, "drop_rate": lost})
+loads = torch.bincount(ids.flatten(), minlength=16)
+charts.expert_capacity(loads, rows, factor=1.25)
 
 # %% [markdown]
 # **Ask.** The queue runs over the whole batch, here 64 texts. Where in the batch are most choices dropped: at its
@@ -567,6 +555,40 @@ print(f"experts that work on one of them: Hash {len(of_hash)}, GShard {len(of_ro
 # hidden state, which knows what was asked, and spreads the questions over all 16 experts. That is probably why the
 # table fails (no run tests it), and **seeing the context is what the router is for.**
 #
+# See it in the router that *you* trained. **Type** a text: below each token stand the expert of the table and the two
+# experts of your router. (Your router computes them anew, so this needs Python.)
+
+# %% tags=["trained"]
+from IPython.display import Markdown
+from ipywidgets import Text
+
+from dsmoe_lite.viz.live import live
+
+
+def experts_of(text):
+    mine, encoded = trained[moe_name].cpu().eval(), tokenizer.encode(text)
+    with torch.no_grad():
+        chosen = mine(torch.tensor([encoded.ids])).routings[-1].topk_ids
+    cells = {
+        "token": [f"`{tokenizer.decode([id])}`" for id in encoded.ids],
+        "Hash": [f"e{hashed.hash_table[id]}" for id in encoded.ids],
+        "yours": [" ".join(f"e{e}" for e in sorted(two)) for two in chosen.tolist()],
+    }
+    lines = [f"| **{name}** | {' | '.join(row)} |" for name, row in cells.items()]
+    lines.insert(1, "|---" * (1 + len(encoded.ids)) + "|")
+    return Markdown("\n".join(lines))
+
+
+live(
+    experts_of,
+    text=Text(
+        world.questions("head")[0].prompt,
+        description="text",
+        continuous_update=False,
+    ),
+)
+
+# %% [markdown]
 # GShard beats both dense models and both other routers with every seed, in the loss and most of all in rare facts.
 # (Switch and Hash do half of its FFN work, so this does not show what the second expert is worth at equal work.)
 #

@@ -206,29 +206,12 @@ report(
 # {cite:p}`GShard2020` does (Algorithm 1). The DeepSeekMoE paper prints even the conventional layer undivided (Section
 # 2, Equations 3 to 5), and builds on that.
 #
-# Move the controls: $E$ experts, $K$ per token, each cut into $m$.
+# Move the sliders: $E$ experts, $K$ per token, each cut into $m$.
 
 # %%
-from ipywidgets import IntSlider
-
 from dsmoe_lite import MoEConfig, preset
-from dsmoe_lite.viz.live import live
 
-
-def ways(n, k, pieces):
-    rows = [
-        {"layer": f"m = {one}", "n_experts": one * n, "top_k": one * k}
-        for one in sorted({1, 2, pieces})
-    ]
-    return charts.finer_experts(rows, title=f"{k} of {n} experts, and cut finer")
-
-
-live(
-    ways,
-    n=IntSlider(16, min=16, max=64, description="E"),
-    k=IntSlider(2, min=1, max=16, description="K"),
-    pieces=IntSlider(4, min=1, max=8, description="m"),
-)
+charts.finer_experts(n_experts=16, top_k=2, pieces=4)
 
 # %% [markdown]
 # From 2 of 16 to 8 of 64 the number of choices grows from 120 to 4.4 billion, while the filled area, what a token pays

@@ -293,14 +293,11 @@ report(max_vio=uneven, overflow=over, heldout_loss=lost)
 # The loss: it acts from the first step, and MaxVio never exceeds 3.2. The bias starts at 0, so MaxVio first climbs to
 # 13; then the small steps of the bias add up and bring it to about 1, as even as the loss.
 #
-# How fast should the bias move? **Move** the control. Here the router that was left alone is frozen and only the bias
+# How fast should the bias move? **Move** the slider. Here the router that was left alone is frozen and only the bias
 # moves, on one batch of 1,024 tokens after another.
 
 # %% tags=["trained"]
-from ipywidgets import FloatLogSlider
-
 from dsmoe_lite.layers.selection import ordered_topk
-from dsmoe_lite.viz.live import live
 
 frozen = models["none"].cpu().eval()
 with torch.no_grad():
@@ -320,32 +317,20 @@ def settle(speed, batch=1024):  # MaxVio of each of 400 batches
     return seen
 
 
-def settled(speed):
-    seen = settle(speed)
-    rows = [
-        {"model": "each batch", "step": step, "max_vio": vio}
-        for step, vio in enumerate(seen)
-    ]
-    title = f"Bias speed {speed:.2g}: MaxVio at the end {mean(seen[-100:]):.2f}"
-    return charts.training_curves(
-        rows,
-        y="max_vio",
-        y_title="MaxVio",
-        title=title,
-        subtitle="In the title: the mean of the last 100 batches.",
-    )
-
-
-live(
-    settled,
-    speed=FloatLogSlider(
-        bias_speed, min=-4, max=0, step=0.25, description="bias speed"
-    ),
+SPEEDS = [bias_speed * 10 ** (i / 2) for i in range(-2, 5)]
+settled = {speed: settle(speed) for speed in SPEEDS}
+charts.bias_speed(
+    [
+        {"speed": speed, "batch": i, "max_vio": vio}
+        for speed, vios in settled.items()
+        for i, vio in enumerate(vios)
+    ],
+    speed=bias_speed,
 )
 
 # %% tags=["trained", "hide-cell"]
-SPEEDS = {"slow": bias_speed / 10, "own": bias_speed, "fast": 10 * bias_speed}
-late = {name: mean(settle(speed)[-100:]) for name, speed in SPEEDS.items()}
+NAMED = {"slow": SPEEDS[0], "own": SPEEDS[2], "fast": SPEEDS[4]}
+late = {name: mean(settled[speed][-100:]) for name, speed in NAMED.items()}
 OVER = {  # MaxVio at the end, over that at the chapter's own speed
     "smoke": {"slow": (-16.0, 16.0), "fast": (-16.0, 16.0)},
     "cpu": {"slow": (-1.5, 9.0), "fast": (1.0, 3.0)},
@@ -358,7 +343,7 @@ for name, interval in OVER[profile].items():
         interval,
         asserted=lab.own,
     )
-report(max_vio_at_the_end={f"{SPEEDS[name]:g}": value for name, value in late.items()})
+report(max_vio_at_the_end={f"{NAMED[name]:g}": value for name, value in late.items()})
 
 # %% [markdown]
 # At 0.0001 the bias is too slow: after 400 batches MaxVio is still near 5. At 0.01 it overshoots: experts go from

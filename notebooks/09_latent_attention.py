@@ -646,30 +646,11 @@ for name in ("deepseek-v2", "deepseek-v3"):
     print(f"{name}: scores times {factor:.6f}")
 
 # %% [markdown]
-# Which pairs move if the text is to become longer, or if the model was trained on longer texts to begin with?
-
+# Which pairs move if the text is to become longer, or if the model was trained on longer texts to begin with? Move the sliders:
 
 # %%
-from ipywidgets import FloatLogSlider, IntSlider
-
-from dsmoe_lite.viz.live import live
-
-
-def frequencies(s, L):
-    rows = []
-    for kind, yarn in {
-        "RoPE": None,
-        "YaRN": YarnConfig(factor=s, original_max_len=L),
-    }.items():
-        for j, theta in enumerate(rope_frequencies(64, 10_000.0, yarn).tolist()):
-            rows.append({"pair": j, "wavelength": 2 * math.pi / theta, "kind": kind})
-    return charts.rotary_frequencies(rows, original=L, extended=round(s * L))
-
-
-live(
-    frequencies,
-    s=FloatLogSlider(40.0, base=2, min=0, max=7, step=0.5, description="factor s"),
-    L=IntSlider(4096, 512, 16384, 512, description="trained length L"),
+charts.rotary_frequencies(
+    channels=64, factor=int(yarn.factor), trained=yarn.original_max_len
 )
 
 # %% [markdown]

@@ -200,37 +200,19 @@ print(f"they meet at {peak / bandwidth:.0f} FLOPs a byte; {device['source']}")
 # as wide as those of a token together: the same FLOPs.
 
 # %%
-from ipywidgets import SelectionSlider
-
-from dsmoe_lite.viz.live import live
-
 predict("10-tokens", None)  # a number of tokens
 
 
-def roof(tokens):
-    points = []
+points = []
+for tokens in [2**power for power in range(17)]:
     for name, experts, chosen, width in (
         ("dense FFN", 1, 1, K * 1408),  # the same work for a token
         (f"{K} of {E}", E, K, 1408),
     ):
         product = grouped_product(tokens * chosen, experts, 2048, width)
-        points.append({"name": name, "intensity": product.intensity})
-    return charts.roofline(
-        points,
-        peak=peak,
-        bandwidth=bandwidth,
-        device=f"{gpu}, bfloat16",
-        title=f"{tokens:,} tokens: does memory or arithmetic set the limit?",
-    )
-
-
-live(
-    roof,
-    tokens=SelectionSlider(
-        options=[2**i for i in range(17)],
-        value=1024,
-        description="tokens in a batch",
-    ),
+        points.append({"name": name, "tokens": tokens, "intensity": product.intensity})
+charts.roofline(
+    points, peak=peak, bandwidth=bandwidth, device=f"{gpu}, bfloat16", tokens=1024
 )
 
 # %%
@@ -582,18 +564,12 @@ predict("10-turns", None)  # a rule: the group of banks for a row and a piece
 
 
 # %%
-from ipywidgets import IntSlider
-
-
 def swizzled(row, piece):  # the group of banks that a piece of a row lies in
     return piece ^ (row % 8)
 
 
 mixed = [[swizzled(row, piece) for piece in range(8)] for row in range(8)]
-live(
-    lambda piece: charts.bank_groups({"as it lies": apart, "swizzled": mixed}, piece),
-    piece=IntSlider(3, 0, 7, description="piece that is read"),
-)
+charts.bank_groups({"as it lies": apart, "swizzled": mixed}, 3)
 
 # %% [markdown]
 # **What to notice.** In every row the 8 pieces still fill the 8 groups, and so do the marked ones of the 8 rows: $p \oplus r$ takes each value once, whichever of the

@@ -73,22 +73,20 @@ print(f"counted on random scores: {devices_reached(ordered_topk(chance, CHOSEN))
 
 # %% [markdown]
 # About 4.5: the probability that all six avoid a device is 0.43. Cutting experts finer makes it worse, because a token has more of
-# them. **Move** their number:
+# them. **Move** the slider:
+
 
 # %%
-from IPython.display import Markdown
-from ipywidgets import IntSlider
-
-from dsmoe_lite.viz.live import live
-
-
 def reached_by_chance(k):
     missed = math.comb(EXPERTS - EXPERTS // DEVICES, k) / math.comb(EXPERTS, k)
-    reached = DEVICES * (1 - missed)
-    return Markdown(f"{k} of 64 experts: {reached:.1f} of 8 devices by chance")
+    return DEVICES * (1 - missed)
 
 
-live(reached_by_chance, k=IntSlider(6, min=1, max=16, description="experts"))
+charts.reach_by_chance(
+    [{"top_k": k, "reached": reached_by_chance(k)} for k in range(1, 17)],
+    devices=DEVICES,
+    top_k=CHOSEN,
+)
 
 # %% [markdown]
 # Every device reached is a message, and messages between machines are slow (chapter 12).

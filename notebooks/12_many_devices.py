@@ -554,10 +554,7 @@ for name, ids in {"random": by_chance, "trained": routing.topk_ids}.items():
 
 
 # %%
-from ipywidgets import SelectionSlider
-
 from dsmoe_lite.accounting import training_flops
-from dsmoe_lite.viz.live import live
 
 predict("12-hidden", None)  # GB/s
 
@@ -593,28 +590,22 @@ def timeline(across):
     length |= {"go": half.dispatch, "back": half.combine}
     length = {what: seconds * 1e3 for what, seconds in length.items()}
     bars = schedule(length, overlap=False) + schedule(length, overlap=True)
-    return charts.link_timeline(
-        bars,
-        unit="ms",
-        subtitle=[
-            f"{across:g} GB/s across nodes. A and B: halves of a batch.",
-            "go: dispatch, back: combine; attn: attention and the shared expert; exp: experts.",
-        ],
-    )
+    return [bar | {"bandwidth": across} for bar in bars]
 
 
-live(
-    timeline,
-    across=SelectionSlider(
-        options=[12.5, 25.0, 50.0, 100.0, 200.0, 400.0],
-        value=50.0,
-        description="GB/s across nodes",
-    ),
+charts.link_timeline(
+    [bar for across in (25, 50, 100, 200, 400) for bar in timeline(across)],
+    unit="ms",
+    bandwidth=50,
+    subtitle=[
+        "A and B: halves of a batch. go: dispatch, back: combine;",
+        "attn: attention and the shared expert; exp: experts.",
+    ],
 )
 
 # %% [markdown]
 # **What to notice.** At 50 GB/s the links are busy two thirds as long as the units, and only the last *back* sticks out: the overlapped schedule ends after two thirds of
-# the time. Move the slider to 25: now the links need longer than the units, which wait. Beyond 50 more bandwidth only shortens the tail.
+# the time. Choose 25 in the menu: now the links need longer than the units, which wait. Beyond 50 more bandwidth only shortens the tail.
 #
 # ### Scale
 #
@@ -626,14 +617,12 @@ live(
 # **Ask.** Which helps more at 4,096 devices: four times the bandwidth, or four times the tokens on each device?
 
 # %%
-from ipywidgets import Checkbox
-
 from dsmoe_lite.simulate.time import step_time
 
 predict("12-scale", None)  # "bandwidth" or "tokens"
 
 
-def scale(tokens, across, overlap):
+def scale(tokens, across):
     there = replace(machine, inter_node=across * 1e9)
     rows = []
     for name, config in MODELS.items():
@@ -654,26 +643,18 @@ def scale(tokens, across, overlap):
                 bytes_per_weight=2.0,
             )
             best = step.experts * even + step.rest
-            took = step.overlapped if overlap else step.sequential
-            rows.append({"model": name, "devices": devices, "value": best / took})
+            of = {"model": name, "devices": devices, "tokens": tokens}
+            of |= {"bandwidth": across}
+            rows += [
+                of | {"schedule": "in turn", "value": best / step.sequential},
+                of | {"schedule": "overlapped", "value": best / step.overlapped},
+            ]
     return rows
 
 
-def scaling(tokens, across, overlap):
-    rows = scale(tokens, across, overlap)
-    return charts.scaling_curve(rows, subtitle=f"{tokens:,} tokens a device.")
-
-
-live(
-    scaling,
-    tokens=SelectionSlider(
-        options=[1024, 4096, 16384, 65536], value=4096, description="tokens a device"
-    ),
-    across=SelectionSlider(
-        options=[25.0, 50.0, 100.0, 200.0], value=50.0, description="GB/s across nodes"
-    ),
-    overlap=Checkbox(value=False, description="overlapped"),
-)
+TOKENS, ACROSS = (1024, 4096, 16_384, 65_536), (25, 50, 100, 200)
+scaled = [row for n in TOKENS for across in ACROSS for row in scale(n, across)]
+charts.scaling_curve(scaled, tokens=4096, bandwidth=50, schedule="in turn")
 
 # %%
 CASES = {
@@ -683,10 +664,12 @@ CASES = {
     "16 x tokens": (65536, 50.0),
 }
 print(f"{'':26}" + "".join(f"{name:>13}" for name in MODELS))
-for overlap in (False, True):
+for overlap in ("", ", overlapped"):
     for case, setting in CASES.items():
-        last = [r["value"] for r in scale(*setting, overlap) if r["devices"] == 4096]
-        label = f"{case}{', overlapped' * overlap}"
+        wanted = (*setting, 4096, overlap[2:] or "in turn")
+        fields = ("tokens", "bandwidth", "devices", "schedule")
+        last = [r["value"] for r in scaled if tuple(r[f] for f in fields) == wanted]
+        label = case + overlap
         print(f"{label:26}" + "".join(f"{share:13.0%}" for share in last))
 
 # %% [markdown]

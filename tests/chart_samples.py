@@ -5,6 +5,10 @@ import math
 import random
 from typing import Any
 
+from dsmoe_lite import preset
+from dsmoe_lite.accounting import split_rows
+from dsmoe_lite.kernels.work import grouped_product
+from dsmoe_lite.layers.capacity import capacity
 from dsmoe_lite.viz import charts, renderer
 
 EXPERTS = 8
@@ -80,6 +84,66 @@ def specialization_rows(layers: int, experts: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def token_points() -> list[dict[str, Any]]:
+    """The products of 6 of 64 experts, and of a dense FFN with the same work, by the tokens of a batch."""
+    products = {"dense FFN": (1, 1, 6 * 1408), "6 of 64": (64, 6, 1408)}
+    return [
+        {"name": name, "tokens": 2**n, "intensity": grouped_product(2**n * k, experts, 2048, width).intensity}
+        for n in range(17)
+        for name, (experts, k, width) in products.items()
+    ]
+
+
+def scaling_rows() -> list[dict[str, Any]]:
+    """The speed that a device keeps: less with more devices, and more with more tokens or faster links."""
+    slow = {"16B": 0.02, "145B": 0.05, "DeepSeek-V2": 0.06, "DeepSeek-V3": 0.1}
+    return [
+        {"model": model, "devices": 2**n, "tokens": tokens, "bandwidth": bandwidth, "schedule": schedule,
+         "value": 1 / (1 + n * share * (4096 / tokens) * (50 / bandwidth) / (1 + (schedule == "overlapped")))}
+        for tokens in (1024, 4096, 16_384)
+        for bandwidth in (25.0, 50.0, 100.0)
+        for schedule in ("in turn", "overlapped")
+        for model, share in slow.items()
+        for n in range(3, 13)
+    ]  # fmt: skip
+
+
+def chance_rows() -> list[dict[str, Any]]:
+    """Devices, of 8, that k of 64 experts reach by chance."""
+    return [{"top_k": k, "reached": 8 * (1 - math.comb(56, k) / math.comb(64, k))} for k in range(1, 17)]
+
+
+def length_rows() -> list[dict[str, Any]]:
+    """Where the parameters and FLOPs of a dense model are, by the length of its texts, beside one of fixed length."""
+    dense = preset("course-dense")
+    moving = [{**row, "seq_len": 2**n} for n in range(9, 18) for row in split_rows({"dense": (dense, 2**n)})]
+    return [*moving, *split_rows({"dense, S = 64": (dense, 64)})]
+
+
+CAPACITY_LOADS = [100, 300, 200, 50, 0, 600, 200, 150]
+
+
+def capacity_rows() -> list[dict[str, Any]]:
+    """Slots and the share of dropped choices of CAPACITY_LOADS, by capacity factor."""
+    rows = []
+    for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0):
+        slots = capacity(sum(CAPACITY_LOADS), 1, len(CAPACITY_LOADS), factor)
+        lost = sum(max(0, load - slots) for load in CAPACITY_LOADS)
+        rows.append({"capacity_factor": factor, "slots": slots, "drop_rate": lost / sum(CAPACITY_LOADS)})
+    return rows
+
+
+def bias_rows() -> list[dict[str, Any]]:
+    """MaxVio of 40 batches at five speeds: slow ones are still falling, fast ones overshoot."""
+    draw = random.Random(11)
+    speeds = [10 ** (power / 2) for power in range(-8, -3)]
+    return [
+        {"speed": speed, "batch": batch, "max_vio": max(8 - 300 * speed * batch, 100 * speed) + 0.1 * draw.random()}
+        for speed in speeds
+        for batch in range(40)
+    ]
+
+
 def cost_rows(runs: int) -> list[dict[str, Any]]:
     draw = random.Random(8)
     slopes = {"MHA": 0.9, "GQA": 0.5, "MLA naive": 1.05, "MLA absorbed": 0.3}
@@ -89,15 +153,6 @@ def cost_rows(runs: int) -> list[dict[str, Any]]:
         for power in range(10, 15)
         for _ in range(runs)
     ]  # fmt: skip
-
-
-def wavelength_rows(pairs: int, low: int, high: int, factor: float) -> list[dict[str, Any]]:
-    rows = []
-    for j in range(pairs):
-        plain, mixed = 2 * math.pi * 10_000 ** (j / pairs), min(max((j - low) / (high - low), 0), 1)
-        rows.append({"pair": j, "wavelength": plain, "kind": "RoPE"})
-        rows.append({"pair": j, "wavelength": plain / (1 - mixed + mixed / factor), "kind": "with YaRN"})
-    return rows
 
 
 def needle_rows(kinds: tuple[str, ...], depths: int, seeds: int) -> list[dict[str, Any]]:
@@ -150,13 +205,12 @@ def every_chart() -> dict[str, Any]:
         for i, model in enumerate(MODELS)
         for seed in range(3)
     ]
-    capacity = [
+    drops = [
         {"model": model, "capacity_factor": c, "drop_rate": math.exp(-2 * c) / (i + 1), "loss": 2 + math.exp(-c)}
         for i, model in enumerate(MODELS)
         for c in (0.5, 1.0, 1.5, 2.0)
     ]
     history = [{"step": 50 * s, "expert": e, "load": draw.random()} for s in range(10) for e in range(EXPERTS)]
-    finer = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 2, 4, 8)]
     text = ["The", " capital", " of", " Norvania", " is", " Telmar", ".", "\n"] * 10
     pairs, null_of_pairs = coactivation_shares(64)
     return {
@@ -167,30 +221,34 @@ def every_chart() -> dict[str, Any]:
         ),
         "training_curves, many": charts.training_curves(curve_rows(7, 2, 200)),
         "parameter_split": charts.parameter_split(split),
+        "parameter_split, lengths": charts.parameter_split(length_rows(), shares=True, seq_len=2048),
         "model_comparison": charts.model_comparison(results),
-        "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15], capacity=25),
+        "expert_load": charts.expert_load([10, 30, 20, 5, 0, 60, 20, 15]),
         "expert_load, 64": charts.expert_load([draw.random() for _ in range(64)]),
-        "expert_load, history": charts.expert_load(history, capacity=0.6),
+        "expert_load, history": charts.expert_load(history),
+        "expert_capacity": charts.expert_capacity(CAPACITY_LOADS, capacity_rows(), factor=1.25),
         "effects_by_kind": charts.effects_by_kind(kind_rows(), overall={"shared expert": 0.1, "one routed": 0.5}),
         "effects_by_kind, one part": charts.effects_by_kind(
             [{"kind": d, "effect": "layer 1", "value": 0.2} for d in DOMAINS], overall={"layer 1": 0.2}, number=".0%"
         ),
-        "capacity_curve": charts.capacity_curve(capacity),
-        "finer_experts": charts.finer_experts(finer),
+        "capacity_curve": charts.capacity_curve(drops),
+        "finer_experts": charts.finer_experts(),
+        "finer_experts, many": charts.finer_experts(n_experts=64, top_k=16, pieces=8),
+        "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",
              "trained")) for m in range(1, 9)]
         ),
+        "reach_by_chance": charts.reach_by_chance(chance_rows(), devices=8, top_k=6),
         "cache_calculator": charts.cache_calculator(CACHES),
         "cache_calculator, one": charts.cache_calculator(CACHES[:1], context=1024, bits=6, memory=None),
         "cache_by_design": charts.cache_by_design(),
         "cache_by_design, few": charts.cache_by_design(heads=16, groups=1, head_dim=64),
         "decode_cost": charts.decode_cost(cost_rows(1)),
         "decode_cost, runs": charts.decode_cost(cost_rows(3)[:30]),
-        "rotary_frequencies": charts.rotary_frequencies(
-            wavelength_rows(32, 10, 23, 40), original=4096, extended=163_840
-        ),
+        "rotary_frequencies": charts.rotary_frequencies(),
+        "rotary_frequencies, close": charts.rotary_frequencies(channels=16, theta=500_000.0, factor=1, trained=512),
         "needle": charts.needle(needle_rows(("RoPE", "window", "YaRN"), 5, 3)),
         "needle, many": charts.needle(needle_rows(("a", "b", "c", "d", "e"), 10, 1)),
         "coactivation": charts.coactivation(
@@ -227,6 +285,11 @@ def every_chart() -> dict[str, Any]:
              for m in ("GShard", "DeepSeekMoE") for e in range(8)]
         ),
         "trend_intervals": charts.trend_intervals(TRENDS),
+        "trend_intervals, seeds": charts.trend_intervals(
+            [{**row, "seeds": n, "mean": row["mean"] * 8 / n, "low": row["low"] * 10 / n, "high": row["high"] * 8 / n,
+              "verdict": row["verdict"] if n > 8 else "inconclusive"} for n in range(8, 11) for row in TRENDS[:2]],
+            seeds=10,
+        ),
         "launch_counts": charts.launch_counts(
             [{"backend": name, "forward": n, "backward": 2 * n} for name, n in (("loop", 395), ("ours", 4))]
         ),
@@ -240,19 +303,24 @@ def every_chart() -> dict[str, Any]:
             ],
             spans=[{"start": 90, "end": 130, "text": "waits"}],
         ),
-        "scaling_curve": charts.scaling_curve(
+        "link_timeline, bandwidth": charts.link_timeline(
             [
-                {"model": model, "devices": 2**n, "value": 1 / (1 + n * share)}
-                for model, share in (("16B", 0.02), ("145B", 0.05), ("DeepSeek-V2", 0.06), ("DeepSeek-V3", 0.1))
-                for n in range(3, 13)
-            ]
+                {"lane": lane, "group": "A", "what": what, "start": start, "end": end, "bandwidth": bandwidth}
+                for bandwidth in (25.0, 50.0, 100.0)
+                for lane, what, start, end in (
+                    ("links", "go", 0, 50 / bandwidth), ("units", "exp", 50 / bandwidth, 1 + 50 / bandwidth),
+                )
+            ],
+            unit="ms", bandwidth=50.0,
         ),
+        "scaling_curve": charts.scaling_curve(scaling_rows(), tokens=4096, bandwidth=50.0, schedule="in turn"),
         "bank_groups": charts.bank_groups(
             {"as it lies": [list(range(8))] * 8, "swizzled": [[p ^ r for p in range(8)] for r in range(8)]}, 3
         ),
         "product_speed": charts.product_speed(speed_rows("hopper", "mma", "triton"), dense=speed_rows("dense")),
         "product_speed, one": charts.product_speed(speed_rows("hopper")[:2]),
         "roofline": charts.roofline(POINTS, peak=989e12, bandwidth=3.35e12, device="H100, bfloat16"),
+        "roofline, tokens": charts.roofline(token_points(), peak=989e12, bandwidth=3.35e12, tokens=1024),
         "roofline, one": charts.roofline(POINTS[1:2], peak=2e11, bandwidth=4e10),
         "specialization_against_null": charts.specialization_against_null(specialization_rows(4, 64)),
         "specialization_against_null, layers": charts.specialization_against_null(

@@ -179,6 +179,17 @@ def test_every_chart_can_be_read_on_a_phone(browser, every_chart, screenshots):
         opened.assert_quiet()
 
 
+@pytest.mark.parametrize(("size", "mode"), [(WIDE, "light"), (PHONE, "dark")])
+def test_every_control_of_every_chart_answers(browser, every_chart, size, mode):
+    with Page(browser, (every_chart / CHAPTER).as_uri(), size, mode) as opened:
+        controls = opened.page.locator(".chart-controls :is(input, select)")
+        assert controls.count() > 20
+        assert all(control.locator("..").inner_text().strip() for control in controls.all())
+        assert_charts_answer(opened.page)
+        assert_charts_can_be_read(opened.page)
+        opened.assert_quiet()
+
+
 def test_a_turned_phone_draws_its_charts_again(browser, small):
     with Page(browser, (small / CHAPTER).as_uri(), PHONE) as opened:
         figure = opened.page.locator("figure.chart").first
@@ -266,18 +277,27 @@ def test_pages_of_text_open_on_a_phone(browser, course, screenshots):
 
 
 def assert_controls_work(page):
-    """Every slider of every chart changes its drawing, and every explorer steps to another expert."""
-    for figure in page.locator("figure.chart").all():
-        for slider in figure.locator("input[type=range]").all():
-            before = figure.locator("svg").inner_html()
-            slider.press("Home" if slider.input_value() != slider.get_attribute("min") else "End")
-            page.wait_for_timeout(300)
-            assert figure.locator("svg").inner_html() != before
+    """Every control of every chart changes its drawing, and every explorer steps to another expert."""
+    assert_charts_answer(page)
     for explorer in page.locator(".dsmoe-explorer").all():
         before = explorer.locator(".dx-tokens").first.inner_html()
         explorer.locator(".dx-experts").first.press("End")
         assert explorer.locator(".dx-tokens").first.inner_html() != before
         assert_explorer_answers(page, explorer)
+
+
+def assert_charts_answer(page):
+    """Every slider and menu of every chart changes its drawing."""
+    for figure in page.locator("figure.chart").all():
+        for control in figure.locator(".chart-controls :is(input, select)").all():
+            before = figure.locator("svg").inner_html()
+            if control.evaluate("node => node.tagName") == "SELECT":
+                chosen = control.evaluate("menu => menu.selectedIndex")
+                control.select_option(index=1 if chosen == 0 else 0)
+            else:
+                control.press("Home" if control.input_value() != control.get_attribute("min") else "End")
+            page.wait_for_timeout(300)
+            assert figure.locator("svg").inner_html() != before
 
 
 def assert_explorer_answers(page, explorer):

@@ -121,11 +121,27 @@ def test_stored_explorers_are_up_to_date(notebook):
             assert widget["state"]["_css"] == explorer.style()
 
 
+def moves_without_a_kernel(data):
+    """Whether an output is a chart with a slider or menu of its own."""
+    return any("bind" in param for param in data.get(CHART, {}).get("params", []))
+
+
 @each_chapter
-def test_every_chapter_that_builds_has_a_control_and_a_chart(notebook):
-    data = [output.get("data", {}) for cell in code_cells(notebook) for output in cell.outputs]
+def test_every_chapter_has_a_chart_and_a_control_that_moves_in_the_book(notebook):
+    cells = code_cells(notebook)
+    data = [output.get("data", {}) for cell in cells for output in cell.outputs]
+    explored = any("explore(" in cell.source for cell in cells)  # the explorer answers in the book, too
     assert notebook.name.startswith("00") or any(CHART in one for one in data)
-    assert any(WIDGET_VIEW in one for one in data)
+    assert explored or any(moves_without_a_kernel(one) for one in data)
+
+
+def test_controls_that_need_python_compute_what_a_reader_trained():
+    cells = {path.name[:2]: [cell for cell in code_cells(path) if re.search(r"^live\(", cell.source, re.MULTILINE)]
+             for path in NOTEBOOKS}  # fmt: skip
+    assert {number for number, found in cells.items() if found} == {"01", "02"}
+    for cell in cells["01"] + cells["02"]:
+        assert "trained" in tags(cell)
+        assert any(WIDGET_VIEW in output.get("data", {}) for output in cell.outputs)
 
 
 @each_chapter

@@ -24,7 +24,6 @@ from dsmoe_lite.viz import (
     charts,
     curves,
     effects_by_kind,
-    finer_experts,
     helpers,
     identity,
     renderer,
@@ -272,20 +271,6 @@ def all_values(node):
             yield from all_values(value)
 
 
-def test_a_finer_layer_is_equally_long_and_fills_the_experts_of_one_token():
-    rows = [{"layer": f"m = {m}", "n_experts": 16 * m, "top_k": 2 * m} for m in (1, 4)]
-    spec = charts.finer_experts(rows).to_dict()
-    cells = next(v for v in all_values(spec) if "state" in v[0])
-    for row in rows:
-        of_layer = [cell for cell in cells if cell["layer"] == row["layer"]]
-        assert len(of_layer) == row["n_experts"]
-        assert sum(cell["state"] == "used by one token" for cell in of_layer) == row["top_k"]
-        assert max(cell["to"] for cell in of_layer) == pytest.approx(finer_experts.LAYER_WIDTH, abs=2)
-    bars = next(v for v in all_values(spec) if "power" in v[0])
-    assert [bar["text"] for bar in bars] == ["C(16, 2) = 120", "C(64, 8) = 4,426,165,368"]
-    assert bars[1]["power"] == pytest.approx(9.646, abs=1e-3)
-
-
 def test_worth_shows_every_expert_on_common_axes_and_names_the_most_important():
     rows = [
         {"model": model, "expert": e, "counted": e / 2, "worth": worth * scale}
@@ -485,6 +470,10 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
     assert 'fill="rgb(244, 247, 250)"' in picture or theme.LIGHT["ramp1"].lower() in picture.lower()
 
 
+SETTING = {"tokens": 1024, "bandwidth": 50.0, "schedule": "in turn"}
+SCALED = {"model": "a", "devices": 8, "value": 0.5, **SETTING}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -492,10 +481,10 @@ def test_a_dropped_token_is_struck_out_and_not_filled():
         (lambda: charts.exchange_matrix([[1, 2], [3]]), "as many rows as columns"),
         (lambda: charts.exchange_matrix([[1, -2], [3, 4]]), "0 or above"),
         (lambda: charts.link_timeline([{"lane": "a", "group": "b", "what": "c", "start": 0}]), "no 'end'"),
-        (lambda: charts.scaling_curve([{"model": "a", "devices": 8, "value": 1.2}]), "a share, 0 to 1"),
+        (lambda: charts.scaling_curve([{**SCALED, "value": 1.2}], **SETTING), "a share, 0 to 1"),
         (lambda: charts.training_curves([{"model": "a", "step": 1}]), "no 'loss'"),
         (lambda: charts.expert_load([]), "at least one expert"),
-        (lambda: charts.finer_experts([{"layer": "a", "n_experts": 4, "top_k": 5}]), "top_k = 5"),
+        (lambda: charts.finer_experts(top_k=17), "top_k = 17"),
         (lambda: charts.token_routing([], []), "tokens"),
         (lambda: charts.token_routing(["a"] * 81, []), "tokens"),
         (lambda: charts.token_routing(["a"], [{"topk_ids": [[0], [1]], "gates": [[1.0]]}]), "topk_ids"),

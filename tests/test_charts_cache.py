@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import re
 
 import chart_samples
@@ -156,31 +155,6 @@ def test_a_line_that_ends_early_is_labelled_at_its_end():
     assert labels == {"a 2 ms": 2048, "b 4 ms": 4096}
 
 
-def test_wavelengths_are_drawn_beside_both_context_lengths():
-    rows = chart_samples.wavelength_rows(32, 10, 23, 40)
-    chart = charts.rotary_frequencies(rows, original=4096, extended=163_840)
-    spec = chart.to_dict()
-    points = {(p["kind"], p["pair"]): p["wavelength"] for p in values(spec, "pair")}
-    assert len(points) == 64
-    assert points["RoPE", 16] == pytest.approx(2 * math.pi * 100)
-    assert points["with YaRN", 10] == points["RoPE", 10]
-    assert points["with YaRN", 23] == pytest.approx(40 * points["RoPE", 23])
-    levels = values(spec["layer"][0], "wavelength")
-    assert [level["wavelength"] for level in levels] == [4096, 163_840]
-    low, high = spec["layer"][0]["encoding"]["y"]["scale"]["domain"]
-    assert low < min(points.values()) < 163_840 < max(points.values()) < high
-    short = sum(2 * math.pi * 10_000 ** (j / 32) <= 4096 for j in range(32))
-    assert f"RoPE: {short} turn once within 4,096 tokens, 0 not within 163,840" in spec["description"]
-    both = {"trained on 4,096 tokens", "extended to 163,840"}
-    assert both <= set(words(svg(chart)))
-
-
-def test_a_context_that_is_not_extended_has_one_line():
-    rows = chart_samples.wavelength_rows(4, 1, 3, 2)[::2]
-    spec = charts.rotary_frequencies(rows, original=512, extended=512).to_dict()
-    assert [level["wavelength"] for level in values(spec["layer"][0], "wavelength")] == [512]
-
-
 def test_each_cell_is_the_mean_over_seeds_at_its_depth_and_length():
     rows = [{"kind": "k", "length": n, "depth": d, "recall": recall, "seed": seed}
             for (n, d), recalls in {(64, 0.0): (1.0, 0.5), (64, 1.0): (0.0, 0.0), (256, 0.0): (0.25, 0.5)}.items()
@@ -231,12 +205,7 @@ def test_long_names_and_many_models_stay_inside_the_page():
 
 MODEL = {"model": "m", "kind": "MLA", "elements_per_token": 5}
 COST = {"method": "m", "context": 1024, "milliseconds": 1.0}
-WAVE = {"pair": 0, "wavelength": 6.3, "kind": "RoPE"}
 FOUND = {"kind": "k", "length": 64, "depth": 0.5, "recall": 1.0, "seed": 0}
-
-
-def waves(original=8, extended=16, **changes):
-    return lambda: charts.rotary_frequencies([{**WAVE, **changes}], original=original, extended=extended)
 
 
 @pytest.mark.parametrize(
@@ -260,15 +229,10 @@ def waves(original=8, extended=16, **changes):
         (lambda: charts.decode_cost([{**COST, "method": str(i)} for i in range(5)]), "methods = 5"),
         (lambda: charts.decode_cost([{**COST, "milliseconds": 0.0}]), "milliseconds = 0.0"),
         (lambda: charts.decode_cost([{**COST, "context": 0}]), "context = 0"),
-        (lambda: charts.rotary_frequencies([], original=8, extended=16), "at least one row"),
-        (waves(original=0), "original = 0"),
-        (waves(extended=4), "extended = 4"),
-        (waves(pair=-1), "pair = -1"),
-        (waves(wavelength=float("nan")), "wavelength = nan"),
-        (
-            lambda: charts.rotary_frequencies([{**WAVE, "kind": str(i)} for i in range(5)], original=8, extended=16),
-            "kinds = 5",
-        ),
+        (lambda: charts.rotary_frequencies(channels=7), "channels = 7: must be even"),
+        (lambda: charts.rotary_frequencies(factor=0), "factor = 0"),
+        (lambda: charts.rotary_frequencies(trained=1000), "trained = 1000: must be a multiple of 512"),
+        (lambda: charts.rotary_frequencies(theta=1.0), "theta = 1.0"),
         (lambda: charts.needle([{"kind": "k", "length": 64, "depth": 0.5, "recall": 1.0}]), "no 'seed'"),
         (lambda: charts.needle([{**FOUND, "depth": 1.5}]), "depth = 1.5"),
         (lambda: charts.needle([{**FOUND, "recall": 50}]), "recall = 50"),

@@ -84,7 +84,7 @@ def test_trends_are_written_out_with_their_margins_and_verdicts():
         assert row["text"].startswith(f"{row['shown']} ± ")
         assert row["filled"] == (given["verdict"] in ("holds", "reversed"))
         assert row["text"] in spec["description"]
-    assert [row["margin"] for row in values(spec["layer"][-1], "margin")] == [-0.012]
+    assert [row["margins"] for row in rows] == [[], [], [-0.012], []]
     assert [row["heading"] for row in rows] == ["Table 1", "", "Table 2", "Figure 4"]
     low, high = spec["layer"][0]["encoding"]["x"]["scale"]["domain"]
     assert -1.43 < low < -0.015 < 0.042 < high  # Figure 4 is an arrow at the edge

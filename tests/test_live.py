@@ -1,7 +1,6 @@
 """Live controls: redrawn with the latest values, at most twice per second; errors are reported in one line."""
 
 import asyncio
-import math
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -147,29 +146,3 @@ def test_a_move_after_a_reload_asks_to_run_the_cell(page, monkeypatch):
     k.value = 4
     assert page.shown.charts == []
     assert module.RELOADED in page.status.value
-
-
-@pytest.mark.parametrize(
-    ("value", "base", "low", "high", "step"),
-    [
-        (40.0, 2.0, 0.0, 7.0, 0.5),
-        (0.03, 10.0, -4.0, 0.0, 0.25),
-        (1.0, 10.0, -4.0, 0.0, 0.25),
-        (0.01, 10.0, -3, 1.5, 0.25),
-    ],
-)
-def test_a_logarithmic_slider_starts_on_a_step(page, value, base, low, high, step):
-    slider = ipywidgets.FloatLogSlider(value, base=base, min=low, max=high, step=step)
-    module.live(lambda k: f"chart {k:g}", k=slider)
-    assert slider.value == value
-    assert page.first == [f"chart {value:g}"]
-    steps = (math.log(value, base) - slider.min) / step
-    assert steps == pytest.approx(round(steps), abs=1e-6)
-    assert low <= slider.min < low + step
-    assert high - step < slider.max <= high
-
-
-def test_a_logarithmic_slider_on_a_step_keeps_its_ends(page):
-    slider = ipywidgets.FloatLogSlider(0.01, min=-3, max=1.5, step=0.25)
-    module.live(lambda k: f"chart {k:g}", k=slider)
-    assert (slider.min, slider.max) == (-3.0, 1.5)

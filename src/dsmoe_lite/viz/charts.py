@@ -2,11 +2,13 @@
 
 from dsmoe_lite.viz.ablation_matrix import ablation_matrix
 from dsmoe_lite.viz.balance import loss_table, reach_curve
+from dsmoe_lite.viz.bias_speed import bias_speed
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
 from dsmoe_lite.viz.effect_matrix import effect_matrix
 from dsmoe_lite.viz.effects_by_kind import effects_by_kind
+from dsmoe_lite.viz.expert_capacity import expert_capacity
 from dsmoe_lite.viz.expert_load import expert_load
 from dsmoe_lite.viz.expert_mix import expert_mix
 from dsmoe_lite.viz.expert_worth import expert_worth
@@ -16,6 +18,7 @@ from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
 from dsmoe_lite.viz.long_context import needle, rotary_frequencies
 from dsmoe_lite.viz.many_devices import exchange_matrix, link_timeline, scaling_curve
+from dsmoe_lite.viz.reach_by_chance import reach_by_chance
 from dsmoe_lite.viz.roofline import roofline
 from dsmoe_lite.viz.specialization import specialization_against_null
 from dsmoe_lite.viz.token_routing import token_routing
@@ -24,6 +27,7 @@ from dsmoe_lite.viz.trend_intervals import trend_intervals
 __all__ = [
     "ablation_matrix",
     "bank_groups",
+    "bias_speed",
     "cache_by_design",
     "cache_calculator",
     "capacity_curve",
@@ -32,6 +36,7 @@ __all__ = [
     "effect_matrix",
     "effects_by_kind",
     "exchange_matrix",
+    "expert_capacity",
     "expert_load",
     "expert_mix",
     "expert_worth",
@@ -44,6 +49,7 @@ __all__ = [
     "needle",
     "parameter_split",
     "product_speed",
+    "reach_by_chance",
     "reach_curve",
     "roofline",
     "rotary_frequencies",

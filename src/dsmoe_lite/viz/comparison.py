@@ -10,9 +10,10 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.errors import InputError, require
 from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.viz import identity, theme
+from dsmoe_lite.viz.controls import Control
 from dsmoe_lite.viz.helpers import (
     CHARACTER_WIDTH,
     data,
@@ -129,6 +130,7 @@ def parameter_split(
     rows: Rows,
     *,
     shares: bool = False,
+    seq_len: int | None = None,
     title: str = "Where are the parameters and FLOPs?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -136,7 +138,8 @@ def parameter_split(
     """Draw one bar per model, split by component: parameters stored, parameters used per token, FLOPs per token.
 
     rows: {model, component, total, active, flops}; measures that no row has are left out. At most eight components.
-    shares: make all bars equally long, for models of very different size.
+    shares: make all bars equally long, for models of very different size. seq_len, with shares: rows may be for one
+    sequence length each, a power of two in `seq_len`; a slider, which starts here and needs no kernel, moves the FLOPs.
     """
     require_rows(rows, "model", "component")
     models, components = distinct(row["model"] for row in rows), distinct(row["component"] for row in rows)
@@ -148,17 +151,34 @@ def parameter_split(
     if not measures:
         raise InputError(f"rows: no row has any of {', '.join(MEASURES)}")
     width = int(theme.MAX_WIDTH - 130 - min(max(len(model) for model in models) * 12 * CHARACTER_WIDTH, 150))
+    require(shares or seq_len is None, "seq_len", seq_len, "needs shares: bars would change their length")
+    control = None if seq_len is None else Control("seq_len", "Sequence length S", seq_len, base=2)
     panels, totals = [], []
     for measure in measures:
-        segments, sums, lengths = _segments(rows, measure, models, width, shares)
-        totals.append(
-            f"{MEASURES[measure]}: " + word_list([f"{model} {short_number(sums[model])}" for model in models])
-        )
-        panels.append(_bars(segments, sums, lengths, components, width, MEASURES[measure]))
+        moves = control if measure == "flops" else None
+        drawn: list[dict[str, Any]] = []
+        ends: list[dict[str, Any]] = []
+        for n in moves.values(rows) if moves else [seq_len]:
+            of_n = [row for row in rows if row.get("seq_len", n) == n]
+            segments, sums, lengths = _segments(of_n, measure, models, width, shares)
+            chosen = {row["model"]: {"seq_len": n} for row in of_n if moves and "seq_len" in row}
+            drawn += [{**segment, **chosen.get(segment["model"], {})} for segment in segments]
+            ends += [
+                {"model": m, "end": lengths[m], "text": short_number(sums[m]), **chosen.get(m, {})} for m in models
+            ]
+            if n == seq_len:
+                summed = word_list([f"{model} {short_number(sums[model])}" for model in models])
+                totals.append(f"{MEASURES[measure]}: {summed}")
+        drawn, ends = ([row for i, row in enumerate(of) if row not in of[:i]] for of in (drawn, ends))
+        panels.append(_bars(drawn, ends, models, components, width, MEASURES[measure], moves))
     description = (
         description or f"Stacked bars of {len(models)} models by {word_list(components)}. {'; '.join(totals)}."
     )
-    return theme.finish(alt.vconcat(*panels, spacing=16), title, subtitle, description)
+    chart = alt.vconcat(*panels, spacing=16)
+    if control is not None:
+        chart = chart.add_params(control.param(rows))
+        description += f" FLOPs are for {seq_len:,} tokens; a slider changes this."
+    return theme.finish(chart, title, subtitle, description)
 
 
 def _segments(
@@ -189,13 +209,13 @@ def _segments(
 
 def _bars(
     segments: list[dict[str, Any]],
-    sums: dict[str, float],
-    lengths: dict[str, float],
+    ends: list[dict[str, Any]],
+    models: list[str],
     components: list[str],
     width: int,
     name: str,
+    control: Control | None,
 ) -> Any:
-    models = list(sums)
     x = alt.X("x0:Q", title=None, axis=None, scale=alt.Scale(domain=[0, 1], nice=False))
     y = alt.Y("model:N", sort=models, title=None,
               axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=150, grid=False))  # fmt: skip
@@ -204,12 +224,18 @@ def _bars(
                       scale=alt.Scale(domain=components, range=identity.component_colors(components)))  # fmt: skip
     tooltip = [alt.Tooltip("model:N"), alt.Tooltip("component:N"), alt.Tooltip("value:Q", format=".4~s"),
                alt.Tooltip("share:Q", format=".1%")]  # fmt: skip
-    base = alt.Chart(data(segments)).encode(y=y)
+    base, sums = alt.Chart(data(segments)), alt.Chart(data(ends))
+    heading: Any = name
+    if control is not None:
+        base, sums = control.filter(base), control.filter(sums)
+        heading = alt.ExprRef(f"'{name}: S = ' + format({control.reading}, ',.0f') + ' tokens'")
+    base = base.encode(y=y)
     bars = base.mark_bar(stroke=theme.LIGHT["card"], strokeWidth=1).encode(x=x, x2="x1:Q", color=color, tooltip=tooltip)
     segment_texts = base.mark_text(style="in_segment", fontSize=10.5, color=theme.LIGHT["on_fill"]).encode(
         x="middle:Q", text="text:N"
     )
-    ends = alt.Chart(data([{"model": m, "end": lengths[m], "text": short_number(sums[m])} for m in models]))
-    total_texts = ends.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
-    heading = alt.TitleParams(name, fontSize=12.5, offset=4)
-    return alt.layer(bars, segment_texts, total_texts).properties(width=width, height=30 * len(models), title=heading)
+    total_texts = sums.mark_text(align="left", dx=6, fontWeight=600).encode(x="end:Q", y=y, text="text:N")
+    panel_title = alt.TitleParams(heading, fontSize=12.5, offset=4)
+    return alt.layer(bars, segment_texts, total_texts).properties(
+        width=width, height=30 * len(models), title=panel_title
+    )

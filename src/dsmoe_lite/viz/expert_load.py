@@ -1,13 +1,13 @@
 """The chart `expert_load`: does every expert of a layer get its share of the tokens?"""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.controls import binding
 from dsmoe_lite.viz.helpers import data, expert_axis, gradient_legend, plain, require_rows
 
 STARVED, OVERLOADED = 0.5, 1.5  # relative loads at which the colour changes
@@ -18,15 +18,13 @@ WIDTH = 560  # px
 def expert_load(
     loads: Sequence[float] | Sequence[dict[str, Any]],
     *,
-    capacity: float | None = None,
     title: str = "Does every expert get work?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart | alt.VConcatChart:
     """Draw the load of each expert over the mean load; ▼ below 0.5, ▲ above 1.5.
 
-    loads: E counts, or rows {step, expert, load} for a slider over steps with the whole history below. capacity: slots
-    per expert, in the unit of the loads, drawn as a line.
+    loads: E counts, or rows {step, expert, load} for a slider over steps with the whole history below.
     """
     history = _history(loads)
     steps = list(history)
@@ -44,12 +42,10 @@ def expert_load(
         f"{states.count('starved')} starved, {states.count('overloaded')} overloaded, highest {max(final):.2f}."
     )
     subtitle = subtitle or f"▼ below {STARVED:g} times the mean load, ▲ above {OVERLOADED:g} times"
-    mean = sum(history[steps[-1]]) / len(final)
-    limit = None if capacity is None else float(plain(capacity)) / (mean or 1.0)
     if len(steps) == 1:
-        return theme.finish(_load_bars(rows, len(final), limit), title, subtitle, description)
-    step_param = alt.param(name="step", value=steps[-1], bind=_step_control(steps))
-    bars = _load_bars(rows, len(final), limit, step_param)
+        return theme.finish(_load_bars(rows, len(final)), title, subtitle, description)
+    step_param = alt.param(name="step", value=steps[-1], bind=binding("Step", steps))
+    bars = _load_bars(rows, len(final), step_param)
     return theme.finish(
         alt.vconcat(bars, _history_strip(rows, steps, step_param), spacing=14), title, subtitle, description
     )
@@ -78,16 +74,9 @@ def _state(load: float) -> str:
     return "starved" if load < STARVED else "overloaded" if load > OVERLOADED else "fair"
 
 
-def _step_control(steps: list[Any]) -> Any:
-    gaps = {later - earlier for earlier, later in pairwise(steps)}
-    if len(gaps) == 1:
-        return alt.binding_range(min=steps[0], max=steps[-1], step=gaps.pop(), name="Step ")
-    return alt.binding_select(options=steps, name="Step ")
-
-
-def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, step_param: Any = None) -> Any:
+def _load_bars(rows: list[dict[str, Any]], n_experts: int, step_param: Any = None) -> Any:
     colors = [theme.LIGHT[state] for state in STATES]
-    top = max([OVERLOADED + 0.2, 1.1 * max(row["load"] for row in rows), *([1.1 * limit] if limit is not None else [])])
+    top = max(OVERLOADED + 0.2, 1.1 * max(row["load"] for row in rows))
     y = alt.Y("load:Q", title="load / mean load", scale=alt.Scale(domain=[0, top], nice=False),
               axis=alt.Axis(tickCount=5))  # fmt: skip
     color = alt.Color("state:N", legend=None, scale=alt.Scale(domain=list(STATES), range=colors))
@@ -104,20 +93,20 @@ def _load_bars(rows: list[dict[str, Any]], n_experts: int, limit: float | None, 
     layers: list[Any] = [
         base.mark_bar().encode(color=color, tooltip=tooltip),
         signed.mark_text(dy=-7, fontSize=9.5, color=theme.LIGHT["ink"]).encode(text="sign:N"),
-        *_level(1.0, "mean", theme.LIGHT["ink"]),
+        *_mean_line(),
     ]
-    if limit is not None:
-        layers += _level(limit, "capacity", theme.LIGHT["line4_label"], above=limit >= 1.0)
     chart = alt.layer(*layers)
     return (chart if step_param is None else chart.add_params(step_param)).properties(width=WIDTH, height=220)
 
 
-def _level(value: float, name: str, color: str, *, above: bool = False) -> list[Any]:
-    """Draw a horizontal line with its name at the right end."""
-    base = alt.Chart(data([{"load": value, "name": name}])).encode(y="load:Q")
-    rule = base.mark_rule(color=color, strokeWidth=1.2, strokeDash=[6, 3] if above else [2, 2])
-    text = base.mark_text(align="left", dx=5, dy=-8 if above and value < 1.15 else 0, color=color, fontSize=11)
-    return [rule, text.encode(x=alt.value(WIDTH), text="name:N")]
+def _mean_line() -> list[Any]:
+    ink = theme.LIGHT["ink"]
+    base = alt.Chart(data([{"load": 1.0, "name": "mean"}])).encode(y="load:Q")
+    text = base.mark_text(align="left", dx=5, color=ink, fontSize=11)
+    return [
+        base.mark_rule(color=ink, strokeWidth=1.2, strokeDash=[2, 2]),
+        text.encode(x=alt.value(WIDTH), text="name:N"),
+    ]
 
 
 def _history_strip(rows: list[dict[str, Any]], steps: list[Any], step_param: Any) -> Any:

@@ -76,39 +76,47 @@ def bank_groups(
     """Draw one panel per layout: the bank group of each 16-byte piece of 8 rows, with the pieces of one column marked.
 
     layouts: name -> groups[row][piece], the group (0 to 7) of that piece. Pieces of one column that share a group are
-    read one after the other. Raises InputError if a row has two pieces in one group.
+    read one after the other. A slider over the column works without a kernel and starts at `piece`. Raises InputError
+    if a row has two pieces in one group.
     """
     require_int("piece", piece, 0, N_GROUPS - 1)
-    panels, turns = [], {}
+    panels, counted = [], []
     for name, layout in layouts.items():
         for row, groups in enumerate(layout):
             if sorted(groups) != list(range(N_GROUPS)):
                 raise InputError(f"layouts: {name}, row {row}: {groups} must have 8 pieces in 8 groups")
-        column = [groups[piece] for groups in layout]
-        turns[name] = max(column.count(group) for group in column)
-        cells = [{"row": r, "group": group, "piece": p, "read": p == piece}
-                 for r, groups in enumerate(layout) for p, group in enumerate(groups)]  # fmt: skip
-        panels.append(_banks(cells, len(layout), f"{name}: {turns[name]} {'turn' if turns[name] == 1 else 'turns'}"))
-    counted = word_list([f"{name} {n}" for name, n in turns.items()])
-    description = description or f"Tables of bank groups. Turns to read piece {piece} of 8 rows: {counted}."
-    subtitle = subtitle or f"Rows of a tile by bank group. Number: the piece. Marked: piece {piece} of each row."
-    return theme.finish(alt.hconcat(*panels, spacing=40), title, subtitle, description)
+        columns = [[groups[p] for groups in layout] for p in range(N_GROUPS)]
+        turns = [max(column.count(group) for group in column) for column in columns]
+        texts = [f"{name}: {n} {'turn' if n == 1 else 'turns'}" for n in turns]
+        cells = [
+            {"row": r, "group": group, "piece": p} for r, groups in enumerate(layout) for p, group in enumerate(groups)
+        ]
+        panels.append(_banks(cells, [{"piece": p, "text": text} for p, text in enumerate(texts)], len(layout)))
+        counted.append(f"{name} {turns[piece]}")
+    chosen = f"piece {piece} of 8 rows, which a slider changes"
+    description = description or f"Tables of bank groups. Turns to read {chosen}: {word_list(counted)}."
+    subtitle = subtitle or "Rows of a tile by bank group. Number: the piece. Marked: the piece that is read."
+    chart = alt.hconcat(*panels, spacing=40)
+    slider = alt.binding_range(min=0, max=N_GROUPS - 1, step=1, name="Piece that is read ")
+    return theme.finish(
+        chart.add_params(alt.param(name="read", value=piece, bind=slider)), title, subtitle, description
+    )
 
 
-def _banks(cells: list[dict[str, Any]], n_rows: int, name: str) -> Any:
+def _banks(cells: list[dict[str, Any]], headings: list[dict[str, Any]], n_rows: int) -> Any:
     x = alt.X("group:O", title="group of four banks", axis=alt.Axis(labelAngle=0, orient="bottom"))
     y = alt.Y("row:O", title="row", axis=alt.Axis())
     base = alt.Chart(data(cells)).encode(x=x, y=y)
-    fill = alt.Color("read:N", legend=None, scale=alt.Scale(domain=[False, True], range=[theme.RAMP[0], theme.RAMP[3]]))
-    inks = [theme.LIGHT["on_pale"], theme.LIGHT["on_deep"]]
-    text = alt.Color("read:N", legend=None, scale=alt.Scale(domain=[False, True], range=inks))
+    fill = alt.condition("datum.piece == read", alt.value(theme.RAMP[3]), alt.value(theme.RAMP[0]))
+    text = alt.condition("datum.piece == read", alt.value(theme.LIGHT["on_deep"]), alt.value(theme.LIGHT["on_pale"]))
     squares = base.mark_rect(stroke=theme.LIGHT["card"], strokeWidth=2).encode(
-        color=fill, tooltip=["row:O", alt.Tooltip("group:O", title="banks"), "piece:Q", "read:N"]
+        color=fill, tooltip=["row:O", alt.Tooltip("group:O", title="banks"), "piece:Q"]
     )
     numbers = base.mark_text(style="in_cell").encode(text="piece:Q", color=text)
-    both = alt.layer(squares, numbers).resolve_scale(color="independent")
-    heading = alt.TitleParams(name, fontSize=12.5, offset=6, frame="group")
-    return both.properties(width=CELL * N_GROUPS, height=CELL * n_rows, title=heading)
+    turns = alt.Chart(data(headings)).transform_filter("datum.piece == read")
+    bold = {"align": "left", "baseline": "bottom", "dy": -6, "fontSize": 12.5, "fontWeight": 600}
+    heading = turns.mark_text(**bold).encode(x=alt.value(0), y=alt.value(0), text="text:N")
+    return alt.layer(squares, numbers, heading).properties(width=CELL * N_GROUPS, height=CELL * n_rows)
 
 
 def product_speed(

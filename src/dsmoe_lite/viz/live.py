@@ -1,7 +1,9 @@
-"""A chart with controls: Python redraws it when the reader moves a slider or chooses from a menu."""
+"""An output with controls that Python computes anew: for what the reader's own model or code gives.
+
+What can be computed beforehand needs no Python: `viz.controls`.
+"""
 
 import asyncio
-import math
 import sys
 from collections.abc import Callable
 from html import escape
@@ -17,17 +19,15 @@ RELOADED = "The page was loaded again, which cut the chart off from its controls
 
 
 def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
-    """Show `controls` and, below them, the chart `draw(**their values)`, redrawn when a control moves.
+    """Show `controls` and, below them, the chart or text `draw(**their values)`, redrawn when a control moves.
 
-    The chart is redrawn at most twice per second, with the latest values. A status line below the controls reports that
-    Python is working; if `draw` raises, it shows the error and the chart stays as it was. Without a kernel the first
-    chart remains visible. When the page is loaded again while the kernel runs, JupyterLab restores the controls as they
+    It is redrawn at most twice per second, with the latest values. A status line below the controls reports that
+    Python is working; if `draw` raises, it shows the error and the output stays as it was. Without a kernel the first
+    output remains visible. When the page is loaded again while the kernel runs, JupyterLab restores the controls as they
     are now and the chart as it was saved, and can no longer update it: the status line then asks to run the cell again.
     """
     for control in controls.values():
         control.style.description_width = "initial"
-        if isinstance(control, ipywidgets.FloatLogSlider):
-            _start_on_a_step(control)
     first = draw(**_values(controls))
     status = _Status()
     row = ipywidgets.HBox(list(controls.values()), layout=ipywidgets.Layout(flex_flow="row wrap"))
@@ -101,18 +101,6 @@ class _Redraw:
         else:
             self._output.update(chart)
             self._status.report("")
-
-
-def _start_on_a_step(slider: ipywidgets.FloatLogSlider) -> None:
-    """Shift the ends of a slider, inside its range, so that its value is on a step.
-
-    Its handle can rest on steps only: from a value between two it would show another one than the chart.
-    """
-    place, low, high, step = math.log(slider.value, slider.base), slider.min, slider.max, slider.step
-    offset = (place - low) % step
-    if min(offset, step - offset) > 1e-9:
-        slider.min = low + offset
-        slider.max = slider.min + math.floor((high - slider.min) / step + 1e-9) * step
 
 
 def _current_page() -> str | None:

@@ -1,6 +1,6 @@
 """Charts of long contexts, and the question that each answers.
 
-- rotary_frequencies: which pairs of rotated channels turn once within the context?
+- rotary_frequencies: which pairs of rotated channels turn once within the context, and which does YaRN slow down?
 - needle: is a fact found again, by its depth in the text and the length of the text?
 """
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.common.errors import InputError, require_int, require_number
+from dsmoe_lite.common.errors import InputError, require, require_int, require_number
 from dsmoe_lite.viz import identity, theme
-from dsmoe_lite.viz.helpers import data, distinct, gradient_legend, plain, require_rows, separate_labels
+from dsmoe_lite.viz.helpers import data, distinct, gradient_legend, plain, require_rows
 
 Rows = Sequence[dict[str, Any]]
 WAVELENGTHS_SIZE = (520, 320)  # px
+FACTORS, LENGTHS = (1, 128, 1), (512, 16_384, 512)  # of YaRN: min, max, step
 LABEL_GAP = 17  # px between two labels
 CELL, MIN_CELL_WIDTH, GAP = (38, 30), 25, 20  # px: a cell, one that fits its number, between two panels
 AXIS_TITLE_WIDTH = 60  # px
@@ -23,66 +24,103 @@ MAX_DEPTHS, MAX_LENGTHS, MAX_KINDS = 10, 12, 6
 
 
 def rotary_frequencies(
-    rows: Rows,
     *,
-    original: int,
-    extended: int,
+    channels: int = 64,
+    theta: float = 10_000.0,
+    factor: int = 40,
+    trained: int = 4096,
+    beta_fast: float = 32.0,
+    beta_slow: float = 1.0,
     title: str = "Which rotations fit into the context?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart:
-    """Draw the wavelength of each pair of rotated channels, log scale, one line per kind, beside both context lengths.
+    """Draw the wavelength of each pair of rotated channels by RoPE and by YaRN, beside both context lengths; log scale.
 
-    rows: {pair, wavelength, kind}; pair j from 0, wavelength in tokens per turn; at most four kinds. original: context
-    length in training; extended: the length to which it is extended.
+    The frequencies are those of `layers.rope.rope_frequencies`, in the chart's own formulas: two sliders change the
+    factor and the trained length without a kernel. factor: 1 to 128; trained: tokens, 512 to 16,384 in steps of 512.
     """
-    require_rows(rows, "pair", "wavelength", "kind")
-    kinds = distinct(row["kind"] for row in rows)
-    if len(kinds) > theme.N_LINES:
-        raise InputError(f"kinds = {len(kinds)}: at most {theme.N_LINES} lines can be distinguished in one panel")
-    require_int("original", original, 1)
-    require_int("extended", extended, original)
-    for row in rows:
-        require_int("pair", plain(row["pair"]), 0)
-        require_number("wavelength", plain(row["wavelength"]), 0.0, open_low=True)
-    points = [{"kind": row["kind"], "pair": plain(row["pair"]), "wavelength": float(plain(row["wavelength"]))}
-              for row in sorted(rows, key=lambda row: (kinds.index(row["kind"]), plain(row["pair"])))]  # fmt: skip
+    require_int("channels", channels, 2)
+    require(channels % 2 == 0, "channels", channels, "must be even: channels turn in pairs")
+    require_number("theta", theta, 1.0, open_low=True)
+    require_int("factor", factor, FACTORS[0], FACTORS[1])
+    require_int("trained", trained, LENGTHS[0], LENGTHS[1])
+    require(trained % LENGTHS[2] == 0, "trained", trained, f"must be a multiple of {LENGTHS[2]}")
+    formulas = _yarn_formulas(channels, theta, beta_fast, beta_slow)
     if not description:
-        longer = {kind: sum(p["wavelength"] > extended for p in points if p["kind"] == kind) for kind in kinds}
-        shorter = {kind: sum(p["wavelength"] <= original for p in points if p["kind"] == kind) for kind in kinds}
-        counts = [f"{kind}: {shorter[kind]} turn once within {original:,} tokens, "
-                  f"{longer[kind]} not within {extended:,}" for kind in kinds]  # fmt: skip
-        description = f"Line chart of the wavelength of rotary channel pairs, log scale. {'; '.join(counts)}."
+        description = (
+            f"Line chart of the wavelength of {channels // 2} rotary channel pairs, log scale, by RoPE and by "
+        )
+        description += (
+            f"YaRN with factor {factor} for a model trained on {trained:,} tokens: pairs that turn many times "
+        )
+        description += "keep their wavelength, slow ones get a longer one. Two sliders change factor and length."
     subtitle = subtitle or "Tokens per full turn. Below a dashed line, a pair turns at least once within that context."
-    return theme.finish(_wavelengths(points, kinds, original, extended), title, subtitle, description)
+    controls = [
+        alt.param(name=name, value=value, bind=alt.binding_range(min=low, max=high, step=step, name=f"{label} "))
+        for name, value, (low, high, step), label in (
+            ("factor", factor, FACTORS, "Factor s"), ("trained", trained, LENGTHS, "Trained length L, tokens"),
+        )
+    ]  # fmt: skip
+    return theme.finish(_wavelengths(channels, theta, formulas).add_params(*controls), title, subtitle, description)
 
 
-def _wavelengths(points: list[dict[str, Any]], kinds: list[str], original: int, extended: int) -> Any:
-    values = [point["wavelength"] for point in points] + [float(original), float(extended)]
-    low, high = min(values) / 1.5, max(values) * 1.5
-    pairs = [point["pair"] for point in points]
-    first, last = min(pairs), max(max(pairs), min(pairs) + 1)
-    ticks = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    x = alt.X("pair:Q", title="channel pair j", scale=alt.Scale(domain=[first, last], nice=False, padding=6),
+def _yarn_formulas(channels: int, theta: float, beta_fast: float, beta_slow: float) -> dict[str, str]:
+    """Return the Vega expressions of `layers.rope.yarn_range`, and of the wavelengths of pair `datum.pair`."""
+
+    def pair(turns: float) -> str:
+        return f"{channels} * log(trained / (2 * PI * {turns})) / {2 * math.log(theta)}"
+
+    slowed = "clamp((datum.pair - datum.low) / max(datum.high - datum.low, 0.001), 0, 1)"
+    rope = f"2 * PI * pow({theta}, 2 * datum.pair / {channels})"
+    return {
+        "low": f"max(floor({pair(beta_fast)}), 0)",
+        "high": f"min(max(ceil({pair(beta_slow)}), 0), {channels - 1})",
+        "RoPE": rope,
+        "YaRN": f"{rope} / (1 - {slowed} + {slowed} / factor)",
+    }
+
+
+def _wavelengths(channels: int, theta: float, formulas: dict[str, str]) -> Any:
+    kinds, last = ["RoPE", "YaRN"], channels // 2 - 1
+    slowest = 2 * math.pi * theta ** (2 * last / channels)
+    low, high = 4.0, 1.5 * max(slowest * FACTORS[1], LENGTHS[1] * FACTORS[1])
+    ticks = [10.0**power for power in range(1, math.floor(math.log10(high)) + 1)]
+    x = alt.X("pair:Q", title="channel pair j", scale=alt.Scale(domain=[0, max(last, 1)], nice=False, padding=6),
               axis=alt.Axis(grid=False, tickMinStep=1, format="d"))  # fmt: skip
     y = alt.Y("wavelength:Q", title="tokens per turn (log scale)", axis=alt.Axis(values=ticks, format="~s"),
               scale=alt.Scale(type="log", domain=[low, high], nice=False))  # fmt: skip
     color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.colors(kinds)))
     dash = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.DASHES[: len(kinds)]))
     tooltip = [alt.Tooltip("kind:N"), alt.Tooltip("pair:Q"), alt.Tooltip("wavelength:Q", format=",.4~r")]
-    base = alt.Chart(data(points)).encode(x=x, y=y, color=color)
-    limits = [{"wavelength": original, "name": f"trained on {original:,} tokens"},
-              {"wavelength": extended, "name": f"extended to {extended:,}"}]  # fmt: skip
-    levels = alt.Chart(data(limits if extended > original else limits[:1])).encode(y=y)
+    ranged = alt.Chart(alt.sequence(0, channels // 2, as_="pair"))
+    for name, formula in formulas.items():
+        ranged = ranged.transform_calculate(**{name: formula})
+    pairs = ranged.transform_fold(kinds, as_=["kind", "wavelength"])
+    base = pairs.encode(x=x, y=y, color=color)
+    ink, muted = theme.LIGHT["ink"], theme.LIGHT["muted"]
+    levels = alt.Chart(data([{"times": "1"}, {"times": "s"}])).transform_filter("datum.times == '1' || factor > 1")
+    levels = levels.transform_calculate(
+        wavelength="datum.times == '1' ? trained : trained * factor",
+        name="(datum.times == '1' ? 'trained on ' : 'extended to ') + format(datum.wavelength, ',') + ' tokens'",
+    ).encode(y=y)
+    level_text = {"align": "left", "fontSize": 11.5, "color": muted}
+    range_text = {"align": "left", "baseline": "bottom", "fontWeight": 600, "color": ink}
+    said = ranged.transform_filter("datum.pair == 0").transform_calculate(
+        kept="'Pairs 0 to ' + datum.low + ' keep their frequency'",
+        slowed=f"factor == 1 || datum.high > {last} ? 'no pair is slowed down by all of s' : "
+        f"'pairs ' + datum.high + ' to {last} turn ' + factor + ' times slower'",
+    )
     layers: list[Any] = [
-        levels.mark_rule(color=theme.LIGHT["muted"], strokeDash=[5, 3]),
-        levels.mark_text(align="left", dy=-8, fontSize=11.5, color=theme.LIGHT["muted"]).encode(
-            x=alt.value(2), text="name:N"
-        ),
+        levels.mark_rule(color=muted, strokeDash=[5, 3]),
+        *(levels.transform_filter(f"datum.times == '{times}'").mark_text(**level_text, dy=dy)
+          .encode(x=alt.value(2), text="name:N") for times, dy in (("1", 9), ("s", -8))),
         base.mark_line(strokeWidth=2).encode(strokeDash=dash),
         base.mark_circle(size=26, opacity=1).encode(tooltip=tooltip),
-        _line_labels(points, kinds, (math.log(low), math.log(high))),
-    ]
+        _line_names(pairs, kinds, last, math.log(high / low)),
+        *(said.mark_text(**range_text, dy=dy).encode(x=alt.value(0), y=alt.value(0), text=f"{field}:N")
+          for field, dy in (("kept", -20), ("slowed", -4))),
+    ]  # fmt: skip
     return (
         alt.layer(*layers)
         .resolve_scale(color="independent")
@@ -90,14 +128,16 @@ def _wavelengths(points: list[dict[str, Any]], kinds: list[str], original: int, 
     )
 
 
-def _line_labels(points: list[dict[str, Any]], kinds: list[str], y_range: tuple[float, float]) -> Any:
-    ends = {kind: [point for point in points if point["kind"] == kind][-1] for kind in kinds}
-    gap = LABEL_GAP * (y_range[1] - y_range[0]) / WAVELENGTHS_SIZE[1]
-    heights = separate_labels([math.log(ends[kind]["wavelength"]) for kind in kinds], gap, *y_range)
-    labels = [{"kind": kind, "pair": ends[kind]["pair"], "wavelength": math.exp(height)}
-              for kind, height in zip(kinds, heights, strict=True)]  # fmt: skip
+def _line_names(pairs: Any, kinds: list[str], last: int, y_range: float) -> Any:
+    """Write each kind at the end of its line; names of lines that end close together are moved apart."""
+    apart = math.exp(LABEL_GAP * y_range / WAVELENGTHS_SIZE[1])
+    side = {"RoPE": f"min(datum.RoPE, datum.middle / {math.sqrt(apart)})",
+            "YaRN": f"max(datum.YaRN, datum.middle * {math.sqrt(apart)})"}  # fmt: skip
+    ends = pairs.transform_filter(f"datum.pair == {last}")
+    ends = ends.transform_calculate(middle="sqrt(datum.RoPE * datum.YaRN)")
+    ends = ends.transform_calculate(wavelength=f"datum.kind == 'RoPE' ? {side['RoPE']} : {side['YaRN']}")
     color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.label_colors(kinds)))
-    text = alt.Chart(data(labels)).mark_text(style="line_name", align="left", dx=8, fontWeight=600, limit=110)
+    text = ends.mark_text(style="line_name", align="left", dx=8, fontWeight=600, limit=110)
     return text.encode(x="pair:Q", y="wavelength:Q", text="kind:N", color=color)
 
 

@@ -12,9 +12,19 @@ from typing import Any
 import altair as alt
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.curves import line_panel, width_beside
-from dsmoe_lite.viz.helpers import CHARACTER_WIDTH, data, distinct, plain, require_rows, word_list
+from dsmoe_lite.viz import identity, theme
+from dsmoe_lite.viz.controls import Control
+from dsmoe_lite.viz.curves import width_beside
+from dsmoe_lite.viz.helpers import (
+    CHARACTER_WIDTH,
+    data,
+    distinct,
+    flatten_packed,
+    plain,
+    require_rows,
+    separate_labels,
+    word_list,
+)
 
 Rows = Sequence[dict[str, Any]]
 MAX_PROCESSES, MAX_LANES, MAX_GROUPS = 16, 8, 4
@@ -67,6 +77,7 @@ def link_timeline(
     *,
     spans: Rows = (),
     unit: str = "µs",
+    bandwidth: float | None = None,
     title: str = "What waits for what?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -75,6 +86,7 @@ def link_timeline(
 
     rows: {lane, group, what, start, end}: `what` is written on the bar. At most eight lanes and four groups. The axis
     begins with the first bar. spans: {start, end, text}: stretches of time between dashed lines, named in their middle.
+    bandwidth: rows have a bandwidth across nodes, in GB/s, under this name; a menu chooses it without a kernel.
     """
     require_rows(rows, "lane", "group", "what", "start", "end")
     if spans:
@@ -84,35 +96,39 @@ def link_timeline(
         raise InputError(
             f"rows: {len(lanes)} lanes of {len(groups)} groups: at most {MAX_LANES} of {MAX_GROUPS} can be shown"
         )
-    ends = {lane: max(float(plain(row["end"])) for row in rows if row["lane"] == lane) for lane in lanes}
-    first, last = min(float(plain(row["start"])) for row in rows), max(ends.values())
+    control = None if bandwidth is None else Control("bandwidth", "Bandwidth across nodes, GB/s", bandwidth)
+    at_start = [row for row in rows if control is None or row["bandwidth"] == bandwidth]
+    ends = {lane: max(float(plain(row["end"])) for row in at_start if row["lane"] == lane) for lane in lanes}
+    first, last = min(float(plain(row["start"])) for row in rows), max(float(plain(row["end"])) for row in rows)
     width = int(theme.MAX_WIDTH - 60 - max(map(len, lanes)) * 12 * CHARACTER_WIDTH)
     if not description:
-        last_times = word_list([f"{lane} to {end:.0f} {unit}" for lane, end in ends.items()])
-        description = f"Timeline of {len(lanes)} lanes: {last_times}."
-    bars = []
-    for row in rows:
-        start, end = float(plain(row["start"])), float(plain(row["end"]))
-        fits = _fits(row["what"], width * (end - start) / (last - first))
-        bars.append({**row, "middle": (start + end) / 2, "text": row["what"] if fits else ""})
+        last_times = word_list([f"{lane} to {end:.3g} {unit}" for lane, end in ends.items()])
+        moved = "" if control is None else f" with {bandwidth:g} GB/s across nodes, which a menu changes"
+        description = f"Timeline of {len(lanes)} lanes{moved}: {last_times}."
     color = alt.Color("group:N", title=None, sort=groups, legend=alt.Legend(orient="top", offset=4),
                       scale=alt.Scale(domain=groups, range=theme.GROUPS[: len(groups)]))  # fmt: skip
     y = alt.Y(
         "lane:N", sort=lanes, title=None, axis=alt.Axis(labelColor=theme.LIGHT["ink"], labelLimit=220, grid=False)
     )
     x = alt.X("start:Q", title=unit, scale=alt.Scale(domain=[first, last], nice=False), axis=alt.Axis(tickCount=6))
-    base = alt.Chart(data(bars)).encode(y=y)
+    base = alt.Chart(data(rows))
+    base = (base if control is None else control.filter(base)).encode(y=y)
     bar_marks = base.mark_bar(size=22, stroke=theme.LIGHT["card"], strokeWidth=1).encode(
         x=x, x2="end:Q", color=color,
         tooltip=["lane:N", "group:N", "what:N", *(alt.Tooltip(f"{end}:Q", format=",.3~r") for end in ("start", "end"))],
     )  # fmt: skip
-    texts = base.mark_text(style="in_segment", fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(
-        x="middle:Q", text="text:N"
+    per_unit = width / (last - first)  # px
+    fitting = base.transform_calculate(middle="(datum.start + datum.end) / 2").transform_filter(
+        f"length(datum.what) * {TEXT_SIZE * CHARACTER_WIDTH:.4g} + 3 <= {per_unit:.6g} * (datum.end - datum.start)"
+    )
+    texts = fitting.mark_text(style="in_segment", fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(
+        x="middle:Q", text="what:N"
     )
     layers = [bar_marks, texts]
     if spans:
         layers += _named_spans(spans, x)
     chart = alt.layer(*layers).properties(width=width, height=LANE_HEIGHT * len(lanes))
+    chart = chart if control is None else chart.add_params(control.param(rows))
     return theme.finish(chart, title, subtitle, description)
 
 
@@ -127,13 +143,12 @@ def _named_spans(spans: Rows, x: alt.X) -> list[Any]:
     ]
 
 
-def _fits(text: str, width: float) -> bool:
-    return len(text) * TEXT_SIZE * CHARACTER_WIDTH + 3 <= width
-
-
 def scaling_curve(
     rows: Rows,
     *,
+    tokens: int,
+    bandwidth: float,
+    schedule: str,
     value_title: str = "share of its best speed",
     title: str = "How much of its speed does a device keep?",
     subtitle: str | Sequence[str] = "",
@@ -141,25 +156,78 @@ def scaling_curve(
 ) -> alt.LayerChart:
     """Draw a share against the number of devices, on a log axis; one line per model.
 
-    rows: {model, devices, value}, value in [0, 1]; at most four models.
+    rows: {model, devices, value, tokens, bandwidth, schedule}: value in [0, 1], tokens on each device, GB/s across
+    nodes, and a word for the schedule; at most four models. Three menus choose the last three without a kernel; they
+    start at the arguments of these names.
     """
-    require_rows(rows, "model", "devices", "value")
+    require_rows(rows, "model", "devices", "value", "tokens", "bandwidth", "schedule")
     models = distinct(row["model"] for row in rows)
     if len(models) > theme.N_LINES:
         raise InputError(f"models = {len(models)}: at most {theme.N_LINES} lines can be distinguished in one panel")
     if not all(0 <= plain(row["value"]) <= 1 for row in rows):
         raise InputError("rows: value must be a share, 0 to 1")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for model in models:
-        shares = sorted((plain(row["devices"]), float(plain(row["value"]))) for row in rows if row["model"] == model)
-        lines[model] = [{"x": math.log2(n), "mean": share, "low": share, "high": share} for n, share in shares]
-    exponents = sorted({point["x"] for points in lines.values() for point in points})
-    ticks = {"values": exponents[:: 2 if len(exponents) > 6 else 1], "labelExpr": "format(pow(2, datum.value), ',d')"}
-    panel = line_panel(
-        lines, "log2 of devices", "devices (log scale)", value_title, width_beside(models), SCALING_HEIGHT,
-        y_range=(0.0, 1.0), percent=True, dots=True, ticks=ticks,
-    )  # fmt: skip
-    ends = word_list(
-        [f"{model} {points[-1]['mean']:.0%} at {2 ** points[-1]['x']:.0f}" for model, points in lines.items()]
+    controls = [
+        Control("tokens", "Tokens on a device", tokens),
+        Control("bandwidth", "Bandwidth across nodes, GB/s", bandwidth),
+        Control("schedule", "Links and products", schedule),
+    ]
+    params = [control.param(rows) for control in controls]
+    lines = _lines(rows)
+    if not description:
+        at_start = [line for line in lines if all(line[control.field] == control.value for control in controls)]
+        ends = word_list([f"{line['model']} {line['end']:.0%} at {2 ** line['last']:.0f}" for line in at_start])
+        description = f"Line chart of {value_title} against devices, for {tokens:,} tokens on a device, {bandwidth:g} "
+        description += f"GB/s across nodes and links {schedule}: {ends}. Three menus change these."
+    return theme.finish(
+        _scaling(lines, models, controls, value_title).add_params(*params), title, subtitle, description
     )
-    return theme.finish(panel, title, subtitle, description or f"Line chart of {value_title} against devices: {ends}.")
+
+
+def _lines(rows: Rows) -> list[dict[str, Any]]:
+    """One row per line and setting: its points, packed, and the height of its name."""
+    points: dict[tuple[Any, ...], dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        setting = tuple(plain(row[field]) for field in ("tokens", "bandwidth", "schedule"))
+        of_model = points.setdefault(setting, {}).setdefault(row["model"], [])
+        of_model.append((int(plain(row["devices"])), float(plain(row["value"]))))
+    lines = []
+    for (tokens, bandwidth, schedule), of_setting in points.items():
+        of_setting = {model: sorted(of_model) for model, of_model in of_setting.items()}
+        heights = separate_labels([pairs[-1][1] for pairs in of_setting.values()], 16 / SCALING_HEIGHT, 0.0, 1.0)
+        for (model, pairs), height in zip(of_setting.items(), heights, strict=True):
+            lines.append({
+                "model": model, "tokens": tokens, "bandwidth": bandwidth, "schedule": schedule,
+                "log2": " ".join(f"{math.log2(n):g}" for n, _ in pairs),
+                "value": " ".join(f"{value:.4g}" for _, value in pairs),
+                "last": math.log2(pairs[-1][0]), "end": pairs[-1][1], "height": height,
+            })  # fmt: skip
+    return lines
+
+
+def _scaling(lines: list[dict[str, Any]], models: list[str], controls: list[Control], value_title: str) -> Any:
+    exponents = sorted({float(power) for line in lines for power in line["log2"].split()})
+    axis = alt.Axis(grid=False, values=exponents[:: 2 if len(exponents) > 6 else 1],
+                    labelExpr="format(pow(2, datum.value), ',d')")  # fmt: skip
+    x_scale = alt.Scale(domain=[exponents[0], exponents[-1]], nice=False)
+    y_scale = alt.Scale(domain=[0, 1], nice=False)
+    x = alt.X("log2:Q", title="devices (log scale)", axis=axis, scale=x_scale)
+    y = alt.Y("value:Q", title=value_title, axis=alt.Axis(tickCount=6, format="%"), scale=y_scale)
+    color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=models, range=identity.colors(models)))
+    dash = alt.StrokeDash("model:N", legend=None, scale=alt.Scale(domain=models, range=theme.DASHES[: len(models)]))
+    name_color = alt.Color("model:N", legend=None,
+                           scale=alt.Scale(domain=models, range=identity.label_colors(models)))  # fmt: skip
+    base = alt.Chart(data(lines))
+    for control in controls:
+        base = control.filter(base)
+    unpacked = flatten_packed(base, ["log2", "value"]).transform_calculate(devices="pow(2, datum.log2)")
+    tooltip = [alt.Tooltip("model:N"), alt.Tooltip("devices:Q", format=",d"),
+               alt.Tooltip("value:Q", title=value_title, format=".1%")]  # fmt: skip
+    points = unpacked.encode(x=x, y=y, color=color, tooltip=tooltip)
+    names = base.mark_text(style="line_name", align="left", dx=8, fontWeight=600, limit=130)
+    layers = [
+        points.mark_line(strokeWidth=2).encode(strokeDash=dash),
+        points.mark_circle(size=36, opacity=1),
+        names.encode(x="last:Q", y="height:Q", text="model:N", color=name_color),
+    ]
+    chart = alt.layer(*layers).resolve_scale(color="independent")
+    return chart.properties(width=width_beside(models), height=SCALING_HEIGHT)

@@ -8,6 +8,7 @@ import altair as alt
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import theme
+from dsmoe_lite.viz.controls import Control
 from dsmoe_lite.viz.helpers import (
     CHARACTER_WIDTH,
     data,
@@ -30,6 +31,7 @@ def roofline(
     peak: float,
     bandwidth: float,
     device: str = "",
+    tokens: int | None = None,
     title: str = "Does memory or arithmetic set the limit?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -37,7 +39,8 @@ def roofline(
     """Draw attainable FLOP/s against arithmetic intensity, log-log: a roof that rises with bandwidth up to the peak.
 
     rows: {name, intensity (FLOP per byte), flops (optional, measured FLOP/s)}; a point without a measurement is a ring
-    on the roof. peak: FLOP/s of the device; bandwidth: its bytes/s; device: its name.
+    on the roof. peak: FLOP/s of the device; bandwidth: its bytes/s; device: its name. tokens: rows have the tokens of a
+    batch, a power of two, under this name; a slider, which starts here and needs no kernel, moves the points.
     """
     require_rows(rows, "name", "intensity")
     for name, value in (("peak", peak), ("bandwidth", bandwidth)):
@@ -47,11 +50,16 @@ def roofline(
     knee = peak / bandwidth
     limits = f"peak {_flops(peak)}, bandwidth {_unit(bandwidth, 'B/s')}; they meet at {knee:.3g} FLOP per byte"
     limits = f"{device}: {limits}" if device else limits[0].upper() + limits[1:]
-    readings = "; ".join(f"{p['name']} {p['intensity']:.3g} FLOP per byte, {p['speed']}" for p in points)
-    description = description or f"Roofline. {limits}. {readings}."
+    control = None if tokens is None else Control("tokens", "Tokens in a batch", tokens, base=2)
+    at_start = [point for point in points if point.get("tokens") == tokens]
+    readings = "; ".join(f"{p['name']} {p['intensity']:.3g} FLOP per byte, {p['speed']}" for p in at_start)
+    moved = "" if control is None else f"For {tokens:,} tokens in a batch, which a slider changes: "
+    description = description or f"Roofline. {limits}. {moved}{readings}."
     legend = {True: "Dot: measured.", False: "Ring: not measured; the roof is its upper bound."}
     subtitle = subtitle or [f"{limits}.", " ".join(legend[kind] for kind in distinct(p["measured"] for p in points))]
-    return theme.finish(_roofline(points, peak, bandwidth), title, subtitle, description)
+    chart = _roofline(points, peak, bandwidth, control)
+    chart = chart if control is None else chart.add_params(control.param(points))
+    return theme.finish(chart, title, subtitle, description)
 
 
 def _point(row: dict[str, Any], peak: float, bandwidth: float) -> dict[str, Any]:
@@ -61,8 +69,9 @@ def _point(row: dict[str, Any], peak: float, bandwidth: float) -> dict[str, Any]
     roof = min(peak, bandwidth * intensity)
     measured = flops is not None
     speed = f"{_flops(flops)}, {flops / roof:.0%} of the roof" if measured else f"at most {_flops(roof)}"
-    return {"name": str(row["name"]), "intensity": intensity, "flops": float(flops) if measured else roof,
-            "measured": measured, "speed": speed}  # fmt: skip
+    point = {"name": str(row["name"]), "intensity": intensity, "flops": float(flops) if measured else roof,
+             "measured": measured, "speed": speed}  # fmt: skip
+    return point | ({"tokens": int(plain(row["tokens"]))} if "tokens" in row else {})
 
 
 def _flops(value: float) -> str:
@@ -76,7 +85,7 @@ def _unit(value: float, unit: str) -> str:
     return f"{number.removesuffix(prefix)} {prefix}{unit}"
 
 
-def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float) -> Any:
+def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float, control: Control | None) -> Any:
     knee = peak / bandwidth
     x_range = _log_range([knee / 3, 3 * knee, *(p["intensity"] for p in points)])
     y_range = _log_range([peak, bandwidth * x_range[0], *(p["flops"] for p in points)])
@@ -87,26 +96,39 @@ def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float) -> An
     )
     accent = theme.LIGHT["line1"]
     marks = alt.Chart(data(points)).encode(x=x, y=y)
-    labels: Any = alt.Chart(data(_labels(points, peak, x_range, y_range)))
-    dots, rings = marks.transform_filter("datum.measured"), marks.transform_filter("!datum.measured")
+    together = [[p for p in points if p.get("tokens") == n] for n in distinct(p.get("tokens") for p in points)]
+    placed = [label for some in together for label in _labels(some, peak, x_range, y_range)]
+    labels: Any = alt.Chart(data(placed))
+    if control is not None:
+        marks, labels = control.filter(marks), control.filter(labels)
     tooltip = [alt.Tooltip("name:N"), alt.Tooltip("intensity:Q", format=".3~g"), alt.Tooltip("speed:N", title="FLOP/s")]
     layers: list[Any] = [
         alt.Chart(data(roof)).mark_line(color=theme.LIGHT["ink"], strokeWidth=2).encode(x=x, y=y),
         alt.Chart(data(roof[1:2])).mark_rule(color=theme.LIGHT["muted"], strokeDash=[2, 3]).encode(x=x),
         labels.mark_rule(color=theme.LIGHT["muted"], strokeWidth=0.8).encode(x=x, y=y, x2="label_x:Q", y2="label_y:Q"),
-        dots.mark_circle(size=70, opacity=1, color=accent).encode(tooltip=tooltip),
-        rings.mark_circle(size=60, opacity=1, fill=theme.LIGHT["card"], stroke=accent, strokeWidth=2).encode(
-            tooltip=tooltip
-        ),
     ]
+    dot = {"size": 70, "color": accent}
+    ring = {"size": 60, "fill": theme.LIGHT["card"], "stroke": accent, "strokeWidth": 2}
+    for measured, style in ((True, dot), (False, ring)):
+        if any(point["measured"] == measured for point in points):
+            of_kind = marks.transform_filter(f"{'' if measured else '!'}datum.measured")
+            layers.append(of_kind.mark_circle(opacity=1, **style).encode(tooltip=tooltip))
     halo = {
         "stroke": theme.LIGHT["card"],
         "strokeWidth": 4,
         "strokeJoin": "round",
     }  # so that lines do not cross the letters
     for side, dx in (("left", 3), ("right", -3)):
+        if not any(label["align"] == side for label in placed):
+            continue
         text = labels.transform_filter(f"datum.align == '{side}'").encode(x="label_x:Q", y="label_y:Q", text="text:N")
         layers += [text.mark_text(align=side, dx=dx, fontSize=TEXT_SIZE, **style) for style in (halo, {})]
+    if control is not None:
+        read = alt.Chart(data([{}])).transform_calculate(
+            text=f"'tokens in a batch: ' + format({control.reading}, ',.0f')"
+        )
+        bold = {"align": "left", "baseline": "bottom", "dy": -5, "fontWeight": 600, "color": theme.LIGHT["line1_label"]}
+        layers.append(read.mark_text(**bold).encode(x=alt.value(0), y=alt.value(0), text="text:N"))
     return alt.layer(*layers).properties(width=ROOFLINE_SIZE[0], height=ROOFLINE_SIZE[1])
 
 
@@ -119,7 +141,8 @@ def _log_axis(channel: Any, field: str, title: str, limits: tuple[float, float])
     """Return a log axis with ticks at powers of ten, and at 2 and 5 times them if the range is short."""
     digits = (1, 2, 5) if limits[1] / limits[0] < 300 else (1,)
     ticks = [digit * 10.0**power for power in range(-6, 19) for digit in digits]
-    axis = alt.Axis(values=[tick for tick in ticks if limits[0] <= tick <= limits[1]], format="~s")
+    axis = alt.Axis(values=[tick for tick in ticks if limits[0] <= tick <= limits[1]],
+                    labelExpr="format(datum.value, datum.value < 1 ? '~r' : '~s')")  # fmt: skip
     return channel(field, title=title, scale=alt.Scale(type="log", domain=list(limits), nice=False), axis=axis)
 
 
@@ -139,6 +162,7 @@ def _labels(
         needed = len(text) * TEXT_SIZE * CHARACTER_WIDTH + LEADER
         on_right = math.log(x_range[1] / point["intensity"]) / x_pixel >= needed
         label_x = point["intensity"] * math.exp((LEADER if on_right else -LEADER) * x_pixel)
-        labels.append({"intensity": point["intensity"], "flops": point["flops"], "text": text, "label_x": label_x,
-                       "align": "left" if on_right else "right", "label_y": math.exp(label_height)})  # fmt: skip
+        label = {"intensity": point["intensity"], "flops": point["flops"], "text": text, "label_x": label_x,
+                 "align": "left" if on_right else "right", "label_y": math.exp(label_height)}  # fmt: skip
+        labels.append(label | ({"tokens": point["tokens"]} if "tokens" in point else {}))
     return labels

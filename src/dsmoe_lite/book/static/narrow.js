@@ -35,6 +35,7 @@
   }, []);
 
   function wrappedTitle(title, room) {
+    if (title.text && title.text.expr) return title; // short, and known only once it is drawn
     if (typeof title === "string" || Array.isArray(title)) return wrapped(title, "600 15px", room);
     const result = { ...title, text: wrapped(title.text, `600 ${title.fontSize || 15}px`, room) };
     if (title.subtitle) result.subtitle = wrapped(whole([title.subtitle].flat()), "12.5px", room);
