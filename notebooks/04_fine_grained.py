@@ -184,6 +184,15 @@ report(
 # and eight functions are enough: one large expert leaves 6%, four small ones 2%. The small ones lead by 4 points, not
 # by 30.
 #
+# **Watch it happen.** Below two layers learn a quilt in the page, A with 1 of 8 experts and B with 4 of 32 (SwiGLU
+# experts, 2,000 steps). Press a button to guess and start; point at an expert to see its patches.
+
+# %% tags=["trained"]
+from dsmoe_lite.viz.playground import Playground
+
+Playground("finer")
+
+# %% [markdown]
 # ## How many more choices?
 #
 # With $m$ pieces per expert a token chooses $mK$ of $mE$ experts (DeepSeekMoE, Equations 6 to 8; the paper writes $N$

@@ -293,6 +293,15 @@ report(max_vio=uneven, overflow=over, heldout_loss=lost)
 # The loss: it acts from the first step, and MaxVio never exceeds 3.2. The bias starts at 0, so MaxVio first climbs to
 # 13; then the small steps of the bias add up and bring it to about 1, as even as the loss.
 #
+# **Mend a collapse yourself.** Below two small layers learn to paint 16 tiles, in the page: A is left alone, B has the
+# loss. Press a button to guess and start. Then give A the loss, or the bias, and see how far it comes back.
+
+# %% tags=["trained"]
+from dsmoe_lite.viz.playground import Playground
+
+Playground("collapse")
+
+# %% [markdown]
 # How fast should the bias move? **Move** the slider. Here the router that was left alone is frozen and only the bias
 # moves, on one batch of 1,024 tokens after another.
 

@@ -220,7 +220,7 @@ def test_tiny_notebook_runs_in_this_environment(browser, lab: Lab, screenshots: 
 
 
 def move_a_control(page) -> None:
-    """What a reader of chapter 02 does: move a slider that needs no Python, and ask the router that was just trained."""
+    """A reader of chapter 02 moves a slider that needs no Python, and asks the router that was just trained."""
     chart = page.locator(".vega-embed", has_text="Who is full, and what is dropped?")
     assert "c = 1.25: 640 slots each" in chart.inner_text()
     for _ in range(3):
