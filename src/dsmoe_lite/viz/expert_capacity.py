@@ -62,9 +62,9 @@ def _bars(counts: list[float], slots: list[dict[str, Any]], control: Control) ->
     base = bars.encode(x=expert_axis(range(len(counts))), tooltip=tooltip)
     above = base.transform_filter("datum.dropped > 0")
     ink = theme.LIGHT["ink"]
-    hollow = {"fill": theme.LIGHT["card"], "stroke": ink, "strokeWidth": 1.2, "strokeDash": [3, 2]}
+    hollow: dict[str, Any] = {"fill": theme.LIGHT["card"], "stroke": ink, "strokeWidth": 1.2, "strokeDash": [3, 2]}
     chosen = control.filter(alt.Chart(data(slots))).encode(y="slots:Q")
-    text = {"align": "left", "fontWeight": 600, "color": ink}
+    text: dict[str, Any] = {"align": "left", "fontWeight": 600, "color": ink}
     layers = [
         base.mark_bar(color=theme.LIGHT["line1"]).encode(y=y),
         above.mark_bar(**hollow).encode(y="kept:Q", y2="choices:Q"),

@@ -114,7 +114,7 @@ def _banks(cells: list[dict[str, Any]], headings: list[dict[str, Any]], n_rows: 
     )
     numbers = base.mark_text(style="in_cell").encode(text="piece:Q", color=text)
     turns = alt.Chart(data(headings)).transform_filter("datum.piece == read")
-    bold = {"align": "left", "baseline": "bottom", "dy": -6, "fontSize": 12.5, "fontWeight": 600}
+    bold: dict[str, Any] = {"align": "left", "baseline": "bottom", "dy": -6, "fontSize": 12.5, "fontWeight": 600}
     heading = turns.mark_text(**bold).encode(x=alt.value(0), y=alt.value(0), text="text:N")
     return alt.layer(squares, numbers, heading).properties(width=CELL * N_GROUPS, height=CELL * n_rows)
 

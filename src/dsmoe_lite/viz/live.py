@@ -21,10 +21,10 @@ RELOADED = "The page was loaded again, which cut the chart off from its controls
 def live(draw: Callable[..., Any], **controls: ipywidgets.ValueWidget) -> None:
     """Show `controls` and, below them, the chart or text `draw(**their values)`, redrawn when a control moves.
 
-    It is redrawn at most twice per second, with the latest values. A status line below the controls reports that
-    Python is working; if `draw` raises, it shows the error and the output stays as it was. Without a kernel the first
-    output remains visible. When the page is loaded again while the kernel runs, JupyterLab restores the controls as they
-    are now and the chart as it was saved, and can no longer update it: the status line then asks to run the cell again.
+    It is redrawn at most twice per second, with the latest values. A status line below the controls reports that Python
+    is working; if `draw` raises, it shows the error and the output stays as it was. Without a kernel the first output
+    remains visible. When the page is loaded again while the kernel runs, JupyterLab restores the controls as they are
+    now and the output as it was saved, and can no longer update it: the status line then asks to run the cell again.
     """
     for control in controls.values():
         control.style.description_width = "initial"

@@ -104,8 +104,9 @@ def _wavelengths(channels: int, theta: float, formulas: dict[str, str]) -> Any:
         wavelength="datum.times == '1' ? trained : trained * factor",
         name="(datum.times == '1' ? 'trained on ' : 'extended to ') + format(datum.wavelength, ',') + ' tokens'",
     ).encode(y=y)
-    level_text = {"align": "left", "fontSize": 11.5, "color": muted}
-    range_text = {"align": "left", "baseline": "bottom", "fontWeight": 600, "color": ink}
+    level_text: dict[str, Any] = {"align": "left", "fontSize": 11.5, "color": muted}
+    range_text: dict[str, Any] = {"align": "right", "dx": -4, "baseline": "bottom", "fontWeight": 600, "color": ink}
+    right, bottom = WAVELENGTHS_SIZE  # where no line passes
     said = ranged.transform_filter("datum.pair == 0").transform_calculate(
         kept="'Pairs 0 to ' + datum.low + ' keep their frequency'",
         slowed=f"factor == 1 || datum.high > {last} ? 'no pair is slowed down by all of s' : "
@@ -118,7 +119,7 @@ def _wavelengths(channels: int, theta: float, formulas: dict[str, str]) -> Any:
         base.mark_line(strokeWidth=2).encode(strokeDash=dash),
         base.mark_circle(size=26, opacity=1).encode(tooltip=tooltip),
         _line_names(pairs, kinds, last, math.log(high / low)),
-        *(said.mark_text(**range_text, dy=dy).encode(x=alt.value(0), y=alt.value(0), text=f"{field}:N")
+        *(said.mark_text(**range_text, dy=dy).encode(x=alt.value(right), y=alt.value(bottom), text=f"{field}:N")
           for field, dy in (("kept", -20), ("slowed", -4))),
     ]  # fmt: skip
     return (

@@ -55,7 +55,13 @@ def _curve(points: list[dict[str, Any]], devices: int, control: Control) -> Any:
     tooltip = [alt.Tooltip("top_k:Q", title="experts"), alt.Tooltip("reached:Q", title="devices", format=".3~g")]
     chosen = control.filter(base)
     line, fair = theme.LIGHT["line1"], theme.LIGHT["fair"]
-    text = {"align": "left", "baseline": "bottom", "dy": -5, "fontWeight": 600, "color": theme.LIGHT["line1_label"]}
+    text: dict[str, Any] = {
+        "align": "left",
+        "baseline": "bottom",
+        "dy": -5,
+        "fontWeight": 600,
+        "color": theme.LIGHT["line1_label"],
+    }
     layers = [
         alt.Chart(data([{"reached": devices}])).mark_rule(color=theme.LIGHT["muted"], strokeDash=[4, 3]).encode(y=y),
         base.mark_line(color=fair, strokeWidth=1.5),

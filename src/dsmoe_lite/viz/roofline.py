@@ -107,8 +107,8 @@ def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float, contr
         alt.Chart(data(roof[1:2])).mark_rule(color=theme.LIGHT["muted"], strokeDash=[2, 3]).encode(x=x),
         labels.mark_rule(color=theme.LIGHT["muted"], strokeWidth=0.8).encode(x=x, y=y, x2="label_x:Q", y2="label_y:Q"),
     ]
-    dot = {"size": 70, "color": accent}
-    ring = {"size": 60, "fill": theme.LIGHT["card"], "stroke": accent, "strokeWidth": 2}
+    dot: dict[str, Any] = {"size": 70, "color": accent}
+    ring: dict[str, Any] = {"size": 60, "fill": theme.LIGHT["card"], "stroke": accent, "strokeWidth": 2}
     for measured, style in ((True, dot), (False, ring)):
         if any(point["measured"] == measured for point in points):
             of_kind = marks.transform_filter(f"{'' if measured else '!'}datum.measured")
@@ -127,7 +127,13 @@ def _roofline(points: list[dict[str, Any]], peak: float, bandwidth: float, contr
         read = alt.Chart(data([{}])).transform_calculate(
             text=f"'tokens in a batch: ' + format({control.reading}, ',.0f')"
         )
-        bold = {"align": "left", "baseline": "bottom", "dy": -5, "fontWeight": 600, "color": theme.LIGHT["line1_label"]}
+        bold: dict[str, Any] = {
+            "align": "left",
+            "baseline": "bottom",
+            "dy": -5,
+            "fontWeight": 600,
+            "color": theme.LIGHT["line1_label"],
+        }
         layers.append(read.mark_text(**bold).encode(x=alt.value(0), y=alt.value(0), text="text:N"))
     return alt.layer(*layers).properties(width=ROOFLINE_SIZE[0], height=ROOFLINE_SIZE[1])
 
