@@ -1,164 +1,95 @@
-"""The README's moving picture: the routing explorer with its model behind it, used in a browser and recorded.
+"""The README's moving picture: the book's front page in a browser, where a reader breaks experts of two models.
 
-`python -m dsmoe_lite.book.recording` needs Playwright and Chromium and writes notebooks/images/explorer-light.gif and
-explorer-dark.gif, and a still beside each for readers who want no motion.
+`python -m dsmoe_lite.book.recording` needs Playwright and Chromium and writes notebooks/images/break-light.gif and
+break-dark.gif, and a still beside each for readers who want no motion.
 """
 
-import base64
 import io
-import json
+import shutil
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from dsmoe_lite.checkpoint import load_model, read_metadata
+from dsmoe_lite.book.front import MODELS, write_front
+from dsmoe_lite.book.models import write_models
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.common.machine import find_chromium
-from dsmoe_lite.common.paths import DATA, NOTEBOOKS
-from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.common.paths import NOTEBOOKS
 from dsmoe_lite.viz import theme
-from dsmoe_lite.viz.explorer import Explorer, explore
+from dsmoe_lite.viz.packed_model import ENGINE
 
 FOLDER = NOTEBOOKS / "images"
-MODEL = DATA / "models" / "world-gshard.safetensors"
-TEXT = (
-    "Here Vebu Tora has stone vamo. Here Vebu Tora has pet nena. Look at Vebu Tora: craft loni, drink sedu, song mabu, "
-    "tree sana. Look at Vebu Tora: home veri, tool neda."
-)
-STORY = (  # an expert of layer 0, the word that needs it, the caption when it is switched off
-    (2, "nena", "Switch expert 2 off, and the model forgets the pet."),
-    (14, "mabu", "Without expert 14 it forgets the song."),
-    (6, "veri", "Without expert 6 it forgets the home."),
-)
-STILL = 4  # number of the frame after the first expert is switched off
-WIDTH, HEIGHT, SCALE, COLORS = 720, 540, 2, 64
-SYNCED = ("views", "text", "layer", "token", "focus", "busy", "message")
-
-PAGE = """<!doctype html><html data-theme="{mode}" style="color-scheme: {mode}"><meta charset="utf-8"><style>
-body {{ margin: 0; padding: 12px; background: {card}; color: {ink}; font: 600 17px/1.4 {font}; }}
-#caption {{ height: 30px; }}
-#pointer {{ position: fixed; width: 18px; height: 18px; margin: -9px; border-radius: 50%; opacity: 0;
-  background: {point}88; border: 2px solid {point}; box-sizing: border-box; pointer-events: none; }}
-.dsmoe-explorer {{ border: none !important; padding: 0 !important; }}
-.dsmoe-explorer textarea {{ height: 68px; }}
-{css}</style><body><div id="caption"></div><div id="explorer"></div><div id="pointer"></div><script type="module">
-const listeners = {{}};
-const bytes = (text) => new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
-const unpack = (name, value) => name !== "views" ? value : value.map((view) => Object.fromEntries(
-  Object.entries(view).map(([key, one]) => [key, one && one.bytes !== undefined ? bytes(one.bytes) : one])));
-const traits = {{ can_compute: true }};
-const fire = (event, content) => (listeners[event] || []).forEach((listener) => listener(content));
-window.sent = [];
-window.receive = (state) => {{
-  for (const [name, value] of Object.entries(state)) traits[name] = unpack(name, value);
-  for (const name of Object.keys(state)) fire(`change:${{name}}`);
-}};
-window.connect = () => fire("msg:custom", {{ do: "ready" }});
-const model = {{
-  get: (name) => traits[name],
-  set: (name, value) => {{ traits[name] = value; fire(`change:${{name}}`); }},
-  save_changes() {{}},
-  send: (message) => window.sent.push(message),
-  on: (event, listener) => (listeners[event] ||= []).push(listener),
-  off() {{}},
-}};
-window.receive({state});
-const {{ default: widget }} = await import(URL.createObjectURL(new Blob([{esm}], {{ type: "text/javascript" }})));
-await widget.render({{ model, el: document.getElementById("explorer") }});
-window.connect();
-window.mounted = true;
-</script></body></html>
+WIDTH, SCALE, COLORS = 860, 2, 64
+STILL = 3  # number of the frame in which one expert of each model is off
+ONE = "Break what this answer needs most"
+FOUR = "Break one large, four small"
+COUNTED = "() => [...document.querySelectorAll('#lab .known b')].every((known) => known.textContent !== '…')"
+STYLE = """
+h1 + .lead, main > section, #lab > .row:first-child, .written { display: none !important; }
+body, main { padding-bottom: 0.5rem !important; }
+#pointer { position: fixed; width: 18px; height: 18px; margin: -9px; border-radius: 50%; opacity: 0;
+  box-sizing: border-box; background: {point}88; border: 2px solid {point}; pointer-events: none; }
 """
 
 
 def record(browser: Any, mode: str, scale: int = SCALE) -> tuple[bytes, bytes]:
-    """Use the explorer in Playwright's `browser`; return the GIF and, as a PNG, its most telling frame.
+    """Break experts in Playwright's `browser`; return the GIF and, as a PNG, its most telling frame.
 
     mode: light or dark; scale: pixels of the picture per pixel of the page.
     """
-    tokenizer = read_tokenizer(read_metadata(MODEL)["tokenizer"])
-    explorer = explore({"GShard": load_model(MODEL)}, tokenizer, TEXT, window=64, expert=STORY[0][0])
-    page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=scale)
-    page.set_content(_page(explorer, mode))
-    page.wait_for_function("window.mounted")
-    frames = list(_story(page, explorer))
-    page.close()
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Path(folder)
+        (pages / "_static").mkdir()
+        write_models([], pages / "_static", MODELS.values())
+        shutil.copy(ENGINE, pages / "_static")
+        write_front(pages, "", sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
+        page = browser.new_page(
+            viewport={"width": WIDTH, "height": 900},
+            device_scale_factor=scale,
+            color_scheme=mode,
+            reduced_motion="reduce",
+        )
+        page.goto((pages / "index.html").as_uri())
+        page.wait_for_function(COUNTED)
+        frames = list(_story(page, (theme.LIGHT if mode == "light" else theme.DARK)["line2"]))
+        page.close()
     return _gif(frames), frames[STILL][0]
 
 
-def _story(page: Any, explorer: Explorer) -> Iterator[tuple[bytes, int]]:
-    """Frames, and how long each is shown in milliseconds."""
+def _story(page: Any, point_color: str) -> Iterator[tuple[bytes, int]]:
+    """Frames, and how long each is shown in milliseconds; 12 seconds together."""
+    page.add_style_tag(content=STYLE.replace("{point}", point_color))
+    page.evaluate("document.body.append(Object.assign(document.createElement('div'), { id: 'pointer' }))")
+    height = page.evaluate("document.querySelector('#lab').getBoundingClientRect().bottom") + 12
 
     def frame(milliseconds: int) -> tuple[bytes, int]:
+        page.wait_for_function(COUNTED)
         page.wait_for_timeout(60)
-        return page.screenshot(), milliseconds
+        return page.screenshot(clip={"x": 0, "y": 0, "width": WIDTH, "height": height}), milliseconds
 
-    def caption(text: str) -> None:
-        page.evaluate("text => { document.getElementById('caption').textContent = text; }", text)
-
-    def point(locator: Any) -> None:
-        box = locator.bounding_box()
-        at = [box["x"] + box["width"] - 3, box["y"] + box["height"] - 1]  # beside the words
+    def point(name: str) -> Any:
+        button = page.get_by_role("button", name=name)
+        box = button.bounding_box()
+        at = [box["x"] + box["width"] - 14, box["y"] + box["height"] - 8]  # beside the words
         page.evaluate(
             "([x, y]) => Object.assign(document.getElementById('pointer').style, "
             "{ left: `${x}px`, top: `${y}px`, opacity: 1 })",
             at,
         )
+        return button
 
-    def click(locator: Any) -> None:
-        locator.click()
-        for message in page.evaluate("window.sent.splice(0)"):
-            explorer._receive(explorer, message, [])
-        page.evaluate("state => window.receive(state)", _traits(explorer, ("views", "text", "busy", "message")))
-
-    def token(word: str) -> Any:
-        return page.locator(".dx-tokens [role=option]").get_by_text(word, exact=True).last
-
-    experts, toggle = page.locator(".dx-experts [role=option]"), page.locator(".dx-toggle")
-    all_on = page.get_by_role("button", name="All experts on")
-    page.get_by_label("Colour", exact=True).select_option("gate")
-    caption("Each token picks 2 of 16 experts. Which tokens pick expert 2?")
-    click(token("pet"))
-    point(token("pet"))
     yield frame(2200)
-    for expert, word, outcome in STORY:
-        caption(f"Each token picks 2 of 16 experts. Which tokens pick expert {expert}?")
-        click(experts.nth(expert))
-        point(experts.nth(expert))
-        yield frame(1400)
-        point(toggle)
-        yield frame(600)
-        click(toggle)
-        click(token(word))
-        caption(outcome)
+    for name in (ONE, FOUR):
+        button = point(name)
+        yield frame(700)
+        button.click()
         yield frame(300)
-        point(token(word))
-        yield frame(2600)
-        point(all_on)
-        yield frame(500)
-        click(all_on)
-        page.get_by_label("Colour", exact=True).select_option("gate")
-
-
-def _traits(explorer: Explorer, names: tuple[str, ...] = SYNCED) -> dict[str, Any]:
-    """Traits as JSON; bytes as base64."""
-    traits = {name: getattr(explorer, name) for name in names}
-    if "views" in traits:
-        traits["views"] = [
-            {
-                key: {"bytes": base64.b64encode(one).decode()} if isinstance(one, bytes) else one
-                for key, one in view.items()
-            }
-            for view in traits["views"]
-        ]
-    return traits
-
-
-def _page(explorer: Explorer, mode: str) -> str:
-    colors = theme.LIGHT if mode == "light" else theme.DARK
-    return PAGE.format(
-        mode=mode, card=colors["card"], ink=colors["ink"], point=colors["line2"], font=theme.FONT, css=explorer._css,
-        state=json.dumps(_traits(explorer)), esm=json.dumps(str(explorer._esm)),
-    )  # fmt: skip
+        yield frame(3300)
+        again = point("All on again")
+        yield frame(400)
+        again.click()
+        yield frame(200)
 
 
 def _gif(frames: list[tuple[bytes, int]]) -> bytes:
@@ -196,7 +127,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for mode in ("light", "dark"):
             gif, still = record(browser, mode)
-            for name, data in ((f"explorer-{mode}.gif", gif), (f"explorer-{mode}.png", still)):
+            for name, data in ((f"break-{mode}.gif", gif), (f"break-{mode}.png", still)):
                 (FOLDER / name).write_bytes(data)
                 print(f"{name}: {len(data):,} bytes")
         browser.close()
