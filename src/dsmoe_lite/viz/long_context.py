@@ -93,7 +93,7 @@ def _wavelengths(channels: int, theta: float, formulas: dict[str, str]) -> Any:
     color = alt.Color("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=identity.colors(kinds)))
     dash = alt.StrokeDash("kind:N", legend=None, scale=alt.Scale(domain=kinds, range=theme.DASHES[: len(kinds)]))
     tooltip = [alt.Tooltip("kind:N"), alt.Tooltip("pair:Q"), alt.Tooltip("wavelength:Q", format=",.4~r")]
-    ranged = alt.Chart(alt.sequence(0, channels // 2, as_="pair"))
+    ranged: Any = alt.Chart(alt.sequence(0, channels // 2, as_="pair"))
     for name, formula in formulas.items():
         ranged = ranged.transform_calculate(**{name: formula})
     pairs = ranged.transform_fold(kinds, as_=["kind", "wavelength"])

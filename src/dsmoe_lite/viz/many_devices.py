@@ -119,7 +119,7 @@ def link_timeline(
     )  # fmt: skip
     per_unit = width / (last - first)  # px
     fitting = base.transform_calculate(middle="(datum.start + datum.end) / 2").transform_filter(
-        f"length(datum.what) * {TEXT_SIZE * CHARACTER_WIDTH:.4g} + 3 <= {per_unit:.6g} * (datum.end - datum.start)"
+        f"length(datum.what) * {TEXT_SIZE * CHARACTER_WIDTH:.4g} + 1 <= {per_unit:.6g} * (datum.end - datum.start)"
     )
     texts = fitting.mark_text(style="in_segment", fontSize=TEXT_SIZE, color=theme.LIGHT["on_fill"]).encode(
         x="middle:Q", text="what:N"
