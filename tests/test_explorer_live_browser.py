@@ -66,13 +66,15 @@ def site(tmp_path_factory, models):
     (folder / "models" / f"{dense}.js").write_text(f'window.dsmoeModels["{dense}"] = {packed};\n')
     with (folder / "models.js").open("a") as list_of_models:
         list_of_models.write(f'window.dsmoeShipped.push("{dense}");\n')
-    for path in (ENGINE, book.STATIC / "answers.js", book.STATIC / "widgets.js"):
+    for path in (ENGINE, *(book.STATIC / f"{name}.js" for name in ("compute", "answers", "widgets"))):
         shutil.copy(path, folder)
 
     def page(name, **chosen):
         widget = explore(chosen, TOKENIZER, TEXT, window=WINDOW, questions=QUESTIONS)
         state = json.dumps(Widget.get_manager_state(widgets=[widget])).replace("</", "<\\/")
-        scripts = "".join(f'<script src="{one}.js"></script>' for one in ("engine", "models", "answers", "widgets"))
+        scripts = "".join(
+            f'<script src="{one}.js"></script>' for one in ("engine", "models", "compute", "answers", "widgets")
+        )
         (folder / f"{name}.html").write_text(
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>t</title></head><body><main><h1>t</h1>'
             f'{widget_html({"model_id": widget.model_id})}</main>'
@@ -208,7 +210,11 @@ def test_a_click_breaks_an_answer_and_a_ghost_remembers_it(opened):
     assert answers.first.get_attribute("class") != "dx-right"
     assert "duli" in answers.first.inner_text()
     assert "was 98%" in page.locator(".dx-right").inner_text()
+    page.get_by_role("textbox", name="Text").fill(f"{TEXT} muda.")  # now the loss of the answer is seen as well
+    click(page, "Read this text")
     assert page.get_by_label("Colour of the text").input_value() == "change"
+    assert "muda" in page.locator(".dx-worse.dx-c3").inner_text()
+    assert "from the experts switched off" in page.locator(".dx-losses").inner_text()
     square(page, 0, 6).press("Space")
     page.wait_for_function(READY)
     assert page.get_by_role("switch", checked=False).count() == 0

@@ -29,9 +29,9 @@ STORY = (  # an expert of layer 0, the word that needs it, the caption when it i
     (14, "mabu", "Without expert 14 it forgets the song."),
     (6, "veri", "Without expert 6 it forgets the home."),
 )
-STILL = 4  # number of the frame after the first expert is switched off
+STILL = 2  # number of the frame after the first expert is switched off
 WIDTH, HEIGHT, SCALE, COLORS = 720, 540, 2, 64
-SYNCED = ("views", "text", "layer", "token", "focus", "busy", "message")
+SYNCED = ("views", "text", "layer", "token", "focus", "busy", "message", "colours")
 
 PAGE = """<!doctype html><html data-theme="{mode}" style="color-scheme: {mode}"><meta charset="utf-8"><style>
 body {{ margin: 0; padding: 12px; background: {card}; color: {ink}; font: 600 17px/1.4 {font}; }}
@@ -39,7 +39,7 @@ body {{ margin: 0; padding: 12px; background: {card}; color: {ink}; font: 600 17
 #pointer {{ position: fixed; width: 18px; height: 18px; margin: -9px; border-radius: 50%; opacity: 0;
   background: {point}88; border: 2px solid {point}; box-sizing: border-box; pointer-events: none; }}
 .dsmoe-explorer {{ border: none !important; padding: 0 !important; }}
-.dsmoe-explorer textarea {{ height: 68px; }}
+.dsmoe-explorer :is(form, .dx-row, .dx-message, .dx-losses) {{ display: none !important; }}
 {css}</style><body><div id="caption"></div><div id="explorer"></div><div id="pointer"></div><script type="module">
 const listeners = {{}};
 const bytes = (text) => new DataView(Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0)).buffer);
@@ -79,6 +79,7 @@ def record(browser: Any, mode: str, scale: int = SCALE) -> tuple[bytes, bytes]:
     explorer = explore({"GShard": load_model(MODEL)}, tokenizer, TEXT, window=64, expert=STORY[0][0])
     page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=scale)
     page.set_content(_page(explorer, mode))
+    page.emulate_media(reduced_motion="reduce")
     page.wait_for_function("window.mounted")
     frames = list(_story(page, explorer))
     page.close()
@@ -110,33 +111,28 @@ def _story(page: Any, explorer: Explorer) -> Iterator[tuple[bytes, int]]:
             explorer._receive(explorer, message, [])
         page.evaluate("state => window.receive(state)", _traits(explorer, ("views", "text", "busy", "message")))
 
-    def token(word: str) -> Any:
-        return page.locator(".dx-tokens [role=option]").get_by_text(word, exact=True).last
+    def before(word: str) -> Any:
+        """The token that predicts this word."""
+        at = max(t for t, one in enumerate(explorer.views[0]["tokens"]) if one.strip() == word)
+        return page.locator(".dx-tokens [role=option]").nth(at - 1)
 
-    experts, toggle = page.locator(".dx-experts [role=option]"), page.locator(".dx-toggle")
-    all_on = page.get_by_role("button", name="All experts on")
-    page.get_by_label("Colour", exact=True).select_option("gate")
-    caption("Each token picks 2 of 16 experts. Which tokens pick expert 2?")
-    click(token("pet"))
-    point(token("pet"))
-    yield frame(2200)
+    def square(expert: int) -> Any:
+        return page.get_by_role("switch", name=f"expert {expert} of layer 0")
+
     for expert, word, outcome in STORY:
-        caption(f"Each token picks 2 of 16 experts. Which tokens pick expert {expert}?")
-        click(experts.nth(expert))
-        point(experts.nth(expert))
-        yield frame(1400)
-        point(toggle)
+        caption(f"What does the model say next? Its expert {expert} of layer 0 is at work.")
+        click(before(word))
+        point(before(word))
+        yield frame(2200)
+        point(square(expert))
         yield frame(600)
-        click(toggle)
-        click(token(word))
+        click(square(expert))
         caption(outcome)
-        yield frame(300)
-        point(token(word))
-        yield frame(2600)
-        point(all_on)
-        yield frame(500)
-        click(all_on)
-        page.get_by_label("Colour", exact=True).select_option("gate")
+        page.mouse.move(0, 0)
+        yield frame(2900)
+        click(square(expert))
+        caption("Switched on again, it remembers.")
+        yield frame(900)
 
 
 def _traits(explorer: Explorer, names: tuple[str, ...] = SYNCED) -> dict[str, Any]:

@@ -130,7 +130,7 @@ function render({ model, el }) {
     layers.select.value = state.layer;
     setDisabled(up, state.layer === 0);
     setDisabled(down, state.layer >= depth() - 1);
-    const changed = state.views.every((view) => !view.isOff.size || view.before) && state.views.some((view) => view.before);
+    const changed = state.views.some((view) => view.change && maxAbsolute(view.change) >= 0.005);
     colour.select.options[2].disabled = !changed;
     state.shade = changed || state.colour !== "change" ? state.colour : "gate"; // only a colour that can be shown
     colour.select.value = state.shade;
