@@ -58,17 +58,18 @@ checkpoint = DATA / "models" / "world-gshard.safetensors"
 model = load_model(checkpoint).to(lab.device)
 tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
 LENGTH = 64  # tokens: the model was trained on sequences of this length
+asked = World().questions("head")
+asked.sort(key=lambda one: "Ridi Lava" not in one.prompt)
+questions = [(one.prompt, one.answer) for one in asked[:6]]
 
 # %% tags=["trained"]
-asked = World().questions("head")
-asked.sort(key=lambda question: "Ridi Lava" not in question.prompt)
 explore(
     {"GShard": without_capacity(model)},
     tokenizer,
     sentence,
     window=LENGTH,
     expert=2,
-    questions=[(question.prompt, question.answer) for question in asked[:6]],
+    questions=questions,
 )
 
 # %% [markdown]
