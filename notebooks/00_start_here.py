@@ -49,6 +49,8 @@ from dsmoe_lite import RoutingTrace, load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.data.world import World
+from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.viz import charts
 from dsmoe_lite.viz.explorer import explore
 
@@ -56,17 +58,32 @@ checkpoint = DATA / "models" / "world-gshard.safetensors"
 model = load_model(checkpoint).to(lab.device)
 tokenizer = read_tokenizer(read_metadata(checkpoint)["tokenizer"])
 LENGTH = 64  # tokens: the model was trained on sequences of this length
+asked = World().questions("head")
+asked.sort(key=lambda one: "Ridi Lava" not in one.prompt)
+questions = [(one.prompt, one.answer) for one in asked[:6]]
 
 # %% tags=["trained"]
-explore({"GShard": model}, tokenizer, sentence, window=LENGTH, expert=6)
+explore(
+    {"GShard": without_capacity(model)},
+    tokenizer,
+    sentence,
+    window=LENGTH,
+    expert=2,
+    questions=questions,
+)
 
 # %% [markdown]
-# This is the **routing explorer**. One expert is in focus, here e6 of layer 0. The tokens that it works on are outlined,
-# and their colour shows how much it contributes. Click another expert, or use the arrow keys; click a token to see its two
-# experts in both layers. (Layers and experts count from 0. A × means that the expert had no room left; chapter 02 explains.)
+# This is the **routing explorer**. On top is the model's answer: Ridi Lava's pet is *matu*, as the tick says. Each square
+# is an expert, and the two filled ones per layer gave this answer. (Layers and experts count from 0.) **Click the square 2
+# of layer 0** to switch that expert off: the router now chooses among the rest, and the pet is forgotten. The thin mark
+# stays where the answer was with all experts. A second click switches it on again.
 #
-# Type a sentence of its world and press *Route this text*, or switch the expert in focus off and see which tokens the
-# model then predicts worse. (In the book this page runs the model itself; it needs no Python.)
+# - Point at a square to see which tokens it works on, or click a token to follow its path through both layers.
+# - Ask another question with one of the buttons on top, or type a sentence of this world and press *Read this text*.
+# - *Break what this answer needs most* finds the expert that matters. *Let it write* shows the experts of each new token.
+#
+# (In the book this page runs the model itself; it needs no Python. The model knows only its small world: English is noise
+# to it.)
 #
 # **Ask.** A question comes twice, about a tool and about a pet. Five tokens occur in both: *does*, *Ridi*, *Lava*,
 # *have* and the question mark. In layer 0, do they go to the same two experts both times?

@@ -235,14 +235,25 @@ claim("share of <|end|> among all tokens", here.float().mean(), (0.01, 0.04))
 # to be recalled; that of e0 is spread. An expert can earn its place on very few tokens, and no count of tokens shows
 # it.
 #
-# See it for yourself. In this text *pet* goes to e2. Switch e2 off, and watch the loss after *pet*. (The model knows
-# only its small world; for a text of your own use its people.)
+# See it for yourself. The question below is about a pet, and the model answers at the question mark. Click the square 2 of
+# layer 0 to switch e2 off: the pet is forgotten. Then ask for a song: that answer stays. (The model knows only its small
+# world.)
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.explorer import explore
 
-sentence = next(world.documents("heldout")).text
-explore({"GShard": model}, tokenizer, sentence, window=64, n_devices=4, expert=2)
+asked = {"pet": [], "song": []}
+for question in world.questions("head"):
+    asked.get(question.relation, []).append((question.prompt, question.answer))
+questions = asked["pet"][1:4] + asked["song"][:3]
+explore(
+    {"GShard": model},
+    tokenizer,
+    questions[0][0],
+    window=64,
+    expert=2,
+    questions=questions,
+)
 
 # %% [markdown]
 # ## Hybridity: one expert, many subjects

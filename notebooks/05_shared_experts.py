@@ -448,14 +448,23 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # Without it all frequent people are still recalled. One caution: this is one trained model, and an ablation shows only
 # what the other experts cannot make up for.
 #
-# Here are the routed choices beside those of GShard, on a sentence of the world. The shared expert is not drawn: it gets every token.
+# Here is this model beside GShard, with a question that both can answer. The square S is the shared expert: every token
+# uses it. Press *Is the shared expert needed?* to switch it off in both layers. The answer stays, as it does for all
+# frequent people. Then press *All experts on* and *Break what this answer needs most*: it is a routed expert.
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.viz.explorer import explore
 
 gshard = load_model(DATA / "models" / "world-gshard.safetensors")
-sentence = next(world.documents("heldout")).text
-explore({"GShard": gshard, "DeepSeekMoE": model}, tokenizer, sentence, window=64)
+questions = [(one.prompt, one.answer) for one in world.questions("head")[:6]]
+explore(
+    {"GShard": without_capacity(gshard), "DeepSeekMoE": without_capacity(model)},
+    tokenizer,
+    questions[0][0],
+    window=64,
+    questions=questions,
+)
 
 # %% [markdown]
 # ## Are the routed experts less alike now?

@@ -825,7 +825,8 @@ print(f"{name}, layer {layer}, e{best} is missed most between {where}")
 # layer a good part of the change is at tokens that had not chosen the expert; they looked back at one that had. (In the last layer
 # this cannot happen, since no attention follows.)
 #
-# Try it on one row of text: switch the expert off in the explorer and step through the tokens.
+# Try it on one row of text. The square of this expert is outlined: click it to switch the expert off. Then step through the
+# tokens with the arrow keys, and see what the model says after each.
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.explorer import explore

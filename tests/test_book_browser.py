@@ -3,20 +3,20 @@
 import functools
 import http.server
 import threading
-from dataclasses import replace
 from urllib.parse import urlsplit
 
 import book_fixture
 import chart_samples
-import numpy as np
 import pytest
+from test_explorer_live_browser import ASK, assert_alike
 
-from dsmoe_lite import Transformer, load_model
+from dsmoe_lite import load_model
 from dsmoe_lite.book.build import build
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.study import equations
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.explorer import explore
@@ -281,7 +281,8 @@ def assert_controls_work(page):
     assert_charts_answer(page)
     for explorer in page.locator(".dsmoe-explorer").all():
         before = explorer.locator(".dx-tokens").first.inner_html()
-        explorer.locator(".dx-experts").first.press("End")
+        explorer.locator(".dx-tokens").first.press("Home")
+        explorer.locator(".dx-experts button[tabindex='0']").first.press("End")
         assert explorer.locator(".dx-tokens").first.inner_html() != before
         assert_explorer_answers(page, explorer)
 
@@ -305,67 +306,48 @@ def assert_explorer_answers(page, explorer):
     status, losses = explorer.get_by_role("status"), explorer.locator(".dx-losses").first
     text = explorer.get_by_role("textbox", name="Text")
     ready = "box => !box.querySelector('[aria-busy=true]')"
-    for typed, message in (("sum 1+2", ""), ("", "Type something first."), ("a" * 8001, "8001 characters")):
+    for typed, message in (("sum 1+2", ""), ("", "Type something first."), ("a" * 8001, "8,001 characters")):
         text.fill(typed)
-        explorer.get_by_role("button", name="Route this text").click()
+        explorer.get_by_role("button", name="Read this text").click()
         page.wait_for_function(ready, arg=explorer.locator("..").element_handle())
         assert message in status.inner_text()
     assert "".join(explorer.locator(".dx-tokens").first.locator("[role=option]").all_inner_texts()) == "sum␣1+2"
-    explorer.locator(".dx-toggle").first.click()
+    explorer.get_by_role("switch", name="expert 3 of layer 0").first.click()
     losses.get_by_text("from the experts switched off").wait_for()
     explorer.get_by_role("button", name="All experts on").click()
     page.wait_for_function(ready, arg=explorer.locator("..").element_handle())
     assert "switched off" not in losses.inner_text()
 
 
-@pytest.mark.parametrize(("chapter", "names", "free"), [
-    ("00_start_here", ["gshard"], False), ("03_who_goes_where", ["gshard"], True),
-    ("05_shared_experts", ["gshard", "deepseekmoe"], False),
+@pytest.mark.parametrize(("chapter", "names"), [
+    ("00_start_here", ["gshard"]), ("03_who_goes_where", ["gshard"]), ("05_shared_experts", ["gshard", "deepseekmoe"]),
 ])  # fmt: skip
-def test_an_explorer_of_the_book_answers_as_python_does(browser, course, chapter, names, free):
+def test_an_explorer_of_the_book_answers_as_python_does(browser, course, chapter, names):
+    """The scripted messages of test_explorer_live_browser, with the models and weights that the book ships."""
     models, question = {}, "Which tool does Ridi Lava have? muda. Which pet does Ridi Lava have?"
     for name in names:
         path = DATA / "models" / f"world-{name}.safetensors"
-        model, tokenizer = load_model(path), read_tokenizer(read_metadata(path)["tokenizer"])
-        if free:
-            moe = replace(model.config.moe, capacity_factor=None, eval_capacity_factor=None)
-            weights, model = model.state_dict(), Transformer(replace(model.config, moe=moe))
-            model.load_state_dict(weights)
-        models[name] = model
+        models[name] = without_capacity(load_model(path))
+    tokenizer = read_tokenizer(read_metadata(path)["tokenizer"])
     with Page(browser, (course / f"{chapter}.html").as_uri()) as opened:
-        state = "() => document.querySelector('.saved-widget[data-mounted=yes]').model.state"
-        window, n_devices = (
-            opened.page.evaluate(f"(({state})().live.window)"),
-            opened.page.evaluate(f"({state})().live.n_devices"),
-        )
-        python = explore(models, tokenizer, "x", window=window, n_devices=n_devices)
-        requests = [{"do": "route", "text": question}, {"do": "toggle", "view": 0, "layer": 0, "expert": 6},
-                    {"do": "toggle", "view": len(names) - 1, "layer": 1, "expert": 2}, {"do": "all on"}]  # fmt: skip
+        state = "(() => document.querySelector('.saved-widget[data-mounted=yes]').model.state)()"
+        live, questions = opened.page.evaluate(f"{state}.live"), opened.page.evaluate(f"{state}.questions")
+        settings = {name: live[name] for name in ("window", "n_devices")}
+        python = explore(models, tokenizer, "x", **settings, questions=[tuple(one) for one in questions])
+        requests = [
+            {"do": "route", "text": question},
+            {"do": "toggle", "view": 0, "layer": 0, "expert": 6},
+            {"do": "toggle", "view": len(names) - 1, "layer": 1, "expert": 2},
+            {"do": "toggle", "view": len(names) - 1, "layer": 1, "expert": "shared"},
+            {"do": "all on"},
+            {"do": "break"},
+        ]
         for request in requests:
             python._receive(None, request, None)
-            views = opened.page.evaluate(
-                """async (request) => {
-                    const { model } = document.querySelector('.saved-widget[data-mounted=yes]');
-                    await model.answers.receive(model, request);
-                    const finite = (list) => [...list].map((x) => (Number.isNaN(x) ? null : x));
-                    const plain = (value) => (ArrayBuffer.isView(value) ? finite(value) : value);
-                    return model.get("views").map((view) => Object.fromEntries(
-                        Object.entries(view).map(([name, value]) => [name, plain(value)])));
-                }""",
-                request,
-            )
-            for mine, theirs in zip(python.views, views, strict=True):
-                for name in ("tokens", "n_layers", "n_experts", "n_shared", "n_devices", "top_k", "off"):
-                    assert theirs[name] == mine[name], name
-                for name, kind in (("ids", "<u2"), ("kept", "u1"), ("devices", "u1")):
-                    assert theirs[name] == np.frombuffer(mine[name], kind).tolist(), name
-                gates = np.array(theirs["gates"]) / 65535 * theirs["gate_top"]
-                np.testing.assert_allclose(
-                    gates, np.frombuffer(mine["gates"], "<u2") / 65535 * mine["gate_top"], atol=2e-3
-                )
-                for name in ("loss", "before"):
-                    found = np.array([np.nan if x is None else x for x in theirs[name]], float)
-                    np.testing.assert_allclose(found, np.frombuffer(mine[name], "<f4"), atol=1e-3)
+            found = opened.page.evaluate(ASK, request)
+            assert (found["message"], found["text"]) == (python.message, python.text)
+            for mine, theirs in zip(python.views, found["views"], strict=True):
+                assert_alike(mine, theirs)
 
 
 def test_the_reference_shows_every_equation_and_no_link_is_dead(course):

@@ -117,7 +117,7 @@ def test_stored_explorers_are_up_to_date(notebook):
     widgets = nbformat.read(notebook, as_version=4).metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     for widget in widgets.values():
         if widget["model_module"] == "anywidget":
-            assert widget["state"]["_esm"] == (explorer.STATIC / "explorer.js").read_text(encoding="utf-8")
+            assert widget["state"]["_esm"] == explorer.script()
             assert widget["state"]["_css"] == explorer.style()
 
 

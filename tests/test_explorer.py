@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 import time
 from dataclasses import replace
 
@@ -13,11 +14,13 @@ from PIL import Image
 from test_trace import CONFIG, TEXT, TOKENIZER, made
 
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
-from dsmoe_lite.routing.interventions import switch_off
+from dsmoe_lite.routing.interventions import silence, switch_off
 from dsmoe_lite.routing.trace import RoutingTrace
 from dsmoe_lite.viz import explorer as module
-from dsmoe_lite.viz.explorer import NONE, Explorer, explore
+from dsmoe_lite.viz.explorer import Explorer, explore
+from dsmoe_lite.viz.explorer_answers import NONE, UNKNOWN
 
 
 def unpacked(view):
@@ -26,9 +29,15 @@ def unpacked(view):
     return {
         "topk_ids": np.frombuffer(view["ids"], "<u2").reshape(shape),
         "gates": np.frombuffer(view["gates"], "<u2").reshape(shape) / 65535 * view["gate_top"],
-        "kept": np.frombuffer(view["kept"], np.uint8).reshape(shape).astype(bool),
+        "kept": np.unpackbits(np.frombuffer(view["kept"], np.uint8), count=math.prod(shape))
+        .reshape(shape)
+        .astype(bool),
         "loss": np.frombuffer(view["loss"], "<f4"),
         "before": np.frombuffer(view["before"], "<f4"),
+        "likely": np.frombuffer(view["likely"], "<u2").reshape(-1, 3),
+        "right": np.frombuffer(view["right"], np.uint8),
+        "p": np.frombuffer(view["p"], "<u2").reshape(-1, 3) / 65535,
+        "before_p": np.frombuffer(view["before_p"], "<u2").reshape(-1, 3) / 65535,
     }
 
 
@@ -90,12 +99,14 @@ def test_a_new_text_keeps_the_experts_switched_off():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [({"do": "route", "text": ""}, "text = '': is empty"),
+    [({"do": "route", "text": ""}, "Type something first."),
      ({"do": "route", "text": "x" * 100_000}, "text = 100,000 characters: the explorer takes at most 8,000"),
      ({"do": "route", "text": "x" * 513}, "text = 513 tokens: the explorer shows at most 512"),
      ({"do": "route", "text": "\ud800"}, "half a character"),
      ({"do": "toggle", "view": 0, "layer": 0, "expert": 6}, "expert = 6: must be"),
-     ({"do": "toggle", "view": 0, "layer": 7, "expert": 0}, "layer = 7: must be")],
+     ({"do": "toggle", "view": 0, "layer": 7, "expert": 0}, "layer = 7: must be"),
+     ({"do": "toggle", "view": 0, "layer": 0, "expert": "shared"}, "the model has no shared experts"),
+     ({"do": "off", "off": [[[0, "all"]]]}, "expert = 'all': must be")],
 )  # fmt: skip
 def test_a_refused_request_is_reported_and_changes_nothing(content, message):
     widget = explore({"a": made()}, TOKENIZER, TEXT)
@@ -110,14 +121,14 @@ def test_a_refused_request_is_reported_and_changes_nothing(content, message):
 
 def test_a_long_text_is_refused_before_any_model_reads_it(monkeypatch):
     widget = explore({"a": made()}, TOKENIZER, TEXT)
-    monkeypatch.setattr(module.RoutingTrace, "of", None)
+    monkeypatch.setattr(RoutingTrace, "of", None)
     asked(widget, do="route", text="日" * 8_000)
     assert "text = 24,000 tokens: the explorer shows at most 512" in widget.message
 
 
 def test_any_other_error_is_reported_too(monkeypatch):
     widget = explore({"a": made()}, TOKENIZER, TEXT)
-    monkeypatch.setattr(module.RoutingTrace, "of", lambda *_, **__: {}["lost"])
+    monkeypatch.setattr(RoutingTrace, "of", lambda *_, **__: {}["lost"])
     asked(widget, do="route", text="ab")
     assert widget.message == "KeyError: 'lost'"
     assert not widget.busy
@@ -133,6 +144,106 @@ def test_further_training_does_not_change_the_explorer():
     asked(widget, do="all on")
     asked(widget, do="route", text=TEXT)
     assert widget.views[0]["loss"] == before
+
+
+def test_shared_experts_are_switched_off_layer_by_layer():
+    model = made(n_shared_experts=1)
+    widget = explore({"a": model}, TOKENIZER, TEXT)
+    asked(widget, do="toggle", view=0, layer=1, expert=3)
+    asked(widget, do="toggle", view=0, layer=1, expert="shared")
+    without = RoutingTrace.of(switch_off(silence(model, shared=[1]), {1: [3]}), TOKENIZER, TEXT)
+    np.testing.assert_array_equal(unpacked(widget.views[0])["loss"], without.loss)
+    assert widget.views[0]["off"] == [[1, "shared"], [1, 3]]
+    every = [[layer, "shared"] for layer in range(3)]
+    asked(widget, do="off", off=[every])
+    without = RoutingTrace.of(silence(model, shared=True), TOKENIZER, TEXT)
+    np.testing.assert_array_equal(unpacked(widget.views[0])["loss"], without.loss)
+    assert widget.views[0]["off"] == every
+
+
+@torch.no_grad()
+def test_the_likeliest_next_tokens_and_the_right_one():
+    model, text = made(), "a question?"
+    widget = explore({"a": model}, TOKENIZER, text, questions=[("question?", "!")])
+    assert widget.token == len(text) - 1  # the token that predicts
+    p = model(torch.tensor([TOKENIZER.encode(text).ids])).logits[0].softmax(-1)
+    arrays, words = unpacked(widget.views[0]), widget.views[0]["words"]
+    for t, right in enumerate(text[1:] + "!"):
+        shown = [words[i] for i in arrays["likely"][t]]
+        assert shown[arrays["right"][t]] == right
+        assert shown[:2] == [TOKENIZER.decode([i]) for i in p[t].topk(2).indices.tolist()]
+        at = TOKENIZER.encode(right).ids[0]
+        np.testing.assert_allclose(arrays["p"][t][arrays["right"][t]], p[t, at], atol=2e-5)
+        np.testing.assert_allclose(arrays["p"][t][:2], p[t].topk(2).values, atol=2e-5)
+    assert arrays["before_p"].size == 0
+    asked(widget, do="toggle", view=0, layer=0, expert=1)
+    after = unpacked(widget.views[0])
+    at = after["right"][-1]
+    np.testing.assert_allclose(after["before_p"][-1][at], p[-1, TOKENIZER.encode("!").ids[0]], atol=2e-5)
+    asked(widget, do="route", text="no question of theirs")
+    assert unpacked(widget.views[0])["right"][-1] == UNKNOWN
+
+
+def test_the_expert_that_an_answer_needs_most_is_switched_off():
+    model = made()
+    widget = explore({"a": model}, TOKENIZER, "why?", questions=[("why?", "!")])
+    trace, answer = RoutingTrace.of(model, TOKENIZER, "why?"), TOKENIZER.encode("!").ids[0]
+    used = {(i, int(e)) for i in range(3) for e in trace.topk_ids[i, -1]}
+    ids = torch.tensor([TOKENIZER.encode("why?").ids])
+    with torch.no_grad():
+        left = {pair: switch_off(model, {pair[0]: [pair[1]]})(ids).logits[0, -1].softmax(-1)[answer] for pair in used}
+    asked(widget, do="break")
+    assert widget.views[0]["off"] == [list(min(left, key=left.get))]
+    asked(widget, do="break")
+    assert len(widget.views[0]["off"]) == 2
+
+
+def test_the_models_write_and_say_which_experts_they_used(monkeypatch):
+    sent = []
+    monkeypatch.setattr(Explorer, "send", lambda self, content: sent.append(content))
+    model = made()
+    widget = explore({"a": model}, TOKENIZER, "text", window=16)
+    asked(widget, do="write", n=5, temperature=0, after=[[]])
+    (expected,) = generate(model, [TOKENIZER.encode("text").ids], 5)
+    steps = sent[0]["steps"][0]
+    assert [step["id"] for step in steps] == expected
+    trace = RoutingTrace.of(model, TOKENIZER, "text")
+    first = [sorted(e for e, _, _ in layer) for layer in steps[0]["experts"]]
+    assert first == [sorted(trace.topk_ids[i, -1].tolist()) for i in range(3)]
+    asked(widget, do="write", n=1, temperature=0, after=[expected[:2]])
+    assert [step["id"] for step in sent[1]["steps"][0]] == expected[2:3]
+    asked(widget, do="write", n=20, temperature=1, after=[expected])  # beyond the window: the oldest are forgotten
+    assert len(sent[2]["steps"][0]) == 20
+    assert widget.text == "text"
+    asked(widget, do="write", n=0, temperature=0, after=[[]])
+    assert sent[3]["steps"] == []
+    assert "n = 0: must be" in widget.message
+
+
+def test_a_dense_model_is_one_ffn_per_layer():
+    dense = Transformer(replace(CONFIG, moe=None, max_seq_len=16))
+    widget = explore({"dense": dense, "a": made(), "b": made(n_shared_experts=1)}, TOKENIZER, "three models in windows")
+    view = widget.views[0]
+    arrays = unpacked(view)
+    assert (view["dense"], view["n_layers"], view["n_experts"]) == (True, 3, 1)
+    ids = torch.tensor(TOKENIZER.encode("three models in windows").ids)
+    with torch.no_grad():
+        logits = dense(ids[None, :16]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], ids[1:16], reduction="none")
+    np.testing.assert_allclose(arrays["loss"][1:16], expected, atol=1e-5)
+    assert np.isnan(arrays["loss"][16])
+    assert widget.colours == ["dense", "line1", "line2"]
+    asked(widget, do="break")
+    assert [len(one["off"]) for one in widget.views] == [0, 1, 1]
+    asked(widget, do="toggle", view=0, layer=0, expert=0)
+    assert "has no experts" in widget.message
+    assert "expert e" in widget._repr_mimebundle_()[0]["text/plain"]
+
+
+def test_what_experts_like_and_questions_are_kept_for_the_page():
+    widget = explore({"a": made()}, TOKENIZER, TEXT, questions=[("a?", " b")], likes={"a": {(1, 2): "brackets"}})
+    assert widget.questions == [["a?", " b"]]
+    assert widget.likes == {"a": {"1 2": "brackets"}}
 
 
 def test_switching_off_is_refused_if_too_few_experts_are_left():
@@ -163,12 +274,12 @@ def test_refused_when_made():
     dense = Transformer(replace(CONFIG, moe=None))
     trace, other = made_up(1, 4, 5), made_up(1, 4, 6)
     for call, message in (
-        (lambda: explore({}, TOKENIZER, TEXT), "models = 0: must be 1 to 2"),
+        (lambda: explore({}, TOKENIZER, TEXT), "models = 0: must be 1 to 3"),
         (lambda: explore({"a": dense}, TOKENIZER, TEXT), "has no MoE layers"),
         (lambda: explore({"a": made()}, TOKENIZER, ""), "text = '': is empty"),
         (lambda: explore({"a": made()}, TOKENIZER, TEXT, expert=6), "expert = 6: must be"),
         (lambda: explore({"a": made()}, TOKENIZER, TEXT, layer=3), "layer = 3: must be"),
-        (lambda: Explorer({}), "traces = 0: must be 1 to 2"),
+        (lambda: Explorer({}), "traces = 0: must be 1 to 3"),
         (lambda: Explorer({"a": trace, "b": other}), "have different tokens"),
         (lambda: Explorer({"a": made_up(1, 4, 513)}), "text = 513 tokens"),
     ):

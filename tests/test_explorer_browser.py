@@ -3,8 +3,10 @@
 import base64
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from explorer_samples import made_up
 from ipywidgets import Widget
@@ -57,29 +59,82 @@ def texts(locator) -> list[str]:
     return [one.strip() for one in locator.all_inner_texts()]
 
 
-def test_tokens_experts_and_the_choices_of_a_token_in_every_layer(show):
+def squares(page, layer=0, panel=0):
+    return page.locator(".dx-panel").nth(panel).locator(".dx-experts").nth(layer).get_by_role("switch")
+
+
+def focus_on(page, expert, layer=0, panel=0):
+    squares(page, layer, panel).nth(expert).focus()
+
+
+def test_tokens_experts_and_the_path_of_a_token_through_every_layer(show):
     trace = made_up(2, 16, 20)
     page = show(Explorer({"GShard": trace}, expert=5))
-    tokens, experts = page.locator(".dx-tokens [role=option]"), page.locator(".dx-experts [role=option]")
+    tokens = page.locator(".dx-tokens [role=option]")
     assert texts(tokens)[:5] == ["The", "tool", "of", "Ridi", "Lava"]
-    assert texts(experts) == [f"e{e}" for e in range(16)]
+    assert texts(squares(page)) == ["S", *(f"{e}" for e in range(16))]
+    assert page.locator(".dx-tokens [aria-selected=true]").get_attribute("data-i") == "19"  # the token that predicts
     chosen = [t for t in range(20) if 5 in trace.topk_ids[0, t]]
     assert [t for t in range(20) if "dx-chosen" in tokens.nth(t).get_attribute("class")] == chosen
     tokens.nth(7).click()
-    rows = page.locator(".dx-panel tr")
     for layer in range(2):
-        chips = texts(rows.nth(layer).locator(".dx-chip"))
-        chosen = zip(trace.topk_ids[layer, 7], trace.gates[layer, 7].astype(float), strict=True)
-        expected = [f"e{e} {g:.2f} d{trace.device_of[e]}" for e, g in chosen]
-        assert chips == expected
-    assert f"loss {trace.loss[7]:.2f}" in page.locator("caption").inner_text()
+        path = page.get_by_role("list", name=f"layer {layer}")
+        gates = trace.gates[layer, 7].astype(float)
+        expected = [
+            f"e{e} {g:.0%} d{trace.device_of[e]}"
+            for e, g in zip(trace.topk_ids[layer, 7], gates / gates.sum(), strict=True)
+        ]
+        assert texts(path.get_by_role("listitem")) == ["shared", *expected]
+    assert f"loss {trace.loss[7]:.2f}" in page.locator(".dx-panel").inner_text()
     tokens.nth(3).click()
-    assert "×" in texts(rows.nth(0).locator(".dx-chip"))[0]  # dropped
-    assert f"mean loss {trace.mean_loss:.2f}" in page.locator(".dx-losses").inner_text()
+    dropped = page.locator(".dx-chip.dx-hollow")
+    assert "×" in dropped.inner_text()
+    assert page.locator(".dx-ribbons path.dx-hollow").count() == 1
+    assert f"Mean loss of the text: {trace.mean_loss:.2f}" in page.locator(".dx-losses").inner_text()
+
+
+def test_squares_say_what_the_selected_token_and_the_text_do_with_them(show):
+    trace = made_up(2, 16, 20)
+    page = show(Explorer({"GShard": trace}, expert=5))
+    page.locator(".dx-tokens [role=option]").nth(7).click()
+    for layer in range(2):
+        counts = np.bincount(trace.topk_ids[layer].flatten(), minlength=16)
+        used = trace.topk_ids[layer, 7].tolist()
+        shares = trace.gates[layer, 7].astype(float) / trace.gates[layer, 7].astype(float).sum()
+        found = [one.get_attribute("aria-label") for one in squares(page, layer).all()]
+        assert found[0] == f"shared expert of layer {layer}, used by every token"
+        for e, label in enumerate(found[1:]):
+            part = f"{shares[used.index(e)]:.0%} of the gates" if e in used else "not used by this token"
+            load = f"{counts[e]} tokens, {counts[e] / counts.mean():.2f} times the mean load"
+            assert label == f"expert {e} of layer {layer}, device {trace.device_of[e]}, {part}, {load}"
+    strongest = squares(page, 0).nth(1 + int(trace.topk_ids[0, 7, 0]))
+    assert "dx-s" in strongest.get_attribute("class")
+    assert page.get_by_role("switch", checked=False).count() == 0
+
+
+def test_a_card_says_what_an_expert_took_and_likes(show):
+    trace = made_up(2, 16, 20)
+    likes = {"GShard": {(1, 4): "tools"}}
+    page = show(Explorer({"GShard": trace}, expert=5, likes=likes))
+    card = page.locator(".dx-card")
+    taken = {}
+    for t, token in enumerate(trace.tokens):
+        for e, gate in zip(trace.topk_ids[1, t], trace.gates[1, t].astype(float), strict=True):
+            if e == 4:
+                taken[token.strip() or "↵"] = max(gate, taken.get(token.strip() or "↵", 0))
+    squares(page, 1).nth(5).hover()
+    words = ", ".join(f"{token} {gate:.2f}" for token, gate in sorted(taken.items(), key=lambda one: -one[1])[:8])
+    assert words in card.inner_text()
+    assert "e4 of layer 1" in card.inner_text()
+    assert "It likes tools." in card.inner_text()
+    page.mouse.move(0, 0)
+    assert "e5 of layer 0" in card.inner_text()
+    squares(page, 0).nth(0).focus()
+    assert "takes every token" in card.inner_text()
 
 
 def test_layers_focus_and_colour_change_what_is_marked(show):
-    trace = made_up(3, 16, 20)
+    trace = made_up(4, 16, 20)  # of four layers one is drawn
     page = show(Explorer({"GShard": trace}, expert=0))
     tokens = page.locator(".dx-tokens [role=option]")
 
@@ -94,12 +149,24 @@ def test_layers_focus_and_colour_change_what_is_marked(show):
     assert marked() == chosen(1, 0)
     page.get_by_label("Layer", exact=True).select_option("2")
     assert marked() == chosen(2, 0)
-    page.locator(".dx-experts [role=option]").nth(11).click()
+    assert page.locator(".dx-experts").count() == 1
+    focus_on(page, 12)
     assert marked() == chosen(2, 11)
-    page.get_by_label("Colour", exact=True).select_option("loss")
+    page.get_by_label("Colour of the text").select_option("loss")
     highest = max(range(1, 20), key=lambda t: trace.loss[t])
     assert "dx-s5" in tokens.nth(highest).get_attribute("class")
-    assert page.get_by_label("Colour", exact=True).locator("option").nth(2).is_disabled()  # nothing is switched off
+    assert page.get_by_label("Colour of the text").locator("option").nth(2).is_disabled()  # nothing is switched off
+
+
+def test_every_layer_of_a_shallow_model_is_drawn(show):
+    trace = made_up(3, 16, 20)
+    page = show(Explorer({"GShard": trace}, expert=0))
+    assert page.locator(".dx-experts").count() == 3
+    focus_on(page, 12, layer=2)
+    assert page.get_by_label("Layer", exact=True).input_value() == "2"
+    tokens = page.locator(".dx-tokens [role=option]")
+    marked = [t for t in range(20) if "dx-chosen" in (tokens.nth(t).get_attribute("class") or "")]
+    assert marked == [t for t in range(20) if 11 in trace.topk_ids[2, t]]
 
 
 def test_keys_move_the_selection_and_stay_inside(show):
@@ -109,8 +176,9 @@ def test_keys_move_the_selection_and_stay_inside(show):
     def selected():
         return page.locator(".dx-tokens [aria-selected=true]").get_attribute("data-i")
 
-    for key, at in (("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1"), ("End", "39"), ("ArrowRight", "39"),
-                    ("Home", "0"), ("ArrowLeft", "0")):  # fmt: skip
+    assert selected() == "39"
+    for key, at in (("Home", "0"), ("ArrowRight", "1"), ("ArrowRight", "2"), ("ArrowLeft", "1"), ("End", "39"),
+                    ("ArrowRight", "39"), ("Home", "0"), ("ArrowLeft", "0")):  # fmt: skip
         page.keyboard.press(key)
         assert selected() == at
     page.keyboard.press("ArrowDown")
@@ -121,34 +189,56 @@ def test_keys_move_the_selection_and_stay_inside(show):
     page.keyboard.press("PageDown")
     assert page.get_by_label("Layer", exact=True).input_value() == "1"
     assert "Token 0" in page.locator("[aria-live]").inner_text()
-    page.locator(".dx-experts").focus()
-    page.keyboard.press("End")
-    assert page.locator(".dx-experts [aria-selected=true]").inner_text().strip() == "e15"
+    focus_on(page, 0)
+    for key, at in (("ArrowRight", 1), ("End", 16), ("ArrowRight", 16), ("Home", 0), ("ArrowUp", 0)):
+        page.keyboard.press(key)
+        assert squares(page).nth(at).evaluate("square => square === document.activeElement")
+    page.keyboard.press("ArrowDown")
+    top = squares(page).first.bounding_box()
+    below = page.locator(":focus").bounding_box()
+    assert (below["x"], below["y"] > top["y"]) == (top["x"], True)
     stops = page.evaluate(
-        "[...document.querySelectorAll('.dsmoe-explorer [tabindex], .dsmoe-explorer [role=option]')]"
+        "[...document.querySelectorAll('.dsmoe-explorer :is([role=listbox], [role=option], [role=switch])')]"
         ".filter(node => node.tabIndex >= 0).length"
     )
-    assert stops == 2  # one for the experts, one for the text
+    assert stops == 3  # one for the text, one for the experts of each layer
 
 
 def test_two_models_move_together(show):
     first, second = made_up(2, 16, 12), made_up(3, 64, 12, top_k=6, seed=1)
     page = show(Explorer({"GShard": first, "DeepSeekMoE": second}))
-    panels = page.get_by_role("group")
+    panels = page.locator(".dx-panel")
     page.get_by_label("Layer", exact=True).select_option("2")  # the first model has only two
     panels.nth(1).locator(".dx-tokens [role=option]").nth(4).click()
     for panel, trace in ((panels.nth(0), first), (panels.nth(1), second)):
-        assert "Token 4" in panel.locator("caption").inner_text()
-        assert panel.locator("tr").count() == trace.n_layers
-    page.locator(".dx-experts").nth(1).locator("[role=option]").nth(63).click()
-    assert panels.nth(0).locator(".dx-experts [aria-selected=true]").inner_text() != "e63"
+        assert "The path of token 4" in panel.inner_text()
+        assert panel.locator(".dx-flow ul").count() == trace.n_layers
+    focus_on(page, 64, layer=2, panel=1)
+    assert panels.nth(0).locator(".dx-focus").first.inner_text() != "63"
+    assert [panel.evaluate("node => node.style.getPropertyValue('--dx-model')") for panel in panels.all()] == [
+        "var(--dx-gshard_label)", "var(--dx-deepseekmoe_label)",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
+def test_an_area_is_a_number_of_weights(show, size):
+    """16 experts and four times as many of a quarter of the size cover the same area."""
+    large, small = made_up(2, 16, 12), made_up(2, 63, 12, top_k=7)
+    page = show(Explorer({"GShard": replace(large, n_shared=0), "DeepSeekMoE": small}), size=size)
+    areas = [
+        page.locator(".dx-panel").nth(panel).locator(".dx-experts").first.locator("button").evaluate_all(
+            "all => all.reduce((sum, one) => sum + (one.offsetWidth + 3) ** 2, 0)"
+        )
+        for panel in range(2)
+    ]  # fmt: skip
+    assert areas[1] == pytest.approx(areas[0], rel=0.03)
 
 
 def test_two_explorers_are_independent(show):
     first, second = Explorer({"a": made_up(2, 16, 12)}), Explorer({"b": made_up(2, 8, 12)})
     page = show(first, second)
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
-    assert len(ids) == len(set(ids)) == 54
+    assert len(ids) == len(set(ids)) == 34
     page.locator(".dsmoe-explorer").nth(1).get_by_role("button", name="next layer").click()
     values = page.get_by_label("Layer", exact=True)
     assert [values.nth(i).input_value() for i in range(2)] == ["0", "1"]
@@ -159,22 +249,26 @@ def test_a_shorter_text_moves_the_token_inside(show):
     page.locator(".dx-tokens [role=option]").nth(29).click()
     short = Explorer({"a": made_up(1, 4, 5)}).views
     page.evaluate(
-        """view => {
+        """([view, packedNames]) => {
             const buffer = text => new DataView(Uint8Array.from(atob(text), letter => letter.charCodeAt(0)).buffer);
-            for (const name of ['ids', 'gates', 'kept', 'devices', 'loss', 'before']) view[name] = buffer(view[name]);
+            for (const name of packedNames) view[name] = buffer(view[name]);
             document.querySelector('.saved-widget').model.set('views', [view]);
         }""",
-        {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in short[0].items()},
+        [
+            {k: base64.b64encode(v).decode() if isinstance(v, bytes) else v for k, v in short[0].items()},
+            [k for k, v in short[0].items() if isinstance(v, bytes)],
+        ],
     )
-    assert "Token 4" in page.locator("caption").inner_text()
-    assert page.locator(".dx-experts [role=option]").count() == 4
+    assert "token 4" in page.locator(".dx-panel").inner_text()
+    assert squares(page).count() == 5
     assert page.get_by_label("Layer", exact=True).locator("option").count() == 1
 
 
 def test_without_python_the_controls_that_compute_are_disabled(show):
     page = show(Explorer({"a": made_up(1, 4, 5)}))
-    for name in ("Route this text", "All experts on", "Switch"):
+    for name in ("Read this text", "All experts on", "Break what this answer needs most", "Let it write"):
         assert page.get_by_role("button", name=name).is_disabled()
+    assert page.get_by_role("switch", disabled=True).count() == 5
     assert "A recorded trace" in page.get_by_role("status").inner_text()
 
 
@@ -186,7 +280,7 @@ def test_no_accessibility_violations(show, size, mode, screenshots):
     widgets = (Explorer({"GShard": made_up(2, 16, 40), "DeepSeekMoE": made_up(2, 63, 40, top_k=7)}),)
     page = show(*widgets, size=size, mode=mode)
     for colour in ("gate", "loss"):
-        page.get_by_label("Colour", exact=True).select_option(colour)
+        page.get_by_label("Colour of the text").select_option(colour)
         violations = Axe().run(page, context=".dsmoe-explorer").response["violations"]
         assert [(one["id"], one["nodes"][0]["html"][:200]) for one in violations] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
@@ -222,13 +316,12 @@ def test_first_paint_and_updates_are_fast(show, slowness):
     update = page.evaluate(
         f"""async () => {{
         const frame = {FRAME};
-        const layers = document.querySelector('.dx-step select');
-        const experts = document.querySelectorAll('.dx-experts [role=option]');
+        const layers = document.querySelector('.dx-menu select[id$=layer]');
         const times = [];
         for (let i = 0; i < 12; i += 1) {{
             await frame();
             const start = performance.now();
-            if (i % 2) experts[5 * i].click();
+            if (i % 2) document.querySelectorAll('.dx-experts button')[5 * i].focus();
             else {{ layers.value = (i / 2) % 4; layers.dispatchEvent(new Event('change')); }}
             await frame();
             times.push(performance.now() - start);

@@ -240,31 +240,41 @@ def switch_an_expert_off(page) -> None:
     """What a reader of chapter 03 does: switch an expert off, try valid and invalid texts."""
     explorer = page.locator(".dsmoe-explorer")
     status, tokens = explorer.get_by_role("status"), explorer.locator(".dx-tokens [role=option]")
-    switch = explorer.get_by_role("button", name="Switch e2 of layer 0 off")
+    switch = explorer.get_by_role("switch", name="expert 2 of layer 0")
     switch.click()
     explorer.get_by_text("from the experts switched off").wait_for(timeout=MINUTE)
-    assert explorer.locator(".dx-worse, .dx-better").count() > 0
-    assert "dx-off" in explorer.locator(".dx-experts [role=option]").nth(2).get_attribute("class")
+    assert "✓" not in explorer.locator(".dx-answers li").first.inner_text()
+    assert explorer.locator(".dx-track b").count() == 3  # where the answers were with all experts
+    assert switch.get_attribute("aria-checked") == "false"
     cells = page.locator(".jp-Cell").count()
-    explorer.get_by_label("Colour", exact=True).focus()
+    explorer.get_by_label("Colour of the text").focus()
     for key in ("ArrowUp", "d", "d"):  # JupyterLab's shortcuts to leave the cell and to delete it
         page.keyboard.press(key)
     assert page.locator(".jp-Cell").count() == cells
-    assert explorer.get_by_label("Colour", exact=True).evaluate("node => node === document.activeElement")
+    assert explorer.get_by_label("Colour of the text").evaluate("node => node === document.activeElement")
     explorer.get_by_role("button", name="All experts on").click()
-    switch.wait_for(timeout=MINUTE)
-    assert explorer.locator(".dx-worse, .dx-better").count() == 0
+    explorer.get_by_text("from the experts switched off").wait_for(state="detached", timeout=MINUTE)
+    assert switch.get_attribute("aria-checked") == "true"
+    assert "✓" in explorer.locator(".dx-answers li").first.inner_text()
+    assert explorer.locator(".dx-track b").count() == 0
 
-    route, text = explorer.get_by_role("button", name="Route this text"), explorer.locator("textarea")
-    for bad, message_part in (("", "text = '': is empty"), ("x" * 100_000, "text = 100,000 characters")):
+    route, text = explorer.get_by_role("button", name="Read this text"), explorer.locator("textarea")
+    for bad, message_part in (("", "Type something first."), ("x" * 100_000, "text = 100,000 characters")):
         text.fill(bad)
         route.click()
         status.get_by_text(message_part).wait_for(timeout=MINUTE)
     text.fill("日本 🙂 12+30=42.")
     route.click()
     explorer.locator(".dx-tokens", has_text="🙂").wait_for(timeout=MINUTE)
-    status.filter(has_text=re.compile(r"^$")).wait_for(state="attached", timeout=MINUTE)
+    status.filter(has_text="Click a square").wait_for(timeout=MINUTE)
     assert tokens.first.inner_text() == "日"
+    explorer.get_by_label("tokens", exact=True).select_option("8")
+    explorer.get_by_role("button", name="Let it write").click()
+    explorer.locator(".dx-written b").wait_for(timeout=MINUTE)
+    explorer.get_by_role("button", name="Stop").wait_for(state="detached", timeout=MINUTE)
+    explorer.get_by_role("button", name="Break what this answer needs most").click()
+    explorer.get_by_text("GShard without e").wait_for(timeout=MINUTE)
+    assert explorer.get_by_role("button", name="Copy link").count() == 0
 
 
 USED = {"02": move_a_control, "03": switch_an_expert_off}  # what is done in a chapter after it has run
@@ -282,9 +292,11 @@ def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: L
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
     explorer.get_by_role("button", name="next layer").click()
-    explorer.locator(".dx-experts [role=option]").nth(7).click()
+    square = explorer.get_by_role("switch", name="expert 7 of layer 1")
+    square.click(force=True)  # it may be pointed at, but not switched
     assert explorer.locator(".dx-chosen").count() > 0
-    assert explorer.get_by_role("button", name="Switch e7 of layer 1 off").is_disabled()
+    assert square.is_disabled()
+    assert square.get_attribute("aria-checked") == "true"
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
     assert hosts <= {"localhost", "127.0.0.1", None}
     page.close()

@@ -91,6 +91,7 @@ def settings(book: dict[str, Any], toc_file: Path, static: list[Path], folder: s
             "charts.js",
             "engine.js",
             "models.js",
+            "compute.js",
             "answers.js",
             "widgets.js",
             "pictures.js",

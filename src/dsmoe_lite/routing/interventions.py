@@ -60,24 +60,28 @@ def swap_shared(model: Transformer, more_routed: int) -> Transformer:
 def silence(
     model: Transformer,
     *,
-    shared: bool = False,
+    shared: bool | Collection[int] = False,
     ranks: Collection[int] = (),
     experts: Mapping[int, Collection[int]] | None = None,
 ) -> Transformer:
     """Zero-ablation: return a copy of `model` in which some experts add nothing, as if their gates were 0.
 
-    shared: the shared experts. ranks: each token's chosen experts of these ranks, 0 the best, in every MoE layer.
-    experts: {MoE layer: routed experts}, layers counted from 0 over the MoE layers. No other expert is chosen instead,
-    and the other gates keep their values: the sum of DeepSeekMoE Eq 9 (arXiv:2401.06066) lacks these terms. Raises
-    InputError if there are no shared experts to silence, if a rank is not below top_k, or for a layer or an expert that
-    does not exist.
+    shared: the shared experts, of all MoE layers or of these. ranks: each token's chosen experts of these ranks, 0 the
+    best, in every MoE layer. experts: {MoE layer: routed experts}, layers counted from 0 over the MoE layers. No other
+    expert is chosen instead, and the other gates keep their values: the sum of DeepSeekMoE Eq 9 (arXiv:2401.06066)
+    lacks these terms. Raises InputError if there are no shared experts to silence, if a rank is not below top_k, or for
+    a layer or an expert that does not exist.
     """
     moe = model.config.moe
     require(moe is not None, "moe", moe, "the model has no experts to silence")
     assert moe is not None
     for rank in ranks:
         require_int("rank", rank, 0, moe.top_k - 1)
-    changed = swap_shared(model, 0) if shared else deepcopy(model)
+    changed = swap_shared(model, 0) if shared is True else deepcopy(model)
+    for number in () if isinstance(shared, bool) else shared:
+        require_int("layer", number, 0, len(changed.moe_layers) - 1)
+        require(moe.n_shared_experts > 0, "n_shared_experts", 0, "the model has no shared experts to remove")
+        changed.moe_layers[number].shared = None
     for layer in changed.moe_layers:
         layer.router.silenced |= set(ranks)
     for number, silenced in (experts or {}).items():
@@ -143,6 +147,17 @@ def with_active(model: Transformer, top_k: int) -> Transformer:
     Raises InputError, from the config, if a token cannot use that many.
     """
     return _with_config(model, active_config(model.config.moe, top_k))
+
+
+def without_capacity(model: Transformer) -> Transformer:
+    """Return a copy of `model` that drops no choice: in a short text a few slots per expert are soon full.
+
+    Raises InputError for a dense model.
+    """
+    moe = model.config.moe
+    require(moe is not None, "moe", moe, "the model has no experts with a capacity")
+    assert moe is not None
+    return _with_config(model, replace(moe, capacity_factor=None, eval_capacity_factor=None))
 
 
 def n_masked(moe: MoEConfig | None, share: float) -> int:

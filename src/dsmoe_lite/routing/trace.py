@@ -3,7 +3,7 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -89,13 +89,15 @@ class RoutingTrace:
         *,
         window: int | None = None,
         n_devices: int | None = None,
+        on_logits: Callable[[Tensor], object] | None = None,
     ) -> Self:
         """Run `model`, in evaluation mode, over a text or over documents with their domains, and record its routing.
 
         Every document starts a new window of at most `window` tokens: by default max_seq_len; for a model trained on
         shorter sequences pass their length. Experts are placed on `n_devices` devices in order; by default there are as
-        many devices as the config has groups. Raises InputError if the text is empty or too long, if the model has no
-        experts, or if the tokenizer has more ids than the model.
+        many devices as the config has groups. on_logits: called with the logits (S, V) of each window, in order. Raises
+        InputError if the text is empty or too long, if the model has no experts, or if the tokenizer has more ids than
+        the model.
         """
         _check_model(model, tokenizer)
         documents = [Document(text, "")] if isinstance(text, str) else list(text)
@@ -114,7 +116,7 @@ class RoutingTrace:
             for pieces in tokenized
             for start in range(0, len(pieces), window)
         ]
-        routings, losses = _run(model, windows)
+        routings, losses = _run(model, windows, on_logits)
         return cls(
             tokens=tuple(tokens),
             token_ids=np.array(ids, np.int32),
@@ -227,7 +229,9 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[tuple[int, str]]:
 
 
 @torch.no_grad()
-def _run(model: Transformer, windows: Sequence[list[int]]) -> tuple[list[tuple[Routing, ...]], np.ndarray]:
+def _run(
+    model: Transformer, windows: Sequence[list[int]], on_logits: Callable[[Tensor], object] | None
+) -> tuple[list[tuple[Routing, ...]], np.ndarray]:
     """Return the routings of each window and all losses (T,). One window per call: capacity depends on the batch."""
     device = model.embed.weight.device
     routings, losses = [], []
@@ -239,6 +243,8 @@ def _run(model: Transformer, windows: Sequence[list[int]]) -> tuple[list[tuple[R
                 routings.append(output.routings)
                 predicted = F.cross_entropy(output.logits[0, :-1].float(), tokens[0, 1:], reduction="none")
                 losses.append(F.pad(predicted, (1, 0), value=float("nan")).cpu())
+                if on_logits is not None:
+                    on_logits(output.logits[0])
     except RunError as error:
         raise RunError(f"trace: {error}") from None
     return routings, torch.cat(losses).numpy().astype(np.float32)

@@ -1,20 +1,92 @@
-// Answers the routing explorers of a page in the place of Python (viz/explorer.py), with models that the page runs.
+// Answers the routing explorers of a page in the place of Python (viz/explorer.py), with models that the page runs: in a
+// worker, so that the page never freezes, or in the page itself if a browser refuses workers. compute.js computes.
 (function () {
   "use strict";
 
-  const MAX_TOKENS = 512;
-  const MAX_CHARACTERS = 8000;
-  const loaded = new Map(); // weights -> promise of an engine's model, with the config of its file
-
-  // The models of the book are scripts, each loaded when a reader first asks for it: file:// refuses a fetch.
-  function load({ weights, config }) {
-    const key = weights + JSON.stringify(config);
-    if (!loaded.has(key)) {
-      loaded.set(key, script(weights).then(() => dsmoeEngine.read({ ...window.dsmoeModels[weights], config })));
-      loaded.get(key).catch(() => loaded.delete(key));
+  const WORKER = `onmessage = async ({ data: { id, request } }) => {
+    try {
+      postMessage({ id, result: await dsmoeCompute(request) });
+    } catch (error) {
+      postMessage({ id, error: error.message });
     }
-    return loaded.get(key);
+  };`;
+
+  // One worker for all explorers of a page. A worker that dies, or is silent for too long, is started again.
+  class Computer {
+    constructor() {
+      this.loaded = new Set(); // keys of models that it has
+      this.waiting = new Map(); // id -> [resolve, reject, timer]
+      this.asked = 0;
+      this.deaths = 0;
+      this.worker = null;
+      this.refused = false; // no workers here
+    }
+
+    start() {
+      const text = `(${dsmoeEngine.source})(globalThis);(${dsmoeComputing})(globalThis);${WORKER}`;
+      try {
+        this.worker = new Worker(URL.createObjectURL(new Blob([text], { type: "text/javascript" })));
+      } catch {
+        this.refuse();
+        return;
+      }
+      this.worker.onmessage = ({ data: { id, result, error } }) => {
+        this.answered = true;
+        const [resolve, reject, timer] = this.waiting.get(id);
+        clearTimeout(timer);
+        this.waiting.delete(id);
+        if (error === undefined) resolve(result);
+        else reject(new Error(error));
+      };
+      this.worker.onerror = () => this.died();
+    }
+
+    refuse() {
+      this.refused = true;
+      dsmoeComputing(window);
+    }
+
+    died() {
+      if (!this.answered) this.refuse(); // it never worked: a page that may not start workers
+      this.worker?.terminate();
+      this.worker = null;
+      this.loaded.clear();
+      const waiting = [...this.waiting.values()];
+      this.waiting.clear();
+      for (const [, reject, timer] of waiting) {
+        clearTimeout(timer);
+        reject(new Died());
+      }
+    }
+
+    post(request) {
+      if (!this.worker && !this.refused) this.start();
+      if (this.refused) return new Promise((resolve) => setTimeout(resolve)).then(() => window.dsmoeCompute(request));
+      return new Promise((resolve, reject) => {
+        this.asked += 1;
+        this.waiting.set(this.asked, [resolve, reject, setTimeout(() => this.died(), Answers.patience)]);
+        this.worker.postMessage({ id: this.asked, request });
+      });
+    }
+
+    // The models of the book are scripts, each loaded when a reader first asks for it: file:// refuses a fetch.
+    async load({ weights, config }) {
+      const key = weights + JSON.stringify(config);
+      if (this.loaded.has(key)) return key;
+      await script(weights);
+      await this.post({ do: "load", key, packed: { ...window.dsmoeModels[weights], config } });
+      this.loaded.add(key);
+      return key;
+    }
+
+    async ask(models, request) {
+      const keys = [];
+      for (const model of models) keys.push(await this.load(model));
+      return this.post({ ...request, keys });
+    }
   }
+
+  class Died extends Error {}
 
   function script(weights) {
     if (window.dsmoeModels[weights]) return Promise.resolve();
@@ -27,62 +99,17 @@
     });
   }
 
-  // What the widget draws of one model and text: viz/explorer.py, _view.
-  function viewOf(name, model, text, { window: size, n_devices: devices }, off, before) {
-    const { ids, pieces } = model.tokenizer.encode(text);
-    const { n_routed_experts: E, top_k: K, n_shared_experts, n_group } = model.config.moe;
-    const T = ids.length;
-    const L = model.nMoeLayers;
-    const view = {
-      name,
-      tokens: pieces,
-      n_layers: L,
-      n_experts: E,
-      n_shared: n_shared_experts,
-      n_devices: devices ?? n_group,
-      top_k: K,
-      ids: new Uint16Array(L * T * K),
-      gates: new Float32Array(L * T * K),
-      kept: new Uint8Array(L * T * K),
-      loss: new Float32Array(T),
-      devices: Uint8Array.from({ length: E }, (_, e) => Math.floor((e * (devices ?? n_group)) / E)),
-      before: before ?? new Float32Array(0),
-      off: [...off].map((pair) => pair.split(" ").map(Number)).sort((a, b) => a[0] - b[0] || a[1] - b[1]),
-    };
-    const length = size ?? model.config.max_seq_len;
-    for (let start = 0; start < T; start += length) {
-      const part = ids.slice(start, start + length);
-      const { logits, routings } = model.forward(part, { off });
-      view.loss.set(model.losses(part, logits), start);
-      routings.forEach((routing, layer) => {
-        part.forEach((_, t) => {
-          const at = (layer * T + start + t) * K;
-          const ranks = Array.from({ length: K }, (_, k) => t * K + k);
-          ranks.sort((a, b) => routing.gates[b] - routing.gates[a]);
-          ranks.forEach((i, k) => {
-            for (const what of ["ids", "gates", "kept"]) view[what][at + k] = routing[what][i];
-          });
-        });
-      });
-    }
-    view.gate_top = view.gates.reduce((a, b) => Math.max(a, b), 0) || 1;
-    view.gates = Uint16Array.from(view.gates, (gate) => Math.round((gate / view.gate_top) * 65535));
-    return view;
-  }
-
-  function checked(text, model) {
-    if (text === "") throw new Error("Type something first.");
-    if (text.length > MAX_CHARACTERS) throw new Error(`${text.length} characters: the explorer takes at most ${MAX_CHARACTERS}; shorten the text.`);
-    const T = model.tokenizer.encode(text).ids.length;
-    if (T > MAX_TOKENS) throw new Error(`${T} tokens: the explorer shows at most ${MAX_TOKENS}; shorten the text.`);
-  }
+  // ---- What the widget asks
 
   class Answers {
+    static patience = 20_000; // ms until a silent worker counts as dead
+    static computer = new Computer();
+
     // saved: the traits of a widget; its trait `live` names weights and configs.
     constructor(saved) {
       this.live = saved.live;
       this.names = saved.views.map((view) => view.name);
-      this.off = this.names.map(() => new Set());
+      this.off = this.names.map(() => []); // "layer expert", "layer shared" of each model
     }
 
     static can(saved) {
@@ -90,38 +117,52 @@
       return models.length > 0 && models.every(({ weights }) => window.dsmoeShipped?.includes(weights));
     }
 
-    // The messages of the page: {do: "hello" | "route" | "toggle" | "all on", ...}; `widget` has its traits.
+    // The messages of the page: {do: "hello" | "route" | "toggle" | "off" | "all on" | "break" | "write", ...}.
     async receive(widget, message) {
       if (message.do === "hello") {
         widget.emit("msg:custom", { do: "ready" });
         return;
       }
-      let text = widget.get("text");
-      const off = this.off.map((experts) => new Set(experts));
-      if (message.do === "route") text = message.text;
-      if (message.do === "all on") off.forEach((experts) => experts.clear());
-      if (message.do === "toggle") {
-        const expert = `${message.layer} ${message.expert}`;
-        if (!off[message.view].delete(expert)) off[message.view].add(expert);
+      const { window: size, n_devices } = this.live;
+      const request = { names: this.names, window: size, n_devices, questions: widget.get("questions") ?? [] };
+      Object.assign(request, { text: widget.get("text"), ...message, off: this.offAfter(message) });
+      if (message.do === "write") {
+        const steps = await this.compute(widget, request);
+        widget.emit("msg:custom", { do: "wrote", steps: steps ?? [] });
+        return;
       }
       widget.set("message", "");
       widget.set("busy", true);
-      try {
-        const models = await Promise.all(this.live.models.map(load));
-        await new Promise((resolve) => setTimeout(resolve)); // draw "Computing" first
-        checked(text, models[0]);
-        const views = models.map((model, i) => {
-          const before = off[i].size ? viewOf(this.names[i], model, text, this.live, new Set()).loss : null;
-          return viewOf(this.names[i], model, text, this.live, off[i], before);
-        });
-        this.off = off;
-        widget.set("token", Math.min(widget.get("token"), views[0].tokens.length - 1));
-        widget.set("views", views);
-        widget.set("text", text);
-      } catch (error) {
-        widget.set("message", error.message);
-      } finally {
-        widget.set("busy", false);
+      const found = await this.compute(widget, request);
+      if (found) {
+        this.off = found.off;
+        if (request.text !== widget.get("text")) widget.set("token", found.views[0].tokens.length - 1);
+        widget.set("views", found.views);
+        widget.set("text", request.text);
+      }
+      widget.set("busy", false);
+    }
+
+    // The experts that are off after a message.
+    offAfter({ do: what, view, layer, expert, off }) {
+      if (what === "all on") return this.off.map(() => []);
+      if (what === "off") return off.map((pairs) => pairs.map((pair) => pair.join(" ")));
+      if (what !== "toggle") return this.off;
+      const one = `${layer} ${expert}`;
+      const toggled = (all) => (all.includes(one) ? all.filter((other) => other !== one) : [...all, one]);
+      return this.off.map((all, i) => (i === view ? toggled(all) : all));
+    }
+
+    // The result, or null after an error that the reader sees. A computation that died is asked once more.
+    async compute(widget, request) {
+      for (const isLast of [false, true]) {
+        try {
+          return await Answers.computer.ask(this.live.models, request);
+        } catch (error) {
+          const died = error instanceof Died;
+          widget.set("message", died ? "The computation had stopped and was started again." : error.message);
+          if (!died || isLast) return null;
+        }
       }
     }
   }

@@ -53,6 +53,7 @@
     style.textContent = state._css;
     const el = document.createElement("div");
     state.can_compute = false; // nobody to run a cell here
+    state.place = [...document.querySelectorAll(".saved-widget")].indexOf(box); // links name it
     const answers = window.dsmoeAnswers?.can(state) ? new window.dsmoeAnswers(state) : null;
     box.model = new SavedModel(state, answers);
     await widget.render({ model: box.model, el });

@@ -2,7 +2,7 @@
 // The package's mathematics once more (data/tokenizer.py, layers/, model.py, generate.py), float32 as there.
 // A classic script that defines `dsmoeEngine` alone: a page loads it, a worker or a widget runs its text.
 // T tokens of a call, D model width, H heads, E routed experts, K of them per token, F expert width, V vocabulary.
-(function (scope) {
+(function engine(scope) {
   "use strict";
 
   // ---- Tokenizer
@@ -395,5 +395,5 @@
     return bits & 0x8000 ? -size : size;
   }
 
-  scope.dsmoeEngine = { Model, Tokenizer, read };
+  scope.dsmoeEngine = { Model, Tokenizer, read, source: String(engine) }; // a worker runs the source once more
 })(globalThis);
