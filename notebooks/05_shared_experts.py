@@ -187,6 +187,15 @@ for words, shared, error, share in (
 #
 # Without $c$ sharing does not pay. **A shared expert is worth its place if there is something to share.**
 #
+# **Watch it happen.** Below two layers learn such patches in the page, A with 8 of 32 experts, B with four shared and 4 of
+# 28 (SwiGLU experts, 2,000 steps). Press a button to guess and start; then try the control.
+
+# %% tags=["trained"]
+from dsmoe_lite.viz.playground import Playground
+
+Playground("shared")
+
+# %% [markdown]
 # ## The layer, complete
 #
 # Chapter 04 cut each of $E$ experts into $m$ and let a token use $mK$ of them. Now $K_s$ of these $mE$ experts are
