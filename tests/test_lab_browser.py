@@ -224,7 +224,7 @@ def move_a_control(page) -> None:
     chart = page.locator(".vega-embed", has_text="Who is full, and what is dropped?")
     assert "c = 1.25: 640 slots each" in chart.inner_text()
     for _ in range(3):
-        chart.get_by_role("slider").press("ArrowRight")
+        chart.get_by_role("slider").press("ArrowRight")  # which JupyterLab would take: labs/jupyter_settings.py
     chart.get_by_text("c = 1.4: 717 slots each").wait_for(timeout=MINUTE)
 
     text = page.locator(".widget-text", has=page.get_by_text("text", exact=True)).locator("input")

@@ -14,7 +14,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "@jupyter-widgets/jupyterlab-manager:plugin": {"saveState": True},
     # No pop-ups about news or new versions, and no requests for them.
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
-}
+    # Arrow keys move the slider of a chart, and do not leave its cell.
+    "@jupyterlab/shortcuts-extension:shortcuts": {
+        "shortcuts": [
+            {"command": f"notebook:move-cursor-heading-{command}", "keys": [key], "disabled": True,
+             "selector": ".jp-Notebook.jp-mod-commandMode:not(.jp-mod-readWrite) :focus"}
+            for key, command in (("ArrowLeft", "above-or-collapse"), ("ArrowRight", "below-or-expand"))
+        ]
+    },
+}  # fmt: skip
 
 
 def overrides_path(prefix: Path | None = None) -> Path:
