@@ -19,7 +19,7 @@ from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.nbval_rules import WIDGET_VIEW
 from dsmoe_lite.labs.parameters import check_value, find_parameter
 from dsmoe_lite.labs.refresh import FOLDED, LIMIT, WIDGET_STATE
-from dsmoe_lite.viz import explorer, theme
+from dsmoe_lite.viz import explorer, playground, theme
 from dsmoe_lite.viz.renderer import MIME as CHART
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -113,12 +113,17 @@ def test_every_chart_and_explorer_has_an_image_and_a_description(notebook):
 
 
 @each_chapter
-def test_stored_explorers_are_up_to_date(notebook):
+def test_stored_explorers_and_playgrounds_are_up_to_date(notebook):
     widgets = nbformat.read(notebook, as_version=4).metadata.get("widgets", {}).get(WIDGET_STATE, {}).get("state", {})
     for widget in widgets.values():
         if widget["model_module"] == "anywidget":
-            assert widget["state"]["_esm"] == explorer.script()
-            assert widget["state"]["_css"] == explorer.style()
+            of_playground = "lesson" in widget["state"]
+            assert widget["state"]["_esm"] == (
+                playground.script() + playground.MOUNT if of_playground else explorer.script()
+            )
+            assert widget["state"]["_css"] == (playground if of_playground else explorer).style()
+            if of_playground:
+                assert widget["state"]["evidence"] == playground.evidence()
 
 
 def moves_without_a_kernel(data):

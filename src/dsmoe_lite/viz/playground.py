@@ -51,6 +51,12 @@ class Playground(anywidget.AnyWidget):
         self._esm, self._css = script() + MOUNT, style()
         super().__init__(lesson=lesson, evidence=evidence())
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return the widget and, where none can be shown, a line."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        shown, metadata = bundle or ({}, {})
+        return {**shown, "text/plain": f"JupyterLab and the book show the playground here: {self.lesson}."}, metadata
+
 
 def script() -> str:
     """Return the playground as one classic script, which defines `dsmoePlayground` alone."""
