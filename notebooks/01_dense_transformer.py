@@ -303,9 +303,9 @@ print(f"by hand {by_hand / 1e12:.2f}T; the paper's Table 1 prints {printed}")
 # %%
 rows = []
 for length in [2**power for power in range(9, 18)]:  # 512 to 131,072 tokens
-    split = accounting.split_rows({"paper, dense 0.2B": (paper, length)})
+    split = accounting.split_rows({"paper, 0.2B": (paper, length)})
     rows += [{**row, "seq_len": length} for row in split]
-rows += accounting.split_rows({"this chapter, S = 64": (config, 64)})
+rows += accounting.split_rows({"ours, S = 64": (config, 64)})
 for row in rows:
     del row["active"]  # a dense model uses every weight
 title = "Where do parameters and FLOPs sit?"

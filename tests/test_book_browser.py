@@ -330,7 +330,7 @@ def test_an_explorer_of_the_book_answers_as_python_does(browser, course, chapter
         models[name] = without_capacity(load_model(path))
     tokenizer = read_tokenizer(read_metadata(path)["tokenizer"])
     with Page(browser, (course / f"{chapter}.html").as_uri()) as opened:
-        state = "(() => document.querySelector('.saved-widget[data-mounted=yes]').model.state)()"
+        state = "(() => document.querySelector('.saved-widget:has(.dsmoe-explorer)').model.state)()"
         live, questions = opened.page.evaluate(f"{state}.live"), opened.page.evaluate(f"{state}.questions")
         settings = {name: live[name] for name in ("window", "n_devices")}
         python = explore(models, tokenizer, "x", **settings, questions=[tuple(one) for one in questions])

@@ -360,12 +360,9 @@
       for (let i = 0; i < n && all.length < this.config.max_seq_len; i += 1) {
         const { logits, routings } = this.forward(cache ? unread : all, { off, cache });
         const p = this.distribution(logits, temperature || 1);
-        let id = largest(p, 1)[0];
-        if (temperature > 0) {
-          let left = random();
-          id = p.findIndex((share) => (left -= share) < 0);
-          if (id < 0) id = p.length - 1;
-        }
+        let left = random();
+        const drawn = p.findIndex((share) => (left -= share) < 0); // -1: rounding left a little
+        const id = temperature === 0 ? largest(p, 1)[0] : drawn < 0 ? p.length - 1 : drawn;
         all.push(id);
         unread = [id];
         yield { id, routings };
@@ -378,22 +375,25 @@
   // A packed model -> Model. Weights are float16, gzip, base64; tensors: [name, number of weights] in their order.
   async function read(packed) {
     if (!scope.DecompressionStream) throw new Error("This browser is too old to run the model; update it.");
-    const compressed = Uint8Array.from(atob(packed.weights), (letter) => letter.charCodeAt(0));
+    const letters = atob(packed.weights);
+    const compressed = new Uint8Array(letters.length);
+    for (let i = 0; i < letters.length; i += 1) compressed[i] = letters.charCodeAt(i);
     const stream = new Blob([compressed]).stream().pipeThrough(new DecompressionStream("gzip"));
     const halves = new Uint16Array(await new Response(stream).arrayBuffer());
     const tensors = {};
     let start = 0;
     for (const [name, size] of packed.tensors) {
-      tensors[name] = Float32Array.from(halves.subarray(start, (start += size)), fromHalf);
+      const values = (tensors[name] = new Float32Array(size));
+      for (let i = 0; i < size; i += 1) values[i] = NUMBERS[halves[start++]];
     }
     return new Model(packed.config, new Tokenizer(packed.vocabulary, packed.merges), tensors);
   }
 
-  function fromHalf(bits) {
+  const NUMBERS = Float32Array.from({ length: 65536 }, (_, bits) => { // of each float16
     const [exponent, fraction] = [(bits >> 10) & 31, bits & 1023];
     const size = exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024);
     return bits & 0x8000 ? -size : size;
-  }
+  });
 
   scope.dsmoeEngine = { Model, Tokenizer, read, source: String(engine) }; // a worker runs the source once more
 })(globalThis);

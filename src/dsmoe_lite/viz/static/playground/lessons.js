@@ -51,7 +51,7 @@
       a: { balance: 1 },
       b: { balance: 30 },
       question: "Both have the balance loss: A with weight 1, B with weight 30. Which paints better?",
-      look: "B's router listens to the balance loss more than to the picture: experts are pulled from one tile to another and never finish one.",
+      look: "In B the balance loss outweighs the picture, and the load is no more even for it. Watch B's map: how often do tiles change hands?",
       tries: [["Lower B's weight to 1", { b: { balance: 1 } }]],
     },
     bias: {

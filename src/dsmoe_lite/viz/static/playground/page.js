@@ -172,7 +172,7 @@
       const worse = found.a.filter((error, n) => verdict(error, found.b[n]) === "A paints better").length;
       return [make("p", { className: "pg-muted" },
         `Recorded with ${found.a.length} seeds, ${found.steps.toLocaleString("en")} steps: A ${range(found.a)}, B ${range(found.b)}. `,
-        `B painted better in ${better}, A in ${worse}.`)];
+        `B painted better in ${better} runs, A in ${worse}.`)];
     }
 
     // Change settings of models that have learnt, and go on.
