@@ -29,7 +29,7 @@ TEXT = QUESTIONS[0][0]
 WINDOW = 12  # shorter than some of the texts
 READY = "() => !document.querySelector('[aria-busy=true]')"
 ASK = """async (request) => {
-    const { model } = document.querySelector('.saved-widget');
+    const { model } = document.querySelector('.saved-widget:has(.dsmoe-explorer)');
     const sent = [];
     const listen = (content) => sent.push(content);
     model.on('msg:custom', listen);
