@@ -148,8 +148,7 @@ def test_the_record_shows_what_the_lessons_say():
     assert all(ratio < 1 / 2 for ratio in ratios(recorded["strong"]))
     assert 0.5 < median(ratios(recorded["bias"])) < 2  # no worse
     assert max(recorded["finer"]["control"]["a"]) < min(recorded["finer"]["a"]) / 2  # there coarse experts do not fail
-    assert sum(ratio > 1.25 for ratio in ratios(recorded["shared"])) >= 8  # as the page says
-    assert sum(ratio > 1.25 for ratio in ratios(recorded["shared"]["control"])) <= 2
+    assert median(ratios(recorded["shared"]["control"])) < 1.25 < median(ratios(recorded["shared"]))
 
 
 def test_the_record_can_be_trained_again(page):
@@ -287,9 +286,10 @@ def test_the_page_can_be_read_by_all(opened, screenshots, width):
 
 
 def test_sixteen_experts_learn_thirty_steps_a_frame(page):
-    """A frame (30 steps, one drawing) against a loop of multiplications, both in the same page: medians of nine.
+    """A frame (30 steps, one drawing) against a loop of multiplications in the same page: medians of nine.
 
-    The loop takes 15 ms on two quiet cores of an EPYC server, where a frame of 33 ms is the goal.
+    On two cores of an EPYC server the loop took 12 to 17 ms and a frame 10 to 17; at 1.9 times the slowest loop a frame
+    would take 33 ms, which is 30 frames a second.
     """
     frame, loop = page.evaluate(
         """() => {
@@ -297,7 +297,7 @@ def test_sixteen_experts_learn_thirty_steps_a_frame(page):
           const task = new Task("patches", 1), model = new MoE(configOf({ balance: 1 }), task, 1);
           const numbers = Float64Array.from({ length: 4096 }, (_, i) => 1 + i / 4096);
           let kept = 0;
-          for (let n = 0; n < 9; n += 1) {
+          for (let n = 0; n < 19; n += 1) {
             let start = performance.now();
             for (let step = 0; step < 30; step += 1) model.step(task.batch());
             task.paint(model);
@@ -308,12 +308,12 @@ def test_sixteen_experts_learn_thirty_steps_a_frame(page):
             }
             loops.push(performance.now() - start);
           }
-          const middle = (list) => list.sort((a, b) => a - b)[4];
+          const middle = (list) => list.slice(10).sort((a, b) => a - b)[4]; // once the browser has compiled both
           return [middle(frames), middle(loops), kept];
         }"""
     )[:2]
     print(f"frame {frame:.1f} ms, loop {loop:.1f} ms, ratio {frame / loop:.2f}")
-    assert frame < 2.2 * loop
+    assert frame < 1.9 * loop
 
 
 def test_the_widget_is_small_and_refuses_an_unknown_lesson():
