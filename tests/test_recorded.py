@@ -41,8 +41,7 @@ INCOMPLETE = (
     "paper-gpu",
     "text-long-gpu",
     "text-long",
-    "text-short",
-)  # the first two need a GPU, the others hours
+)  # the first two need a GPU, the third hours
 
 
 @pytest.mark.parametrize("name", GRIDS)
