@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from dsmoe_lite.book import front
-from dsmoe_lite.book.models import write_models
 from dsmoe_lite.book.playground import write_playground
 from dsmoe_lite.common import paths
 from dsmoe_lite.viz.packed_model import ENGINE
+from dsmoe_lite.viz.page_models import write_models
 
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'"
 HEAVIEST = 6_000_000  # bytes of the front page with both models and the playground

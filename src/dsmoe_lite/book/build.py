@@ -89,8 +89,7 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     from sphinx_external_toc import collectors
 
     from dsmoe_lite.book.front import MODELS
-    from dsmoe_lite.book.models import write_models
-    from dsmoe_lite.viz.packed_model import ENGINE
+    from dsmoe_lite.viz.page_models import SCRIPTS, write_models
 
     vars(collectors)["gc"] = SimpleNamespace(get_objects=_without_proxies)
     toc_file, loaded, copied = temporary / "toc.yml", temporary / "static", temporary / "sources" / sources.name
@@ -102,7 +101,8 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     toc_file.write_text(yaml.safe_dump(toc), encoding="utf-8")
     _copy_scripts(loaded)
     _themes(loaded / "themes.js")
-    shutil.copy(ENGINE, loaded)
+    for script in SCRIPTS:
+        shutil.copy(script, loaded)
     write_models(sorted(copied.rglob("*.ipynb")), loaded, MODELS.values() if book.get("front") else ())
     n_steps = 2 * (len(chapters) + len(reference)) + (3 if reference else 2)  # read and written; index, search, modules
     warnings = io.StringIO()

@@ -49,6 +49,7 @@ def settings(book: dict[str, Any], toc_file: Path, static: list[Path], folder: s
         "external_toc_exclude_missing": True,
         "nb_execution_mode": "off",
         "nb_merge_streams": True,
+        "nb_render_markdown_format": "gfm",  # outputs may hold tables
         "nb_ipywidgets_js": {},
         "nb_code_prompt_show": "Show the code",
         "nb_code_prompt_hide": "Hide the code",

@@ -3,11 +3,12 @@
 from typing import Any
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from dsmoe_lite.checkpoint import load_model, read_metadata
 from dsmoe_lite.common.files import read_json
 from dsmoe_lite.common.paths import DATA
-from dsmoe_lite.data.tokenizer import read_tokenizer
+from dsmoe_lite.data.tokenizer import END_ID, read_tokenizer
 from dsmoe_lite.data.world import Question, World
 from dsmoe_lite.evaluate import recall
 from dsmoe_lite.model import Transformer
@@ -62,10 +63,26 @@ def _answer(model: Transformer, tokenizer: Any, question: Question) -> dict[str,
         for routing in output.routings
     ]
     return {
-        "says": tokenizer.decode([best]).strip(),
+        "says": shown_token(tokenizer, best),
         "p": round(float(p[best]), 3),
         "right": best == right,
         "word": question.answer.strip(),
         "p_right": round(float(p[right]), 3),
         "used": used,
     }
+
+
+def shown_token(tokenizer: Any, token: int) -> str:
+    """A token as a reader sees it: its text, or its bytes in words if they are no character that can be seen."""
+    if token == END_ID:
+        return "(end)"
+    text = str(tokenizer.decode([token])).strip()
+    if text and text.isprintable() and "\ufffd" not in text:
+        return text if any(map(str.isalnum, text)) else f"“{text}”"
+    letters = sorted(ByteLevel.alphabet())
+    shown = [letter for letter in map(chr, range(256)) if letter in letters]  # these stand for themselves
+    values = dict(
+        zip(letters, [*map(ord, shown), *(byte for byte in range(256) if chr(byte) not in shown)], strict=True)
+    )
+    found = [values[letter] for letter in tokenizer.id_to_token(token)]
+    return "∙" if bytes(found).isspace() else f"byte {' '.join(f'{byte:x}' for byte in found)}"

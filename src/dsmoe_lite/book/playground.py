@@ -4,6 +4,7 @@
 data/playground.json; it needs Playwright and Chromium.
 """
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.common.files import write_json
 from dsmoe_lite.common.machine import find_chromium
 from dsmoe_lite.common.progress import progress
-from dsmoe_lite.viz.playground import SEEDS, evidence, script, style
+from dsmoe_lite.viz import renderer
+from dsmoe_lite.viz.playground import SEEDS, evidence, script, still, style
 
 SOURCES = Path(__file__).parent / "playground"
 N_SEEDS = 10
@@ -36,7 +38,11 @@ def write_playground(pages: Path, title: str, names: dict[str, str]) -> None:
     (static / "playground.css").write_text(style(), encoding="utf-8")
     (static / "playground_data.js").write_text(f"window.dsmoeEvidence = {json.dumps(evidence())};\n", encoding="utf-8")
     page = (SOURCES / "index.html").read_text(encoding="utf-8")
-    for name, text in {"title": title, "paper": names["07"]}.items():
+    picture, width = renderer.png(still("collapse").to_dict())
+    (static / "playground.png").write_bytes(picture)
+    description = html.escape(still("collapse").to_dict()["description"])
+    texts = {"title": title, "paper": names["07"], "width": str(width), "description": description}
+    for name, text in texts.items():
         page = page.replace("{" + name + "}", text)
     (pages / "playground.html").write_text(page, encoding="utf-8")
 

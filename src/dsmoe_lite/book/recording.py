@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe_lite.book.front import MODELS, write_front
-from dsmoe_lite.book.models import write_models
 from dsmoe_lite.common.errors import RunError
 from dsmoe_lite.common.machine import find_chromium
 from dsmoe_lite.common.paths import NOTEBOOKS
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.packed_model import ENGINE
+from dsmoe_lite.viz.page_models import write_models
 
 FOLDER = NOTEBOOKS / "images"
 WIDTH, SCALE, COLORS = 860, 2, 64
@@ -26,7 +26,9 @@ ONE = "Break what this answer needs most"
 FOUR = "Break one large, four small"
 COUNTED = "() => [...document.querySelectorAll('#lab .known b')].every((known) => known.textContent !== '…')"
 STYLE = """
-h1 + .lead, main > section, #lab > .row:first-child, .written { display: none !important; }
+h1 + .lead, main > section, #lab > .row:first-child, .written, .fact, .examples { display: none !important; }
+#lab { min-height: 0 !important; }
+.report { min-height: 5.6rem !important; } /* of the longest sentence: nothing moves */
 body, main { padding-bottom: 0.5rem !important; }
 #pointer { position: fixed; width: 18px; height: 18px; margin: -9px; border-radius: 50%; opacity: 0;
   box-sizing: border-box; background: {point}88; border: 2px solid {point}; pointer-events: none; }

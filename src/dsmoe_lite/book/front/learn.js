@@ -1,55 +1,58 @@
-// The film of the front page: two models in the course of their training, from numbers that were computed with the book.
-(function () {
+// The film of the front page: two smaller models in the course of their training, from numbers computed with the book.
+(function (page) {
   "use strict";
 
   const { steps, n_facts: nFacts, questions, models } = window.dsmoeFront.learning;
+  const { make, percent, list, shade } = page;
   const box = document.getElementById("learning");
   const PAUSE = 1100; // ms per snapshot when the film plays
-  const percent = (share) => `${Math.round(100 * share)}%`;
+  const stepName = (at) => steps[at].toLocaleString("en");
   let playing = null;
 
-  function make(tag, properties = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name in node) node[name] = value;
-      else node.setAttribute(name, value);
-    }
-    node.append(...children);
-    return node;
+  // At which moments the answer was right, in a sentence that is true whatever they were.
+  function history(answers, question) {
+    const right = answers.flatMap((all, at) => (all[question].right ? [at] : []));
+    const last = answers.length - 1;
+    if (right.length === 0) return "It is never right at these moments.";
+    const names = list(right.map(stepName));
+    const end = right.includes(last) ? "" : "; wrong in the end";
+    return `Right at ${right.length === 1 ? "step" : "steps"} ${names}${end}.`;
   }
 
   function panelOf({ name, n_experts: E, n_shared: shared, known, answers }) {
     const says = make("p", { className: "says" });
+    const when = make("p", { className: "when" });
     const count = make("b");
     const bar = make("i");
-    const settled = make("p", { className: "layer-name" });
+    const settled = make("p", { className: "settled" });
+    const kind = E <= 16 ? "large" : "small";
     const grids = answers[0][0].used.map((_, layer) => {
       const squares = Array.from({ length: shared + E }, (_, n) => make("span", { className: n < shared ? "shared" : "" }));
-      const node = make("div", { className: `experts ${E <= 16 ? "large" : "small"}`, role: "img" }, ...squares);
-      return { node, squares, label: make("p", { className: "layer-name" }, `layer ${layer}`) };
+      const node = make("div", { className: `experts ${kind}`, role: "img" }, ...squares);
+      return { node, squares, label: make("div", { className: "layer-name" }, `layer ${layer}`) };
     });
+    const heading = make("h3", {}, name, make("small", {}, `a smaller one; ends with ${known.at(-1)} of ${nFacts} facts`));
     const node = make("section", { className: `panel ${name.toLowerCase()}`, "aria-label": `${name} in training` },
-      make("h3", {}, name), says, ...grids.flatMap(({ node: grid, label }) => [label, grid]), settled,
+      heading, says, when, ...grids.flatMap(({ node: grid, label }) => [label, grid]), settled,
       make("div", { className: "known" }, "knows ", count, ` of ${nFacts} facts`, make("div", { className: "track" }, bar)));
 
     function draw(at, question) {
       const { says: said, p, right, word, p_right: ofRight, used } = answers[at][question];
       const final = answers.at(-1)[question].used;
-      says.replaceChildren("says ", make("b", {}, said || "∙"), ` (${percent(p)})${right ? " ✓" : `; the right word, ${word}, gets ${percent(ofRight)}`}`);
+      const truth = right ? " ✓" : `; the right answer, ${word}, gets ${percent(ofRight)}`;
+      says.replaceChildren("says ", make("b", {}, said), ` (${percent(p)})${truth}`);
+      when.textContent = history(answers, question);
       let same = 0;
       grids.forEach(({ node: grid, squares }, layer) => {
-        const sum = used[layer].reduce((all, [, gate]) => all + gate, 0) || 1;
         const gates = new Map(used[layer]);
         const last = new Set(final[layer].map(([e]) => e));
         same += used[layer].filter(([e]) => last.has(e)).length;
-        squares.forEach((square, n) => {
-          const e = n - shared;
-          square.style.setProperty("--used", gates.has(e) ? 30 + (70 * gates.get(e)) / sum : 0);
-        });
-        grid.setAttribute("aria-label", `${name}, layer ${layer}: uses ${used[layer].map(([e]) => `e${e}`).join(", ")}`);
+        squares.forEach((square, n) => shade(square, gates.get(n - shared) ?? 0, Math.max(...gates.values())));
+        grid.setAttribute("aria-label", `${name}, layer ${layer}: picks ${used[layer].map(([e]) => `e${e}`).join(", ")}`);
       });
       const all = used.reduce((n, layer) => n + layer.length, 0);
-      settled.textContent = `${same} of its ${all} experts are the ones it uses in the end`;
+      const last = at === steps.length - 1;
+      settled.textContent = last ? "These are the experts it ends with." : `${same} of these ${all} experts are still picked in the end.`;
       count.textContent = known[at];
       bar.style.width = `${(100 * known[at]) / nFacts}%`;
     }
@@ -59,13 +62,13 @@
 
   const panels = models.map(panelOf);
   const slider = make("input", { type: "range", min: 0, max: steps.length - 1, value: 0, id: "film", "aria-label": "steps of training" });
-  const step = make("span");
+  const step = make("span", { className: "step" });
   const question = make("select", { "aria-label": "question" }, ...questions.map((words, n) => make("option", { value: n }, words)));
   const play = make("button", { type: "button" }, "Play");
 
   function draw() {
     const at = Number(slider.value);
-    step.textContent = `step ${steps[at].toLocaleString("en")}`;
+    step.textContent = `step ${stepName(at)}`;
     slider.setAttribute("aria-valuetext", step.textContent);
     panels.forEach((panel) => panel.draw(at, Number(question.value)));
   }
@@ -93,6 +96,6 @@
     draw();
   });
   question.addEventListener("change", draw);
-  box.replaceChildren(make("div", { className: "row" }, play, slider, step, question), make("div", { className: "panels" }, ...panels.map(({ node }) => node)));
+  box.replaceChildren(make("div", { className: "row film" }, play, slider, step, question), make("div", { className: "panels" }, ...panels.map(({ node }) => node)));
   draw();
-})();
+})(window.dsmoePage);

@@ -2,9 +2,14 @@
 (function (scope) {
   "use strict";
 
-  const { PIXELS } = scope.dsmoePlayground;
+  const { PIXELS, prepare } = scope.dsmoePlayground;
   const SHADES = 256;
   const HIGHEST = 2.2; // a value of the picture that gets the last shade
+  const HIGHEST_ERROR = 2;
+  const RANGE = Math.log10(HIGHEST_ERROR / 0.001);
+  const TICKS = [[1, "100%"], [0.1, "10%"], [0.01, "1%"], [0.001, "0.1%"]];
+  const APART = 13; // px between two letters
+  const [FONT, BOLD] = ["12px system-ui, sans-serif", "700 13px system-ui, sans-serif"];
   const STOPS = [[12, 45, 84], [88, 148, 196], [250, 250, 248], [240, 190, 70], [150, 84, 0]]; // from low to high
 
   const RAMP = Array.from({ length: SHADES }, (_, i) => {
@@ -26,6 +31,12 @@
     }
   }
 
+  // The form of a texture, whatever its gate.
+  function drawTexture(canvas, values) {
+    const largest = values.reduce((most, value) => Math.max(most, Math.abs(value)), 1e-6);
+    drawTiles(canvas, [values.map((value) => (1.5 * value) / largest)], 1);
+  }
+
   // pictures: of each tile (PIXELS^2), row after row; side: tiles in a row.
   function drawTiles(canvas, pictures, side) {
     const rows = Math.ceil(pictures.length / side);
@@ -36,90 +47,117 @@
     context.putImageData(image, 0, 0);
   }
 
-  // Each tile in the colours of its experts, as wide as their gates; of `only` alone if it is a number.
-  function drawChoices(canvas, tiles, side, only, { idle, gap }) {
-    const size = 320;
-    [canvas.width, canvas.height] = [size, size];
-    const context = canvas.getContext("2d");
+  // Each tile in the colours of its experts, as wide as their gates; of `only` alone if it is a number. A band on top of
+  // each tile: the shared experts. Hatched: the share of the tile's tokens that is dropped.
+  function drawChoices(canvas, { tiles, droppedOf, shared }, side, only, { idle, gap, ink }) {
+    const [context, size] = prepare(canvas, canvas.clientWidth || 200, canvas.clientWidth || 200);
     const cell = size / side;
+    const pad = cell > 30 ? 1.5 : 0.75;
+    const width = cell - 2 * pad;
     context.fillStyle = gap;
     context.fillRect(0, 0, size, size);
     tiles.forEach(({ ids, gates }, n) => {
       const sum = gates.reduce((a, b) => a + b, 0) || 1;
-      const width = cell - 3;
-      let left = (n % side) * cell + 1.5;
+      const [x, y] = [(n % side) * cell + pad, Math.floor(n / side) * cell + pad];
+      const band = shared ? width * 0.2 : 0;
+      context.fillStyle = ink;
+      context.fillRect(x, y, width, band);
+      let left = x;
       ids.forEach((e, k) => {
         const share = (gates[k] / sum) * width;
         context.fillStyle = only === null || only === e ? colorOf(e) : idle;
-        context.fillRect(left, Math.floor(n / side) * cell + 1.5, share, width);
+        context.fillRect(left, y + band, share, width - band);
         left += share;
       });
-      if (ids.length === 1 && cell >= 40) {
+      if (droppedOf[n] > 0.005) hatch(context, x, y + width * (1 - droppedOf[n]), width, width * droppedOf[n]);
+      if (ids.length === 1 && cell >= 25) {
         context.fillStyle = only === null || only === ids[0] ? "#111" : gap;
-        context.font = `600 ${cell / 3.6}px system-ui, sans-serif`;
+        context.font = `600 ${cell / 3.4}px system-ui, sans-serif`;
         context.textAlign = "center";
         context.textBaseline = "middle";
-        context.fillText(`e${ids[0]}`, (n % side) * cell + cell / 2, Math.floor(n / side) * cell + cell / 2);
+        context.fillText(`e${ids[0]}`, x + width / 2, y + width / 2);
       }
     });
   }
 
-  // Lines of [step, error] on a log axis from 100% down to 0.1%. lines: {name, points, color}.
-  function drawCurves(canvas, lines, steps, { ink, grid }) {
-    const density = scope.devicePixelRatio || 1;
-    const [width, height] = [canvas.clientWidth || 260, canvas.clientHeight || 170];
-    [canvas.width, canvas.height] = [width * density, height * density];
-    const context = canvas.getContext("2d");
-    context.scale(density, density);
-    context.font = "12px system-ui, sans-serif";
-    const [left, right, top, bottom] = [42, width - 22, 8, height - 22];
-    const x = (step) => left + (step / steps) * (right - left);
-    const y = (error) => top + (Math.min(3, Math.max(0, -Math.log10(error))) / 3) * (bottom - top);
-    for (const [error, label] of [[1, "100%"], [0.1, "10%"], [0.01, "1%"], [0.001, "0.1%"]]) {
+  // White stripes over a rectangle.
+  function hatch(context, x, y, width, height) {
+    context.save();
+    context.beginPath();
+    context.rect(x, y, width, height);
+    context.clip();
+    context.strokeStyle = "#fff";
+    context.lineWidth = 2.5;
+    context.beginPath();
+    for (let at = -height; at < width; at += 5) {
+      context.moveTo(x + at, y + height);
+      context.lineTo(x + at + height, y);
+    }
+    context.stroke();
+    context.restore();
+  }
+
+  // The error of each model over the steps, on a log axis from 200% down to 0.1%; B's line is dashed, and a mark tells when
+  // a setting was changed. lines: {name, points, color}; marks: {step, words}.
+  function drawCurves(canvas, lines, { until, marks }, { ink, grid }) {
+    const [context, width, height] = prepare(canvas, canvas.clientWidth || 260, canvas.clientHeight || 150);
+    const [left, right, top, bottom] = [42, width - 20, 6, height - 20];
+    const x = (step) => left + (step / until) * (right - left);
+    const y = (error) => top + (Math.min(RANGE, Math.max(0, Math.log10(HIGHEST_ERROR / error))) / RANGE) * (bottom - top);
+    context.font = FONT;
+    context.textAlign = "right";
+    for (const [error, label] of TICKS) {
       context.fillStyle = ink;
-      context.textAlign = "right";
       context.fillText(label, left - 6, y(error) + 4);
       context.fillStyle = grid;
       context.fillRect(left, y(error), right - left, 1);
     }
     context.fillStyle = ink;
-    context.textAlign = "right";
-    context.fillText(`${steps.toLocaleString("en")} steps`, right, height - 5);
-    for (const { name, points, color } of lines) {
-      if (!points.length) continue;
-      context.strokeStyle = color;
-      context.lineWidth = 2;
-      context.beginPath();
-      points.forEach(([step, error], n) => context[n ? "lineTo" : "moveTo"](x(step), y(error)));
-      context.stroke();
-      const [step, error] = points.at(-1);
-      context.fillStyle = color;
-      context.textAlign = "left";
-      context.font = "700 13px system-ui, sans-serif";
-      context.fillText(name, x(step) + 5, y(error) + 4);
+    context.fillText(`${until.toLocaleString("en")} steps`, right, height - 4);
+    for (const { step, words } of marks) {
+      context.fillRect(x(step), top, 1, bottom - top);
+      context.textAlign = step < until / 2 ? "left" : "right";
+      context.fillText(words, x(step) + (step < until / 2 ? 5 : -5), top + 12);
     }
+    const ends = lines.map(({ points }) => y(points.at(-1).error));
+    if (Math.abs(ends[0] - ends[1]) < APART) { // the letters keep off each other
+      const [middle, sign] = [(ends[0] + ends[1]) / 2, ends[0] <= ends[1] ? 1 : -1];
+      [ends[0], ends[1]] = [middle - (sign * APART) / 2, middle + (sign * APART) / 2];
+    }
+    lines.forEach(({ name, points, color }, i) => {
+      context.strokeStyle = context.fillStyle = color;
+      context.lineWidth = 2;
+      context.setLineDash(i ? [5, 3] : []);
+      context.beginPath();
+      points.forEach(({ step, error }, n) => context[n ? "lineTo" : "moveTo"](x(step), y(error)));
+      context.stroke();
+      context.setLineDash([]);
+      const { step, error } = points.at(-1);
+      context.beginPath();
+      context.arc(x(step), y(error), 3, 0, 2 * Math.PI);
+      context[i ? "stroke" : "fill"]();
+      context.textAlign = "left";
+      context.font = BOLD;
+      context.fillText(name, x(step) + 7, Math.max(12, ends[i] + 4));
+    });
   }
 
   // A row of dots per model, one of each seed, on the same axis lying down. lines: {name, errors, color}.
   function drawDots(canvas, lines, { ink, grid }) {
-    const density = scope.devicePixelRatio || 1;
-    const [width, height] = [canvas.clientWidth || 320, canvas.clientHeight || 90];
-    [canvas.width, canvas.height] = [width * density, height * density];
-    const context = canvas.getContext("2d");
-    context.scale(density, density);
-    const x = (error) => 30 + (1 - Math.min(3, Math.max(0, -Math.log10(error))) / 3) * (width - 60);
-    context.font = "12px system-ui, sans-serif";
+    const [context, width, height] = prepare(canvas, canvas.clientWidth || 320, canvas.clientHeight || 90);
+    const x = (error) => 30 + (1 - Math.min(RANGE, Math.max(0, Math.log10(HIGHEST_ERROR / error))) / RANGE) * (width - 60);
+    context.font = FONT;
     context.textAlign = "center";
-    for (const [error, label] of [[0.001, "0.1%"], [0.01, "1%"], [0.1, "10%"], [1, "100%"]]) {
+    for (const [error, label] of TICKS) {
       context.fillStyle = grid;
       context.fillRect(x(error), 4, 1, height - 24);
       context.fillStyle = ink;
       context.fillText(label, x(error), height - 5);
     }
     lines.forEach(({ name, errors, color }, row) => {
-      const y = 20 + row * 28;
+      const y = 18 + row * 26;
       context.fillStyle = color;
-      context.font = "700 13px system-ui, sans-serif";
+      context.font = BOLD;
       context.fillText(name, 10, y + 4);
       context.globalAlpha = 0.7;
       errors.forEach((error) => {
@@ -131,5 +169,5 @@
     });
   }
 
-  Object.assign(scope.dsmoePlayground, { drawTiles, drawChoices, drawCurves, drawDots, colorOf });
+  Object.assign(scope.dsmoePlayground, { drawTiles, drawTexture, drawChoices, drawCurves, drawDots, colorOf });
 })(typeof globalThis === "undefined" ? self : globalThis);

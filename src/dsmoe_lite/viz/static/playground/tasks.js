@@ -4,6 +4,7 @@
 
   const BATCH = 256;
   const PIXELS = 24; // of a tile's side
+  const ROUNDS = 16; // batches by which drops are measured
   const { randomOf } = scope.dsmoePlayground;
 
   // 1.41 sin(a z + phase): a random direction and phase, and a frequency near `frequency`.
@@ -25,7 +26,7 @@
       const own = Array.from({ length: n * n }, () => wave(2, random));
       const all = wave(5, random);
       return (i, j) => [own[i * n + j], all];
-    } },
+    }, isCommon: true },
     uncommon: { side: 4, make: (random, n) => {
       const own = Array.from({ length: n * n }, () => wave(2, random));
       return (i, j) => [own[i * n + j]];
@@ -42,9 +43,22 @@
     } },
   };
 
+  // The squared correlation of two textures.
+  function likeness(a, b) {
+    const mean = (list) => list.reduce((sum, value) => sum + value, 0) / list.length;
+    const [meanA, meanB] = [mean(a), mean(b)];
+    let [ab, aa, bb] = [0, 0, 0];
+    a.forEach((value, p) => {
+      ab += (value - meanA) * (b[p] - meanB);
+      aa += (value - meanA) ** 2;
+      bb += (b[p] - meanB) ** 2;
+    });
+    return ab ** 2 / (aa * bb || 1);
+  }
+
   class Task {
     constructor(kind, seed) {
-      const { side, make } = KINDS[kind];
+      const { side, make, isCommon } = KINDS[kind];
       Object.assign(this, { kind, side, n_tags: 2 * side, n_content: 3, random: randomOf(2000 + seed) });
       const wavesOf = make(randomOf(1000 + seed), side);
       this.tags = Array.from({ length: side * side }, (_, tile) => [tile % side, side + Math.floor(tile / side)]);
@@ -52,6 +66,10 @@
       const grid = Array.from({ length: PIXELS }, (_, p) => (2 * p + 1) / PIXELS - 1);
       this.pixels = Float64Array.from(grid.flatMap((v) => grid.flatMap((u) => [u, v, 1]))); // (PIXELS^2, 3)
       this.pictures = this.waves.map((_, tile) => this.draw((p) => this.target(tile, this.pixels[3 * p], this.pixels[3 * p + 1])));
+      const common = isCommon && this.waves[0].at(-1);
+      this.common = common ? this.draw((p) => common(this.pixels[3 * p], this.pixels[3 * p + 1])) : null;
+      const chance = randomOf(3000 + seed); // of its own: measuring leaves the training as it is
+      this.rounds = Array.from({ length: ROUNDS }, () => Uint8Array.from({ length: BATCH }, () => Math.floor(chance() * this.tags.length)));
     }
 
     target(tile, u, v) {
@@ -99,6 +117,33 @@
         return { ids, gates, painted };
       });
       return { tiles, textures, shared, error: wrong / all };
+    }
+
+    // Under the capacity limit: the share of all choices that is dropped, and of each tile's.
+    drops(model) {
+      const K = model.config.top_k;
+      const [lost, all] = [this.tags.map(() => 0), this.tags.map(() => 0)];
+      if (model.config.capacity_factor !== null) {
+        const choices = this.tags.map((_, kind) => model.choose(kind));
+        for (const kinds of this.rounds) {
+          const { kept } = model.queue(kinds, choices);
+          kept.forEach((isKept, n) => {
+            lost[kinds[Math.floor(n / K)]] += 1 - isKept;
+            all[kinds[Math.floor(n / K)]] += 1;
+          });
+        }
+      }
+      const total = (list) => list.reduce((a, b) => a + b, 0);
+      return { dropped: total(lost) / (total(all) || 1), droppedOf: lost.map((n, tile) => n / (all[tile] || 1)) };
+    }
+
+    // How much of what the experts paint is the common wave: its squared correlation with their outputs, 0 to 1. The
+    // routed experts are weighted by their loads. null if the tiles have no wave in common.
+    commonIn({ textures, shared }, loads) {
+      if (!this.common) return null;
+      const work = loads.reduce((a, b) => a + b);
+      const routed = textures.reduce((sum, texture, e) => sum + (loads[e] / work) * likeness(texture, this.common), 0);
+      return { routed, shared: shared && likeness(shared, this.common) };
     }
   }
 
