@@ -271,20 +271,21 @@ def all_values(node):
             yield from all_values(value)
 
 
-def test_worth_shows_every_expert_on_common_axes_and_names_the_most_important():
+def test_worth_shows_every_expert_on_common_axes_and_names_the_most_important_and_the_busiest():
     rows = [
         {"model": model, "expert": e, "counted": e / 2, "worth": worth * scale}
         for model, scale in (("a", 1.0), ("b", 0.1))
-        for e, worth in enumerate((0.3, -0.1, 0.5, 0.2))
+        for e, worth in enumerate((0.3, -0.1, 0.5, 0.2, 0.0))
     ]
     panels = charts.expert_worth(rows).to_dict()["hconcat"]
     for panel, scale in zip(panels, (1.0, 0.1), strict=True):
-        line, dots, names = panel["layer"]
+        line, dots, names, last = panel["layer"]
         (shown,), (named,) = all_values(dots), all_values(names)
         assert sorted((row["expert"], row["worth"]) for row in shown) == [
-            (f"e{e}", worth * scale) for e, worth in enumerate((0.3, -0.1, 0.5, 0.2))
+            (f"e{e}", worth * scale) for e, worth in enumerate((0.3, -0.1, 0.5, 0.2, 0.0))
         ]
         assert [row["expert"] for row in named] == ["e2", "e0", "e3"]
+        assert [row["expert"] for (row,) in all_values(last)] == ["e4"]  # furthest right
         assert line["mark"]["type"] == "rule"
     domains = {str(panel["layer"][1]["encoding"]["y"]["scale"]["domain"]) for panel in panels}
     assert len(domains) == 1
@@ -402,6 +403,10 @@ def test_an_ablation_matrix_frames_the_largest_of_each_column_but_one_and_has_on
         assert deep_from == f"datum.value > {theme.DEEP_FROM**2 * 4:.4g}"
         assert boxes["encoding"]["y"]["sort"] == ["first", "shared", "second"]
     assert "Largest apart from first: all shared 0.100, a shared 0.250 and b second 0.040." in chart.description
+    close = [row | {"value": 0.02} if row["effect"] != "first" and row["part"] == 0 else row for row in rows]
+    tied = charts.ablation_matrix(close, overall=overall, apart="first").to_dict()["hconcat"][1]
+    (cells,) = all_values(tied)
+    assert not any(cell["framed"] for cell in cells if cell["kind"] == "b")  # the lead is within the spread of parts
     widths = [panel["width"] for panel in (left, right)]
     assert widths[1] == 2 * widths[0]
     everything = charts.ablation_matrix(rows, overall=overall).to_dict()
@@ -419,6 +424,7 @@ def test_column_names_of_an_ablation_matrix_take_a_line_per_word_above_the_cells
 
     one_line, two_lines = (top_of_cells_and_lowest_name(kinds) for kinds in (["x", "y"], ["x", "y z"]))
     assert two_lines - one_line == ablation_matrix.LINE
+    assert top_of_cells_and_lowest_name(["x", "incomprehensible"]) == two_lines  # a long word is broken
 
 
 def test_effects_are_means_over_parts_and_the_largest_is_highlighted():

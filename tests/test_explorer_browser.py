@@ -121,9 +121,11 @@ def test_a_card_says_what_an_expert_took_and_likes(show):
     for t, token in enumerate(trace.tokens):
         for e, gate in zip(trace.topk_ids[1, t], trace.gates[1, t].astype(float), strict=True):
             if e == 4:
-                taken[token.strip() or "↵"] = max(gate, taken.get(token.strip() or "↵", 0))
+                taken.setdefault(token.strip() or "↵", []).append(gate)
     squares(page, 1).nth(5).hover()
-    words = ", ".join(f"{token} {gate:.2f}" for token, gate in sorted(taken.items(), key=lambda one: -one[1])[:8])
+    ranked = sorted(taken.items(), key=lambda one: -max(one[1]))[:8]
+    times = {token: f" ×{len(gates)}" if len(gates) > 1 else "" for token, gates in ranked}
+    words = ", ".join(f"{token}{times[token]} {max(gates):.2f}" for token, gates in ranked)
     assert words in card.inner_text()
     assert "e4 of layer 1" in card.inner_text()
     assert "It likes tools." in card.inner_text()

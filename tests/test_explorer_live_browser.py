@@ -12,7 +12,6 @@ from ipywidgets import Widget
 
 from dsmoe_lite import Transformer, load_model, preset
 from dsmoe_lite.book import build as book
-from dsmoe_lite.book import models as book_models
 from dsmoe_lite.book.mime import widget_html
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
@@ -20,7 +19,8 @@ from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.viz.explorer import explore
-from dsmoe_lite.viz.packed_model import ENGINE, fingerprint, pack
+from dsmoe_lite.viz.packed_model import fingerprint, pack
+from dsmoe_lite.viz.page_models import SCRIPTS, write_models
 
 PATHS = {name: DATA / "models" / f"world-{name.lower()}.safetensors" for name in ("GShard", "DeepSeekMoE")}
 TOKENIZER = read_tokenizer(read_metadata(PATHS["GShard"])["tokenizer"])
@@ -60,13 +60,13 @@ def models():
 def site(tmp_path_factory, models):
     """A page for each choice of models, with all that the book's pages load."""
     folder = tmp_path_factory.mktemp("live")
-    book_models.write_models([], folder, PATHS.values())
+    write_models([], folder, PATHS.values())
     dense = fingerprint(models["dense"])
     packed = json.dumps(pack(models["dense"], TOKENIZER))
     (folder / "models" / f"{dense}.js").write_text(f'window.dsmoeModels["{dense}"] = {packed};\n')
     with (folder / "models.js").open("a") as list_of_models:
         list_of_models.write(f'window.dsmoeShipped.push("{dense}");\n')
-    for path in (ENGINE, *(book.STATIC / f"{name}.js" for name in ("compute", "answers", "widgets"))):
+    for path in (*SCRIPTS, book.STATIC / "widgets.js"):
         shutil.copy(path, folder)
 
     def page(name, **chosen):
@@ -178,6 +178,8 @@ def test_the_page_answers_as_python_does(opened, models):
         {"do": "break"},
         {"do": "break"},
         {"do": "write", "n": 3, "temperature": 0, "after": [[5], [5, 6], [7]]},
+        {"do": "write", "n": 2, "temperature": 0, "after": [[5, 6], [5, 6, 8], [7, 8]]},
+        {"do": "write", "n": 20, "temperature": 0, "after": [[5, 6], [5], []]},
         {"do": "write", "n": 0, "temperature": 0, "after": [[], [], []]},
     ]:
         sent.clear()
@@ -230,6 +232,9 @@ def test_discoveries_end_in_a_sentence(opened):
     assert "GShard without e6 of layer 0: “muda” goes from 98% to 4%, and the model now says “duli”" in found
     assert "DeepSeekMoE without e40 of layer 0: “muda” goes from 96% to" in found
     assert page.get_by_role("switch", checked=False).count() == 2
+    labels = [square.get_attribute("aria-label") for square in page.locator(".dx-focus").all()]
+    assert [label.split(",")[0] for label in labels] == ["expert 6 of layer 0", "expert 40 of layer 0"]  # in view
+    assert "e6 of layer 0 is switched off" in page.locator(".dx-card").first.inner_text()
     click(page, "All experts on")
     click(page, "Is the shared expert needed?")
     found = status(page)
@@ -336,9 +341,50 @@ def test_a_worker_that_dies_is_started_again_and_the_reader_sees_a_line(opened):
     assert "Click a square" in status(page)
 
 
+NO_WORKERS = "window.Worker = class { constructor() { throw new DOMException('refused', 'SecurityError'); } };"
+
+
+def test_no_token_is_read_twice(opened):
+    """A switch reads the text with one model, switching back reads nothing, a written token costs one token."""
+    page = opened(script=NO_WORKERS)
+    costs = page.evaluate(
+        f"""async (requests) => {{
+            const ask = {ASK};
+            await ask(requests[0]);
+            const {{ prototype }} = window.dsmoeEngine.Model;
+            const {{ forward }} = prototype;
+            let read = 0;
+            prototype.forward = function (ids, options) {{
+                read += ids.length;
+                return forward.call(this, ids, options);
+            }};
+            const costs = [];
+            let after = [[], []];
+            for (const request of requests) {{
+                read = 0;
+                const {{ sent }} = await ask({{ ...request, after }});
+                if (request.do === 'write') after = after.map((ids, i) => [...ids, sent[0].steps[i][0].id]);
+                costs.push(read);
+            }}
+            return costs;
+        }}""",
+        [
+            {"do": "route", "text": "sum 1+2"},
+            {"do": "toggle", "view": 1, "layer": 0, "expert": 5},
+            {"do": "toggle", "view": 0, "layer": 0, "expert": 3},
+            {"do": "toggle", "view": 1, "layer": 0, "expert": 5},
+            {"do": "write", "n": 1, "temperature": 0},
+            {"do": "write", "n": 1, "temperature": 0},
+            {"do": "write", "n": 1, "temperature": 1},
+        ],
+    )
+    T = len(TOKENIZER.encode("sum 1+2", add_special_tokens=False).ids)
+    assert costs == [0, T, T, 0, 2 * T, 2, 2]
+
+
 @pytest.mark.parametrize(
     "script",
-    ["window.Worker = class { constructor() { throw new DOMException('refused', 'SecurityError'); } };",
+    [NO_WORKERS,
      "window.Worker = class { postMessage() { setTimeout(() => this.onerror(new Event('error'))); } terminate() {} };"],
     ids=["refused", "cannot start"],
 )  # fmt: skip

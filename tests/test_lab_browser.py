@@ -141,9 +141,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         log.close()
 
 
-def open_notebook(browser, lab: Lab, path: str):
-    """A page with `path` open as a notebook whose kernel is ready, and the hosts that the page contacts."""
+def open_notebook(browser, lab: Lab, path: str, refuse: str = ""):
+    """A page with `path` open as a notebook whose kernel is ready, and the hosts that the page contacts.
+
+    refuse: a pattern of addresses that the page cannot load.
+    """
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    if refuse:
+        page.route(refuse, lambda route: route.abort())
     hosts: set[str | None] = set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
     page.goto(lab.url(path))
@@ -286,19 +291,36 @@ def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, screenshots: P
     run_top_to_bottom(browser, lab, name, picture, 5 * MINUTE, USED.get(name[:2]))
 
 
-def test_a_saved_chapter_shows_its_explorer_before_any_cell_runs(browser, lab: Lab) -> None:
+def test_a_saved_explorer_answers_before_any_cell_runs(browser, lab: Lab, screenshots: Path) -> None:
     renewed = lab.repository / "work" / "00_start_here.ipynb"  # as `dsmoe lab` made it
     page, hosts = open_notebook(browser, lab, f"work/{renewed.name}")
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
     explorer.get_by_role("button", name="next layer").click()
+    square = explorer.get_by_role("switch", name="expert 2 of layer 0")
+    page.wait_for_function("node => node.ariaDisabled !== 'true'", arg=square.element_handle(), timeout=MINUTE)
+    assert "Click a square" in explorer.get_by_role("status").inner_text()
+    square.click()
+    explorer.locator('[role=switch][aria-checked="false"]').wait_for(timeout=MINUTE)
+    assert square.get_attribute("aria-checked") == "false"
+    explorer.get_by_role("button", name="All experts on").click()
+    explorer.locator('[role=switch][aria-checked="false"]').wait_for(state="detached", timeout=MINUTE)
+    page.screenshot(path=screenshots / "lab_saved_explorer.png")
+    assert hosts <= {"localhost", "127.0.0.1", None}
+    page.close()
+
+
+def test_a_saved_explorer_without_helper_and_kernel_asks_to_run_its_cell(browser, lab: Lab) -> None:
+    page, _ = open_notebook(browser, lab, "work/00_start_here.ipynb", refuse="**/static/dsmoe/**")
+    explorer = page.locator(".dsmoe-explorer")
+    explorer.wait_for(timeout=MINUTE)
+    page.wait_for_function("async () => (await window.dsmoeBorrowed) === false", timeout=MINUTE)
     square = explorer.get_by_role("switch", name="expert 7 of layer 1")
     square.click(force=True)  # it may be pointed at, but not switched
     assert explorer.locator(".dx-chosen").count() > 0
     assert square.is_disabled()
     assert square.get_attribute("aria-checked") == "true"
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
-    assert hosts <= {"localhost", "127.0.0.1", None}
     page.close()
 
 

@@ -12,8 +12,9 @@ from dsmoe_lite.viz.renderer import MIME as CHART
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("[0-9]*.ipynb"))
 WORDS, CHARTS, LINES, MINUTES = 1800, 8, 350, 35  # the most of a chapter
-LONGER = {"07", "08", "09", "10", "12"}  # not yet written to these limits
-STATED = re.compile(r"\*\*Reading\s+time\*\* (\d+) minutes")
+COLUMNS = 88  # of visible code: what the book shows without scrolling
+LONGER = {"08", "09", "10", "12"}  # not yet written to these limits
+STATED = re.compile(r"\*\*Reading\s+time\*\* (\d+)\s+minutes")
 IN_THE_MAP = re.compile(r"^\| (\d\d) .*\| (\d+) \|$", re.MULTILINE)
 MATHS = re.compile(r"\$\$.*?\$\$(?: \(eq:[\w-]+\))?", re.DOTALL)
 FENCE = re.compile(r"```.*?```", re.DOTALL)
@@ -32,6 +33,10 @@ def until_exercises(path: Path) -> Iterator[nbformat.NotebookNode]:
             yield cell
 
 
+def is_visible(cell: nbformat.NotebookNode) -> bool:
+    return not {"hide-input", "hide-cell", "remove-input", "remove-cell"} & set(cell.metadata.get("tags", []))
+
+
 def reading(path: Path) -> dict[str, int]:
     """Words, charts and visible lines of code before the exercises, and minutes: 200 words, 3 charts, 15 lines each."""
     words = charts = lines = 0
@@ -42,7 +47,7 @@ def reading(path: Path) -> dict[str, int]:
             charts += len(PICTURE.findall(cell.source))
         elif cell.cell_type == "code":
             charts += sum(CHART in output.get("data", {}) for output in cell.outputs)
-            if not {"hide-input", "hide-cell", "remove-input", "remove-cell"} & set(cell.metadata.get("tags", [])):
+            if is_visible(cell):
                 lines += sum(bool(line.strip()) for line in cell.source.splitlines())
     return {"words": words, "charts": charts, "lines": lines, "minutes": round(words / 200 + charts / 3 + lines / 15)}
 
@@ -60,3 +65,14 @@ def test_a_chapter_states_the_minutes_that_it_takes(notebook: Path) -> None:
         assert found["charts"] <= CHARTS
         assert found["lines"] <= LINES
         assert found["minutes"] <= MINUTES
+
+
+WRITTEN = [path for path in NOTEBOOKS if path.name[:2] not in LONGER]
+
+
+@pytest.mark.parametrize("notebook", WRITTEN, ids=lambda path: path.stem)
+def test_visible_code_fits_the_page(notebook: Path) -> None:
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
+    code = [cell for cell in cells if is_visible(cell) and "parameters" not in cell.metadata.get("tags", [])]
+    lines = [line for cell in code for line in cell.source.splitlines()]
+    assert [line for line in lines if len(line) > COLUMNS] == []

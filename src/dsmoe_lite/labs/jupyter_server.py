@@ -88,6 +88,16 @@ def _environment(token: str) -> dict[str, str]:
     }
 
 
+def _lent() -> list[Path]:
+    """The folder of what explorers need without a kernel; none if it cannot be made: they then ask for one."""
+    from dsmoe_lite.viz.page_models import lent_folder
+
+    try:
+        return [lent_folder(sorted(paths.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")))]
+    except OSError:
+        return []
+
+
 def _arguments(root: Path, ip: str, port: int | None) -> list[str]:
     if port is not None:
         _require_free(ip, port)
@@ -101,6 +111,7 @@ def _arguments(root: Path, ip: str, port: int | None) -> list[str]:
         "--LabApp.log_level=ERROR",
         "--LabApp.extension_manager=readonly",  # never downloads the list of extensions
         "--LabApp.custom_css=True",
+        *(f"--ServerApp.extra_static_paths={folder}" for folder in _lent()),
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         arguments.append("--allow-root")

@@ -1,6 +1,8 @@
 """The chart `ablation_matrix`: which part of a model matters for which kind of token, all on one scale?"""
 
+import json
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import altair as alt
@@ -33,7 +35,8 @@ def ablation_matrix(
     rows: {kind, effect, value, part (optional)}, values of one cell are averaged over parts of the text; overall: each
     effect on all tokens, the column named `overall_is`. Every cell has the same colour scale, which follows the square
     root, so that small effects show beside large ones; values at or below 0 have the palest colour. A frame marks the
-    largest effect of each column, the effect named `apart` left out.
+    largest effect of each column, the effect named `apart` left out, if it is larger than the next one beyond the
+    spread over parts.
     """
     require_rows(rows, "kind", "effect", "value")
     kinds, effects = distinct(row["kind"] for row in rows), distinct(row["effect"] for row in rows)
@@ -55,9 +58,9 @@ def ablation_matrix(
         description = (f"Heat map of {value_title}: {len(effects)} ablations by {len(kinds)} kinds of token. "
                        f"Largest{left_out}: {word_list(largest, len(largest))}.")  # fmt: skip
     subtitle = subtitle or f"Framed: the largest of its column{', ' + apart + ' left out' if apart else ''}."
-    n_lines = max(len(name.split()) for name in (overall_is, *kinds))
+    names = {name: _broken(name, cell_width) for name in (overall_is, *kinds)}
     panels = [
-        _panel(of_panel, columns, effects, high, value_title, n_lines, labels).properties(
+        _panel(of_panel, columns, effects, high, value_title, names, labels).properties(
             width=cell_width * len(columns), height=ROW * len(effects)
         )
         for of_panel, columns, labels in ((at_left, [overall_is], label_width), (cells, kinds, 0))
@@ -67,7 +70,7 @@ def ablation_matrix(
 
 
 def _cells(rows: Sequence[dict[str, Any]], apart: str) -> list[dict[str, Any]]:
-    """Return the mean of every kind and effect, as number and text, and whether it is the largest of its kind."""
+    """Return the mean of every kind and effect, as number and text, and whether it leads its kind."""
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         values.setdefault((row["kind"], row["effect"]), []).append(float(plain(row["value"])))
@@ -76,13 +79,29 @@ def _cells(rows: Sequence[dict[str, Any]], apart: str) -> list[dict[str, Any]]:
         mean, half_width = mean_and_half_width(of_parts)
         margin = "" if half_width is None else f" ± {half_width:.3f}"
         cells.append({"kind": kind, "effect": effect, "value": mean, "text": _text(mean), "interval": margin})
-    largest = {
-        kind: max((c["value"] for c in cells if c["kind"] == kind and c["effect"] != apart), default=None)
-        for kind in distinct(cell["kind"] for cell in cells)
-    }
-    return [
-        {**cell, "framed": cell["effect"] != apart and cell["value"] == largest[cell["kind"]]} for cell in cells
-    ]  # fmt: skip
+    leading = {kind: _leading(kind, values, apart) for kind in distinct(cell["kind"] for cell in cells)}
+    return [{**cell, "framed": cell["effect"] == leading[cell["kind"]]} for cell in cells]
+
+
+def _leading(kind: str, values: Mapping[tuple[str, str], list[float]], apart: str) -> str | None:
+    """Return the largest effect, or None if the lead over the next one is within the spread over parts."""
+    of_kind = {effect: found for (one, effect), found in values.items() if one == kind and effect != apart}
+    first, second, *_ = [*sorted(of_kind, key=lambda effect: -fmean(of_kind[effect])), None, None]
+    if first is None or second is None:
+        return first
+    leads = [one - other for one, other in zip(of_kind[first], of_kind[second], strict=True)]
+    center, half_width = mean_and_half_width(leads)
+    return first if center > (half_width or 0.0) else None
+
+
+def _broken(name: str, width: int) -> list[str]:
+    """Break a name into lines at its spaces, and a word that is wider than `width` px in the middle."""
+    lines = []
+    for word in name.split():
+        half = (len(word) + 1) // 2
+        is_wide = len(word) * 10 * CHARACTER_WIDTH > width
+        lines += [f"{word[:half]}-", word[half:]] if is_wide else [word]
+    return lines
 
 
 def _text(value: float) -> str:
@@ -97,14 +116,14 @@ def _panel(
     effects: list[str],
     high: float,
     value_title: str,
-    n_lines: int,
+    names: Mapping[str, list[str]],
     label_width: int,
 ) -> Any:
-    """`n_lines`: lines of the longest column name; `label_width`: px for the names of the rows, 0 to leave them out."""
-    # every word of a name takes a line; Vega places the first line, the others need padding
+    """names: the lines of every column's name; label_width: px for the names of the rows, 0 to leave them out."""
+    n_lines = max(map(len, names.values()))  # Vega places the first line, the others need padding
     x_axis = alt.Axis(orient="top", labelAngle=0, labelFontSize=10, labelOverlap=False, labelColor=theme.LIGHT["ink"],
-                      labelExpr="split(datum.label, ' ')", labelLineHeight=LINE, labelPadding=6 + LINE * (n_lines - 1),
-                      grid=False)  # fmt: skip
+                      labelExpr=f"({json.dumps(names)})[datum.label]", labelLineHeight=LINE,
+                      labelPadding=6 + LINE * (n_lines - 1), grid=False)  # fmt: skip
     x = alt.X("kind:N", sort=columns, title=None, axis=x_axis)
     y_axis = alt.Axis(labels=label_width > 0, minExtent=label_width, labelColor=theme.LIGHT["ink"], grid=False)
     y = alt.Y("effect:N", sort=effects, title=None, axis=y_axis)

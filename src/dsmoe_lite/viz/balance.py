@@ -57,7 +57,7 @@ def loss_table(
         + "; ".join(f"{loss}: {word_list(names) if names else 'none'}" for loss, names in above.items())
     )
     subtitle = (
-        subtitle or "Number: the loss. Stronger: further above its value at balance. Weak: the loss sees no imbalance."
+        subtitle or "Number: the loss. Darker: further above its value at balance. Pale: the loss sees no imbalance."
     )
     x = alt.X("routing:N", sort=list(labels.values()), title=None,
               axis=alt.Axis(orient="top", labelAngle=0, labelExpr="split(datum.label, '|')", labelLineHeight=14,

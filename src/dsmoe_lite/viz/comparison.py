@@ -181,12 +181,18 @@ def parameter_split(
     return theme.finish(chart, title, subtitle, description)
 
 
+def _sums(rows: Rows, measure: str, models: list[str]) -> dict[str, float]:
+    return {m: float(sum(plain(row.get(measure) or 0) for row in rows if row["model"] == m)) for m in models}
+
+
 def _segments(
     rows: Rows, measure: str, models: list[str], width: int, shares: bool
 ) -> tuple[list[dict[str, Any]], dict[str, float], dict[str, float]]:
     """Return the segments of all bars, labelled if the label fits; each bar's sum; its share of the longest bar."""
-    sums = {m: float(sum(plain(row.get(measure) or 0) for row in rows if row["model"] == m)) for m in models}
-    largest = max(sums.values()) or 1.0
+    sums = _sums(rows, measure, models)
+    weights = ("total", "active")  # stored and used: one scale
+    alike = weights if measure in weights else (measure,)
+    largest = max(size for one in alike for size in _sums(rows, one, models).values()) or 1.0
     lengths = {m: 1.0 if shares and sums[m] else sums[m] / largest for m in models}
     segments = []
     for model in models:

@@ -46,7 +46,7 @@ class Control:
         """Return the parameter with its slider or menu."""
         values, label = self.values(rows), self.label
         if self.base:
-            label, values = f"{label}, {self.base} to the power of", [self._log(value) for value in values]
+            label, values = f"{label} = {self.base}^", [self._log(value) for value in values]
         value = self._log(self.value) if self.base else self.value
         return alt.param(name=self.name, value=value, bind=binding(label, values))
 

@@ -40,10 +40,12 @@ def training_curves(
     title: str = "How fast does each model learn?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
+    levels: Mapping[str, float] | None = None,
 ) -> alt.LayerChart | alt.ConcatChart:
     """Draw loss against step, one line per model; with several seeds, a band from the lowest to the highest.
 
-    rows: {model, step, loss, seed (optional)}. Up to four models share a panel; more get one panel each.
+    rows: {model, step, loss, seed (optional)}. Up to four models share a panel; more get one panel each. levels: named
+    horizontal lines of a shared panel.
     """
     require_rows(rows, "model", "step", y)
     models = distinct(row["model"] for row in rows)
@@ -55,7 +57,8 @@ def training_curves(
     if not subtitle and seeds > 1:
         subtitle = f"Line: mean over {seeds} seeds. Band: lowest to highest seed."
     if len(models) <= MAX_LINES:
-        panel = line_panel(lines, "step", "step", y_title, width_beside(models), 280)
+        width = width_beside([*models, *(levels or {})])
+        panel = line_panel(lines, "step", "step", y_title, width, 280, levels=levels)
         return theme.finish(panel, title, subtitle, description)
     subtitle_lines = [subtitle] if isinstance(subtitle, str) else list(subtitle)
     subtitle = [f"Vertical axis: {y_title}", *(line for line in subtitle_lines if line)]

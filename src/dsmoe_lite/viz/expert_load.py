@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.errors import InputError, require
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.controls import binding
 from dsmoe_lite.viz.helpers import data, expert_axis, gradient_legend, plain, require_rows
@@ -18,13 +18,15 @@ WIDTH = 560  # px
 def expert_load(
     loads: Sequence[float] | Sequence[dict[str, Any]],
     *,
+    step: Any = None,
     title: str = "Does every expert get work?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.LayerChart | alt.VConcatChart:
     """Draw the load of each expert over the mean load; ▼ below 0.5, ▲ above 1.5.
 
-    loads: E counts, or rows {step, expert, load} for a slider over steps with the whole history below.
+    loads: E counts, or rows {step, expert, load} for a slider over steps with the whole history below; it starts at
+    `step`, by default the last.
     """
     history = _history(loads)
     steps = list(history)
@@ -34,18 +36,20 @@ def expert_load(
         for step in steps
         for e, load in enumerate(relative[step])
     ]
-    final = relative[steps[-1]]
-    states = [_state(load) for load in final]
-    at_step = f" at step {steps[-1]}" if len(steps) > 1 else ""
+    shown = steps[-1] if step is None else step
+    require(shown in history, "step", step, f"must be one of {', '.join(map(str, steps))}")
+    states = [_state(load) for load in relative[shown]]
+    at_step = f" at step {shown}" if len(steps) > 1 else ""
     description = description or (
-        f"Bar chart of the load of {len(final)} experts over the mean load{at_step}: "
-        f"{states.count('starved')} starved, {states.count('overloaded')} overloaded, highest {max(final):.2f}."
+        f"Bar chart of the load of {len(states)} experts over the mean load{at_step}: "
+        f"{states.count('starved')} starved, {states.count('overloaded')} overloaded, "
+        f"highest {max(relative[shown]):.2f}."
     )
     subtitle = subtitle or f"▼ below {STARVED:g} times the mean load, ▲ above {OVERLOADED:g} times"
     if len(steps) == 1:
-        return theme.finish(_load_bars(rows, len(final)), title, subtitle, description)
-    step_param = alt.param(name="step", value=steps[-1], bind=binding("Step", steps))
-    bars = _load_bars(rows, len(final), step_param)
+        return theme.finish(_load_bars(rows, len(states)), title, subtitle, description)
+    step_param = alt.param(name="step", value=shown, bind=binding("Step", steps))
+    bars = _load_bars(rows, len(states), step_param)
     return theme.finish(
         alt.vconcat(bars, _history_strip(rows, steps, step_param), spacing=14), title, subtitle, description
     )
@@ -113,11 +117,13 @@ def _history_strip(rows: list[dict[str, Any]], steps: list[Any], step_param: Any
     n_experts = len({row["expert"] for row in rows})
     labelled = [steps[0], steps[len(steps) // 2], steps[-1]]
     y = alt.Y("step:O", title="step", sort=steps, axis=alt.Axis(values=labelled))
-    legend = gradient_legend("load / mean", values=[0, 1, 2])
+    top = max(2.0, *(row["load"] for row in rows))
+    legend = gradient_legend("load / mean", values=[0, 1, *(tick for tick in (2, 5, 10, 15) if tick <= top)])
+    scale = alt.Scale(domain=[0, top], range=theme.RAMP, type="sqrt", interpolate="rgb")  # the fair share stays visible
     cells = alt.Chart(data(rows)).mark_rect().encode(
         x=expert_axis(range(n_experts), title=None, labels=False),
         y=y,
-        color=alt.Color("load:Q", scale=theme.ramp((0, 2)), legend=legend),
+        color=alt.Color("load:Q", scale=scale, legend=legend),
         tooltip=["step:O", "expert:N", alt.Tooltip("load:Q", format=".3~g")],
     )  # fmt: skip
     chosen = alt.Chart(data({"step": step} for step in steps)).transform_filter(f"datum.step == {step_param.name}")

@@ -9,7 +9,7 @@ from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.viz import identity, theme
 from dsmoe_lite.viz.helpers import data, distinct, nice_range, plain, require_rows, short_number, word_list
 
-N_NAMED = 3  # experts with a name in each panel: those worth most
+N_NAMED = 3  # experts with a name in each panel: those worth most, and the one furthest right
 MAX_PANELS = 4
 WIDTH, HEIGHT = 470, 240  # px: width of all panels together, height of each
 
@@ -20,7 +20,7 @@ def expert_worth(
     x_title: str = "load / mean load",
     y_title: str = "rise in loss without the expert (nats)",
     title: str = "Is a busy expert an important one?",
-    subtitle: str | Sequence[str] = "Dot: one expert, switched off alone. Line: no change. Named: the most important.",
+    subtitle: str | Sequence[str] = "",
     description: str = "",
 ) -> alt.HConcatChart:
     """Draw one panel per model: a dot per expert, its count on the x axis, its worth on the y axis.
@@ -40,6 +40,10 @@ def expert_worth(
         texts = [f"{model}: most important {best['expert']}, {short_number(best['worth'])} at "
                  f"{short_number(best['counted'])}" for model, (best, *_) in by_worth.items()]  # fmt: skip
         description = f"Scatter plot of {y_title} against {x_title}, one dot per expert. {word_list(texts)}."
+    subtitle = subtitle or [
+        "Dot: one expert, switched off alone. Line: no change.",
+        "Named: the most important, and the one furthest right.",
+    ]
     x = alt.X("counted:Q", title=x_title, scale=_scale([p["counted"] for p in points]))
     y = alt.Y("worth:Q", title=y_title, scale=_scale([0.0, *(p["worth"] for p in points)]))
     panels = [
@@ -53,7 +57,8 @@ def expert_worth(
 
 def _panel(points: list[dict[str, Any]], x: Any, y: Any, color: str, titles: dict[str, str]) -> Any:
     base = alt.Chart(data(points)).encode(x=x, y=y)
-    named = alt.Chart(data(points[:N_NAMED])).encode(x=x, y=y)
+    furthest = max(points, key=lambda point: float(point["counted"]))
+    named = [*points[:N_NAMED], *([furthest] if furthest not in points[:N_NAMED] else [])]
     no_change = alt.Chart(data([{"worth": 0.0}])).mark_rule(color=theme.LIGHT["ink"], strokeWidth=1).encode(y=y)
     dots = base.mark_circle(size=45, opacity=0.75, color=color).encode(
         tooltip=[
@@ -61,8 +66,14 @@ def _panel(points: list[dict[str, Any]], x: Any, y: Any, color: str, titles: dic
             *(alt.Tooltip(f"{field}:Q", title=title, format=".3~g") for field, title in titles.items()),
         ]
     )
-    names = named.mark_text(dx=6, align="left", fontSize=11, color=theme.LIGHT["ink"]).encode(text="expert:N")
-    return alt.layer(no_change, dots, names)
+    ink = theme.LIGHT["ink"]
+    others = alt.Chart(data(point for point in named if point is not furthest)).encode(x=x, y=y, text="expert:N")
+    last = alt.Chart(data([furthest])).encode(x=x, y=y, text="expert:N")  # above its dot: the frame is near
+    texts = [
+        others.mark_text(dx=6, align="left", fontSize=11, color=ink),
+        last.mark_text(dy=-10, fontSize=11, color=ink),
+    ]
+    return alt.layer(no_change, dots, *texts)
 
 
 def _scale(values: list[float]) -> alt.Scale:

@@ -20,7 +20,8 @@ from dsmoe_lite.viz.token_routing import MAX_TOKENS as MAX_PICTURE_TOKENS
 from dsmoe_lite.viz.token_routing import token_routing
 
 STATIC = Path(__file__).parent / "static"
-PARTS = ("helpers", "views", "answers", "tokens", "grid", "path", "panel", "discoveries", "writing", "link", "main")
+PARTS = ("helpers", "views", "answers", "tokens", "grid", "path", "panel", "discoveries", "writing", "link",
+         "without_kernel", "main")  # fmt: skip
 MAX_VIEWS = 3
 
 

@@ -1,6 +1,6 @@
 """What the routing explorer asks: a text read by each model, the expert an answer needs most, a text continued.
 
-book/static/answers.js computes the same in a page without Python; a test compares the two.
+static/compute.js computes the same in a page without Python; a test compares the two.
 """
 
 from collections.abc import Mapping, Sequence

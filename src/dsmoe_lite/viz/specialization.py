@@ -56,7 +56,8 @@ def specialization_against_null(
         description += ". ".join(f"{name}: {texts[name]}" for name in names) + "."
     subtitle = subtitle or "Mark: observed. Bar and tick: interval and middle value with shuffled labels."
     states = [state for state in STATES if any(mark["state"] == state for mark in marks)]
-    limits = nice_range([mark[key] for mark in marks for key in ("value", "null_low", "null_high")])
+    found = [mark[key] for mark in marks for key in ("value", "null_low", "null_high")]
+    limits = nice_range(found, zero=not by_expert)
     if not by_expert:
         return theme.finish(_rows(marks, names, states, limits, value_title), title, subtitle, description)
     panels = [
@@ -121,6 +122,13 @@ def _rows(
     x = alt.X("value:Q", title=value_title, scale=alt.Scale(domain=list(limits), nice=False, zero=False),
               axis=alt.Axis(tickCount=5, grid=False))  # fmt: skip
     layers = _layers({"y": y}, "what:N", states, {"x": x}, 14, 80)
+    base = alt.Chart().encode(y=y)
+    for value, edge, ahead in (("value", "value", 9), ("null", "null_high", 5)):
+        number = base.transform_calculate(number=f"format(datum.{value}, '.2f')")
+        text = number.mark_text(
+            align="left", dx=ahead, fontSize=11, color=theme.LIGHT["muted" if value == "null" else "ink"]
+        )
+        layers.append(text.encode(x=alt.X(f"{edge}:Q"), text="number:N"))
     return alt.layer(*layers, data=data(marks)).properties(width=width, height=32 * len(names))
 
 
@@ -133,7 +141,7 @@ def _layers(
     interval = {channel: "null_low:Q", f"{channel}2": "null_high:Q"}
     colors, shapes = zip(*(STATES[state] for state in states), strict=True)
     color = alt.Color("state:N", scale=alt.Scale(domain=states, range=[theme.LIGHT[role] for role in colors]),
-                      legend=alt.Legend(title=None, orient="top"))  # fmt: skip
+                      legend=alt.Legend(title=None, orient="top") if len(states) > 1 else None)  # fmt: skip
     shape = alt.Shape("state:N", scale=alt.Scale(domain=states, range=list(shapes)))
     numbers = [alt.Tooltip(f"{field}:Q", format=".3~g") for field in FIELDS]
     tooltip = [alt.Tooltip(name), alt.Tooltip("state:N"), *numbers]

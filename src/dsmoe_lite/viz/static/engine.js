@@ -176,7 +176,7 @@
       let ranked = Array.from(own, (score, e) => (off.has(e) ? -Infinity : Math.fround(score + (bias ? bias[e] : 0))));
       if (moe.topk_group < moe.n_group) ranked = limitGroups(ranked, moe);
       const chosen = largest(ranked, K);
-      if (chosen.length < K) throw new Error(`Only ${chosen.length} experts are left; a token needs ${K}.`);
+      if (chosen.length < K) throw new Error(`Experts left: ${chosen.length}. A token needs ${K}.`);
       const sum = moe.norm_topk_prob ? chosen.reduce((total, e) => total + own[e], 0) : 1;
       chosen.forEach((e, k) => {
         ids[t * K + k] = e;
@@ -260,8 +260,7 @@
     newCache() {
       const { n_heads, n_kv_heads, head_dim } = this.config.attention;
       const size = this.config.max_seq_len * (n_kv_heads ?? n_heads) * head_dim;
-      const layer = () => ({ keys: new Float32Array(size), values: new Float32Array(size) });
-      return { length: 0, layers: this.blocks.map(layer) };
+      return { length: 0, layers: this.blocks.map(() => ({ keys: new Float32Array(size), values: new Float32Array(size) })) };
     }
 
     // Token ids -> {logits (T, V), routings: one {ids (T, K), gates (T, K), kept (T, K)} per MoE layer}.
@@ -304,8 +303,7 @@
     // Causal attention of T new tokens over those in the cache and themselves; head h reads the keys of its group.
     attend(x, block, cache, start) {
       const { n_heads: H, n_kv_heads, head_dim: d, rope_theta: theta } = this.config.attention;
-      const D = this.config.d_model;
-      const groups = n_kv_heads ?? H;
+      const [D, groups] = [this.config.d_model, n_kv_heads ?? H];
       const T = x.length / D;
       const q = linear(x, block.query, D, H * d);
       const k = linear(x, block.key, D, groups * d);
@@ -352,19 +350,22 @@
       return last;
     }
 
-    // Yield n further tokens, one {id, routings} at a time. Temperature 0 takes the likeliest; random() is in [0, 1).
+    // The id of the next token after logits (T, V). Temperature 0 takes the likeliest; random() is in [0, 1).
+    draw(logits, temperature, random = Math.random) {
+      const p = this.distribution(logits, temperature || 1);
+      let left = random();
+      const drawn = p.findIndex((share) => (left -= share) < 0); // -1: rounding left a little
+      return temperature === 0 ? largest(p, 1)[0] : drawn < 0 ? p.length - 1 : drawn;
+    }
+
+    // Yield n further tokens, one {id, routings} at a time.
     *generate(ids, n, { off = new Set(), temperature = 0, random = Math.random } = {}) {
       const all = [...ids];
       const cache = this.routesAlone ? this.newCache() : null;
-      let unread = all;
       for (let i = 0; i < n && all.length < this.config.max_seq_len; i += 1) {
-        const { logits, routings } = this.forward(cache ? unread : all, { off, cache });
-        const p = this.distribution(logits, temperature || 1);
-        let left = random();
-        const drawn = p.findIndex((share) => (left -= share) < 0); // -1: rounding left a little
-        const id = temperature === 0 ? largest(p, 1)[0] : drawn < 0 ? p.length - 1 : drawn;
+        const { logits, routings } = this.forward(cache ? all.slice(cache.length) : all, { off, cache });
+        const id = this.draw(logits, temperature, random);
         all.push(id);
-        unread = [id];
         yield { id, routings };
       }
     }

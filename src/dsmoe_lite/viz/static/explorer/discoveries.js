@@ -7,12 +7,17 @@ function discoveriesOf(state, ask, show) {
   async function breakMost() {
     const before = state.views.map((view) => view.isOff);
     if (await ask({ do: "break" })) return;
-    const found = state.views.filter((view) => !view.dense).map((view) => {
-      const off = [...view.isOff].filter((pair) => !before[state.views.indexOf(view)].has(pair));
-      if (!off.length) return `${view.name} can spare no further expert`;
-      return `${view.name} without ${named(view, off[0])}: ${whatChanged(view, last())}`;
+    const broken = state.views.map((view, i) => [...view.isOff].find((pair) => !before[i].has(pair)));
+    const found = state.views.flatMap((view, i) => {
+      if (view.dense) return [];
+      if (!broken[i]) return [`${view.name} can spare no further expert`];
+      return [`${view.name} without ${named(view, broken[i])}: ${whatChanged(view, last())}`];
     });
-    show(`${found.join(". ")}.`, { token: last() });
+    const places = broken.map((pair) => pair?.split(" ").map(Number));
+    const layer = places.find(Boolean)?.[0] ?? state.layer;
+    const focus = places.map((place, i) => place?.[1] ?? state.focus[i]);
+    state.onShared = [];
+    show(`${found.join(". ")}.`, { token: last(), layer, focus });
   }
 
   async function sharedNeeded() {

@@ -82,7 +82,7 @@ function cardOf(view, layer, expert, likes) {
   const counts = expertCounts(view, layer);
   const words = wordsOf(view, layer, expert);
   const load = `: ${counts[expert]} of ${view.T} tokens, ${decimal(counts[expert] / (mean(counts) || 1))} times the mean load. `;
-  const taken = words.slice(0, 8).map(([text, gate]) => `${text} ${decimal(gate)}`).join(", ");
+  const taken = words.slice(0, 8).map(([text, gate, n]) => `${text}${n > 1 ? ` ×${n}` : ""} ${decimal(gate)}`).join(", ");
   const more = words.length > 8 ? ` and ${words.length - 8} more` : "";
   const what = words.length ? ["It took, most gate first: ", make("span", { className: "dx-words" }, taken), `${more}.`] : ["It took nothing here."];
   const liked = likes?.[`${layer} ${expert}`];

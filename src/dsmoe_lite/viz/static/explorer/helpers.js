@@ -1,6 +1,6 @@
 // The routing explorer: what a model says next, and which experts each token of a text uses, layer by layer.
 // The files of this folder are one module, joined by viz/explorer.py. Everything drawn comes from the traits of the
-// widget's model; messages {do, ...} ask Python, or in the book answers.js, to compute.
+// widget's model; messages {do, ...} ask Python, or answers.js where there is no kernel, to compute.
 
 const N_STEPS = 5; // of a fill
 

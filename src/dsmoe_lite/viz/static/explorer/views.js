@@ -69,14 +69,15 @@ function expertCounts(view, layer) {
   return counts;
 }
 
-// The words that an expert took, most gate first: [word, its highest gate].
+// The words that an expert took, most gate first: [word, its highest gate, how often].
 function wordsOf(view, layer, expert) {
   const found = new Map();
   view.tokens.forEach((token, t) => {
     const choice = choices(view, layer, t).find((one) => one.expert === expert);
-    if (choice) found.set(visible(token), Math.max(choice.gate, found.get(visible(token)) ?? 0));
+    const [gate, n] = found.get(visible(token)) ?? [0, 0];
+    if (choice) found.set(visible(token), [Math.max(choice.gate, gate), n + 1]);
   });
-  return [...found].sort((a, b) => b[1] - a[1]);
+  return [...found].map(([word, [gate, n]]) => [word, gate, n]).sort((a, b) => b[1] - a[1]);
 }
 
 function maxAbsolute(values) {
