@@ -14,15 +14,15 @@
 # **Which part of a language model works on which word?** In most models the answer is dull: all of it, on every word. A
 # *mixture of experts* (MoE) is different. It holds many small networks, its **experts**, and for every token a
 # **router** picks a few of them. Below you will see a trained model with sixteen experts per layer route your own
-# sentence. The same word goes to the same expert in 63% of all cases, three times as often as by chance, but not
-# always: context decides too.
+# sentence. A word goes to its usual expert in 63% of all cases, three times as often as by chance, but not always:
+# context decides too.
 #
 # Many of today's large open models are built this way. DeepSeekMoE {cite:p}`DeepSeekMoE2024` is the design behind DeepSeek-V2
 # {cite:p}`DeepSeekV2` and DeepSeek-V3 {cite:p}`DeepSeekV3`, and this course builds it step by step, on your machine, in code
 # that you can read.
 #
 # **Afterwards you can** read a routing picture, tell a real pattern from chance, and choose your way through the
-# course. **Reading time** 7 minutes. **Hardware** any laptop.
+# course. **Reading time** 9 minutes. **Hardware** any laptop.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -48,8 +48,10 @@ lab = begin(globals())
 from dsmoe_lite import RoutingTrace, load_model
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
+from dsmoe_lite.data.batches import heldout_batches
 from dsmoe_lite.data.tokenizer import read_tokenizer
 from dsmoe_lite.data.world import World
+from dsmoe_lite.routing.favourites import favourite_words
 from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.viz import charts
 from dsmoe_lite.viz.explorer import explore
@@ -61,6 +63,8 @@ LENGTH = 64  # tokens: the model was trained on sequences of this length
 asked = World().questions("head")
 asked.sort(key=lambda one: "Ridi Lava" not in one.prompt)
 questions = [(one.prompt, one.answer) for one in asked[:6]]
+held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
+likes = {"GShard": favourite_words(without_capacity(model), tokenizer, held_out)}
 
 # %% tags=["trained"]
 explore(
@@ -70,26 +74,32 @@ explore(
     window=LENGTH,
     expert=2,
     questions=questions,
+    likes=likes,
 )
 
 # %% [markdown]
-# This is the **routing explorer**. On top is the model's answer: Ridi Lava's pet is *matu*, as the tick says. Each square
-# is an expert, and the two filled ones per layer gave this answer. (Layers and experts count from 0.) **Click the square 2
-# of layer 0** to switch that expert off: the router now chooses among the rest, and the pet is forgotten. The thin mark
-# stays where the answer was with all experts. A second click switches it on again.
+# This is the **routing explorer**. Under the buttons is the model's answer: Ridi Lava's pet is *matu*, as the tick
+# says. Each square is an expert, and the two filled ones per layer gave this answer. The fill is the expert's **gate**,
+# its share in the layer's output; the bar below is its **load**, how many tokens of this text it gets. (Layers and
+# experts count from 0.) **Click square 2 of layer 0** to switch that expert off: the router now chooses among the rest,
+# and the pet is forgotten. The thin mark stays where the answer was with all experts. A second click switches it on
+# again.
 #
-# - Point at a square to see which tokens it works on, or click a token to follow its path through both layers.
+# - Point at a square to see which tokens it works on here, and which words it likes: e2 of layer 0 gets every *have*,
+#   but only 10% of all tokens. Click a token to follow its path through both layers.
 # - Ask another question with one of the buttons on top, or type a sentence of this world and press *Read this text*.
-# - *Break what this answer needs most* finds the expert that matters. *Let it write* shows the experts of each new token.
+# - *Break what this answer needs most* finds the expert that matters, *Same word, other experts* a word that is sent
+#   elsewhere the second time. *Let it write* shows the experts of each new token. *All experts on* repairs everything,
+#   and *Copy link* keeps what you found.
 #
 # (In the book this page runs the model itself; it needs no Python. The model knows only its small world: English is noise
 # to it.)
 #
 # **Ask.** A question comes twice, about a tool and about a pet. Five tokens occur in both: *does*, *Ridi*, *Lava*,
-# *have* and the question mark. In layer 0, do they go to the same two experts both times?
+# *have* and the question mark. In layer 0, how many of the five go to the same two experts both times? (0 to 5.)
 
 # %% tags=["hide-input"]
-lab.ask("00-same-word", "all of them", "some of them", "none of them")
+lab.ask("00-same-word", low=0, high=5)
 trace = RoutingTrace.of(model, tokenizer, sentence, window=LENGTH)
 experts = [set(ids) for ids in trace.layer(0).topk_ids.tolist()]
 twice = {
@@ -105,23 +115,23 @@ for token, places in twice.items():
         print(
             f"{token.strip():8}{first:9} then {last:9}{'same' if first == last else 'other'}"
         )
-moved = [
-    token
-    for token, places in twice.items()
-    if experts[places[0]] != experts[places[-1]]
-]
-lab.answer("00-same-word", "some of them" if moved else "all of them")
+same = sum(
+    experts[places[0]] == experts[places[-1]]
+    for places in twice.values()
+    if len(places) > 1
+)
+lab.answer("00-same-word", same)
 
 # %% [markdown]
-# Some of them: four of the five. Only the question mark changes, from e0 and e6 where a tool must follow to e1 and e2
-# where a pet must. At the question mark the model has to produce the answer, and **the same token gets different
-# experts when different knowledge is needed**. Nobody programmed that. It came from training.
+# Four of the five. So a word seems to have its own experts. The exception is the question mark: it goes to e0 and e6
+# where a tool must follow, and to e1 and e2 where a pet must. There the model has to produce the answer, and **the same
+# token gets different experts when different knowledge is needed**. Nobody programmed that. It came from training.
 #
 # ## Is that more than chance?
 #
-# One sentence proves nothing. Take 4,096 tokens of text that the model never saw in training. For every word, look up
-# the expert that it gets most often as its first choice. What share of all tokens gets the favourite expert of their
-# word?
+# Do words really have their own experts? One sentence proves nothing. Take 4,096 tokens of text that the model never
+# saw in training. For every word, look up the expert that it gets most often as its first choice. What share of all
+# tokens gets the favourite expert of their word?
 #
 # Here chance needs care. A word that occurs once always gets its favourite expert, whatever the router does. So shuffle
 # the experts over the tokens and count again: that is what chance would give.
@@ -132,10 +142,6 @@ lab.answer("00-same-word", "some of them" if moved else "all of them")
 # %% tags=["hide-input"]
 import torch
 
-from dsmoe_lite.data.batches import heldout_batches
-from dsmoe_lite.data.world import World
-
-held_out = heldout_batches(World(), tokenizer, 64, 64, 1)[0].tokens[:, :-1]
 words = held_out.flatten()
 with torch.no_grad():
     routings = model(held_out.to(lab.device)).routings
@@ -219,8 +225,8 @@ for domain, words_shown in SHOWN.items():
 # test is about people who are rarely mentioned.
 #
 # **Ask.** A *dense* model, in which every token uses all weights, recalls 0.30 of these facts. The model with experts
-# does the work of a dense model whose FFN, its memory, is twice as wide, and stores eight times as much of it. What
-# does it recall? (A number from 0 to 1.)
+# costs as much per token as a dense model whose memory, its feed-forward network (FFN), is twice as wide, but stores
+# eight times that model's FFN weights. What does it recall? (A number from 0 to 1.)
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
@@ -229,7 +235,7 @@ from dsmoe_lite.study.rows import metric_rows
 lab.ask("00-recall", low=0, high=1)
 NAMES = {
     "course-dense": "dense",
-    "course-dense-x2": "dense, twice as wide",
+    "course-dense-x2": "dense, 2x wide",
     "course-gshard": "16 experts (GShard)",
 }
 recalled = [
@@ -256,36 +262,38 @@ charts.model_comparison(
 #
 # | chapter | its question | minutes |
 # |---|---|---:|
-# | 00 Start here | which part of a model works on which word? | 7 |
+# | 00 Start here | which part of a model works on which word? | 9 |
 # | 01 The dense Transformer and its FFN | why is it the FFN that becomes experts? | 16 |
-# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 17 |
-# | 03 Who goes where? | what do experts divide among themselves? | 10 |
+# | 02 GShard: two experts for each token | how does one train a model that picks its own parts? | 18 |
+# | 03 Who goes where? | what do experts divide among themselves? | 11 |
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
-# | 05 Shared experts | what should every token get? | 15 |
-# | 06 Balance | what keeps all experts at work? | 17 |
-# | 07 The paper's experiments | which of the paper's findings hold at our size? | 24 |
-# | 08 What experts learn | what is lost with each of them? | 45 |
-# | 09 Latent attention | what has attention to remember? | 43 |
+# | 05 Shared experts | what should every token get? | 17 |
+# | 06 Balance | what keeps all experts at work? | 16 |
+# | 07 The paper's experiments | which of the paper's findings hold at our size? | 21 |
+# | 08 What experts learn | what is lost without each expert? | 45 |
+# | 09 Latent attention | what must attention remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |
-# | 11 Devices | how far must a token travel? | 12 |
+# | 11 Devices | how far must a token travel? | 13 |
 # | 12 Many devices | how do many devices share one layer? | 40 |
 #
-# Minutes count words, charts and code that is shown, not the exercises. In a hurry? 00, 02 to 05 and 07 make a course
-# of their own.
+# The minutes cover text, charts and visible code, not the exercises. In a hurry? 00 to 05 and 07 make a course of their
+# own.
 #
 # ## How a chapter works
 #
 # - **Words and letters** are explained on the page *Words and letters* of the book (`pages/glossary.md`); there, each
 #   word links to it at its first use.
-# - **Ask**: make a guess before the answer is shown. In JupyterLab, buttons take it, and the end of the chapter scores
-#   it.
+# - **Ask**: make a guess before the answer is shown. In JupyterLab you enter it with buttons, and the end of the
+#   chapter scores it.
 # - **Build**: each idea is built in a few lines, then proved equal to the package `dsmoe_lite`, which is used from then
 #   on.
-# - **Fold**: set-up, plotting and checks are folded away. Open a folded cell at its left edge.
+# - **Fold**: set-up, plotting and checks are folded away. Open a folded cell at its left edge; in the book, with *Show
+#   the code*.
 # - **Change**: the first code cell holds the chapter's parameters and their ranges. Change one and run the chapter
 #   again. Or run it in a cell of its own: `!dsmoe run 01 -p ffn_width=32`.
 #
-# Your machine has what the course needs if torch is listed here; the rest serves single chapters:
+# What does your machine have? In JupyterLab the next cell tells you; the book shows the machine on which it was made.
+# The course needs torch; the rest serves single chapters:
 
 # %% tags=["measured", "hide-input"]
 from dsmoe_lite.common import machine

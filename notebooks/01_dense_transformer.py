@@ -16,8 +16,8 @@
 # change. And because it pays: in the small dense model of the DeepSeekMoE paper the FFN holds 60% of the weights and
 # does half of the work.
 #
-# This chapter builds the block, its loss and its training, small enough to read in one sitting, and shows these three
-# facts. Every later chapter changes one part of it.
+# This chapter builds the block, its loss and its training, small enough to read in one sitting, and shows all three:
+# that the FFN treats each token alone, how many weights it holds, and how much work it does.
 #
 # **Afterwards you can** write a Transformer block from its equations, say where its weights and FLOPs are, and train it.
 # **You need** PyTorch, and chapter 00. **Reading time** 16 minutes. **Hardware** any laptop CPU.
@@ -76,10 +76,10 @@ print(f"{V} tokens in the vocabulary;", " ".join(pieces).replace("Ġ", "␣"))
 #
 # Here $t$ and $j$ are positions, and $i$ is one of $H$ heads, each of width $d_h = D/H$.
 #
-# So far only the mask knows about order, but what counts is how far apart two tokens are. So position enters by
-# rotation {cite:p}`RoPE`: channels $c$ and $c + d_h/2$ of every query and key turn by the angle $t\,\theta^{-2c/d_h}$,
-# with $\theta = 10\,000$. Move all tokens by ten places, and every product of a query and a key stays the same. Only
-# distances count:
+# So far order enters only through $j \le t$: no token looks ahead. But what counts is how far apart two tokens are. So
+# position enters by rotation {cite:p}`RoPE`: channels $c$ and $c + d_h/2$ of every query and key turn by the angle
+# $t\,\theta^{-2c/d_h}$, with $\theta = 10\,000$. Move all tokens by ten places, and every product of a query and a key
+# stays the same. Only distances count:
 
 
 # %%
@@ -218,7 +218,7 @@ charts.influence(rows, title="Change one token: whose output changes?")
 # $$ (eq:block)
 #
 # $\mathbf{h}^l$ is what leaves block $l$, and RMSNorm {cite:p}`RMSNorm` divides a vector by its root mean square.
-# Remember this equation: most chapters change its FFN, chapter 09 its attention, and nothing else.
+# Remember this equation: most later chapters change only its FFN, chapter 09 only its attention.
 
 
 # %%
@@ -364,7 +364,7 @@ assert abs(run.losses[0] - first_loss) < (
     0.05 if profile == "gpu" else 1e-3
 )  # bf16 on a GPU
 rows = [
-    {"model": f"F = {ffn_width}", "seed": seed, "step": step, "loss": loss}
+    {"model": f"dense, F = {ffn_width}", "seed": seed, "step": step, "loss": loss}
     for step, loss in enumerate(run.losses)
 ]
 charts.training_curves(rows, title="How fast does the model learn its world?")
@@ -406,8 +406,8 @@ report(
 # *Seba* is a tool too, but not the right one: the form is learnt before the fact. Facts are what takes long to learn,
 # and facts are what experts will be for.
 #
-# **Type** a question or a beginning of your own. Your model continues it by eight tokens. (It has to compute them, so
-# this needs Python.)
+# **Type** a question or a beginning of your own. Your model continues it by eight tokens. Sums show the same order: the
+# form comes before the right result. (Your model has to compute the tokens, so this needs Python.)
 
 # %% tags=["trained"]
 from IPython.display import Markdown
@@ -427,13 +427,14 @@ live(continued, text=beginning)
 # %% [markdown]
 # ## The bill
 #
-# To store more, make the FFN wider. These models were trained on 2.4 times as many tokens, with five seeds each:
+# To store more, make the FFN wider. These models were trained on 2.4 times as many tokens as your run above, with five
+# seeds each:
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import metric_rows
 
-NAMES = {"course-dense": "dense", "course-dense-x2": "dense, twice as wide"}
+NAMES = {"course-dense": "dense", "course-dense-x2": "dense, 2x wide"}
 compared = [
     row
     for row in metric_rows(records("neighbours"), NAMES)
@@ -446,8 +447,9 @@ charts.model_comparison(compared, title="Does a wider FFN know more?")
 # width that differ only in their seed, which sets the first weights and where in the text training begins, differ as
 # much as the two widths do. So a single run of each could have shown the opposite.
 #
-# And the price is certain. Twice the width costs twice the FFN's weights and twice its FLOPs, **for every token, whether it
-# needs them or not**. A sum pays for the memory of people; a name pays for brackets.
+# And the price is certain. Twice the width costs twice the FFN's weights and twice its FLOPs, **for every token,
+# whether it needs them or not**. A token in a sum still pays for the weights that store people; a name still pays for
+# brackets.
 #
 # ## Exercises
 #

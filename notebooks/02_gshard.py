@@ -17,8 +17,8 @@
 # of the rare facts instead of 30% (five seeds). This is GShard's top-2 routing {cite:p}`GShard2020`, the baseline of
 # the DeepSeekMoE paper.
 #
-# **Afterwards you can** build a router and a layer of experts, say why tokens are dropped and which ones, and write the loss
-# that keeps experts busy. **You need** chapter 01. **Reading time** 17 minutes. **Hardware** any laptop CPU.
+# **Afterwards you can** build a router and a layer of experts, say which choices are dropped and why, and write the
+# loss that keeps experts busy. **You need** chapter 01. **Reading time** 18 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -81,8 +81,8 @@ moe_config = MoEConfig(
 gshard = replace(dense, moe=moe_config)
 
 # %% [markdown]
-# **Ask.** Sixteen experts are stored, two work on each token, and each is as wide as the dense FFN. How many times the
-# dense model's FFN work is done for a token? (A number.)
+# **Ask.** Sixteen experts are stored, two work on each token, and each is as wide as the dense FFN. How much FFN work
+# does a token cost, as a multiple of the dense model's? (A number.)
 
 # %% tags=["hide-input"]
 lab.ask("02-work", low=0, high=64)
@@ -94,11 +94,15 @@ lab.answer(
 )
 models = {
     "dense": dense,
-    "twice as wide": replace(dense, ffn_width=2 * F_width),
+    "dense, 2x wide": replace(dense, ffn_width=2 * F_width),
     f"top-{K} of {E}": gshard,
 }
 rows = accounting.split_rows({name: (config, 64) for name, config in models.items()})
-charts.parameter_split(rows, title="What is stored, what is used?")
+of_ffn = ("FFN", "router", "routed experts")  # the rest is the same in all three
+charts.parameter_split(
+    [row for row in rows if row["component"] in of_ffn],
+    title="FFN and experts: what is stored, what is used?",
+)
 
 # %% [markdown]
 # Twice. Storage grows with $E$, work only with $K$. An honest comparison therefore has two dense baselines: the FFN of
@@ -228,7 +232,9 @@ def finds_a_slot(chosen, n_experts, slots):
 slots = capacity(40, K, E, 1.0)
 mine = finds_a_slot(chosen, E, slots)
 assert torch.equal(mine, place_in_expert(chosen, E) < slots)
-print(f"queue: the same {int((~mine).sum())} of {mine.numel()} choices are dropped")
+print(
+    f"40 random tokens: the same {int((~mine).sum())} of {mine.numel()} choices dropped"
+)
 
 # %% [markdown]
 # (In training GShard also skips some second choices by chance: one with gate $g_2$ is kept with probability $2 g_2$. A second
@@ -279,12 +285,12 @@ def share_dropped(routing, factor):
 dropped = {
     (name, factor): mean(share_dropped(routing, factor) for routing in routings)
     for name, routings in (
-        ("fresh router", routings_of(fresh_model)),
-        ("trained router", routings_of(trained_model)),
+        ("GShard, fresh router", routings_of(fresh_model)),
+        ("GShard, trained router", routings_of(trained_model)),
     )
     for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 }
-fresh_share = dropped["fresh router", 1.0]
+fresh_share = dropped["GShard, fresh router", 1.0]
 nearest = min(PARTS, key=lambda words: abs(PARTS[words] - fresh_share))
 lab.answer("02-dropped", nearest, f"{fresh_share:.0%}")
 charts.capacity_curve(
@@ -296,9 +302,9 @@ charts.capacity_curve(
 )
 
 # %% [markdown]
-# About a quarter. Training with the balance loss of the next section lowers the curve, but not to zero, because loads
-# stay uneven. Capacity has a price either way: dropped choices if $c$ is small, empty slots if it is large. The small
-# models of the DeepSeekMoE paper drop nothing.
+# About a quarter. Training with the balance loss of the next section lowers the curve, at $c = 1$ to about 10%, but
+# loads stay uneven. Capacity has a price either way: dropped choices if $c$ is small, empty slots if it is large. The
+# small models of the DeepSeekMoE paper drop nothing.
 #
 # **Move** the slider: the choices of each expert of the trained model's first layer, and where its slots end.
 
@@ -384,15 +390,15 @@ any_routing = Routing.of_scores(torch.randn(64, 16).softmax(dim=-1), 2)
 assert_close(16**2 * gshard_loss(any_routing), switch_loss(any_routing))
 
 # %% [markdown]
-# $E$, so 16; in GShard's form $1/E^2$ becomes $1/E$. One weight therefore means different things in the two papers: a
-# weight $\alpha$ on Switch's form equals $\alpha E^2$ on GShard's. This course trains with Switch's form. Chapter 06 is
-# about what else was tried.
+# 16, which is $E$. In GShard's form the loss rises from $1/E^2$ to $1/E$. One weight therefore means different things
+# in the two papers: a weight $\alpha$ on Switch's form equals $\alpha E^2$ on GShard's. This course trains with
+# Switch's form. Chapter 06 is about what else was tried.
 #
 # ## Train it
 #
-# What does a router add that learns? Two simpler routers for comparison. **Switch** uses one expert, and its gate is
-# the affinity itself. **Hash** {cite:p}`HashLayer2021` uses one expert and learns nothing: a fixed table sends each
-# token *id* to its expert, with gate 1.
+# What does learning add to a router? We compare two simpler ones. **Switch** uses one expert, and its gate is the
+# affinity itself. **Hash** {cite:p}`HashLayer2021` uses one expert and learns nothing: a fixed table sends each token
+# *id* to its expert, with gate 1.
 
 # %%
 from dsmoe_lite import TrainConfig, train
@@ -464,7 +470,7 @@ claim(name, last["drop_rate"], interval, asserted=lab.own)
 # After 0.3 million tokens the experts are *behind*. One likely reason: each of them sees only an eighth of the tokens,
 # while the dense FFN learns from all. Do experts ever pay? The comparison was also run eight times as long, with five
 # seeds and all baselines. All five models share one learning rate, chosen on pilot runs with another seed; none was
-# tuned by itself.
+# tuned separately.
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
@@ -494,9 +500,11 @@ charts.training_curves(
     y_title="training loss minus dense",
     title="When do experts overtake the dense FFN?",
     subtitle=[
-        f"From step 121 on; a step is {a_step:,.0f} tokens.",
+        f"From step 121 on: before that all losses fall steeply. A step is {a_step:,.0f} tokens.",
+        f"GShard is below the dense model for good after step {late}.",
         "Line: mean over 5 seeds. Band: lowest to highest seed.",
     ],
+    levels={"dense": 0.0},
 )
 
 # %% [markdown]
@@ -547,15 +555,15 @@ for question in asked:
 print(
     f"{len(asked)} questions, at their last token {tokenizer.decode(asked[0][-1:])!r}"
 )
-print(f"experts that work on one of them: Hash {len(of_hash)}, GShard {len(of_router)}")
+print(f"experts in use over all of them: Hash {len(of_hash)}, GShard {len(of_router)}")
 
 # %% [markdown]
 # 0.36, about a third. Every question ends in the same token, so at the moment of the answer the table sends all 200
 # questions to one expert. The facts were stated at other tokens, where other experts worked. A learnt router reads the
 # hidden state, which knows what was asked, and spreads the questions over all 16 experts. That is probably why the
-# table fails (no run tests it), and **seeing the context is what the router is for.**
+# table fails; no run here tests it. **A router that learns can see the context. A table cannot.**
 #
-# See it in the router that *you* trained. **Type** a text: below each token stand the expert of the table and the two
+# See it in the router that *you* trained. **Type** a text: below each token you see the table's expert and the two
 # experts of your router. (Your router computes them anew, so this needs Python.)
 
 # %% tags=["trained"]
@@ -594,7 +602,7 @@ live(
 #
 # ## And on the clock?
 #
-# FLOPs are not seconds. One training step of each model, timed in turns on this machine:
+# FLOPs are not seconds. One training step of each model, timed alternately on one machine:
 
 # %% tags=["measured", "hide-input"]
 from dsmoe_lite.bench.train import bench_train
@@ -742,8 +750,8 @@ lab.score()
 # 2. The choice of experts has no gradient; the gates have one, and through them the router learns.
 # 3. Experts have slots. A choice that finds none is dropped: mostly second choices of tokens late in the batch.
 # 4. A balance loss keeps experts busy; its scale differs between papers by $E^2$.
-# 5. Given enough tokens experts win with every seed, most of all on rare facts. A fixed table recalls little: probably
-#    because a router has to see the context.
+# 5. Given enough tokens GShard beats the dense models with every seed, most of all on rare facts. A fixed table recalls
+#    little, probably because a router has to see the context.
 #
 # The model now chooses by itself, and nobody told it what to choose by. **Chapter 03** looks at what it found, and at what is
 # wrong with sixteen experts.

@@ -13,9 +13,10 @@
 #
 # **Are many small experts better than a few large ones?** DeepSeekMoE's first idea {cite:p}`DeepSeekMoE2024` is to cut
 # every expert into $m$ narrow ones and let a token use $m$ times as many. Weights and work stay the same, but a token
-# can mix pieces of many experts. Where combinations are needed this is decisive: in the toy below the error falls from
-# 37% to 6%. In this chapter's language model five seeds cannot resolve a gain (+0.011 ± 0.021 nats); chapter 07, with
-# ten seeds and smaller models, finds one that is barely resolved (0.017 ± 0.016). Both results belong to the answer.
+# can mix pieces of many experts. If a task needs combinations, this is decisive: in the toy below the error falls from
+# 37% to 6%. In this chapter's language model five seeds do not decide (the finer model's loss is 0.011 ± 0.021 nats
+# *higher*); in chapter 07, with ten seeds and smaller models, it is 0.017 ± 0.016 nats *lower*, barely resolved. Both
+# results belong to the answer.
 #
 # **Afterwards you can** cut a layer of experts without changing its output, say what grows and what does not, and recognise a
 # task that needs fine experts. **You need** chapter 02. **Reading time** 14 minutes. **Hardware** any laptop CPU.
@@ -44,9 +45,9 @@ toy_steps = lab.choose(smoke=100, cpu=1000, gpu=1000)
 # %% [markdown]
 # ## A toy in which tokens need combinations
 #
-# Picture a quilt of 8 x 8 patches. Each patch has its own pattern, but the patterns are not independent: **a patch
-# combines the skill of its column with the skill of its row**. Sixteen skills make 64 patches. A token is a point
-# $\mathbf{z}$ of one patch, and the layer must return the height of the pattern there:
+# Picture a quilt of 8 x 8 tiles. Each tile has its own pattern, but the patterns are not independent: **a tile
+# combines the skill of its column with the skill of its row**. Sixteen skills make 64 tiles. A token is a point
+# $\mathbf{z}$ of one tile, and the layer must return the height of the pattern there:
 #
 # $$
 # y = \bigl(f_i(\mathbf{z}) + h_j(\mathbf{z})\bigr) / \sqrt2
@@ -54,11 +55,11 @@ toy_steps = lab.choose(smoke=100, cpu=1000, gpu=1000)
 #
 # where $f_i$ is the wave of column $i$ and $h_j$ that of row $j$, drawn at random.
 #
-# The layer is a mixture of experts. Its router sees the tags, column $i$ and row $j$; its experts see only $\mathbf{z}$. With
-# $m = 1$ there are 8 experts with 16 hidden channels, and a token uses one. Cut them: 16 experts with 8 channels, two per token;
-# then 32 with 4 channels, four per token. The weights of $W_1$ and $W_2$ and the work
-# are the same for every $m$; the router and the experts' output biases grow with it. (In a Transformer router
-# and experts see the same vector; here they are kept apart, so that experts cannot tell patches apart by themselves.)
+# The layer is a mixture of experts. Its router sees the tags, column $i$ and row $j$; its experts see only
+# $\mathbf{z}$. With $m = 1$ there are 8 experts with 16 hidden channels, and a token uses one. Cut them: 16 experts
+# with 8 channels, two per token; then 32 with 4 channels, four per token. The experts' weight matrices and their work
+# are the same for every $m$; the router and the experts' output biases grow with it. (In a Transformer router and
+# experts see the same vector; here they are kept apart, so that experts cannot tell tiles apart by themselves.)
 
 
 # %%
@@ -70,7 +71,10 @@ SEEDS = 5  # independent quilts and layers, trained side by side
 
 
 def quilt(generator, only_columns=False):
-    """Return a function that draws points, tags and heights; with `only_columns`, rows have no pattern."""
+    """Return a function that draws points, tags and heights.
+
+    only_columns: rows have no pattern.
+    """
     angle, size, phase = torch.rand(3, SEEDS, 16, generator=generator)
     wave = torch.stack(
         (torch.cos(2 * math.pi * angle), torch.sin(2 * math.pi * angle)), -1
@@ -89,7 +93,7 @@ def quilt(generator, only_columns=False):
 
 
 def train_toy(pieces, only_columns=False):
-    """Return the share of the heights' variance that remains unexplained, one number per seed."""
+    """Return the unexplained share of the variance of the heights, per seed."""
     g = torch.Generator().manual_seed(seed)
     draw = quilt(g, only_columns)
     n, k, width = 8 * pieces, pieces, 16 // pieces
@@ -124,8 +128,8 @@ def train_toy(pieces, only_columns=False):
 
 
 # %% [markdown]
-# **Ask.** One large expert per token leaves 37% of the quilt unexplained. What do four small experts leave, with the same
-# weights and work? (A number in percent.)
+# **Ask.** One large expert per token leaves 37% of the quilt unexplained. What do four small experts leave, with the
+# same expert weights and work? (A number in percent.)
 
 # %% tags=["trained", "hide-input"]
 lab.ask("04-quilt", low=0, high=100)
@@ -175,17 +179,17 @@ report(
 )
 
 # %% [markdown]
-# About 6%. The reason is visible in the task: 64 patches need 64 different functions, and eight large experts can hold
+# About 6%. The reason is visible in the task: 64 tiles need 64 different functions, and eight large experts can hold
 # only eight. Sixteen smaller experts could hold one skill each, and a token would *add two of them up*. Trained, 2 of
 # 16 leave 17%; 4 of 32, which can give two experts to a skill, leave 6%. That is what cutting buys: **not more weights,
 # but combinations.**
 #
-# The control, *columns only*, shows that this is about combinations. There a patch has the pattern of its column alone,
+# The control, *columns only*, shows that this is about combinations. There a tile has the pattern of its column alone,
 # and eight functions are enough: one large expert leaves 6%, four small ones 2%. The small ones lead by 4 points, not
 # by 30.
 #
 # **Watch it happen.** Below two layers learn a quilt in the page, A with 1 of 8 experts and B with 4 of 32 (SwiGLU
-# experts, 2,000 steps). Press a button to guess and start; point at an expert to see its patches.
+# experts, 2,000 steps). Press a button to guess and start; point at an expert to see its tiles.
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.playground import Playground
@@ -346,12 +350,13 @@ lab.answer(
 # With **gates times $m$** the finer layer *is* the coarser one (the folded cell checks it in float64). So this course
 # multiplies by $m$ (`routed_scaling_factor`), and then $m$ changes one thing only, the choices. **The paper prints no
 # such factor.** It is our departure; weights trained from scratch can grow to make up for it. (DeepSeek-V2 and V3 have
-# a factor in their released configs; the case is `routed-scaling` in `data/published.json`.) In the pilot of [chapter
-# 07](07_paper_experiments.ipynb), DeepSeekMoE as printed lost to GShard; three seeds could not rank the gates.
+# a factor in their released configs; the case is `routed-scaling` in `data/published.json`.) In the pilot runs before
+# [chapter 07](07_paper_experiments.ipynb), DeepSeekMoE as printed lost to GShard; three seeds could not decide whether
+# the factor helps.
 #
 # ## What can pieces do that one expert cannot?
 #
-# So fine experts contain the coarse ones as a special case. Will they stay there? Give the layer that was just cut one
+# So a finely cut layer can imitate the uncut one. Does training leave it there? Give the layer that was just cut one
 # backward pass. If the pieces of an expert got the same gradient, they would move together and stay one expert.
 
 # %%
@@ -359,14 +364,12 @@ cut = split_layer(coarse, 4, factor=4.0)
 cut(u[None])[0].square().mean().backward()
 grad = cut.router.weight.grad.unflatten(0, (E, 4))  # of the four pieces of each expert
 alike = torch.cosine_similarity(grad[:, 0], grad[:, 1], dim=-1).abs().mean()
-print(
-    f"gradients of two pieces of one expert: |cosine| {alike:.2f}; 1 would be the same direction"
-)
+print(f"gradients of two pieces of one expert: |cosine| {alike:.2f} (1: one direction)")
 
 # %% [markdown]
-# They part at once: pieces give different outputs, so their rows of the router are pulled in different directions. From
-# then on a token can weigh each piece by itself, leave some out, and take pieces of eight different experts. Instead of
-# $K$ whole experts it gets a recipe of $mK$ pieces.
+# They do not: pieces give different outputs, so their rows of the router are pulled in different directions, and one
+# step of training separates them. From then on a token can weigh each piece by itself, leave some out, and take pieces
+# of eight different experts. Instead of $K$ whole experts it gets a recipe of $mK$ pieces.
 #
 # ## What does it cost?
 #
@@ -459,13 +462,13 @@ for row in compare(timed, rounds={"smoke": 3, "cpu": 12, "gpu": 50}[profile])[1:
 # segmentation raises them step by step; it is a bar chart without printed numbers. Our models are far smaller. `dsmoe experiment deepseekmoe` trained them with the same weights, work and text, and five seeds for each
 # $m$. Held-out loss and recall of rare people stand in for the benchmarks.
 #
-# **Ask.** Is the mean loss of $m = 4$ below that of $m = 1$, above it, or can five seeds not tell?
+# **Ask.** Do five seeds show that $m = 4$ has a lower loss than $m = 1$, a higher one, or neither?
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
 from dsmoe_lite.study.rows import gaps, metric_rows, seed_line
 
-lab.ask("04-recorded", "below", "above", "five seeds cannot tell")
+lab.ask("04-recorded", "lower", "higher", "neither")
 NAMES = {"m1": "m = 1", "m2": "m = 2", "m4": "m = 4", "m4-plain": "m = 4, as printed"}
 recorded = records("deepseekmoe")
 shown = [
@@ -477,19 +480,19 @@ for metric in ("held-out loss", "recall, rare people"):
     print(
         f"m = 4 minus m = 1, {metric}: {seed_line(gaps(recorded, 'm4', 'm1', metric))}"
     )
-lab.answer("04-recorded", "five seeds cannot tell")
+lab.answer("04-recorded", "neither")
 charts.model_comparison(
     shown, title="What do finer experts buy, at the same weights and FLOPs?"
 )
 
 # %% [markdown]
-# Five seeds cannot tell. Each line above has the mean difference, its 95% interval and the seeds; both intervals
-# include zero, and the means lean the wrong way. Nor can they tell whether the factor $m$ pays.
+# Neither. Each line above has the mean difference, its 95% interval and the seeds; both intervals include zero, and the
+# means lean the wrong way. Whether the factor $m$ pays is undecided too.
 #
 # Why, if the toy is so clear? Our made-up world is mostly a lookup table: *whose* tool, *which* tool. One expert that
 # knows the pair is enough. That is a guess; no run here tests it. The toy shows what would have to be different:
 # knowledge that is **made of reusable parts**. With ten seeds and smaller models [chapter
-# 07](07_paper_experiments.ipynb) does find a small gain; its second protocol, on real text, still waits for its runs.
+# 07](07_paper_experiments.ipynb) does find a small gain; its runs on real text have not been finished yet.
 #
 # ## Exercises
 #
@@ -605,13 +608,13 @@ verdict = check_exercise(finest, agrees_with_accounting)
 lab.score()
 
 # %% [markdown]
-# 1. Cutting experts buys combinations: in the quilt, 64 patches from 16 skills, four small experts leave a sixth of the
+# 1. Cutting experts buys combinations: in the quilt, 64 tiles from 16 skills, four small experts leave a sixth of the
 #    error of one large expert.
 # 2. An FFN can be cut because its channels meet only in a sum. A cut layer equals the uncut one if gates are multiplied
 #    by $m$; the paper prints no such factor.
 # 3. Expert weights and FLOPs stay the same. The router, the copies and the time grow.
-# 4. In the paper finer experts do better on benchmarks. In this chapter's model five seeds cannot resolve a difference
-#    (+0.011 ± 0.021); in chapter 07's, ten seeds barely resolve a gain (0.017 ± 0.016).
+# 4. In the paper finer experts do better on benchmarks. In this chapter's model five seeds do not decide (loss 0.011 ±
+#    0.021 nats higher); in chapter 07's, ten seeds barely resolve a gain (0.017 ± 0.016 lower).
 #
 # If every token has its own recipe of narrow experts, where does the knowledge go that *all* tokens need? **Chapter 05** sets
 # some experts aside for it.

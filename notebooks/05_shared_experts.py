@@ -11,21 +11,22 @@
 #
 # ![Without a shared expert every routed expert keeps a slice of the same common knowledge. With one, every token also visits an expert that is always on, and the routed experts can use their slices for something else.](images/shared_experts.svg)
 #
-# **What should every token get?** What many tokens need: otherwise every expert has to learn it. DeepSeekMoE
-# {cite:p}`DeepSeekMoE2024` takes a few experts out of the routing and lets every token visit them. In a toy with a
-# common part this cuts the error in all five runs, on average from 9% to under 2%. In our language model the shared
-# expert is the third most valuable of a token's eight, and the work is **divided**: it serves punctuation, sums and the
-# second language; facts about single people stay with the routed experts. Whether such a model ends up *better* than
-# one without, our runs cannot resolve.
+# **What should every token get?** Whatever many tokens need. Without a shared expert, every expert has to learn it.
+# DeepSeekMoE {cite:p}`DeepSeekMoE2024` takes a few experts out of the routing and lets every token visit them. In a toy
+# with a common part this cuts the error in all five runs, on average from 9% to under 2%. In our language model the
+# shared expert is the third most valuable of a token's eight, and the work is **divided**: it serves punctuation, sums
+# and the second language; facts about individual people stay with the routed experts. Our runs cannot resolve whether
+# such a model ends up *better* than one without.
 #
-# **Afterwards you can** write the complete DeepSeekMoE layer, find out what an expert is for, and say what the paper's two tests of
-# shared experts show. **You need** chapters 02 to 04. **Reading time** 15 minutes. **Hardware** any laptop CPU.
+# **Afterwards you can** write the complete DeepSeekMoE layer, find out what an expert is for, and say what the paper's
+# two tests of shared experts show. **You need** chapters 02 to 04. **Reading time** 17 minutes. **Hardware** any laptop
+# CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
 seed: int = 0  # seed of the toys: 0..2147483647
 n_shared: int = 4  # of the eight experts of a token in the toy, always on: 1..7
-common: float = 1.0  # size of the part that all patches of the toy share: 0.0..2.0
+common: float = 1.0  # size of the part that all tiles of the toy share: 0.0..2.0
 
 # %% tags=["hide-input"]
 try:
@@ -44,8 +45,8 @@ n_parts = lab.choose(smoke=2, cpu=8, gpu=8)  # of held-out text
 # %% [markdown]
 # ## A toy with a common part
 #
-# Take sixteen patches, four rows of four, each with a wave $f_i$ of its own. And lay **one more wave $c$ over all of them**. A token
-# is a point $\mathbf{z}$ of patch $i$, and the layer must return the height there:
+# Take sixteen tiles, four rows of four, each with a wave $f_i$ of its own. And lay **one more wave $c$ over all of them**. A token
+# is a point $\mathbf{z}$ of tile $i$, and the layer must return the height there:
 #
 # $$
 # y = f_i(\mathbf{z}) + c(\mathbf{z})
@@ -62,7 +63,7 @@ import math
 
 from torch.nn.functional import one_hot
 
-SEEDS = 5  # independent patches and layers, trained side by side
+SEEDS = 5  # independent tiles and layers, trained side by side
 
 
 def wave(direction, phase, z):
@@ -70,7 +71,10 @@ def wave(direction, phase, z):
 
 
 def train_toy(shared, common):
-    """Return the share of variance left unexplained, and how much of c is in a routed expert; one number per seed each."""
+    """Return the unexplained share of the variance, and how much of c an expert has.
+
+    One number per seed each.
+    """
     g = torch.Generator().manual_seed(seed)
 
     def waves(n, frequency):
@@ -129,8 +133,8 @@ def train_toy(shared, common):
 # %% [markdown]
 # As a control, both layers are also trained without $c$.
 #
-# **Ask.** With $c$ and all eight routed, 9% of the variance
-# stays unexplained. How much does with four of the eight shared? (In percent.)
+# **Ask.** With $c$ and all eight routed, 9% of the variance stays unexplained. How much stays unexplained with four of
+# the eight shared? (In percent.)
 
 # %% tags=["trained", "hide-input"]
 lab.ask("05-toy", low=0, high=100)
@@ -150,7 +154,7 @@ rows = [
     for (words, shared), (errors, shares) in toys.items()
     for metric, values in (
         ("unexplained (%)", [100 * error for error in errors]),
-        ("of c in a routed expert (%)", [100 * share for share in shares]),
+        ("share of c in an expert (%)", [100 * share for share in shares]),
     )
     for number, value in enumerate(values)
 ]
@@ -187,8 +191,8 @@ for words, shared, error, share in (
 #
 # Without $c$ sharing does not pay. **A shared expert is worth its place if there is something to share.**
 #
-# **Watch it happen.** Below two layers learn such patches in the page, A with 8 of 32 experts, B with four shared and 4 of
-# 28 (SwiGLU experts, 2,000 steps). Press a button to guess and start; then try the control.
+# **Watch it happen.** Below two layers learn such tiles in the page, A with 8 of 32 experts, B with four shared and 4
+# of 28 (SwiGLU experts, 2,000 steps). Press a button to guess and start; then press *Control: no common wave*.
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.playground import Playground
@@ -219,7 +223,8 @@ Playground("shared")
 # The softmax runs over the routed experts; the paper does not say so, but the released code of its 16B model does it
 # this way. The course multiplies $g_{i,t}$ by $m$, for the reason given in chapter 04. The paper has no such factor,
 # and whether it helps is not settled: in the pilot of chapter 07 the layer without it lost to GShard (0.886 against
-# 0.867); in the runs of this chapter one shared expert is better without it, by 0.010 ± 0.008.
+# 0.867); in the runs of this chapter the model with one shared expert has a lower loss without the factor, by 0.010 ±
+# 0.008 nats.
 #
 # **Build** it, with each expert as a function, and **prove** it equal to the package's layer. The package stores the
 # $K_s$ shared experts as one FFN, $K_s$ times as wide. By chapter 04 that is the same function; the proof first cuts it
@@ -451,7 +456,7 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # - For punctuation, sums and the second language, and narrowly for relations, the shared expert is worth more than the
 #   2nd choice: 0.036 against 0.012 for punctuation.
 # - For values it is the other way round: 0.005 against 0.155. First names and function words need it hardly at all.
-# - For brackets, last names and code the two cannot be separated.
+# - For brackets, last names and code the intervals of the two overlap, so neither leads.
 #
 # So the shared expert serves punctuation, sums and the second language; facts about people come from the routed ones.
 # Without it all frequent people are still recalled. One caution: this is one trained model, and an ablation shows only
@@ -462,17 +467,23 @@ report(recall_of_frequent_people=knows, shared_minus_2nd_with_interval_over_part
 # frequent people. Then press *All experts on* and *Break what this answer needs most*: it is a routed expert.
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.favourites import favourite_words
 from dsmoe_lite.routing.interventions import without_capacity
 from dsmoe_lite.viz.explorer import explore
 
 gshard = load_model(DATA / "models" / "world-gshard.safetensors")
 questions = [(one.prompt, one.answer) for one in world.questions("head")[:6]]
+explored = {"GShard": without_capacity(gshard), "DeepSeekMoE": without_capacity(model)}
+read = parts[0].tokens[:, :-1]
 explore(
-    {"GShard": without_capacity(gshard), "DeepSeekMoE": without_capacity(model)},
+    explored,
     tokenizer,
     questions[0][0],
     window=64,
     questions=questions,
+    likes={
+        name: favourite_words(one, tokenizer, read) for name, one in explored.items()
+    },
 )
 
 # %% [markdown]
@@ -601,7 +612,8 @@ claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01
 #
 # ## How many?
 #
-# Only training with and without can tell. The paper trained its 2B model with 1, 2 and 4 shared experts of 64, at the same work.
+# To find out, one has to train with each number. The paper trained its 2B model with 1, 2 and 4 shared experts of 64,
+# at the same work.
 #
 # **Ask.** How far apart are the three losses, lowest to highest? (In nats.)
 
@@ -636,14 +648,15 @@ four = gaps(records("paper"), "4+4-of-60", "deepseekmoe", "held-out loss")
 print(f"4 shared minus 1, chapter 07: {seed_line(four).partition('   ')[0]}")
 
 # %% [markdown]
-# By 0.005, without a spread over seeds. The chart shows our own models: five seeds cannot resolve whether one shared
-# expert helps, or two. Chapter 07 has ten seeds and finds one thing more: **four of 64 are worse than one**, by 0.017 ±
-# 0.009. The paper's larger models keep one shared expert for every three routed ones in use.
+# 0.005 nats apart, one run each; two shared experts have the lowest loss. The chart shows our own models: five seeds
+# cannot resolve whether one shared expert helps, or two. Chapter 07 has ten seeds and finds one thing more: **four of
+# 64 are worse than one**, by 0.017 ± 0.009. The paper's larger models keep one shared expert for every three routed
+# ones in use.
 #
 # ## What it saves
 #
-# A shared expert needs no sorting and no gathering, and $K_s$ of them are one dense product. One layer, forward and backward,
-# timed in turns on this machine:
+# A shared expert needs no sorting and no gathering, and $K_s$ of them are one dense product. One layer, forward and
+# backward, timed alternately on one machine:
 
 # %% tags=["measured", "hide-input"]
 from dsmoe_lite.bench.ratios import compare
@@ -788,8 +801,8 @@ lab.score()
 #    2%, and in the control it does not.
 # 3. In our model the work is divided. The shared expert serves punctuation, sums and the second language; facts stay
 #    with the routed experts.
-# 4. Swapped for a routed expert it is missed: much in the paper, little here. Whether a model without it would be worse
-#    our runs cannot resolve; four of 64 are too many.
+# 4. Swapped for a routed expert it is missed: much in the paper, little here. Our runs cannot resolve whether a model
+#    without it would be worse; four of 64 are too many.
 #
 # The layer is complete. But what keeps a router from sending everything to the same few experts? **Chapter 06** lets one go, and
 # watches.

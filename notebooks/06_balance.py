@@ -15,11 +15,12 @@
 # nearly all tokens to one of sixteen experts. A small extra loss prevents that: *how often* an expert is chosen, times
 # *how much* it is wanted. A bias, added only when experts are ranked, cures it without any gradient. With 64 experts
 # either brings the busiest from 3.3 times its fair share to under 1.5, at no price that five seeds can resolve. The
-# z-loss, often listed beside them, balances nothing: used alone, it left experts three times less even than no remedy.
+# z-loss, often listed beside them, balances nothing: used alone, it raised the busiest expert from 3.3 to 9.2 times its
+# share.
 #
-# **Afterwards you can** measure imbalance, write the balance loss of DeepSeekMoE and the bias of DeepSeek-V3, say what each of them
-# cannot see, and recognise a leaking bias. **You need** chapters 02, 04 and 05. **Reading time** 17 minutes. **Hardware** any
-# laptop CPU.
+# **Afterwards you can** measure imbalance, write the balance loss of DeepSeekMoE and the bias of DeepSeek-V3, say what
+# each of them cannot see, and recognise a leaking bias. **You need** chapters 02, 04 and 05. **Reading time** 16
+# minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -98,6 +99,7 @@ def max_vios(run, layer):
 
 
 peak = max(max_vios(runs["none"], 0))
+at_peak = runs["none"].routing[max_vios(runs["none"], 0).index(peak)]["step"]
 lab.answer("06-peak", min(PEAKS, key=lambda p: abs(PEAKS[p] - peak)), f"{peak:.1f}")
 charts.expert_load(
     [
@@ -105,6 +107,7 @@ charts.expert_load(
         for entry in runs["none"].routing
         for i, value in enumerate(entry["loads"][0])
     ],
+    step=at_peak,
     title="Left alone, who gets the tokens? (first layer)",
 )
 
@@ -127,8 +130,8 @@ report(
 )
 
 # %% [markdown]
-# Nearly 15. Within a few steps one expert takes nearly all tokens: the dark column in the strip. Later others win some back, and the
-# layer stays uneven to the end.
+# Nearly 15. The chart opens at the peak: within a few steps one expert takes nearly all tokens, the dark column in the
+# strip. **Move** the slider: later others win some back, and the layer stays uneven to the end.
 #
 # Collapse feeds itself. An expert that gets more tokens gets more gradient and improves sooner; the router, trained by
 # the same loss, sends it more. An expert that gets none learns nothing. Collapse costs either way: with a capacity,
@@ -136,9 +139,9 @@ report(
 #
 # ## How often, times how much
 #
-# How often an expert is chosen, $f_i$, is a count and has no gradient. How much it is wanted, its mean affinity $P_i$, has
-# one. Their product lets the count say who is overloaded and the affinity take the push (DeepSeekMoE
-# {cite:p}`DeepSeekMoE2024`, Equations 12 to 14):
+# How often an expert is chosen, $f_i$, is a count and has no gradient. How much it is wanted, its mean affinity $P_i$,
+# has one. In their product the count shows which experts are overloaded, and the affinity carries the gradient that
+# pushes them down (DeepSeekMoE {cite:p}`DeepSeekMoE2024`, Equations 12 to 14):
 #
 # $$
 # \mathcal L_{expert} = \sum_{i=1}^{E} f_i P_i, \qquad
@@ -213,7 +216,7 @@ for ahead in (1.0, 40.0):
 
 
 # %%
-def turned(bias, counts, speed):
+def updated(bias, counts, speed):
     return bias + speed * torch.sign(counts.double().mean() - counts)
 
 
@@ -221,7 +224,7 @@ start = torch.zeros(4, dtype=torch.float64)
 theirs = start.clone()
 counts = torch.tensor([9, 4, 0, 3])
 balance.update_bias(theirs, counts, 0.1)
-assert_close(turned(start, counts, 0.1), theirs)
+assert_close(updated(start, counts, 0.1), theirs)
 print(f"counts {counts.tolist()}, mean 4: biases move by {theirs.tolist()}")
 
 # %% [markdown]
@@ -230,7 +233,7 @@ print(f"counts {counts.tolist()}, mean 4: biases move by {theirs.tolist()}")
 # The model from the beginning again, with the same seed and the same text: left alone; with the loss at a weight of 0.01; and with
 # the bias at a speed of 0.001.
 #
-# **Ask.** Which of the two keeps the router from running away in the first place?
+# **Ask.** Which remedy, the loss or the bias, prevents the collapse?
 
 # %% tags=["trained", "hide-input"]
 lab.ask("06-first", "the loss", "the bias", "both")
@@ -244,18 +247,19 @@ held = [words for words, name in (("the loss", method), ("the bias", "bias"))
         if peaks[name] < peaks["none"] / 2]  # fmt: skip
 lab.answer("06-first", "both" if len(held) != 1 else held[0])
 worst = n_experts / top_k - 1
+SHOWN = {"none": "no remedy", method: f"{method} loss", "bias": "bias"}
 rows = [
     {"model": name, "seed": seed, "step": entry["step"], "max_vio": vio}
     for name, run in runs.items()
     for entry, vio in zip(run.routing, max_vios(run, 0), strict=True)
 ]
-last = runs["none"].routing[-1]["step"]
-rows += [
-    {"model": "worst case", "seed": seed, "step": step, "max_vio": worst}
-    for step in (0, last)
-]
 charts.training_curves(
-    rows, y="max_vio", y_title="MaxVio", title="Who runs away? (first layer)"
+    [{**row, "model": SHOWN[row["model"]]} for row in rows],
+    y="max_vio",
+    y_title="MaxVio",
+    title="Which router collapses? (first layer)",
+    subtitle="MaxVio is 0 if all experts get as many tokens.",
+    levels={"worst case": worst},
 )
 
 # %% tags=["trained", "hide-cell"]
@@ -291,10 +295,11 @@ report(max_vio=uneven, overflow=over, heldout_loss=lost)
 
 # %% [markdown]
 # The loss: it acts from the first step, and MaxVio never exceeds 3.2. The bias starts at 0, so MaxVio first climbs to
-# 13; then the small steps of the bias add up and bring it to about 1, as even as the loss.
+# 13; then the small steps of the bias add up and bring it below 1, as the loss does.
 #
-# **Mend a collapse yourself.** Below two small layers learn to paint 16 tiles, in the page: A is left alone, B has the
-# loss. Press a button to guess and start. Then give A the loss, or the bias, and see how far it comes back.
+# **Repair a collapse yourself.** Below two small layers learn to paint 16 tiles, in the page: A is left alone, B has
+# the loss (with weight 1; it competes with a squared error here, not with a language model's loss). Press a button to
+# guess and start. Then press *Give A the loss now*, or *Give A a bias now*, and see how far A comes back.
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.playground import Playground
@@ -355,8 +360,9 @@ for name, interval in OVER[profile].items():
 report(max_vio_at_the_end={f"{NAMED[name]:g}": value for name, value in late.items()})
 
 # %% [markdown]
-# At 0.0001 the bias is too slow: after 400 batches MaxVio is still near 5. At 0.01 it overshoots: experts go from
-# overloaded to idle and back, and MaxVio stays near 2.
+# At 0.001, this chapter's speed, MaxVio settles lowest of the three speeds named here. At 0.0001 the bias is too slow:
+# after 400 batches MaxVio is still near 5. At 0.01 it overshoots: experts go from overloaded to idle and back, and
+# MaxVio stays near 2.
 #
 # ## What does each loss see?
 #
@@ -479,7 +485,7 @@ claim(
 # We trained one design, 64 narrow experts of which a token uses six, and two shared, with each remedy and five seeds. Numbers beside a
 # name are weights, or the bias's $\gamma$.
 #
-# **Ask.** And z? Will it be more even than no remedy, the same, or less?
+# **Ask.** Will a router trained with the z-loss be more even than one with no remedy, the same, or less?
 
 # %% tags=["hide-input"]
 from dsmoe_lite.study.grids import records
@@ -491,7 +497,7 @@ NAMES = {  # in the grid: to show
     "expert-0.01": "expert 0.01",
     "bias": "bias 0.001",
     "sequence": "sequence 0.01",
-    "importance+load": "importance, load",
+    "importance+load": "importance, load 0.1",
     "switch": "Switch 0.01",
     "expert-0.001": "expert 0.001",
     "none": "no remedy",
@@ -535,9 +541,9 @@ claim("MaxVio, z over no remedy, least of five seeds", least, (2.0, 5.0))
 # Less even, with every seed: MaxVio is more than three times that of no remedy, and close to the worst case. The next
 # section finds out why. For the others:
 #
-# - Almost any level of balance can be had. Only importance and load, whose router adds noise, have a price that five
-#   seeds can resolve: 0.034 nats. DeepSeekMoE and the paper of the bias warn of large weights in large models; at our
-#   size we do not see it.
+# - The weight of the loss sets the balance almost freely. Only importance and load, whose router adds noise, have a
+#   price that five seeds can resolve: 0.034 nats. DeepSeekMoE and the paper of the bias warn of large weights in large
+#   models; at our size we do not see it.
 # - The bias ends as even as the expert-level loss at 0.01.
 # - Switch counts first choices only. With six choices per token it ends more than twice as uneven as DeepSeekMoE's
 #   count at the same weight.
@@ -629,17 +635,18 @@ claim("MaxVio, z from ln E minus without", gap, interval, asserted=lab.own)
 # ## What the papers chose
 
 # %% tags=["hide-input"]
+from IPython.display import Markdown
+
 from dsmoe_lite.study import published
 
 paper = published.load()
+lines = ["| design | weight of each loss | speed of the bias |", "|---|---|---|"]
 for entry in paper["balance"]:
     weights = ", ".join(
         f"{loss} {weight:g}" for loss, weight in entry["weights"].items()
     )
-    speed = f"; bias {entry['bias_speed']:g}" if "bias_speed" in entry else ""
-    print(f"{entry['design']:17}{weights}{speed}")
-for entry in paper["bias_against_loss"]:
-    print(f"{entry['what']}: {entry['losses']} and {entry['bias']}")
+    lines.append(f"| {entry['design']} | {weights} | {entry.get('bias_speed', '')} |")
+Markdown("\n".join(lines))
 
 # %% [markdown]
 # V3's loss has a hundredth of Switch's weight. V3's own comparison favours the bias by a few thousandths of a bit per byte, and V3 still
@@ -648,8 +655,8 @@ for entry in paper["bias_against_loss"]:
 #
 # ## When the bias leaks
 #
-# Equation {eq}`eq:bias` adds $b_i$ when experts are ranked, and takes the gate from $s$ alone. Code in the wild gathers
-# the gates from the sum $s + b$ instead. No error is raised. **Build** that router:
+# {eq}`eq:bias` adds $b_i$ when experts are ranked, and takes the gate from $s$ alone. Code in the wild gathers the
+# gates from the sum $s + b$ instead. No error is raised. **Build** that router:
 
 
 # %%
@@ -706,8 +713,8 @@ claim(
 )
 
 # %% [markdown]
-# By more than 0.8 nats, for a change that should do nothing. After a short training with small steps the biases are
-# small and so is the harm, which is why the bug goes unnoticed. It grows as the biases drift. (`bias-leak` in
+# By 0.9 nats, for a change that should do nothing. After a short training with small steps the biases are small and so
+# is the harm, which is why the bug goes unnoticed. It grows as the biases drift. (`bias-leak` in
 # `data/published.json`.)
 #
 # ## Let the experts choose
@@ -903,14 +910,14 @@ verdict = check_exercise(noisy_load, is_noisy_load)
 lab.score()
 
 # %% [markdown]
-# 1. Left alone, a router collapses onto few experts, and the collapse feeds itself. MaxVio measures it, from 0 to $E/K
-#    - 1$.
+# 1. Left alone, a router collapses onto few experts, and the collapse feeds itself. MaxVio measures it: 0 is balance,
+#    $E/K-1$ collapse.
 # 2. A balance loss multiplies how often by how much. It works only while the router is not yet certain, so use it from
 #    the first step.
 # 3. A bias on the choice balances without a gradient, as long as it stays out of the gates.
 # 4. Every remedy is blind to something: batch losses to uneven sequences, z to balance altogether.
-# 5. In our runs the expert-level loss and the bias have no price that five seeds can resolve. That experts may be even
-#    while *devices* are not is the subject of chapter 11.
+# 5. In our runs the expert-level loss and the bias have no price that five seeds can resolve. Even experts do not
+#    guarantee even devices: see chapter 11.
 #
 # All parts of DeepSeekMoE are built. Do the paper's claims about them hold in models that a laptop can train? **Chapter 07** tests
 # nineteen of them.

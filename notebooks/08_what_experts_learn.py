@@ -829,6 +829,7 @@ print(f"{name}, layer {layer}, e{best} is missed most between {where}")
 # tokens with the arrow keys, and see what the model says after each.
 
 # %% tags=["trained"]
+from dsmoe_lite.routing.favourites import favourite_words
 from dsmoe_lite.viz.explorer import explore
 
 explore(
@@ -838,6 +839,7 @@ explore(
     window=length,
     layer=layer,
     expert=best,
+    likes={name: favourite_words(models[name], tokenizer, tokens)},
 )
 
 # %% [markdown]
