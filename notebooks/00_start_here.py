@@ -269,7 +269,7 @@ charts.model_comparison(
 # | 04 Fine-grained experts | are many small experts better than few large ones? | 14 |
 # | 05 Shared experts | what should every token get? | 17 |
 # | 06 Balance | what keeps all experts at work? | 16 |
-# | 07 The paper's experiments | which of the paper's findings hold at our size? | 21 |
+# | 07 The paper's experiments | which of the paper's findings hold at our size? | 20 |
 # | 08 What experts learn | what is lost without each expert? | 45 |
 # | 09 Latent attention | what must attention remember? | 43 |
 # | 10 Kernels | how does a GPU compute a layer of experts? | 49 |

@@ -20,7 +20,7 @@
 # **You will** turn ten runs into a verdict by hand, see all 19 verdicts in one picture, find the detail that decides
 # four of them, and train one more seed yourself.
 #
-# **You need** chapters 02 to 05. **Reading time** 21 minutes. **Hardware** any laptop CPU.
+# **You need** chapters 02 to 05. **Reading time** 20 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -338,8 +338,8 @@ print(f"undivided minus divided: {apart.partition('   ')[0]}")
 
 # %% [markdown]
 # All four. With undivided gates the lead in Table 1 and Figure 5 are not shown, one shared expert is *worse* than none,
-# and half the active experts are clearly worse than GShard. Yet the two GShards do not differ beyond their seeds: the
-# lead of divided gates in the pilot, 0.042 on three seeds, did not replicate.
+# and half the active experts are clearly worse than GShard. Yet the two GShards do not differ beyond their seeds. In
+# the pilot divided gates led by 0.042 on three seeds; that did not replicate.
 #
 # So here DeepSeekMoE's lead is small, and not shown against the baseline that the paper prints.
 #

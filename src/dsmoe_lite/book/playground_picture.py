@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 from dsmoe_lite.book import svg
 from dsmoe_lite.book.svg import line, text
-from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.playground import evidence
 
 WIDTH, HEIGHT, LEFT, RIGHT = 520, 168, 170, 492  # px
-ROWS = {"a": (84, "A: left alone", theme.LIGHT["line1"]), "b": (116, "B: with a balance loss", theme.LIGHT["line4"])}
+ROWS = {"a": (84, "A: left alone", svg.MUTED), "b": (116, "B: with a balance loss", svg.MAGENTA)}
 TICKS = (0.01, 0.1, 1.0)  # error of the painted picture
 
 

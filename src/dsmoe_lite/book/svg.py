@@ -28,7 +28,6 @@ DARK = {  # light -> dark
     "#AA4499": "#E07BC8",
     MAGENTA: "#F07AB4",
     "#6B7480": "#9AA6B5",  # the dense model
-    "#44546F": "#A9BAD6",  # model A of the playground
     "#7A8FC9": "#A9B8EA",  # Hash
     "#4694CE": "#8CCBF0",  # Switch
     "#B04D00": "#FF8D43",

@@ -208,7 +208,8 @@ def _line_labels(
     ] + [{"model": name, "x": right, "y": value} for name, value in levels.items()]
     for label, y in zip(labels, separate_labels([label["y"] for label in labels], gap, *y_range), strict=True):
         label["y"] = y
-    colors = identity.label_colors(list(lines)) + [theme.LIGHT["muted"]] * len(levels)
+    of_levels = [theme.LIGHT[f"{role}_label" if (role := identity.model(name)) else "muted"] for name in levels]
+    colors = identity.label_colors(list(lines)) + of_levels
     color = alt.Color("model:N", legend=None, scale=alt.Scale(domain=[*lines, *levels], range=colors))
     text = alt.Chart(data(labels)).mark_text(
         style="line_name", align="left", dx=8, fontWeight=600, limit=MAX_NAME_WIDTH
