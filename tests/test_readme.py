@@ -27,7 +27,7 @@ CHAPTERS = [Path(name) for name in LISTED if Path(name).name[0].isdigit() and no
 
 def minutes(chapter: Path) -> int:
     source = (REPOSITORY / chapter).with_suffix(".py").read_text(encoding="utf-8")
-    return int(re.search(r"\*\*Reading\s+time\*\* (\d+)\s+minutes", source)[1])
+    return int(re.search(r"\*\*Reading[\s#]+time\*\* (\d+)[\s#]+minutes", source)[1])
 
 
 def links(path: Path) -> list[str]:
