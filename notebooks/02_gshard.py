@@ -285,12 +285,12 @@ def share_dropped(routing, factor):
 dropped = {
     (name, factor): mean(share_dropped(routing, factor) for routing in routings)
     for name, routings in (
-        ("GShard, fresh router", routings_of(fresh_model)),
-        ("GShard, trained router", routings_of(trained_model)),
+        ("GShard, fresh", routings_of(fresh_model)),
+        ("GShard, trained", routings_of(trained_model)),
     )
     for factor in (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 }
-fresh_share = dropped["GShard, fresh router", 1.0]
+fresh_share = dropped["GShard, fresh", 1.0]
 nearest = min(PARTS, key=lambda words: abs(PARTS[words] - fresh_share))
 lab.answer("02-dropped", nearest, f"{fresh_share:.0%}")
 charts.capacity_curve(
