@@ -15,7 +15,8 @@
 # equal work. **Does that hold in models that a laptop can train?** Partly. We tested 19 of its claims with 16 models
 # and ten seeds each, by a [protocol](07_protocol.md) written before the runs. Fourteen hold, and seven of these also
 # after a correction for testing 19 of them. The main claim, a lead over GShard, depends on a detail: how a token's two
-# gates are scaled. On real text, halfway through training, DeepSeekMoE leads; the runs that decide are not finished.
+# gates are scaled. On real text, in runs of half the planned length, DeepSeekMoE leads; the runs that decide are not
+# finished.
 #
 # **You will** turn ten runs into a verdict by hand, see all 19 verdicts in one picture, find the detail that decides
 # four of them, and train one more seed yourself.
@@ -529,7 +530,7 @@ charts.model_comparison(
         for name, shown in TEXT.items()
         for n in range(5)
     ],
-    title="Real text, after 750 of 1,500 steps",
+    title="Real text, runs of 750 steps",
     subtitle="Ring: one of five seeds. Dot and bar: mean and its 95% interval.",
 )
 
@@ -751,8 +752,8 @@ verdict = check_exercise(sign_flip_p, counts_all_flips)
 # - DeepSeekMoE's lead over GShard is small, and is not shown against the GShard that the paper prints, with undivided
 #   gates. Hold the gates equal when you compare experts.
 # - In the made-up world cutting experts helps a little, and what a shared expert adds could not be resolved; four are
-#   worse than one. On real text, after half of the training, the shared expert helps (0.038 ± 0.029); the runs that
-#   decide are not finished.
+#   worse than one. On real text, in runs of half the planned length, the shared expert helps (0.038 ± 0.029); the runs
+#   that decide are not finished.
 # - Figure 4 comes out reversed, because it measures the weight of replacement experts. Measured with and without
 #   replacements, no model's experts are redundant, and they do not differ in it (exploration).
 # - None of this says what models thousands of times as large do.

@@ -67,7 +67,12 @@ def lent_folder(notebooks: Collection[Path]) -> Path:
         for script in SCRIPTS:
             shutil.copy(script, made / LENT)
         write_models(notebooks, made / LENT)
-        made.rename(folder)
+        try:
+            made.rename(folder)
+        except OSError:  # another server has just made it, or the cache cannot be written
+            shutil.rmtree(made, ignore_errors=True)
+            if not folder.exists():
+                raise
     return folder
 
 
