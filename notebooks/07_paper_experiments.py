@@ -490,8 +490,8 @@ for what, one, other in (
 #
 # **Real text.** The [second protocol](07_text_protocol.md) crosses experts and gates in models four times as wide and
 # twice as deep. They read what Debian ships: manuals, a dictionary, the Bible, Python sources, in four languages. Its
-# claims are about 1,500 training steps, and those runs are not finished. The runs of half that length are. They settle
-# nothing; they show what to expect.
+# claims are about 1,500 training steps, and those runs are not finished. Runs of half that length are. They settle
+# nothing.
 #
 # **Ask.** Gates times $m$, 64 experts: do five seeds resolve whether one shared expert lowers the loss?
 
