@@ -401,7 +401,7 @@ charts.ablation_matrix(
     title="What is each of a token's eight experts worth, and where?",
     subtitle=[
         "Rise in loss (nats a token) when this expert adds nothing, by what is due next.",
-        "Framed: the largest of the column, the 1st choice left out.",
+        "Framed: clearly the largest of its column, the 1st choice left out.",
     ],
 )
 

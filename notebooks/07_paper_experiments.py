@@ -432,8 +432,8 @@ for name in GATES:
 # With undivided gates the paper's order appears: DeepSeekMoE loses more, by 0.37 ± 0.30. But it loses as much more if
 # nobody steps in. Its best sixteenth *carries* more; it is not harder to replace. The gain is 0.02 to 0.04 nats in
 # GShard and DeepSeekMoE alike, of a rise of more than 1. **By this measure none of these models has redundant experts,
-# and they do not differ in it.** (The two do not start from the same loss, as in the paper, so even the first order is
-# uncertain.)
+# and they do not differ in it.** (Unlike in the paper, the two do not start from the same loss, so even the first order
+# is uncertain.)
 #
 # ## What does the shared expert do?
 #

@@ -57,7 +57,7 @@ def ablation_matrix(
         left_out = f" apart from {apart}" if apart else ""
         description = (f"Heat map of {value_title}: {len(effects)} ablations by {len(kinds)} kinds of token. "
                        f"Largest{left_out}: {word_list(largest, len(largest))}.")  # fmt: skip
-    subtitle = subtitle or f"Framed: the largest of its column{', ' + apart + ' left out' if apart else ''}."
+    subtitle = subtitle or f"Framed: clearly the largest of its column{', ' + apart + ' left out' if apart else ''}."
     names = {name: _broken(name, cell_width) for name in (overall_is, *kinds)}
     panels = [
         _panel(of_panel, columns, effects, high, value_title, names, labels).properties(
