@@ -103,6 +103,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     nbformat.write(tiny_notebook(), notebooks / "99_tiny.ipynb")
     nbformat.write(live_notebook(), notebooks / "98_live.ipynb")
     nbformat.write(asking_notebook(), notebooks / "97_ask.ipynb")
+    shutil.copy(notebooks / "00_start_here.ipynb", notebooks / "96_saved.ipynb")  # of which no test runs a cell
     (notebooks / "99_tiny.py").write_text("# %% [markdown]\n# # Tiny\n\n# %%\n1 + 1\n", encoding="utf-8")
     (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
     settings = home / "settings" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
@@ -292,14 +293,14 @@ def test_chapter_runs_top_to_bottom(browser, lab: Lab, name: str, screenshots: P
 
 
 def test_a_saved_explorer_answers_before_any_cell_runs(browser, lab: Lab, screenshots: Path) -> None:
-    renewed = lab.repository / "work" / "00_start_here.ipynb"  # as `dsmoe lab` made it
-    page, hosts = open_notebook(browser, lab, f"work/{renewed.name}")
+    page, hosts = open_notebook(browser, lab, "work/96_saved.ipynb")
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
     explorer.get_by_role("button", name="next layer").click()
     square = explorer.get_by_role("switch", name="expert 2 of layer 0")
     page.wait_for_function("node => node.ariaDisabled !== 'true'", arg=square.element_handle(), timeout=MINUTE)
     assert "Click a square" in explorer.get_by_role("status").inner_text()
+    assert page.evaluate("async () => await window.dsmoeBorrowed")  # by the page, not by a kernel
     square.click()
     explorer.locator('[role=switch][aria-checked="false"]').wait_for(timeout=MINUTE)
     assert square.get_attribute("aria-checked") == "false"
@@ -311,13 +312,14 @@ def test_a_saved_explorer_answers_before_any_cell_runs(browser, lab: Lab, screen
 
 
 def test_a_saved_explorer_without_helper_and_kernel_asks_to_run_its_cell(browser, lab: Lab) -> None:
-    page, _ = open_notebook(browser, lab, "work/00_start_here.ipynb", refuse="**/static/dsmoe/**")
+    page, _ = open_notebook(browser, lab, "work/96_saved.ipynb", refuse="**/static/dsmoe/**")
     explorer = page.locator(".dsmoe-explorer")
     explorer.wait_for(timeout=MINUTE)
     page.wait_for_function("async () => (await window.dsmoeBorrowed) === false", timeout=MINUTE)
+    explorer.get_by_role("button", name="next layer").click()
     square = explorer.get_by_role("switch", name="expert 7 of layer 1")
     square.click(force=True)  # it may be pointed at, but not switched
-    assert explorer.locator(".dx-chosen").count() > 0
+    explorer.locator(".dx-chosen").first.wait_for(timeout=MINUTE)
     assert square.is_disabled()
     assert square.get_attribute("aria-checked") == "true"
     assert "Run this cell" in explorer.get_by_role("status").inner_text()
