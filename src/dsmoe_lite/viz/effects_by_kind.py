@@ -14,6 +14,7 @@ from dsmoe_lite.viz.helpers import CHARACTER_WIDTH, data, distinct, plain, requi
 MAX_PANELS = 4
 ROW = 24  # px
 TEXT_SIZE = 11.5  # font size
+TEXT_GAP = 16  # px between a panel and the numbers at its right
 MIN_TICK_GAP = 34  # px between two ticks whose labels do not touch
 
 
@@ -48,8 +49,9 @@ def effects_by_kind(
     for row in rows:
         values[row["effect"]].setdefault(row["kind"], []).append(float(plain(row["value"])))
     label_width = int(max(len(kind) for kind in kinds) * 12 * CHARACTER_WIDTH) + 14
-    width = int((theme.MAX_WIDTH - 40 - label_width) / len(effects)) - 20
     marks = {effect: _marks(values[effect], number) for effect in effects}
+    text_width = int(max(len(m["text"]) for ms in marks.values() for m in ms) * TEXT_SIZE * CHARACTER_WIDTH) + 2
+    width = int((theme.MAX_WIDTH - 40 - label_width) / len(effects)) - 20 - TEXT_GAP - text_width
     ranges = {effect: _range(marks[effect], levels[effect]) for effect in effects}
     if one_scale:
         lows, highs = zip(*ranges.values(), strict=True)
@@ -61,7 +63,14 @@ def effects_by_kind(
     subtitle = subtitle or f"Dashed: {dashed}. Bar: 95% interval over parts of the text. Bold: largest of the panel."
     panels = [
         _panel(
-            marks[effect], kinds, levels[effect], ranges[effect], number, width, label_width if i == 0 else 0
+            marks[effect],
+            kinds,
+            levels[effect],
+            ranges[effect],
+            number,
+            width,
+            label_width if i == 0 else 0,
+            text_width,
         ).properties(
             title=alt.TitleParams(
                 effect,
@@ -111,15 +120,14 @@ def _panel(
     number: str,
     width: int,
     label_width: int,
+    text_width: int,
 ) -> Any:
-    """Draw dots on a scale with zero, and their numbers in a column at the right that no dot reaches."""
-    text_share = (max(len(mark["text"]) for mark in marks) * TEXT_SIZE * CHARACTER_WIDTH + 14) / width
+    """Draw dots on a scale with zero, and their numbers in a column right of it."""
     low, high = low_high
-    right = low + (high - low) / max(1 - text_share, 0.2)
     tick = _round_down(0.9 * high)
-    ticks = [0.0, tick] if tick / (right - low) * width > MIN_TICK_GAP else [tick]
+    ticks = [0.0, tick] if tick / (high - low) * width > MIN_TICK_GAP else [tick]
     percent = "%" if number.endswith("%") else alt.Undefined
-    x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, right], nice=False, zero=False),
+    x = alt.X("mean:Q", title=None, scale=alt.Scale(domain=[low, high], nice=False, zero=False),
               axis=alt.Axis(values=ticks, format=percent, grid=False))  # fmt: skip
     axis = alt.Axis(labels=label_width > 0, labelColor=theme.LIGHT["ink"], grid=True, labelLimit=200,
                     minExtent=label_width, maxExtent=label_width)  # fmt: skip
@@ -135,8 +143,12 @@ def _panel(
         base.mark_circle(size=64, opacity=1).encode(
             x=x, color=color, tooltip=["kind:N", alt.Tooltip("text:N", title="mean")]
         ),
-        numbers.transform_filter("!datum.largest").mark_text(align="right", fontSize=TEXT_SIZE),
-        numbers.transform_filter("datum.largest").mark_text(align="right", fontSize=TEXT_SIZE, fontWeight=700),
+        numbers.transform_filter("!datum.largest").mark_text(
+            align="right", dx=TEXT_GAP + text_width, fontSize=TEXT_SIZE
+        ),
+        numbers.transform_filter("datum.largest").mark_text(
+            align="right", dx=TEXT_GAP + text_width, fontSize=TEXT_SIZE, fontWeight=700
+        ),
     ]
     return alt.layer(*layers).properties(width=width, height=ROW * len(kinds))
 
