@@ -247,12 +247,16 @@ def test_a_switch_says_what_it_did(opened, models):
     own = [word for word, ids in zip(words, routing.topk_ids.tolist(), strict=True) if 6 in ids]
     said = break_expert(page, LARGE, 0, 6)
     assert said.startswith("GShard: expert 6 of layer 0 is off.")
-    assert f"It worked on {' and '.join(f'“{word}”' for word in own)};" in said
-    assert f"the answer is now {now} ({share(now_p)}), before {first} ✓ ({share(p)})" in said
-    assert f"{200 - left} facts lost: {left} known, before 200." in said
+    assert f"It worked on {' and '.join(f'“{word}”' for word in own)}.\n" in said
+    assert f"The answer: now {now} ({share(now_p)}), before {first} ✓ ({share(p)}, now " in said
+    assert f"{200 - left} facts lost, {left} of 200 known." in said
     again = break_expert(page, LARGE, 0, 6)
     assert again.startswith("GShard: expert 6 of layer 0 is on again. It works on")
-    assert f"{200 - left} facts regained: 200 known, before {left}." in again
+    assert f"{200 - left} facts regained, 200 of 200 known." in again
+    number = "one => getComputedStyle(one, '::after').content"
+    assert page.locator(f"{LARGE} button").nth(6).evaluate(number) == "none"
+    break_expert(page, LARGE, 0, 6)
+    assert page.locator(f"{LARGE} button").nth(6).evaluate(number) == '"6"'
 
 
 def test_an_expert_that_this_question_does_not_use_costs_other_facts(opened, models):
@@ -263,7 +267,7 @@ def test_an_expert_that_this_question_does_not_use_costs_other_facts(opened, mod
     expert = max(costs, key=costs.get)
     assert costs[expert] > 0
     said = break_expert(page, LARGE, 0, expert)
-    assert "No word of this question was sent to it; the answer is still muda ✓" in said
+    assert "No word of this question was sent to it.\nThe answer: still muda ✓" in said
     assert f"{costs[expert]} facts lost" in said
     assert said.endswith("Other questions are sent to it.")
 
@@ -326,10 +330,12 @@ def test_the_buttons_break_the_experts_that_the_answer_needs(opened, models):
     page.get_by_role("button", name="Break what this answer needs most").click()
     said, first = status(page), known(page)
     assert first[0] < 200
-    for name, left in zip(NAMES, first, strict=True):
-        assert f"{name}, expert " in said
+    lines = said.split("\n")
+    assert lines[0].endswith("All others are on.")
+    for name, line, left in zip(NAMES, lines[1:], first, strict=True):
+        assert line.startswith(f"{name}, expert ")
         lost = 200 - left
-        assert f"{lost} {'fact' if lost == 1 else 'facts'} lost: {left} known, before 200" in said
+        assert line.endswith(f"{lost} {'fact' if lost == 1 else 'facts'} lost, {left} of 200 known.")
     page.get_by_role("button", name="Break one large, four small").click()
     assert "as many weights" in status(page)
     pressed = [page.locator(f"{grid} [aria-pressed=true]").count() for grid in (LARGE, SMALL)]
@@ -551,6 +557,10 @@ def test_the_film_shows_what_the_models_knew_at_each_step(opened):
     page = opened()
     learning = page.evaluate("window.dsmoeFront.learning")
     assert learning["steps"] == [0, 50, 200, 400, 800, 1200]
+    first = next(
+        n for n in range(len(learning["questions"])) if all(m["answers"][-1][n]["right"] for m in learning["models"])
+    )
+    assert page.get_by_label("question", exact=True).input_value() == str(first)
     for name, model in zip(NAMES, learning["models"], strict=True):
         final = load_model(paths.DATA / "models" / f"paper-{name.lower()}-seed0.safetensors")
         asked = World().questions("head")
@@ -562,7 +572,7 @@ def test_the_film_shows_what_the_models_knew_at_each_step(opened):
         panel = page.locator(f"#learning .{name.lower()}")
         for at in (0, 5):
             page.locator("#film").fill(str(at))
-            shown = model["answers"][at][0]
+            shown = model["answers"][at][first]
             assert f"says {shown['says']}" in panel.inner_text()
             assert f"knows {model['known'][at]} of 200 facts" in panel.inner_text()
             used = panel.locator(".experts span").evaluate_all(
@@ -585,18 +595,22 @@ def test_the_film_says_only_what_is_so(opened):
         for n in range(len(film["questions"])):
             page.get_by_label("question", exact=True).select_option(str(n))
             answers = [moment[n] for moment in model["answers"]]
-            right = [f"{step:,}" for step, one in zip(film["steps"], answers, strict=True) if one["right"]]
-            when = panel.locator(".when").inner_text()
-            assert re.findall(r"\d[\d,]*\d|\d", when) == right
-            assert when.endswith("wrong in the end.") == (bool(right) and not answers[last]["right"])
             for at, answer in enumerate(answers):
                 assert answer["says"] != ""
                 assert "\ufffd" not in answer["says"]
                 page.locator("#film").fill(str(at))
+                so_far = zip(film["steps"][: at + 1], answers, strict=False)
+                right = [f"{step:,}" for step, one in so_far if one["right"]]
+                when = panel.locator(".when").inner_text()
+                assert re.findall(r"\d[\d,]*\d|\d", when) == right
+                assert when.endswith("wrong in the end.") == (at == last and bool(right) and not answer["right"])
                 ends = [{e for e, _ in layer} for layer in answers[last]["used"]]
+                n_used = sum(len(layer) for layer in answer["used"])
                 same = sum(e in end for layer, end in zip(answer["used"], ends, strict=True) for e, _ in layer)
                 settled = panel.locator(".settled").inner_text()
-                assert settled.startswith("These are the experts" if at == last else f"{same} of these")
+                assert settled.startswith(
+                    "These are the experts" if at == last else f"Of these {n_used} experts, {same or 'none'} will"
+                )
     ends = [model["known"][-1] for model in film["models"]]
     lead = page.locator("#learning").locator("xpath=preceding-sibling::p").inner_text()
     assert f"GShard with {ends[0]} and DeepSeekMoE with {ends[1]} of 200" in lead

@@ -88,7 +88,7 @@ def _result() -> str:
     dense, experts = (f"{int(100 * mean(values) + 0.5)}%" for values in runs.values())
     return (
         f"Asked about people whom its text rarely mentions, a model without experts answers <b>{dense}</b> of the"
-        f" questions. A model with 16 experts does the same work per word and answers <b>{experts}</b>"
+        f" questions correctly. A model with 16 experts does the same work per word and answers <b>{experts}</b>"
         f" (means of {len(runs['experts'])} runs)."
     )
 

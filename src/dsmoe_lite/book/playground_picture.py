@@ -33,7 +33,7 @@ def playground_picture() -> Still:
     )
     drawn = [
         text(20, 32, title, size=15, weight=650),
-        text(20, 52, "Error of the learnt picture; left is better.", color=svg.MUTED),
+        text(20, 52, "Share of the picture that is not learnt, a dot per start; left is better.", color=svg.MUTED),
     ]
     for tick in TICKS:
         drawn.append(line(_x(tick), 66, _x(tick), 132, svg.IDLE))

@@ -4,7 +4,7 @@
 
   const { make, percent, shade, mark, shortOf } = page;
   const N_EXAMPLES = 5; // of lost facts
-  const POINT = "One dot per fact, filled if it is known. Point at one to read it.";
+  const POINT = "One dot per fact, filled if known. Point at one or tap it to read it.";
   const STRIP = 40; // dots in a row, as in front.css
 
   // One layer: the word, its router, a square per expert, lines to the picked ones. One tab stop; arrows move.
@@ -13,6 +13,7 @@
     const experts = [...(nShared ? ["shared"] : []), ...Array(E).keys()];
     const squares = experts.map((e) => {
       const square = make("button", { type: "button", className: e === "shared" ? e : "" });
+      square.dataset.number = e === "shared" ? "S" : e; // seen while it is off
       square.addEventListener("click", () => onSwitch(`${layer} ${e}`));
       return square;
     });

@@ -142,7 +142,7 @@
     const now = answerOf(i);
     const isOff = off.has(expert);
     const worked = workedOn(expert, isOff ? before : now, isOff);
-    const event = `${names[i]}: ${nameOf(expert)} is ${isOff ? "off" : "on again"}. ${worked}; ${answerChange(before, now)}.`;
+    const event = `${names[i]}: ${nameOf(expert)} is ${isOff ? "off" : "on again"}. ${worked}.\nThe answer: ${answerChange(before, now)}.`;
     show(() => {
       const change = factsChange(countedOf(i), countedOf(i, old) ?? countedOf(i, nothing));
       const others = worked.startsWith("No word") && /^\d+ facts? lost/.test(change);
@@ -161,15 +161,17 @@
     });
     state.word = -1;
     const one = numbers[0] === numbers[1];
-    const which = one ? "One expert is off in each model" : "One large expert is off, and four small ones (as many weights)";
-    const what = `${which}: what the answer needs most of those picked at “${before[0].words.at(-1)}”.`;
+    const { words } = before[0];
+    const what = one
+      ? `One expert is off in each model, the one picked at “${words.at(-1)}” that this answer needs most. All others are on.`
+      : `One large expert and four small ones (as many weights) are off, picked one after another. All others are on.`;
     show(() => {
       const found = names.map((name, i) => {
-        const expert = one ? `, ${nameOf(broken[i][0])}` : "";
+        const expert = broken[i].length === 1 ? `, ${nameOf(broken[i][0])}` : "";
         const change = factsChange(countedOf(i), countedOf(i, nothing));
-        return `${name}${expert}: ${answerChange(before[i], answerOf(i))}; ${change}.`;
+        return `${name}${expert}: ${answerChange(before[i], answerOf(i))}. ${capital(change)}.`;
       });
-      return `${what} ${found.join(" ")}`;
+      return [what, ...found].join("\n");
     });
     const [found] = panels.map((panel, i) => {
       panel.resetStops();
@@ -189,6 +191,7 @@
     let event = "Both models go on writing from the question. What they write need not be true.";
     show(() => event);
     const mine = turn;
+    const { words } = answerOf(0);
     const writers = subjects.map((subject, i) => subject.write(state.question, state.off[i]));
     panels.forEach((panel) => panel.write(make("b", {}, prompts[state.question])));
     for (let left = writers.length; left > 0; ) {
@@ -204,7 +207,7 @@
       if (mine !== turn) return;
     }
     draw();
-    event = "Both models went on from the question. What they wrote need not be true. The squares show the question again.";
+    event = `Both models went on from the question. What they wrote need not be true. The squares are those of “${words.at(-1)}” again.`;
     say.textContent = event;
   }
 

@@ -9,14 +9,14 @@
   const stepName = (at) => steps[at].toLocaleString("en");
   let playing = null;
 
-  // At which moments the answer was right, in a sentence that is true whatever they were.
-  function history(answers, question) {
-    const right = answers.flatMap((all, at) => (all[question].right ? [at] : []));
-    const last = answers.length - 1;
-    if (right.length === 0) return "It is never right at these moments.";
-    const names = list(right.map(stepName));
-    const end = right.includes(last) ? "" : "; wrong in the end";
-    return `Right at ${right.length === 1 ? "step" : "steps"} ${names}${end}.`;
+  // At which moments so far the answer was right, in a sentence that is true whatever they were.
+  function history(answers, question, now) {
+    const right = answers.flatMap((all, at) => (all[question].right && at <= now ? [at] : []));
+    const atEnd = now === answers.length - 1;
+    if (right.length === 0) return atEnd ? "It was right at none of these moments." : "Not right so far.";
+    const names = `right at ${right.length === 1 ? "step" : "steps"} ${list(right.map(stepName))}`;
+    if (!atEnd) return `So far ${names}.`;
+    return `It was ${names}${right.includes(now) ? "" : "; wrong in the end"}.`;
   }
 
   function panelOf({ name, n_experts: E, n_shared: shared, known, answers }) {
@@ -41,7 +41,7 @@
       const final = answers.at(-1)[question].used;
       const truth = right ? " ✓" : `; the right answer, ${word}, gets ${percent(ofRight)}`;
       says.replaceChildren("says ", make("b", {}, said), ` (${percent(p)})${truth}`);
-      when.textContent = history(answers, question);
+      when.textContent = history(answers, question, at);
       let same = 0;
       grids.forEach(({ node: grid, squares }, layer) => {
         const gates = new Map(used[layer]);
@@ -52,7 +52,7 @@
       });
       const all = used.reduce((n, layer) => n + layer.length, 0);
       const last = at === steps.length - 1;
-      settled.textContent = last ? "These are the experts it ends with." : `${same} of these ${all} experts are still picked in the end.`;
+      settled.textContent = last ? "These are the experts it ends with." : `Of these ${all} experts, ${same || "none"} will be picked in the end.`;
       count.textContent = known[at];
       bar.style.width = `${(100 * known[at]) / nFacts}%`;
     }
@@ -64,6 +64,8 @@
   const slider = make("input", { type: "range", min: 0, max: steps.length - 1, value: 0, id: "film", "aria-label": "steps of training" });
   const step = make("span", { className: "step" });
   const question = make("select", { "aria-label": "question" }, ...questions.map((words, n) => make("option", { value: n }, words)));
+  const learnt = questions.findIndex((_, n) => models.every(({ answers }) => answers.at(-1)[n].right));
+  question.value = Math.max(0, learnt); // begin with one that both models learn
   const play = make("button", { type: "button" }, "Play");
 
   function draw() {

@@ -19,10 +19,11 @@
   // How the answer changed; before and now: of Subject.ask.
   function answerChange(before, now) {
     if (now.first.word === before.first.word) {
-      return `the answer is still ${mark(now.first)} (${percent(now.first.p)}, before ${percent(before.first.p)})`;
+      return `still ${mark(now.first)} (${percent(now.first.p)}, before ${percent(before.first.p)})`;
     }
-    const left = before.first.right ? `, which now gets ${percent(now.right.p)}` : "";
-    return `the answer is now ${says(now)}, before ${says(before)}${left}`;
+    const { first } = before;
+    const left = first.right ? `, now ${percent(now.right.p)}` : "";
+    return `now ${says(now)}, before ${mark(first)} (${percent(first.p)}${left})`;
   }
 
   // How the known facts changed; now and was: the answers to all questions, null if they are not counted.
@@ -32,14 +33,14 @@
     const lost = now.filter((one, n) => was[n].known && !one.known).length;
     const back = now.filter((one, n) => !was[n].known && one.known).length;
     const changes = [...(lost || !back ? [`${facts(lost)} lost`] : []), ...(back ? [`${facts(back)} regained`] : [])];
-    return `${changes.join(", ")}: ${knownOf(now)} known, before ${knownOf(was)}`;
+    return `${changes.join(", ")}, ${knownOf(now)} of ${now.length} known`;
   }
 
   // The words of the question that an expert works on.
   function workedOn(expert, { words, routes }, isOff) {
     const [layer, e] = expert.split(" ");
     const it = isOff ? "It worked" : "It works";
-    if (e === "shared") return `${it} on every word`;
+    if (e === "shared") return `${it} on every word (chapter 05 asks what for)`;
     const own = words.filter((_, t) => routes[t][layer].has(Number(e)));
     return own.length ? `${it} on ${quoted(own)}` : `No word of this question ${isOff ? "was" : "is"} sent to it`;
   }

@@ -24,9 +24,13 @@
 
   const WORDS = {
     unexplained: "How far a painting is from the picture, as a share of the picture's variance: 0% is a perfect copy, 100% is no better than painting everything in the middle colour. An untrained model can be worse than that.",
-    token: "One point of one tile. The router sees only the tile's column and row; an expert sees only where in the tile the point is.",
+    token: "One point of one tile.",
+    router: "The part that is told which tile a point is in (its column and row), gives each expert a score for it and picks the best.",
+    expert: "A small network that paints. It sees only where in the tile the point is.",
+    weight: "A number that training sets.",
     wave: "The pattern of stripes in a tile.",
     "equal share": "The work an expert would do if all did the same: with 16 experts, one sixteenth of the tiles.",
+    collapse: "A few experts get all the tiles, and the others never learn. The page says so if a quarter of the experts or more has had no tile for 200 steps.",
     "balance loss": "A penalty for uneven load, added to the painting error that training reduces. The weight says how much it counts.",
     bias: "A number per expert, added to its score when experts are chosen. After each step it rises for experts with too little work and falls for those with too much. Training does not see it: it has no gradient.",
     capacity: "The most tokens an expert accepts in a step, in equal shares. Tokens beyond it are dropped: the expert neither paints them nor learns from them.",
@@ -36,12 +40,14 @@
     seed: "The number from which chance starts: another seed draws other waves and other first weights. The same seed repeats a run exactly.",
   };
 
+  const EVERYWHERE = ["unexplained", "token", "router", "expert", "weight", "unit", "equal share", "seed"];
+
   // watch: before and while training; look: afterwards, words or a function of the run; tries: changes to models that have
   // learnt; control: the same two models where the reason for the difference is absent.
   const LESSONS = {
     collapse: {
       name: "Collapse",
-      hint: "What does a router do when nothing balances the load?",
+      hint: "If nothing balances the load, do a few experts get all the tiles?",
       chapter: "06",
       task: "patches",
       steps: 1000,
@@ -54,7 +60,7 @@
         { name: "Give A the loss now", again: "give A the loss instead", change: [{ balance: 1 }, {}], watch: "Watch A's curve: it gets worse before it gets better.", look: "The loss pushes tiles away from busy experts, to experts that have not learnt them yet. That is why the error rises first." },
         { name: "Give A a bias now", again: "give A a bias instead", change: [{ bias_speed: 0.003 }, {}], watch: "Watch A's curve: it gets worse before it gets better.", look: "The bias lifts idle experts until tiles go to them, although they have not learnt these tiles yet. That is why the error rises first." },
       ],
-      words: ["unexplained", "token", "equal share", "balance loss", "bias", "seed"],
+      words: ["collapse", "balance loss", "bias"],
     },
     capacity: {
       name: "A capacity limit",
@@ -68,7 +74,7 @@
       watch: "Watch the white hatching on the maps: that share of a tile's tokens is dropped.",
       look: ({ views }) => `At the end A drops ${Math.round(100 * views[0].dropped)}% of its tokens and B ${Math.round(100 * views[1].dropped)}%. A dropped token teaches no expert anything. (The pictures are painted without the limit.)`,
       tries: [{ name: "Lift both limits now", again: "lift both limits", change: [{ capacity_factor: null }, { capacity_factor: null }], watch: "Watch A's map: do idle experts come back?", look: (run) => `Nothing is dropped any more, so every token teaches an expert. ${stays(run)}` }],
-      words: ["unexplained", "token", "equal share", "capacity", "balance loss", "seed"],
+      words: ["capacity", "balance loss"],
     },
     strong: {
       name: "Too much balance",
@@ -82,7 +88,7 @@
       watch: "Watch B's map while it trains: how often do tiles change hands?",
       look: (run) => `${hands(run)} B's penalty outweighs its picture: the router moves tiles on before an expert has learnt them.`,
       tries: [{ name: "Lower B's weight to 1", again: "lower B's weight to 1", change: [{}, { balance: 1 }], watch: "Watch B's map: do the tiles settle?", look: (run) => `${hands(run)} With weight 1 the picture counts again, and experts can keep their tiles.` }],
-      words: ["unexplained", "token", "equal share", "balance loss", "seed"],
+      words: ["balance loss"],
     },
     bias: {
       name: "A bias instead of a loss",
@@ -96,7 +102,7 @@
       watch: "Watch both maps: does each expert get one tile?",
       look: "Both even out the load. Which of the two paints better depends on the seed: try ten.",
       tries: [{ name: "Make B's bias too fast: 0.1", again: "make B's bias too fast", change: [{}, { bias_speed: 0.1 }], watch: "Watch B's map: how often do tiles change hands?", look: (run) => `${hands(run)} A router's scores lie between 0 and 1, so steps of 0.1 overturn its choices again and again.` }],
-      words: ["unexplained", "token", "equal share", "balance loss", "bias", "seed"],
+      words: ["balance loss", "bias"],
     },
     finer: {
       name: "Finer experts",
@@ -116,7 +122,7 @@
         watch: "Watch A: are 8 experts enough for 8 waves?",
         look: ({ views }) => `A leaves ${percent(views[0].error)} unexplained here: its 8 experts are enough for 8 waves. So B's lead in the lesson comes mostly from combining waves.`,
       },
-      words: ["unexplained", "token", "wave", "top-k", "unit", "balance loss", "seed"],
+      words: ["wave", "top-k", "balance loss"],
     },
     shared: {
       name: "Shared experts",
@@ -136,7 +142,7 @@
         watch: "Watch the curve: is one of them clearly lower?",
         look: "Without a common wave there is nothing for shared experts to take over, and they do not help. Both models paint almost perfectly.",
       },
-      words: ["unexplained", "token", "wave", "shared experts", "top-k", "unit", "bias", "seed"],
+      words: ["wave", "shared experts", "top-k", "bias"],
     },
   };
 
@@ -145,5 +151,5 @@
     return { ...config, norm_topk_prob: config.top_k > 1 };
   };
 
-  Object.assign(scope.dsmoePlayground, { LESSONS, WORDS, configOf });
+  Object.assign(scope.dsmoePlayground, { LESSONS, WORDS, EVERYWHERE, configOf });
 })(typeof globalThis === "undefined" ? self : globalThis);

@@ -6,7 +6,9 @@
     Run, LESSONS, FREE, NAMES, make, action, drawTiles, drawCurves, configOf, storyOf, panelOf, fieldsOf, trySeeds, writeAddress, readAddress,
   } = scope.dsmoePlayground;
   const FRAME = 13; // ms of training per frame; drawing takes the rest of 33
-  const CALM_FRAME = 600; // ms between drawings for readers who want no motion
+  const APART = 33; // ms between drawings
+  const CALM_APART = 600; // for readers who want no motion
+  const SECONDS = 6; // of a lesson, so that there is time to watch; fewer without motion
   const MORE = 1000; // steps after a change to models that have learnt
   const LEGEND = "Bar under a card: how much of the work this expert does; the line marks an equal share. Point at a card to see its tiles. Click it to switch the expert off.";
 
@@ -15,7 +17,7 @@
     // settings: with which the run began; changes: made since; tried: the lesson's mend that runs; kept: the end of the
     // lesson, {step, goBack}; seeds: what ten seeds show
     const state = { lesson, control: false, seed: 1, settings: [{}, {}], task: "patches", steps: 1000, isOwn: false, phase: "ready" };
-    let [run, job, lastDrawn] = [null, 0, 0];
+    let [run, job, lastDrawn, began] = [null, 0, 0, null]; // began: {time, step} of the training that runs
     const calm = scope.matchMedia("(prefers-reduced-motion: reduce)").matches;
     const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
 
@@ -43,20 +45,23 @@
 
     function start() {
       Object.assign(state, { phase: "running", seeds: null });
+      began = { time: performance.now(), step: run.steps };
       show();
+      panels.forEach(({ choices }) => choices.scrollIntoView({ block: "nearest" })); // on a phone they may be out of sight
       requestAnimationFrame(frame);
     }
 
-    // Train in this frame until the curve has a new point, or time is up; then draw.
+    // Train in this frame as many steps as are due, or until time is up; then draw.
     function frame() {
       if (state.phase !== "running" || !box.isConnected) return;
-      const until = performance.now() + FRAME;
-      let isNew = false;
-      while (!run.isDone && !isNew && performance.now() < until) isNew = run.step();
+      const now = performance.now();
+      const due = calm ? run.until : began.step + ((now - began.time) / 1000) * (state.steps / SECONDS);
+      while (!run.isDone && run.steps < due && performance.now() < now + FRAME) run.step();
       story.progress(state, run);
       if (run.isDone) return finish();
-      if (isNew && (!calm || performance.now() - lastDrawn > CALM_FRAME)) {
-        lastDrawn = performance.now();
+      if (now - lastDrawn > (calm ? CALM_APART : APART)) {
+        lastDrawn = now;
+        NAMES.forEach((_, i) => run.look(i));
         draw();
       }
       return requestAnimationFrame(frame);
@@ -92,10 +97,11 @@
       start();
     }
 
-    function one() {
+    // Go on to the next point of the curve.
+    function some() {
       job += 1;
       if (run.isDone) return;
-      run.step();
+      while (!run.step());
       state.seeds = null;
       NAMES.forEach((_, i) => run.look(i));
       if (run.isDone) finish();
@@ -158,7 +164,7 @@
       const mine = job;
       state.phase = "seeds";
       story.act.scrollIntoView({ block: "nearest" }); // on a phone it is above the models
-      const seen = await trySeeds(state, { colour, isWanted: () => mine === job && box.isConnected, show: (nodes) => {
+      const seen = await trySeeds({ ...state, steps: run.until }, { colour, isWanted: () => mine === job && box.isConnected, show: (nodes) => {
         state.seeds = nodes;
         show();
       } });
@@ -212,10 +218,10 @@
       state.seed = 1;
       load(state.lesson);
     };
-    const tools = make("div", { className: "pg-row pg-tools" }, action("Step", one), action("Reset", reset), make("label", {}, "Seed ", seedField), action("Try ten seeds", manySeeds));
+    const tools = make("div", { className: "pg-row pg-tools" }, action("25 steps", some), action("Reset", reset), make("label", {}, "Seed ", seedField), action("Try ten seeds", manySeeds));
     const goal = make("div", { className: "pg-goal" },
       make("figure", {}, target, make("figcaption", {}, "The picture")), ofAll,
-      make("figure", {}, curve, make("figcaption", {}, "Unexplained: 0% is a perfect copy, 100% is no better than one flat colour")));
+      make("figure", {}, curve, make("figcaption", {}, "Unexplained: 0% is a perfect copy, 100% is no better than one flat colour. Each grid line is a tenth of the one above")));
     const models = make("div", { className: "pg-models" }, ...panels.map(({ node }) => node), goal, ...panels.map(({ deck }) => deck), make("p", { className: "pg-legend" }, LEGEND));
     const root = make("div", { className: "dsmoe-playground" }, make("div", { className: "pg-frame" }, story.tabs,
       make("div", { className: "pg-body" }, make("div", { className: "pg-story" }, story.ask, story.act, story.explain, tools, story.glossary), models),

@@ -83,7 +83,8 @@
       const tiles = focus === null ? [] : view.tiles.filter(({ ids }) => ids.includes(focus));
       const only = tiles.length ? focus : null; // for an idle expert all stays as it is
       drawChoices(choices, view, run.task.side, only, { idle: colour("--pg-grid"), gap: colour("--pg-card"), ink: colour("--pg-ink") });
-      caption.textContent = focus === null ? "Who paints which tile" : `e${focus} paints ${tiles.length ? plural(tiles.length, "tile") : "no tile"}`;
+      const several = run.models[i].config.top_k > 1 ? " (width: share)" : "";
+      caption.textContent = focus === null ? `Who paints which tile${several}` : `e${focus} paints ${tiles.length ? plural(tiles.length, "tile") : "no tile"}`;
     }
 
     function draw() {
@@ -93,12 +94,12 @@
       title.textContent = titleOf(name, model.config);
       const inRouter = model.router.values.length;
       const units = (model.config.top_k + model.config.n_shared_experts) * model.config.expert_width;
-      size.textContent = `${count(model.nWeights - inRouter)} expert weights, router ${count(inRouter)}; ${units} units per token`;
+      size.textContent = `${count(model.nWeights - inRouter)} weights in experts, ${count(inRouter)} in the router; a token uses ${units} units`;
       drawTiles(picture, tiles.map(({ painted }) => painted), run.task.side);
       drawMap();
       error.textContent = percent(found);
       without.textContent = ` unexplained${off.length ? `, without ${off.map((e) => `e${e}`).join(", ")}` : ""}`;
-      const words = model.steps || off.length ? [crowdWords(view, model.config.capacity_factor !== null)] : ["Not trained yet."];
+      const words = model.steps || off.length ? [crowdWords(view, model.config.capacity_factor !== null, off.length === 0)] : ["Not trained yet."];
       if (common && model.steps) words.push(`Common wave in its ${shared ? "chosen " : ""}experts: ${percent(common.routed)}${shared ? `, in the shared: ${percent(common.shared)}` : ""}.`);
       facts.textContent = words.join(" ");
       picture.setAttribute("aria-label", `What ${name} paints: ${percent(found)} of the picture unexplained`);
@@ -116,7 +117,7 @@
       });
     }
 
-    return { node, deck, build, draw };
+    return { node, deck, choices, build, draw };
   }
 
   Object.assign(scope.dsmoePlayground, { panelOf });

@@ -23,22 +23,19 @@
     return GUESSES[a < b ? 0 : 1];
   }
 
-  // Of a run: its last point and the median of the last 200 steps must agree.
-  function verdictOf({ points }) {
-    const ends = points.map((list) => list.at(-1).error);
+  // How a run ends: the verdict, on which the last point and the median of the last 200 steps must agree, and both errors.
+  function endOf({ points }) {
+    const last = points.map((list) => list.at(-1).error);
     const usual = points.map((list) => median(list.slice(-LAST).map(({ error }) => error)));
-    const found = verdict(...ends);
-    return found === verdict(...usual) ? found : GUESSES[2];
-  }
-
-  // Sentences for models that end on a spike.
-  function spikes({ points }) {
-    return points.flatMap((list, i) => {
-      const end = list.at(-1).error;
-      const usual = median(list.slice(-LAST).map(({ error }) => error));
-      if (end < SPIKE * usual || percent(end) === percent(usual)) return [];
-      return [`${NAMES[i]} ends on a spike: ${percent(end)} at the last step, but ${percent(usual)} over the last 200 steps (median).`];
-    });
+    const agree = verdict(...last) === verdict(...usual);
+    const isSteady = agree && last.every((error, i) => error < SPIKE * usual[i] || percent(error) === percent(usual[i]));
+    const [steps] = points.map((list) => count(list.at(-1).step));
+    const pair = (errors) => errors.map(percent);
+    const [[a, b], [usualA, usualB]] = [pair(last), pair(usual)];
+    const words = isSteady
+      ? `At step ${steps} A leaves ${a} of the picture unexplained, B ${b}.`
+      : `Over the last 200 steps A leaves ${usualA} of the picture unexplained, B ${usualB} (medians); at step ${steps}, ${a} and ${b}.`;
+    return { verdict: agree ? verdict(...last) : GUESSES[2], words };
   }
 
   // Why a curve jumps up, if tiles changed hands at every jump.
@@ -46,8 +43,8 @@
     return points.flatMap((list, i) => {
       const jumps = list.filter(({ error }, n) => n && error > SPIKE * list[n - 1].error);
       if (!jumps.length || !jumps.every(({ moved: n }) => n)) return [];
-      const times = jumps.length === 1 ? "once: a tile" : `${jumps.length === 2 ? "twice" : `${jumps.length} times`}: each time a tile`;
-      return [`${NAMES[i]}'s curve jumps up ${times} went to an expert that had not learnt it.`];
+      const times = jumps.length === 1 ? "once, when a tile" : `${jumps.length === 2 ? "twice" : `${jumps.length} times`}, each time when a tile`;
+      return [`${NAMES[i]}'s curve jumps up (by more than half within 25 steps) ${times} went to an expert that had not learnt it.`];
     });
   }
 
@@ -55,15 +52,16 @@
   const moved = (points) => points.slice(-LAST).reduce((sum, { moved: n }) => sum + n, 0);
 
   // How the work is spread. An expert that paints no tile is idle; if a quarter were idle for 200 steps, it is a collapse.
-  function crowd({ loads, awake }) {
+  function crowd({ loads, awake, step }) {
     const all = loads.length;
     const working = Array.from(loads).filter((load) => load > 0).length;
-    return { all, working, isCollapsed: awake <= 0.75 * all, busiest: Math.max(...loads) };
+    return { all, working, isCollapsed: step >= 200 && awake <= 0.75 * all, busiest: Math.max(...loads) };
   }
 
-  function crowdWords(view, hasLimit) {
+  // isWhole: no expert is switched off.
+  function crowdWords(view, hasLimit, isWhole) {
     const { all, working, isCollapsed, busiest } = crowd(view);
-    const who = isCollapsed ? `Collapsed: ${working} of ${all} experts do all the work` : working === all ? `All ${all} experts work` : `${working} of ${all} experts work`;
+    const who = isCollapsed && isWhole ? `Collapsed: ${working} of ${all} experts do all the work` : working === all ? `All ${all} experts work` : `${working} of ${all} experts work`;
     return `${who}; the busiest does ${busiest.toFixed(1)} times an equal share${hasLimit ? `; ${Math.round(100 * view.dropped)}% of the tokens are dropped` : ""}.`;
   }
 
@@ -86,7 +84,7 @@
   function recordWords(found, seed) {
     const range = (errors) => `${percent(median(errors))} (${percent(Math.min(...errors))} to ${percent(Math.max(...errors))})`;
     const wins = GUESSES.map((words) => found.a.filter((error, n) => verdict(error, found.b[n]) === words).length);
-    const lines = [`Ten recorded seeds, error at step ${count(found.steps)}: A ${range(found.a)}, B ${range(found.b)}. B painted better in ${wins[1]}, A in ${wins[0]}${wins[2] ? `, no clear difference in ${wins[2]}` : ""}.`];
+    const lines = [`Ten recorded seeds, median error at step ${count(found.steps)} (lowest to highest): A ${range(found.a)}, B ${range(found.b)}. B painted better in ${wins[1]}, A in ${wins[0]}${wins[2] ? `, no clear difference in ${wins[2]}` : ""}.`];
     const gaps = found.a.map((error, n) => Math.log(error / found.b[n]));
     const side = median(gaps) < 0 ? -1 : 1;
     const own = side * gaps[seed - 1];
@@ -100,6 +98,6 @@
   }
 
   Object.assign(scope.dsmoePlayground, {
-    NAMES, GUESSES, count, percent, median, plural, verdict, verdictOf, spikes, spikeWords, moved, crowd, crowdWords, costWords, recordWords,
+    NAMES, GUESSES, count, percent, median, plural, verdict, endOf, spikeWords, moved, crowd, crowdWords, costWords, recordWords,
   });
 })(typeof globalThis === "undefined" ? self : globalThis);

@@ -93,10 +93,12 @@
   }
 
   // Train two models on one picture, in pieces of 50 steps: the steps done, and in the end both errors.
-  function* trainPair(kind, settings, seed, steps) {
+  // changes: {model, name, value, step}, made after that step.
+  function* trainPair(kind, settings, seed, steps, changes = []) {
     const task = new Task(kind, seed);
     const pair = settings.map((own) => new MoE(configOf(own), task, seed));
     for (let step = 1; step <= steps; step += 1) {
+      changes.filter((one) => one.step === step - 1).forEach(({ model, name, value }) => (pair[model].config[name] = value));
       const batch = task.batch();
       pair.forEach((model) => model.step(batch));
       if (step % 50 === 0) yield step;

@@ -6,7 +6,8 @@
   const SEEDS = 10;
 
   // Return what is left to see, or null if it was stopped. show(nodes): called with what is to be seen; isWanted(): whether to go on; colour(name): of a variable of the CSS.
-  async function trySeeds({ task, settings, steps }, { show, isWanted, colour }) {
+  // steps: in all; changes: made on the way.
+  async function trySeeds({ task, settings, changes, steps }, { show, isWanted, colour }) {
     const bar = make("progress", { max: SEEDS * steps, value: 0, "aria-label": "training of ten seeds" });
     const words = make("p");
     const dots = make("canvas", { className: "pg-dots", role: "img", "aria-label": "errors so far" });
@@ -17,7 +18,7 @@
     for (let seed = 1; seed <= SEEDS; seed += 1) {
       words.textContent = `Training both models ${SEEDS} times from step 0: seed ${seed} of ${SEEDS}.`;
       draw();
-      for (const found of trainPair(task, settings, seed, steps)) {
+      for (const found of trainPair(task, settings, seed, steps, changes)) {
         if (typeof found === "number") bar.value = (seed - 1) * steps + found;
         else found.forEach((error, i) => errors[i].push(error));
         await new Promise((resolve) => setTimeout(resolve));
@@ -25,7 +26,8 @@
       }
     }
     const wins = GUESSES.map((one) => errors[0].filter((error, n) => verdict(error, errors[1][n]) === one).length);
-    const found = `Of ${SEEDS} seeds B paints better in ${wins[1]}, A in ${wins[0]}${wins[2] ? `, no clear difference in ${wins[2]}` : ""}. Unexplained at step ${count(steps)}, median: A ${percent(median(errors[0]))}, B ${percent(median(errors[1]))}. One dot per seed:`;
+    const same = changes.length ? ", each changed at the same step as above" : "";
+    const found = `Of ${SEEDS} seeds${same}${same ? "," : ""} B paints better in ${wins[1]}, A in ${wins[0]}${wins[2] ? `, no clear difference in ${wins[2]}` : ""}. Unexplained at step ${count(steps)}, median: A ${percent(median(errors[0]))}, B ${percent(median(errors[1]))}. One dot per seed:`;
     words.textContent = found;
     dots.setAttribute("aria-label", found);
     draw();

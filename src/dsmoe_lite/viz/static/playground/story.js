@@ -3,7 +3,7 @@
   "use strict";
 
   const {
-    make, action, LESSONS, WORDS, GUESSES, NAMES, count, percent, verdictOf, spikes, spikeWords, costWords, recordWords, changeWords, configOf,
+    make, action, LESSONS, WORDS, EVERYWHERE, GUESSES, NAMES, count, endOf, spikeWords, costWords, recordWords, changeWords, configOf,
   } = scope.dsmoePlayground;
   const valueOf = (words, run) => (typeof words === "function" ? words(run) : words);
 
@@ -46,18 +46,19 @@
       chips.forEach((chip) => chip.setAttribute("aria-pressed", String(chip.dataset.lesson === state.lesson)));
       const chosen = chips.find((chip) => chip.dataset.lesson === state.lesson);
       tabs.scrollLeft = chosen.offsetLeft - tabs.offsetLeft - 40; // on a phone the row of tabs scrolls
-      title.textContent = name;
-      hint.textContent = state.isOwn ? "Settings of your own." : more;
+      title.textContent = state.isOwn ? "Your own models" : name;
+      hint.textContent = state.isOwn ? `They come from the lesson “${name}”.` : more;
       longest = LESSONS[state.lesson].question;
       const changed = changeWords(changesOf(state));
       const picture = state.isOwn && state.task !== LESSONS[state.lesson].task ? " The picture is another one, too." : "";
-      question.textContent = changed || picture ? `${changed}${picture} Which paints better now?` : sourceOf(state).question;
+      question.textContent = changed || picture ? `${changed}${picture}${state.changes.length ? "" : " Which paints better?"}` : sourceOf(state).question;
       hold();
       watch.textContent = state.tried ? state.tried.watch : state.isOwn ? "Watch both maps and the curve." : sourceOf(state).watch;
       const key = [...used, state.isOwn].join();
+      const explained = Object.keys(WORDS).filter((word) => state.isOwn || EVERYWHERE.includes(word) || used.includes(word));
       if (glossary.dataset.key !== key) {
         glossary.dataset.key = key;
-        words.replaceChildren(...(state.isOwn ? Object.keys(WORDS) : used).flatMap((word) => [make("dt", {}, word), make("dd", {}, WORDS[word])]));
+        words.replaceChildren(...explained.flatMap((word) => [make("dt", {}, word), make("dd", {}, WORDS[word])]));
       }
     }
 
@@ -77,7 +78,7 @@
       if (state.phase === "running") return [action("Pause", pause, { className: "pg-start" })];
       if (state.phase === "paused") return [action("Go on", goOn, { className: "pg-start" })];
       if (state.phase === "ready") {
-        if (state.isOwn || state.control) return [action("Train", train, { className: "pg-start" })];
+        if (state.control) return [action("Train", train, { className: "pg-start" })];
         return [make("span", { className: "pg-label" }, "Guess, and training starts:"),
           ...GUESSES.map((one) => action(one, () => guess(one), { className: "pg-guess" })),
           action("Train without a guess", train, { className: "pg-quiet" })];
@@ -93,10 +94,9 @@
     }
 
     function verdictWords(state, run) {
-      const found = verdictOf(run);
-      const [a, b] = run.points.map((points) => percent(points.at(-1).error));
-      const reply = !state.guess ? "" : state.guess === found ? " As you guessed." : ` You guessed: ${state.guess}.`;
-      return make("p", {}, make("b", {}, `${found}.`), ` At step ${count(run.steps)} A leaves ${a} of the picture unexplained, B ${b}.${reply}`);
+      const { verdict, words: ends } = endOf(run);
+      const reply = !state.guess ? "" : state.guess === verdict ? " As you guessed." : ` You guessed: ${state.guess}.`;
+      return make("p", {}, make("b", {}, `${verdict}.`), ` ${ends}${reply}`);
     }
 
     function reasons(state, run) {
@@ -105,13 +105,13 @@
       if (state.tried || plain) lines.push(valueOf((state.tried ?? sourceOf(state)).look, run));
       state.changes.filter(({ model, step }, n, all) => all.findIndex((one) => one.model === model && one.step === step) === n)
         .forEach(({ model, step }) => lines.push(costWords(NAMES[model], run.points[model], step)));
-      lines.push(...spikes(run), ...spikeWords(run));
+      lines.push(...spikeWords(run));
       const own = evidence[state.lesson];
       const found = state.control ? own?.control : own;
       const nodes = lines.filter(Boolean).map((line) => make("p", {}, line));
       if (found && plain) nodes.push(make("p", { className: "pg-record" }, recordWords(found, state.seed).join(" ")));
       const { chapter } = LESSONS[state.lesson];
-      if (link) nodes.push(make("p", {}, make("a", { href: link(chapter) }, `Chapter ${chapter} asks this of a language model`)));
+      if (link && !state.isOwn) nodes.push(make("p", {}, make("a", { href: link(chapter) }, `Chapter ${chapter} asks this of a language model`)));
       return nodes;
     }
 
