@@ -137,8 +137,8 @@
     const fact = make("p", { className: "fact" });
     const lost = make("div", { className: "examples" });
     const large = moe.n_routed_experts <= 16 ? "large" : "small";
-    const shared = moe.n_shared_experts ? `, ${moe.n_shared_experts} shared` : "";
-    const size = `${moe.n_routed_experts} ${large} experts${shared} per layer`;
+    const kinds = moe.n_shared_experts ? `, ${moe.n_shared_experts} shared` : " experts";
+    const size = `${moe.n_routed_experts} ${large}${kinds} per layer`;
     const node = make("section", { className: `panel ${name.toLowerCase()}`, "aria-label": name });
     node.append(make("h2", {}, name, make("small", {}, size)), answers, written, ...layers.map((layer) => layer.node));
     node.append(make("div", { className: "known" }, "still knows ", count, " facts"), strip.node, fact, lost);
