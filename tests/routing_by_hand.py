@@ -20,14 +20,22 @@ class Decision:
 
 
 def decide(
-    config: MoEConfig, logits: Tensor, batch_shape: tuple[int, int], *, training: bool, bias: list[float] | None = None
+    config: MoEConfig,
+    logits: Tensor,
+    batch_shape: tuple[int, int],
+    *,
+    training: bool,
+    bias: list[float] | None = None,
+    tabled: list[list[int]] | None = None,
 ) -> Decision:
-    """The decision on logits (T, E), without random choices."""
+    """The decision on logits (T, E), without random choices. tabled: a table's experts of each token, if it chooses."""
     scores = [affinities(row, config.scoring_func) for row in logits]
     bias = [0.0] * config.n_routed_experts if bias is None else bias
     values = [[s.item() for s in row] for row in scores]
     if config.chooser == "expert":
         chosen = experts_choose(values, -(-len(scores) * config.top_k // config.n_routed_experts))
+    elif tabled is not None:
+        chosen = [sorted(ids, key=lambda e: (-row[e], e)) for row, ids in zip(values, tabled, strict=True)]
     else:
         chosen = [best_experts([s + b for s, b in zip(row, bias, strict=True)], config) for row in values]
     gates = [weigh([row[e] for e in ids], config) for row, ids in zip(scores, chosen, strict=True)]
@@ -41,9 +49,11 @@ def decide(
 
 
 def affinities(row: Tensor, scoring_func: str) -> list[Tensor]:
-    """Softmax or sigmoid of one token's logits."""
+    """Softmax, sigmoid or the root of softplus of one token's logits."""
     if scoring_func == "sigmoid":
         return [1 / (1 + torch.exp(-x)) for x in row]
+    if scoring_func == "sqrtsoftplus":
+        return [torch.log1p(torch.exp(x)) ** 0.5 for x in row]
     exps = [torch.exp(x - row.detach().max()) for x in row]
     total = torch.stack(exps).sum()
     return [x / total for x in exps]

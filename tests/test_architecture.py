@@ -113,7 +113,9 @@ def test_text_fits_into_its_box() -> None:
 def test_letters_are_those_of_the_legend_and_no_letter_has_two_meanings() -> None:
     rows = re.findall(r"^\| (\S+) \| (.+) \|$", section("Letters"), flags=re.MULTILINE)
     letters = [letter for letter, _ in rows if letter not in ("letter", "---")]
-    legend = ast.get_docstring(ast.parse((architecture.PACKAGE / "config.py").read_text(encoding="utf-8")), clean=False)
+    legend = ast.get_docstring(
+        ast.parse((architecture.PACKAGE / "config" / "__init__.py").read_text(encoding="utf-8")), clean=False
+    )
     assert letters == [letter for letter, _ in architecture.LETTER.findall(legend or "")]
     assert len(letters) == len(set(letters))
     assert {"B", "S", "T", "D", "H", "E", "K", "F", "V", "L", "G", "M", "m", "C", "N", "P"} <= set(letters)

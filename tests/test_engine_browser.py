@@ -212,9 +212,15 @@ def test_bad_input_is_refused_in_one_line(page, shipped):
         ('model.forward([1], { off: new Set(Array.from({ length: 15 }, (_, e) => "0 " + e)) })', "Experts left: 1."),
     ):
         assert message in page.evaluate(call, [code])
-    latent = Transformer(replace(preset("course-dense"), vocab_size=1024, attention=MLA))
-    with pytest.raises(Exception, match="cannot run a model with latent attention"):
-        put(page, "mla", latent)
+    v4 = preset("course-v4")
+    for config, message in (
+        (replace(preset("course-dense"), attention=MLA), "latent attention"),
+        (v4, "hash routing"),
+        (replace(v4, n_hash_layers=0), "the experts of DeepSeek-V4"),
+        (preset("course-hash"), "hash routing"),
+    ):
+        with pytest.raises(Exception, match=f"cannot run a model with {message}"):
+            put(page, "other", Transformer(replace(config, vocab_size=1024)))
 
 
 def test_packing_the_same_model_twice_gives_the_same_bytes():

@@ -15,6 +15,7 @@ from dsmoe_lite.layers.router import Routing
 D, F_WIDTH = 12, 8
 IMPLEMENTATIONS = [("loop", torch.float64), ("padded", torch.float64), ("auto", torch.float64)]
 IMPLEMENTATIONS += [("grouped", torch.float32), ("auto", torch.float32), ("padded", torch.float32)]
+WITH_LIMIT = tuple(IMPLEMENTATIONS)
 IMPLEMENTATIONS += [pytest.param("cuda", torch.float32, marks=needs_gxx)]
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 1e-4, "atol": 1e-5}}
 
@@ -27,9 +28,11 @@ def a_routing(ids: torch.Tensor, n_experts: int, kept: torch.Tensor | None = Non
     return Routing(scores, scores, ids, gates, kept, (1, len(ids)))
 
 
-def some_experts(n_experts: int, backend: str, dtype: torch.dtype, seed: int = 0) -> Experts:
+def some_experts(
+    n_experts: int, backend: str, dtype: torch.dtype, seed: int = 0, limit: float | None = None
+) -> Experts:
     torch.manual_seed(seed)
-    experts = Experts(n_experts, D, F_WIDTH, backend).double()
+    experts = Experts(n_experts, D, F_WIDTH, backend, limit).double()
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.5)
     return experts.to(dtype)
@@ -49,14 +52,17 @@ def by_hand(experts: Experts, x: torch.Tensor, routing: Routing) -> torch.Tensor
             if routing.kept[t, k]:
                 e = routing.topk_ids[t, k]
                 a, b = experts.gate[e] @ x[t], experts.up[e] @ x[t]
+                if experts.limit is not None:
+                    a = torch.where(a > experts.limit, experts.limit, a)
+                    b = torch.where(b.abs() > experts.limit, experts.limit * b.sign(), b)
                 rows[t] = rows[t] + routing.gates[t, k] * (experts.down[e] @ (a * torch.sigmoid(a) * b))
     return torch.stack(rows) if rows else x.new_zeros(0, D)
 
 
-def agree(backend: str, dtype: torch.dtype, routing: Routing, seed: int = 0) -> None:
+def agree(backend: str, dtype: torch.dtype, routing: Routing, seed: int = 0, limit: float | None = None) -> None:
     """Compare output and all gradients with the loop over rows in float64."""
-    exact = some_experts(routing.n_experts, "loop", torch.float64, seed)
-    experts = some_experts(routing.n_experts, backend, dtype, seed)
+    exact = some_experts(routing.n_experts, "loop", torch.float64, seed, limit)
+    experts = some_experts(routing.n_experts, backend, dtype, seed, limit)
     draw = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(len(routing.topk_ids), D, dtype=torch.float64, generator=draw).requires_grad_()
     dy = torch.randn(x.shape, dtype=torch.float64, generator=draw)
@@ -98,6 +104,14 @@ def test_every_way_equals_the_loop_over_rows(case: str, backend: str, dtype: tor
     ids, n_experts = CASES[case]
     for seed in range(3):
         agree(backend, dtype, a_routing(ids, n_experts, seed=seed), seed)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), WITH_LIMIT)
+@pytest.mark.parametrize("case", ["even", "a busy expert", "no tokens"])
+def test_numbers_beyond_the_limit_are_clamped_and_get_no_gradient(case: str, backend: str, dtype: torch.dtype) -> None:
+    ids, n_experts = CASES[case]
+    for seed, limit in enumerate((0.3, 1.0, 100.0)):
+        agree(backend, dtype, a_routing(ids, n_experts, seed=seed), seed, limit)
 
 
 @pytest.mark.parametrize(("backend", "dtype"), IMPLEMENTATIONS)

@@ -224,6 +224,10 @@ def test_only_experts_chosen_by_score_have_a_next_best(change):
     choosing = Transformer(
         replace(CONFIG, moe=MoEConfig(n_routed_experts=E, top_k=2, expert_width=WIDTH, chooser="expert"))
     )
+    tabled = Transformer(replace(CONFIG, n_hash_layers=1, moe=MOE))
+    if change is not freeze_gate_norm:  # which changes nothing in a hash layer
+        with pytest.raises(InputError, match="top_k = 2" if change.func is with_active else "chooser = 'hash'"):
+            change(tabled, **({"experts": {0: (1,)}} if change.func is switch_off else {}))
     for model, message in ((hashed, "scoring_func = 'hash'"), (choosing, "chooser = 'expert'"),
                            (Transformer(replace(CONFIG, moe=None)), "moe = None")):  # fmt: skip
         with pytest.raises(InputError, match=message):

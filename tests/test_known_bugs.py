@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.layers.balance import expert_loss, switch_loss
 from dsmoe_lite.layers.router import Router, Routing
 from dsmoe_lite.layers.selection import limit_groups, ordered_topk
@@ -41,8 +41,16 @@ def collapsed_layers(E: int = 8, K: int = 2, T: int = 16) -> tuple[Routing, ...]
 
 
 def per_layer(routings: tuple[Routing, ...]) -> float:
-    moe, config = MoEConfig(n_routed_experts=8, top_k=2, expert_width=4), TrainConfig(steps=1, balance={"expert": 1.0})
-    return float(balance_terms(Output(torch.zeros(1), routings), moe, config.balance)) / len(routings)
+    model = ModelConfig(
+        vocab_size=8,
+        d_model=4,
+        n_layers=len(routings),
+        attention=AttentionConfig(n_heads=2, head_dim=2),
+        ffn_width=4,
+        moe=MoEConfig(n_routed_experts=8, top_k=2, expert_width=4),
+    )
+    config = TrainConfig(steps=1, balance={"expert": 1.0})
+    return float(balance_terms(Output(torch.zeros(1), routings), model, config.balance)) / len(routings)
 
 
 def joined(routings: tuple[Routing, ...]) -> float:

@@ -153,7 +153,10 @@ def test_config_round_trip() -> None:
         ({"top_k": True}, "top_k = True"),
         ({"capacity_factor": float("nan")}, "capacity_factor = nan"),
         ({"capacity_factor": 0.0}, "capacity_factor = 0.0"),
-        ({"scoring_func": "sigmoidal"}, "scoring_func = 'sigmoidal': must be one of softmax, sigmoid, hash"),
+        (
+            {"scoring_func": "sigmoidal"},
+            "scoring_func = 'sigmoidal': must be one of softmax, sigmoid, sqrtsoftplus, hash",
+        ),
         ({"scoring_func": "hash"}, "top_k = 2: must be 1"),
         ({"top_k": 1, "norm_topk_prob": True}, "norm_topk_prob = True"),
         ({"second_choice": "random", "norm_topk_prob": False}, "second_choice = 'random'"),

@@ -17,6 +17,7 @@ from dsmoe_lite.training.train import TrainConfig, train
 
 BASE: dict[str, Any] = {"n_routed_experts": 8, "top_k": 2, "expert_width": 4}
 HASH = {"scoring_func": "hash", "top_k": 1}
+TABLE = {"chooser": "hash"}
 EXPERT = {"chooser": "expert"}
 GSHARD = {"second_choice": "random", "norm_topk_prob": True}
 
@@ -41,7 +42,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
         "needs two experts per group; n_group = 8 leaves one",
         {"n_group": 4},
     ),
-    ({"scoring_func": "relu"}, "scoring_func = 'relu'", "one of softmax, sigmoid, hash", {"scoring_func": "sigmoid"}),
+    (
+        {"scoring_func": "relu"},
+        "scoring_func = 'relu'",
+        "softmax, sigmoid, sqrtsoftplus, hash",
+        {"scoring_func": "sigmoid"},
+    ),
     ({"chooser": "tokens"}, "chooser = 'tokens'", "one of token, expert", {"chooser": "token"}),
     ({"group_score": "mean"}, "group_score = 'mean'", "one of max, top2", {"group_score": "max"}),
     ({"second_choice": "none"}, "second_choice = 'none'", "one of all, random", {"second_choice": "all"}),
@@ -69,6 +75,12 @@ REFUSED: list[tuple[dict[str, Any], str, str, dict[str, Any]]] = [
     ({**HASH, "noisy_gating": True}, "noisy_gating = True", "must be False", {"noisy_gating": False}),
     ({**HASH, "expert_bias": True}, "expert_bias = True", "must be False", {"expert_bias": False}),
     ({**HASH, "n_group": 2}, "n_group = 2", "must be 1 with scoring_func = 'hash'", {"n_group": 1}),
+    ({**TABLE, "noisy_gating": True}, "noisy_gating = True", "the table alone chooses", {"noisy_gating": False}),
+    ({**TABLE, "expert_bias": True}, "expert_bias = True", "the table alone chooses", {"expert_bias": False}),
+    ({**TABLE, "n_group": 2}, "n_group = 2", "must be 1 with chooser = 'hash'", {"n_group": 1}),
+    ({**TABLE, **GSHARD}, "second_choice = 'random'", "must be 'all' with chooser = 'hash'", {"second_choice": "all"}),
+    ({"swiglu_limit": 0}, "swiglu_limit = 0", "a finite number above 0", {"swiglu_limit": 10.0}),
+    ({"swiglu_limit": 10.0, "backend": "cuda"}, "backend = 'cuda'", "no swiglu_limit", {"backend": "auto"}),
     ({**EXPERT, "noisy_gating": True}, "noisy_gating = True", "must be False", {"noisy_gating": False}),
     ({**EXPERT, "expert_bias": True}, "expert_bias = True", "must be False", {"expert_bias": False}),
     ({**EXPERT, "n_group": 2}, "n_group = 2", "must be 1 with chooser = 'expert'", {"n_group": 1}),
@@ -129,6 +141,9 @@ def model(n_layers: int, **values: Any) -> ModelConfig:
         (4, {"interleave": 0}, "interleave = 0", "of at least 1"),
         (4, {"n_dense_layers": 4}, "n_dense_layers = 4", "must be below n_layers = 4"),
         (4, {"n_dense_layers": 5}, "n_dense_layers = 5", "at most 4"),
+        (4, {"n_hash_layers": 5}, "n_hash_layers = 5", "must be at most 4, the layers with experts"),
+        (4, {"n_hash_layers": 3, "n_dense_layers": 2}, "n_hash_layers = 3", "must be at most 2"),
+        (4, {"n_hash_layers": -1}, "n_hash_layers = -1", "of at least 0"),
     ],
 )
 def test_a_model_without_a_block_of_experts_is_refused(
@@ -137,6 +152,37 @@ def test_a_model_without_a_block_of_experts_is_refused(
     with pytest.raises(InputError) as error:
         model(n_layers, moe=MoEConfig(**BASE), **wrong)
     one_line(error, field, remedy)
+
+
+@pytest.mark.parametrize("values", [HASH, EXPERT, {"noisy_gating": True}])
+def test_hash_layers_need_others_that_choose_by_score(values: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as error:
+        model(4, n_hash_layers=1, moe=MoEConfig(**{**BASE, **values, "top_k": 1}))
+    one_line(error, "n_hash_layers = 1", "must be 0 unless the other layers choose by scores without noise")
+
+
+@pytest.mark.parametrize(("n_dense", "interleave", "n_hash", "expected"), [
+    (0, 1, 2, ["hash", "hash", "token", "token", "token"]),
+    (1, 2, 1, [None, None, "hash", None, "token"]),
+    (2, 1, 3, [None, None, "hash", "hash", "hash"]),
+])  # fmt: skip
+def test_a_table_chooses_in_the_first_layers_with_experts(
+    n_dense: int, interleave: int, n_hash: int, expected: list[str | None]
+) -> None:
+    moe = MoEConfig(**BASE, expert_bias=True, n_group=2, topk_group=2, scoring_func="sqrtsoftplus", norm_topk_prob=True)
+    config = model(5, moe=moe, n_dense_layers=n_dense, interleave=interleave, n_hash_layers=n_hash)
+    assert [None if m is None else m.chooser for m in map(config.moe_of, range(5))] == expected
+    assert [m.expert_bias for m in config.moe_layers] == [c == "token" for c in expected if c]
+    built = Transformer(config)
+    assert [layer.router.config for layer in built.moe_layers] == config.moe_layers
+    tables = [layer.router.hash_table for layer in built.moe_layers if layer.router.config.chooser == "hash"]
+    assert len({tuple(table.flatten().tolist()) for table in tables}) == n_hash  # each layer has its own
+    tokens = torch.randint(40, (2, 6))
+    for routing, m in zip(built(tokens).routings, config.moe_layers, strict=True):
+        if m.chooser == "hash":
+            assert all(len(set(ids)) == m.top_k for ids in routing.topk_ids.tolist())
+    assert parameters(config).total == sum(weight.numel() for weight in built.parameters())
+    assert from_dict(ModelConfig, to_dict(config)) == config
 
 
 def test_a_dense_model_may_say_anything_of_its_experts() -> None:

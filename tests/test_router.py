@@ -10,7 +10,7 @@ from routing_by_hand import decide
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
 from dsmoe_lite.layers.balance import load_loss
-from dsmoe_lite.layers.router import Router
+from dsmoe_lite.layers.router import Router, hash_table
 from dsmoe_lite.model import Transformer
 
 GSHARD = MoEConfig(
@@ -46,6 +46,16 @@ V3 = MoEConfig(
     group_score="top2",
     routed_scaling_factor=2.5,
 )
+V4 = MoEConfig(
+    n_routed_experts=16,
+    top_k=6,
+    expert_width=16,
+    scoring_func="sqrtsoftplus",
+    expert_bias=True,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    swiglu_limit=10.0,
+)
 DESIGNS = {
     "switch": MoEConfig(n_routed_experts=8, top_k=1, expert_width=16),
     "mixtral": MoEConfig(n_routed_experts=8, top_k=2, expert_width=16, norm_topk_prob=True),
@@ -54,6 +64,9 @@ DESIGNS = {
     "deepseek-v2, normalised as its code": replace(V2, norm_topk_prob=True, scale_normalised=False),
     "deepseek-v2, scale_normalised without normalising": replace(V2, scale_normalised=False),
     "deepseek-v3": V3,
+    "deepseek-v4": V4,
+    "deepseek-v4, hash layer": V4.for_hash_layer(),
+    "a table and a capacity of V3's scores": replace(V3.for_hash_layer(), routed_scaling_factor=1.0),
     "sigmoid": MoEConfig(n_routed_experts=16, top_k=4, expert_width=16, scoring_func="sigmoid"),
     "softmax with a bias": MoEConfig(n_routed_experts=16, top_k=4, expert_width=16, expert_bias=True),
     "every expert": MoEConfig(n_routed_experts=4, top_k=4, expert_width=16, norm_topk_prob=True),
@@ -75,9 +88,11 @@ def test_a_design_is_the_loop_over_tokens(name: str, seed: int) -> None:
     bias = None
     if config.expert_bias:
         bias = router.expert_bias.normal_(std=0.5).tolist()  # negative ones too
-    routing = router.train(seed > 0)(x, (3, 10))  # neither mode changes anything here
+    token_ids = torch.randint(64, (30,))
+    tabled = router.hash_table[token_ids].tolist() if config.chooser == "hash" else None
+    routing = router.train(seed > 0)(x, (3, 10), token_ids)  # neither mode changes anything here
     logits = torch.stack([router.weight @ row for row in x])
-    expected = decide(config, logits, (3, 10), training=seed > 0, bias=bias)
+    expected = decide(config, logits, (3, 10), training=seed > 0, bias=bias, tabled=tabled)
     most = max(map(len, expected.chosen))
     assert routing.topk_ids.tolist() == [ids + [-1] * (most - len(ids)) for ids in expected.chosen]
     scores = torch.stack([torch.stack(row) for row in expected.scores])
@@ -348,6 +363,52 @@ def test_hash_routing_reads_only_the_token_id_and_spreads_the_vocabulary_evenly(
         Router(12, MoEConfig(n_routed_experts=16, top_k=1, expert_width=16, scoring_func="hash"), vocab_size=15)
 
 
+@pytest.mark.parametrize(("V", "E", "K"), [(1003, 16, 6), (1024, 64, 6), (5, 8, 8), (100, 7, 3), (3, 16, 1)])
+def test_a_table_gives_every_token_id_k_different_experts_and_every_expert_its_share(V: int, E: int, K: int) -> None:
+    table = hash_table(V, E, K, seed=0)
+    assert table.shape == (V, K)
+    assert all(len(set(row)) == K for row in table.tolist())
+    assert 0 <= int(table.min()) <= int(table.max()) < E
+    rounds = -(-V // (E // K))
+    counts = table.flatten().bincount(minlength=E)
+    assert int(counts.max()) <= rounds
+    if E % K == 0:
+        assert int(counts.min()) >= rounds - 1
+    assert torch.equal(table, hash_table(V, E, K, seed=0))
+    assert K == E or V < 10 or not torch.equal(table, hash_table(V, E, K, seed=1))
+
+
+def test_a_hash_layer_chooses_by_token_id_and_weighs_by_input() -> None:
+    torch.manual_seed(0)
+    router = make_router(V4.for_hash_layer())
+    ids = torch.arange(64)
+    first, second = (router(torch.randn(64, 12, dtype=torch.float64), (8, 8), ids) for _ in range(2))
+    table = router.hash_table.sort(dim=1).values
+    assert torch.equal(first.topk_ids.sort(dim=1).values, table)
+    assert torch.equal(second.topk_ids.sort(dim=1).values, table)
+    assert not torch.equal(first.gates, second.gates)
+    torch.testing.assert_close(first.gates.sum(dim=1), torch.full((64,), 1.5, dtype=torch.float64))
+    assert torch.equal(first.gates, first.gates.sort(dim=1, descending=True).values)  # best first
+    assert [name for name, _ in router.named_parameters()] == ["weight"]
+    assert "expert_bias" not in router.state_dict()
+    with pytest.raises(InputError, match="token_ids = None: hash routing needs the id of each of 64 tokens"):
+        router(torch.randn(64, 12), (8, 8))
+
+
+def test_the_root_of_softplus_has_a_gradient_everywhere() -> None:
+    router = Router(1, replace(V4, n_routed_experts=2, top_k=2), 8)
+    for x in (-200.0, -60.0, -1.0, 0.0, 30.0, 200.0):
+        router.zero_grad()
+        torch.nn.init.ones_(router.weight)
+        routing = router(torch.tensor([[x]]), (1, 1))
+        assert (routing.scores > 0).all()
+        routing.gates[0, 0].backward()
+        assert router.weight.grad is not None
+        assert router.weight.grad.isfinite().all(), x
+    exact = math.sqrt(math.log1p(math.exp(-1.0)))
+    assert router(torch.tensor([[-1.0]]), (1, 1)).scores[0, 0].item() == pytest.approx(exact, rel=1e-6)
+
+
 @pytest.mark.parametrize(("E", "K", "scale", "mass"), [(64, 6, 1.0, 0.094), (160, 6, 16.0, 0.6)])
 def test_gate_mass_of_a_fresh_router_in_16b_and_v2(E: int, K: int, scale: float, mass: float) -> None:
     router = Router(12, MoEConfig(n_routed_experts=E, top_k=K, expert_width=16, routed_scaling_factor=scale), 64).eval()
@@ -375,7 +436,7 @@ def test_logits_are_float32_even_for_bfloat16_input() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("E", [3, 7, 11, 16, 33])
 def test_equal_logits_tie_wherever_they_are_in_the_batch(E: int, scoring_func: str, dtype: torch.dtype) -> None:
     router = Router(1, MoEConfig(n_routed_experts=E, top_k=2, expert_width=4, scoring_func=scoring_func), 8).to(dtype)

@@ -141,12 +141,12 @@ def test_every_balance_loss_has_its_weight_in_every_layer() -> None:
     losses["communication"] = lambda r: balance.communication_loss(r, device_of=devices, topk_group=4)
     weights = {name: 0.1 * (number + 1) for number, name in enumerate(BALANCE_LOSSES)}
     expected = sum(weight * losses[name](r) for r in output.routings for name, weight in weights.items())
-    got = balance_terms(output, moe, weights)
+    got = balance_terms(output, model.config, weights)
     assert len(output.routings) == 2
     assert got.item() == pytest.approx(expected.item(), rel=1e-6)
     weights["load"] = 0.0  # a loss with weight 0 is not computed: it needs training mode
     model.eval()
-    balance_terms(model(next(batches).tokens[:, :-1]), moe, weights)
+    balance_terms(model(next(batches).tokens[:, :-1]), model.config, weights)
 
 
 def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches() -> None:
@@ -163,6 +163,18 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches() -> No
         expected = [0.25 * ((mean > n) - (mean < n)) for n in total.tolist()]
         assert layer.router.expert_bias.tolist() == expected
         assert set(expected) >= {0.25, -0.25}
+
+
+def test_a_hash_layer_has_neither_bias_nor_balance_loss() -> None:
+    moe = replace(V3, scoring_func="sqrtsoftplus")
+    model, batches = make(moe=moe, n_hash_layers=1)
+    output = model.train()(next(batches).tokens[:, :-1])
+    terms = balance_terms(output, model.config, {"expert": 0.5})
+    torch.testing.assert_close(terms, 0.5 * balance.expert_loss(output.routings[1]))
+    train(model, batches, replace(CONFIG, steps=1, bias_speed=0.25, balance={"sequence": 1e-4}))
+    hashed, scored = model.moe_layers
+    assert not hasattr(hashed.router, "expert_bias")
+    assert scored.router.expert_bias.abs().sum() > 0
 
 
 def test_loss_free_balancing_lowers_the_violation() -> None:

@@ -15,6 +15,7 @@ from dsmoe_lite.layers.balance import expert_loss
 from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.layers.router import Router
 
+VOCABULARY = 8
 D = 20
 
 
@@ -97,6 +98,26 @@ def deepseek_v3(c: MoEConfig) -> nn.Module:
     )
 
 
+def deepseek_v4(c: MoEConfig) -> nn.Module:
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Config, DeepseekV4SparseMoeBlock
+
+    return DeepseekV4SparseMoeBlock(
+        DeepseekV4Config(
+            vocab_size=VOCABULARY,
+            hidden_size=D,
+            num_hidden_layers=1,
+            moe_intermediate_size=c.expert_width,
+            n_routed_experts=c.n_routed_experts,
+            num_experts_per_tok=c.top_k,
+            routed_scaling_factor=c.routed_scaling_factor,
+            scoring_func=c.scoring_func,
+            swiglu_limit=c.swiglu_limit,
+            mlp_layer_types=["hash_moe" if c.chooser == "hash" else "moe"],
+        ),
+        layer_idx=0,
+    )
+
+
 V3 = MoEConfig(
     n_routed_experts=16,
     top_k=4,
@@ -109,6 +130,17 @@ V3 = MoEConfig(
     topk_group=2,
     group_score="top2",
     routed_scaling_factor=2.5,
+)
+V4 = MoEConfig(
+    n_routed_experts=16,
+    top_k=6,
+    expert_width=12,
+    n_shared_experts=1,
+    scoring_func="sqrtsoftplus",
+    expert_bias=True,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.5,
+    swiglu_limit=0.5,  # 10 in V4, which these small numbers would not reach
 )
 CASES = {
     "mixtral": (mixtral, MoEConfig(n_routed_experts=8, top_k=2, expert_width=12, norm_topk_prob=True)),
@@ -136,6 +168,9 @@ CASES = {
     "deepseek-v3, one group": (deepseek_v3, replace(V3, n_group=1, topk_group=1)),
     "deepseek-v3, one of three groups": (deepseek_v3, replace(V3, n_routed_experts=15, n_group=3, topk_group=1)),
     "deepseek-v3, not normalised": (deepseek_v3, replace(V3, norm_topk_prob=False, n_shared_experts=2)),
+    "deepseek-v4": (deepseek_v4, V4),
+    "deepseek-v4, hash layer": (deepseek_v4, V4.for_hash_layer()),
+    "deepseek-v4 with V3's scores": (deepseek_v4, replace(V4, scoring_func="sigmoid")),
 }
 
 
@@ -149,6 +184,8 @@ def copied(theirs: nn.Module, ours: MoELayer) -> dict[str, Tensor]:
     }
     if ours.router.config.expert_bias:
         weights["gate.e_score_correction_bias"] = ours.router.expert_bias
+    if ours.router.config.chooser == "hash":
+        weights["gate.tid2eid"] = ours.router.hash_table
     if ours.shared is not None:
         for name in ("gate", "up", "down"):
             weights[f"shared_experts.{name}_proj.weight"] = ours.shared.get_submodule(name).weight
@@ -160,7 +197,7 @@ def copied(theirs: nn.Module, ours: MoELayer) -> dict[str, Tensor]:
 def test_layer_equals_that_of_transformers(name: str, seed: int) -> None:
     make, config = CASES[name]
     torch.manual_seed(seed)
-    ours = MoELayer(D, config, vocab_size=8)
+    ours = MoELayer(D, config, VOCABULARY)
     for weight in ours.parameters():
         torch.nn.init.normal_(weight, std=0.3)
     if config.expert_bias:
@@ -169,8 +206,9 @@ def test_layer_equals_that_of_transformers(name: str, seed: int) -> None:
     theirs.load_state_dict(copied(theirs, ours))
     x, target = torch.randn(4, 9, D), torch.randn(4, 9, D)
     mine, yours = x.clone().requires_grad_(), x.clone().requires_grad_()
-    y, routing = ours(mine)
-    expected = theirs(yours)
+    token_ids = torch.randint(VOCABULARY, (4, 9))
+    y, routing = ours(mine, token_ids)
+    expected = theirs(yours, token_ids) if make is deepseek_v4 else theirs(yours)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
     (y * target).sum().backward()
     (expected * target).sum().backward()

@@ -42,12 +42,12 @@ def small_world() -> tuple[World, Tokenizer]:
 
 
 def make(
-    seed: int = 0, moe: MoEConfig | None = SMALL.moe, batch_size: int = CONFIG.batch_size
+    seed: int = 0, moe: MoEConfig | None = SMALL.moe, batch_size: int = CONFIG.batch_size, **changes: Any
 ) -> tuple[Transformer, Batches]:
-    """A model with these experts, and batches of the small world."""
+    """A model with these experts and other changes, and batches of the small world."""
     world, tokenizer = small_world()
     torch.manual_seed(seed)
-    model = Transformer(replace(SMALL, moe=moe, vocab_size=tokenizer.get_vocab_size()))
+    model = Transformer(replace(SMALL, moe=moe, vocab_size=tokenizer.get_vocab_size(), **changes))
     return model, Batches(world, tokenizer, batch_size, CONFIG.seq_len)
 
 

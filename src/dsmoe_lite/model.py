@@ -66,10 +66,11 @@ class Block(nn.Module):
         else:
             self.attention = Attention(D, config.attention)
         self.ffn_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.has_experts = config.is_moe_layer(layer)  # not the class of `ffn`, which others may wrap
+        moe = config.moe_of(layer)
+        self.has_experts = moe is not None  # not the class of `ffn`, which others may wrap
         self.ffn: nn.Module
-        if config.moe is not None and self.has_experts:
-            self.ffn = MoELayer(D, config.moe, config.vocab_size, layer)
+        if moe is not None:
+            self.ffn = MoELayer(D, moe, config.vocab_size, layer)
         else:
             self.ffn = SwiGLU(D, config.ffn_width)
 

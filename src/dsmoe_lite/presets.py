@@ -82,6 +82,37 @@ PRESETS = {
             routed_scaling_factor=4.0,
         ),
     ),  # 2 shared and 6 of 64 experts as in DeepSeekMoE 16B; 8 devices, and a token may reach all of them
+    "course-v3": replace(
+        _COURSE,
+        moe=MoEConfig(
+            n_routed_experts=64,
+            top_k=8,
+            expert_width=32,
+            n_shared_experts=1,
+            scoring_func="sigmoid",
+            expert_bias=True,
+            n_group=8,
+            topk_group=4,
+            group_score="top2",
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+        ),
+    ),  # DeepSeek-V3 with a quarter of its 256 experts: a token uses 8, from 4 of 8 groups, and one shared expert
+    "course-v4": replace(
+        _COURSE,
+        moe=MoEConfig(
+            n_routed_experts=64,
+            top_k=6,
+            expert_width=32,
+            n_shared_experts=1,
+            scoring_func="sqrtsoftplus",
+            expert_bias=True,
+            norm_topk_prob=True,
+            routed_scaling_factor=1.5,
+            swiglu_limit=10.0,
+        ),
+        n_hash_layers=1,
+    ),  # DeepSeek-V4-Flash with a quarter of its 256 experts; a table chooses in one of 2 layers, there in 3 of 43
     "dense-0.2B": _VALIDATION,
     "hash-2.0B": replace(_VALIDATION, moe=replace(_SWITCH, scoring_func="hash")),
     "switch-2.0B": replace(_VALIDATION, moe=_SWITCH),

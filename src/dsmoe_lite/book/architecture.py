@@ -22,7 +22,7 @@ BOOK_PAGE = NOTEBOOKS / "pages" / "architecture.md"
 Imports = Mapping[str, frozenset[str]]  # part -> the parts it imports
 GENERATED = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\(\./([^)]+)\)")
-LETTER = re.compile(r"^    (\S+)  +(\S.*)$", re.MULTILINE)  # a line of the legend in config.py's docstring
+LETTER = re.compile(r"^    (\S+)  +(\S.*)$", re.MULTILINE)  # a line of the legend in the docstring of config
 
 SLOTS = 3  # boxes of a floor
 FIRST_SLOTS = {1: (1,), 2: (0, 2), 3: (0, 1, 2)}  # by the number of boxes
@@ -222,8 +222,8 @@ def packages_table() -> str:
 
 
 def letters_table() -> str:
-    """The legend in the docstring of config.py, one row per letter."""
-    legend = LETTER.findall(ast.get_docstring(_parsed(PACKAGE / "config.py"), clean=False) or "")
+    """The legend in the docstring of `config`, one row per letter."""
+    legend = LETTER.findall(ast.get_docstring(_parsed(PACKAGE / "config" / "__init__.py"), clean=False) or "")
     return "\n".join(
         ["| letter | meaning |", "|---|---|", *(f"| {letter} | {meaning} |" for letter, meaning in legend)]
     )

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.layers.dispatch import USE_LOOP, Dispatched
+from dsmoe_lite.layers.ffn import clamp
 
 BLOCK = 2**17  # hidden numbers that a block computes at once; measured: as fast as 2^18 to 2^20, in half the memory
 WASTE = 1.25  # rows that a block may compute for each real row
@@ -68,7 +69,8 @@ class Block(NamedTuple):
 class _SwiGLU(torch.autograd.Function):
     """y_r = W_down (g_r silu(W_gate x_r) * W_up x_r) for every row r, by the weights of its expert; with gradients.
 
-    row: the row of each slot, any for padding; None if nothing is padded. token and gates: of each slot.
+    row: the row of each slot, any for padding; None if nothing is padded. token and gates: of each slot. limit: of
+    `ffn.clamp`; a number beyond it gets no gradient.
     """
 
     @staticmethod
@@ -83,6 +85,7 @@ class _SwiGLU(torch.autograd.Function):
         gate: Tensor,
         up: Tensor,
         down: Tensor,
+        limit: float | None,
     ) -> Tensor:
         D, saved = x.shape[1], []
         y_sorted = x.new_empty(0 if row is None else blocks[-1].rows.stop, D)
@@ -90,11 +93,14 @@ class _SwiGLU(torch.autograd.Function):
             e, shape = block.experts, block.shape
             x_slots, g = x.index_select(0, token[block.slots]).view(*shape, D), gates[block.slots].view(*shape, 1)
             a, b = product(x_slots, gate[e].mT), product(x_slots, up[e].mT)
-            hidden = F.silu(a).mul_(b).mul_(g)  # the gate comes before W_down: no product of width D is kept for it
+            within_a, within_b = clamp(a, b, limit)
+            hidden = (
+                F.silu(within_a).mul_(within_b).mul_(g)
+            )  # the gate comes before W_down: no product of width D is kept for it
             y_slots = product(hidden, down[e].mT)
             y_sorted = y_slots if row is None else _unpad(y_slots, block, y_sorted)
             saved += [a, b]
-        ctx.product, ctx.blocks = product, blocks
+        ctx.product, ctx.blocks, ctx.limit = product, blocks, limit
         ctx.save_for_backward(row, token, x, gates, gate, up, down, *saved)
         return y_sorted
 
@@ -110,13 +116,17 @@ class _SwiGLU(torch.autograd.Function):
             e, slots, shape = block.experts, block.slots, block.shape
             dy_slots, g = _pad(dy, block, row), gates[slots].view(*shape, 1)
             to_gate, to_up, to_down = (None if d is None else d[e] for d in d_weights)
-            s = F.silu(a)
-            hidden, d_hidden = s * b, product(dy_slots, down[e])
+            within_a, within_b = clamp(a, b, ctx.limit)
+            s = F.silu(within_a)
+            hidden, d_hidden = s * within_b, product(dy_slots, down[e])
             torch.sum(d_hidden * hidden, dim=-1, out=dg[slots].view(shape))
             d_down = product(dy_slots.mT, hidden.mul_(g), out=to_down)
             del dy_slots, hidden
             db = s.mul_(d_hidden.mul_(g))
-            da = torch.ops.aten.silu_backward(d_hidden.mul_(b), a)
+            da = torch.ops.aten.silu_backward(d_hidden.mul_(within_b), within_a)
+            if ctx.limit is not None:
+                da.mul_(a <= ctx.limit)
+                db.mul_(b.abs() <= ctx.limit)
             del d_hidden
             x_slots = x.index_select(0, token[slots]).view(*shape, D)
             d_gate, d_up = product(da.mT, x_slots, out=to_gate), product(db.mT, x_slots, out=to_up)
@@ -125,7 +135,7 @@ class _SwiGLU(torch.autograd.Function):
             dx.index_add_(0, token[slots], dx_slots.view(-1, D))
             if single:
                 d_weights = [d_gate, d_up, d_down]
-        return None, None, None, None, dx, dg, *d_weights
+        return None, None, None, None, dx, dg, *d_weights, None
 
 
 def _pad(dy: Tensor, block: Block, row: Tensor | None) -> Tensor:
@@ -145,7 +155,7 @@ def _unpad(y_slots: Tensor, block: Block, y_sorted: Tensor) -> Tensor:
     return y_sorted
 
 
-def run_grouped(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def run_grouped(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor, limit: float | None = None) -> Tensor:
     """Return y_sorted (N, D); one call of F.grouped_mm multiplies the rows of every expert by its matrix.
 
     Raises InputError for dtypes and widths that F.grouped_mm does not take.
@@ -157,7 +167,7 @@ def run_grouped(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) 
             f"{x.dtype} of {x.shape[1]} and {gate.shape[1]}; use 'padded'"
         )
     everything = [Block(slice(None), slice(None), slice(None), (len(token),), [])]
-    return _SwiGLU.apply(GroupedProduct(dispatched.ends), everything, None, token, x, gates, gate, up, down)
+    return _SwiGLU.apply(GroupedProduct(dispatched.ends), everything, None, token, x, gates, gate, up, down, limit)
 
 
 def can_group(x: Tensor, gate: Tensor) -> bool:
@@ -169,7 +179,7 @@ def can_group(x: Tensor, gate: Tensor) -> bool:
     return all(width * x.itemsize % 16 == 0 for width in gate.shape[1:])
 
 
-def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor, limit: float | None = None) -> Tensor:
     """Return y_sorted (N, D), by blocks: each expert gets as many slots as the busiest, and one bmm multiplies all."""
     x, T, N, counts = dispatched.x, len(dispatched.x), len(dispatched.choice), dispatched.counts
     blocks = cut_blocks(counts, gate.shape[1])
@@ -178,7 +188,7 @@ def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor) -
     token = F.pad(dispatched.token, (0, 1), value=T).index_select(0, row)
     gates = F.pad(dispatched.gates, (0, 1)).index_select(0, row)
     x, row = F.pad(x, (0, 0, 0, 1)), row.clamp(max=N - 1)
-    return _SwiGLU.apply(PaddedProduct(), blocks, row, token, x, gates, gate, up, down)
+    return _SwiGLU.apply(PaddedProduct(), blocks, row, token, x, gates, gate, up, down, limit)
 
 
 def _row_of_slot(blocks: list[Block], n_rows: int) -> Tensor:

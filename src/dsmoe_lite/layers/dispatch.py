@@ -52,7 +52,7 @@ class Dispatched:
 class Implementation(NamedTuple):
     """One backend: how it computes the experts' rows, and how it adds them up."""
 
-    run: Callable[[Dispatched, Tensor, Tensor, Tensor], Tensor]  # with gate, up and down: y_sorted (N, D)
+    run: Callable[..., Tensor]  # Dispatched, gate, up and down, and a limit if there is one: y_sorted (N, D)
     combine: Callable[[Tensor, Dispatched], Tensor]  # y_sorted (N, D): y (T, D)
 
 

@@ -21,12 +21,15 @@ IMPLEMENTATIONS = {
 class Experts(nn.Module):
     """E experts FFN_e(x) = W_down,e (silu(W_gate,e x) * W_up,e x). Each weight is one tensor (E, out, in).
 
-    `dispatch`, `forward` and `combine` are the last three steps of an MoE layer; `backend` runs the last two.
+    `dispatch`, `forward` and `combine` are the last three steps of an MoE layer; `backend` runs the last two. limit: of
+    `SwiGLU`; the hand-written kernels have none.
     """
 
-    def __init__(self, n_experts: int, d_model: int, width: int, backend: str = "auto") -> None:
+    def __init__(
+        self, n_experts: int, d_model: int, width: int, backend: str = "auto", limit: float | None = None
+    ) -> None:
         super().__init__()
-        self.backend = backend
+        self.backend, self.limit = backend, limit
         self.gate = nn.Parameter(torch.empty(n_experts, width, d_model))
         self.up = nn.Parameter(torch.empty(n_experts, width, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, width))
@@ -40,7 +43,8 @@ class Experts(nn.Module):
     def forward(self, dispatched: Dispatched) -> Tensor:
         """Return y_sorted (N, D): gate * FFN_e(x) of every row, in expert order."""
         weights = [weight.to(dispatched.x.dtype) for weight in self.local_weights()]
-        return self._implementation(dispatched.x).run(dispatched, *weights)
+        limit = () if self.limit is None else (self.limit,)
+        return self._implementation(dispatched.x).run(dispatched, *weights, *limit)
 
     def combine(self, y_sorted: Tensor, dispatched: Dispatched) -> Tensor:
         """Add up the rows y_sorted (N, D) of each token: y (T, D). A token without rows gets zero."""
@@ -51,12 +55,12 @@ class Experts(nn.Module):
         return self.gate, self.up, self.down
 
     def _implementation(self, x: Tensor) -> Implementation:
-        name = choose_backend(x, self.gate) if self.backend == "auto" else self.backend
+        name = choose_backend(x, self.gate, self.limit) if self.backend == "auto" else self.backend
         return IMPLEMENTATIONS[name]
 
 
-def choose_backend(x: Tensor, gate: Tensor) -> str:
-    """Choose a backend for tokens like x and weights `gate` (E, F, D).
+def choose_backend(x: Tensor, gate: Tensor, limit: float | None = None) -> str:
+    """Choose a backend for tokens like x and weights `gate` (E, F, D), with or without a limit of SwiGLU.
 
     On a GPU the first of `kernels_for` that passes its self-test. Else "grouped" if torch has a grouped product for
     these tensors, else "padded". Inside torch.compile always "padded": it
@@ -69,7 +73,7 @@ def choose_backend(x: Tensor, gate: Tensor) -> str:
     """
     if torch.compiler.is_compiling():
         return "padded"
-    if x.is_cuda:
+    if x.is_cuda and limit is None:
         for name in kernels_for(x.dtype, *gate.shape[1:]):
             if passes_selftest(name, x.device):
                 return name

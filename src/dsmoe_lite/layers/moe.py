@@ -20,9 +20,11 @@ class MoELayer(nn.Module):
     def __init__(self, d_model: int, config: MoEConfig, vocab_size: int, layer: int | None = None) -> None:
         super().__init__()
         self.router = Router(d_model, config, vocab_size, layer)
-        self.experts = Experts(config.n_routed_experts, d_model, config.expert_width, config.backend)
+        self.experts = Experts(
+            config.n_routed_experts, d_model, config.expert_width, config.backend, config.swiglu_limit
+        )
         shared = config.n_shared_experts * config.expert_width  # the sum of narrow FFNs is one FFN of their total width
-        self.shared = SwiGLU(d_model, shared) if shared else None
+        self.shared = SwiGLU(d_model, shared, config.swiglu_limit) if shared else None
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x (B, S, D), token_ids (B, S) for hash routing -> y (B, S, D) and the Routing of the T = B * S tokens.

@@ -75,9 +75,11 @@ def join(parts: Sequence[Routing], batch_shape: tuple[int, int]) -> Routing:
 class Router(nn.Module):
     """Score every expert for every token and choose K of them, as `MoEConfig` says.
 
-    - scores: s = softmax(W x) (DeepSeekMoE Eq 5, arXiv:2401.06066) or sigmoid(W x) (DeepSeek-V3 Eq 15,
-      arXiv:2412.19437); in training, with `noisy_gating`, on W x + eps * softplus(W_noise x) (arXiv:1701.06538).
-    - choice: the K largest s + bias (V3 Eq 16) inside the best groups, or the best tokens of every expert.
+    - scores: s = softmax(W x) (DeepSeekMoE Eq 5, arXiv:2401.06066), sigmoid(W x) (DeepSeek-V3 Eq 15,
+      arXiv:2412.19437) or sqrt(softplus(W x)) (DeepSeek-V4, arXiv:2606.19348); in training, with `noisy_gating`, on
+      W x + eps * softplus(W_noise x) (arXiv:1701.06538).
+    - choice: the K largest s + bias (V3 Eq 16) inside the best groups, the best tokens of every expert, or, with
+      `chooser="hash"`, the K experts that a fixed table has for the token id (V4's first layers).
     - gates: the chosen s, never the bias; divided by their sum with `norm_topk_prob` (GShard, V3 Eq 13); times
       `routed_scaling_factor`.
     - hash: a fixed balanced table from token id to one expert, gate 1, nothing learnt (arXiv:2106.04426).
@@ -109,6 +111,8 @@ class Router(nn.Module):
             shuffled = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0), device="cpu")
             self.register_buffer("hash_table", shuffled % E)  # every expert gets V/E token ids, rounded
             return
+        if config.chooser == "hash":
+            self.register_buffer("hash_table", hash_table(vocab_size, E, config.top_k, seed=layer or 0))
         self.weight = nn.Parameter(torch.empty(E, d_model))
         nn.init.normal_(self.weight, std=0.02)
         if config.noisy_gating:
@@ -136,8 +140,9 @@ class Router(nn.Module):
         clean, noise_scale = self._logits(x)
         logits = clean if noise_scale is None else clean + torch.randn_like(clean) * noise_scale
         self._check_finite("router logits", logits)
-        scores = _sigmoid(logits) if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        topk_ids = self._choose(scores, self.forbidden)
+        scores = SCORES[self.config.scoring_func](logits)
+        by_table = self.config.chooser == "hash"
+        topk_ids = self._look_up(scores, token_ids) if by_table else self._choose(scores, self.forbidden)
         chosen = topk_ids >= 0
         affinities = scores.gather(1, topk_ids.clamp(min=0)) * chosen
         shares = affinities / (self._norm(scores, affinities) + TINY) if self.config.norm_topk_prob else affinities
@@ -182,6 +187,11 @@ class Router(nn.Module):
             require(reached == config.top_k, "experts left", reached, f"must be top_k = {config.top_k}: forbid fewer")
         return topk_ids
 
+    def _look_up(self, scores: Tensor, token_ids: Tensor | None) -> Tensor:
+        """The table's experts of each token, (T, K), the one with the highest score first."""
+        ids = self.hash_table[self._require_ids(token_ids, len(scores))]
+        return ids.gather(1, ordered_topk(scores.detach().gather(1, ids), ids.shape[1]))
+
     def _scale(self) -> float:
         config = self.config
         return config.routed_scaling_factor if config.scale_normalised or not config.norm_topk_prob else 1.0
@@ -208,9 +218,7 @@ class Router(nn.Module):
         return kept
 
     def _by_table(self, x: Tensor, batch_shape: tuple[int, int], token_ids: Tensor | None) -> Routing:
-        shape = None if token_ids is None else tuple(token_ids.shape)
-        require(shape == x.shape[:1], "token_ids", shape, f"hash routing needs the id of each of {len(x)} tokens")
-        assert token_ids is not None
+        token_ids = self._require_ids(token_ids, len(x))
         self._check_finite("router input", x)
         topk_ids = self.hash_table[token_ids].unsqueeze(1)  # (T, 1)
         scores = F.one_hot(topk_ids[:, 0], self.config.n_routed_experts)
@@ -219,7 +227,39 @@ class Router(nn.Module):
         kept = self._kept(topk_ids, gates, gates, batch_shape)
         return Routing(scores.log(), scores, topk_ids, gates * self._scale(), kept, batch_shape)
 
+    @staticmethod
+    def _require_ids(token_ids: Tensor | None, n_tokens: int) -> Tensor:
+        shape = None if token_ids is None else tuple(token_ids.shape)
+        require(shape == (n_tokens,), "token_ids", shape, f"hash routing needs the id of each of {n_tokens} tokens")
+        assert token_ids is not None
+        return token_ids
+
+
+def hash_table(vocab_size: int, n_experts: int, k: int, seed: int) -> Tensor:
+    """Draw `k` different experts for every token id, (V, k) int64: balanced over the vocabulary, not over a text.
+
+    Rounds of n_experts // k ids share out a new random order of the experts, so every expert gets at most one id of a
+    round. DeepSeek-V4 ships such a table with its weights and does not say how it was drawn.
+    """
+    generator, per_round = torch.Generator().manual_seed(seed), n_experts // k
+    order = torch.rand(-(-vocab_size // per_round), n_experts, generator=generator, device="cpu").argsort(dim=1)
+    rows = order[:, : per_round * k].reshape(-1, k)[:vocab_size]
+    return rows[torch.randperm(vocab_size, generator=generator, device="cpu")]
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    return logits.softmax(dim=-1)
+
 
 def _sigmoid(logits: Tensor) -> Tensor:
     """The sigmoid, the same for equal logits: on a CPU, torch's last bit in float32 depends on a number's place."""
     return logits.double().sigmoid().to(logits.dtype) if logits.is_cpu else logits.sigmoid()
+
+
+def _sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(ln(1 + e^x)), the same for equal logits, as in `_sigmoid`. Above 0 also where e^x underflows."""
+    exact = logits.double() if logits.is_cpu else logits
+    return F.softplus(exact).clamp(min=TINY).sqrt().to(logits.dtype)  # the root of 0 would have no gradient
+
+
+SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "sqrtsoftplus": _sqrt_softplus}

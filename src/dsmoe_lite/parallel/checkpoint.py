@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dsmoe_lite.common.errors import InputError, RunError, require_same
 from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.schema import CHECKPOINT_REMEDY, require_entries, require_schema
-from dsmoe_lite.config import to_dict
+from dsmoe_lite.config import ModelConfig, from_dict, to_dict
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.parallel.checkpoint_folders import complete_checkpoints
 from dsmoe_lite.parallel.collectives import on_rank0
@@ -58,7 +58,7 @@ def load_sharded(path: Path, model: Transformer, optimizer: torch.optim.AdamW) -
     Raises InputError if the checkpoint is missing, damaged, of another model or of an unknown schema version.
     """
     config, state = on_rank0(lambda: _read_metadata(path))
-    require_same(to_dict(model.config), config, "model.")
+    require_same(to_dict(model.config), to_dict(from_dict(ModelConfig, config)), "model.")
     for weight in model.parameters():
         optimizer.state[weight] = {
             "step": torch.zeros((), device=weight.device),

@@ -103,6 +103,7 @@ def switch_off(model: Transformer, experts: Mapping[int, Collection[int]]) -> Tr
     for layer, disabled in experts.items():
         _require_experts(changed, layer, disabled)
         router = changed.moe_layers[layer].router
+        _chosen_by_score(router.config)
         router.forbidden += (SwitchedOff(frozenset(disabled)),)
         off = set().union(*(forbid.experts for forbid in router.forbidden if isinstance(forbid, SwitchedOff)))
         left = E - len(off)
@@ -137,6 +138,7 @@ def mask_top(model: Transformer, share: float) -> Transformer:
     """
     masked, changed = n_masked(model.config.moe, share), deepcopy(model)
     for layer in changed.moe_layers:
+        _chosen_by_score(layer.router.config)
         layer.router.forbidden += (MaskedTop(masked),)
     return changed
 
@@ -180,8 +182,10 @@ def _with_config(model: Transformer, moe: MoEConfig) -> Transformer:
     """Return a copy of `model` with the routing config `moe`."""
     changed = deepcopy(model)
     changed.config = replace(model.config, moe=moe)
-    for layer in changed.moe_layers:
-        layer.router.config = moe
+    for layer, config in zip(changed.moe_layers, changed.config.moe_layers, strict=True):
+        fixed = config.chooser == "hash" and config.top_k != layer.router.config.top_k
+        require(not fixed, "top_k", config.top_k, "must stay as it is: a table names the experts of a token")
+        layer.router.config = config
     return changed
 
 
@@ -197,5 +201,5 @@ def _chosen_by_score(moe: MoEConfig | None) -> MoEConfig:
     require(moe is not None, "moe", moe, "the model has no experts to choose from")
     assert moe is not None
     require(moe.scoring_func != "hash", "scoring_func", moe.scoring_func, "hash routing has no next best expert")
-    require(moe.chooser == "token", "chooser", moe.chooser, "under expert choice a token has no next best expert")
+    require(moe.chooser == "token", "chooser", moe.chooser, "a token has a next best expert only if its scores choose")
     return moe

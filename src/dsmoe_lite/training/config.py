@@ -58,7 +58,7 @@ class TrainConfig:
                 top_logits_win,
                 "needs a model with noisy_gating, without expert_bias, and topk_group = n_group",
             ),
-            "sequence": (moe is None or moe.chooser == "token", "is not defined for a model with chooser = 'expert'"),
+            "sequence": (moe is None or moe.chooser != "expert", "is not defined for a model with chooser = 'expert'"),
         }
         for name, (fits, remedy) in needs.items():
             weight = self.balance.get(name, 0.0)

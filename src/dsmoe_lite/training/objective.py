@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dsmoe_lite.config import MoEConfig
+from dsmoe_lite.config import ModelConfig, MoEConfig
 from dsmoe_lite.layers import balance
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
@@ -26,18 +26,19 @@ BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
 
 def balance_terms(
     output: Output,
-    moe: MoEConfig | None,
+    config: ModelConfig,
     weights: Mapping[str, float],
     all_reduce: balance.AllReduce = balance.single_process,
 ) -> Tensor:
     """Sum the balance losses of all MoE layers, times their `weights` (name -> alpha); 0 for a dense model.
 
+    Layers with `chooser="hash"` are left out: a table chooses, whatever the scores are.
     all_reduce: as in `layers.balance`, for a batch that is divided among processes.
     """
     terms = output.logits.new_zeros((), dtype=torch.float32)
-    if moe is None:
-        return terms
-    for routing in output.routings:
+    for routing, moe in zip(output.routings, config.moe_layers, strict=True):
+        if moe.chooser == "hash":
+            continue
         for name, weight in weights.items():
             if weight:
                 terms = terms + weight * _balance_loss(name, routing, moe, all_reduce)

@@ -11,6 +11,10 @@ from filelock import FileLock, Timeout
 from dsmoe_lite.common.errors import InputError, RunError, require
 from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.schema import require_entries
+from dsmoe_lite.config import ModelConfig, from_dict, to_dict
+from dsmoe_lite.training.config import TrainConfig
+
+CONFIGS: dict[str, type] = {"model": ModelConfig, "train": TrainConfig}  # parts of the settings that are configs
 
 
 @contextmanager
@@ -32,6 +36,9 @@ def check_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
     if not path.is_file():
         write_json(path, settings)
     stored = _read(path, settings)
+    for part, config in CONFIGS.items():
+        if part in stored:
+            stored[part] = to_dict(from_dict(config, stored[part]))  # fields that are newer than the run: defaults
     current: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     for part, values in current.items():
         for name, value in values.items():

@@ -70,7 +70,7 @@ def train(
                     output = model(tokens[:, :-1])
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
-                terms = balance_terms(output, moe, config.balance, processes.all_reduce_sum)
+                terms = balance_terms(output, model.config, config.balance, processes.all_reduce_sum)
                 objective = (loss + terms) / config.grad_accum
                 (objective * processes.size).backward()  # FSDP averages gradients over processes
                 mean_loss += loss.item() / config.grad_accum
@@ -80,6 +80,8 @@ def train(
             optimizer.zero_grad(set_to_none=True)
             if config.bias_speed:
                 for layer, n in zip(model.moe_layers, counts, strict=True):
+                    if not layer.router.config.expert_bias:
+                        continue  # a table chooses
                     update_bias(layer.router.expert_bias, processes.all_reduce_sum(n), config.bias_speed)
             if moe is not None and step % config.routing_every == 0:
                 run.routing.append(routing_figures(step, output.routings, processes))

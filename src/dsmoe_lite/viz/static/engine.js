@@ -217,12 +217,12 @@
   // ---- The model
 
   // The first setting of a config that this file cannot run, in words.
-  function unsupported({ attention, moe }) {
+  function unsupported({ attention, moe, n_hash_layers: hashed }) {
     if ("kv_lora_rank" in attention) return "latent attention";
-    if (attention.window !== null) return "a sliding window";
-    if (attention.yarn !== null) return "YaRN";
-    if (moe && moe.chooser !== "token") return "experts that choose their tokens";
-    if (moe && moe.scoring_func === "hash") return "hash routing";
+    if (attention.window !== null || attention.yarn !== null) return attention.yarn ? "YaRN" : "a sliding window";
+    if (moe?.chooser === "expert") return "experts that choose their tokens";
+    if (hashed || [moe?.scoring_func, moe?.chooser].includes("hash")) return "hash routing";
+    if (moe?.scoring_func === "sqrtsoftplus" || moe?.swiglu_limit) return "the experts of DeepSeek-V4";
     return moe && moe.routing_groups !== 1 ? "routing in groups of sequences" : "";
   }
 
