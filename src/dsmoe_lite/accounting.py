@@ -6,7 +6,7 @@ the weights that a token meets.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dsmoe_lite.common.errors import require_int
@@ -42,10 +42,14 @@ class Parameters:
     routed_experts: Count
     shared_experts: Count
     norms: Count
+    mtp: Count = Count(0, 0)  # modules of multi-token prediction, without the embedding and the head that they share
 
     def rows(self) -> dict[str, Count]:
-        """Map component names to counts, in the order in which a token meets the components."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Map component names to counts, in the order in which a token meets the components; MTP only if there is any.
+
+        No count of a model includes its MTP modules: papers and tables leave them out.
+        """
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mtp"}
 
     @property
     def ffn(self) -> Count:
@@ -83,6 +87,11 @@ def parameters(config: ModelConfig) -> Parameters:
         router = _all_active(moe_layers * matrices * D * moe.n_routed_experts)
         routed = Count(moe_layers * moe.n_routed_experts * expert, moe_layers * moe.top_k * expert)
         shared = _all_active(moe_layers * moe.n_shared_experts * expert)
+    mtp = Count(0, 0)
+    if config.n_mtp:  # blocks after the last, each with a projection from 2 D to D and three norms
+        before, after = (parameters(replace(config, n_mtp=0, n_layers=L + n)) for n in (0, config.n_mtp))
+        own = config.n_mtp * (2 * D * D + 3 * D)
+        mtp = Count(after.total - before.total + own, after.active_all - before.active_all + own)
     norms = (2 * L + 1) * D + L * _latent_norm_weights(config.attention)  # two per block and one before the head
     return Parameters(
         embed_in=_all_active(embedding),
@@ -93,6 +102,7 @@ def parameters(config: ModelConfig) -> Parameters:
         routed_experts=routed,
         shared_experts=shared,
         norms=_all_active(norms),
+        mtp=mtp,
     )
 
 

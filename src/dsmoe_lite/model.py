@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dsmoe_lite.common.errors import RunError, require
-from dsmoe_lite.config import MLAConfig, ModelConfig
-from dsmoe_lite.layers.attention import Attention
-from dsmoe_lite.layers.cache import Cache, LayerCache
-from dsmoe_lite.layers.ffn import SwiGLU
-from dsmoe_lite.layers.mla import MLA
+from dsmoe_lite.config import ModelConfig
+from dsmoe_lite.layers.block import Block, Positions
+from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.layers.moe import MoELayer
+from dsmoe_lite.layers.mtp import MTPModule
 from dsmoe_lite.layers.rope import RopeTables, rope_tables
 from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.sdpa import attention_mask
@@ -25,15 +24,9 @@ class Output:
 
     logits: Tensor  # (B, S, V)
     routings: tuple[Routing, ...]  # one per MoE layer, first layer first
-
-
-@dataclass(frozen=True)
-class Positions:
-    """Rotations and attention mask of the tokens of one call; all layers share them."""
-
-    cos: Tensor  # (S, rope_dim / 2), or (B, 1, S, rope_dim / 2) with padding
-    sin: Tensor
-    mask: Tensor | None  # from `attention_mask`
+    hidden: Tensor | None = None  # (B, S, D), what the head reads
+    ahead: tuple[Tensor, ...] = ()  # in training, of MTP module k (B, S - k, V): position i predicts token i + k + 1
+    ahead_routings: tuple[Routing, ...] = ()  # of the MTP modules that have experts
 
 
 def require_finite(logits: Tensor) -> None:
@@ -53,39 +46,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class Block(nn.Module):
-    """u = x + Attention(RMSNorm(x)); h = u + FFN(RMSNorm(u)) (DeepSeekMoE Eq 1-2); the FFN is dense or has experts."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        D = config.d_model
-        self.attention_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        self.attention: Attention | MLA
-        if isinstance(config.attention, MLAConfig):
-            self.attention = MLA(D, config.attention, config.norm_eps)
-        else:
-            self.attention = Attention(D, config.attention)
-        self.ffn_norm = nn.RMSNorm(D, eps=config.norm_eps)
-        moe = config.moe_of(layer)
-        self.has_experts = moe is not None  # not the class of `ffn`, which others may wrap
-        self.ffn: nn.Module
-        if moe is not None:
-            self.ffn = MoELayer(D, moe, config.vocab_size, layer)
-        else:
-            self.ffn = SwiGLU(D, config.ffn_width)
-
-    def forward(
-        self, x: Tensor, positions: Positions, token_ids: Tensor, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Routing | None]:
-        """x (B, S, D), token_ids (B, S) -> (B, S, D) and the Routing, or None in a dense block."""
-        u = x + self.attention(self.attention_norm(x), positions.cos, positions.sin, positions.mask, cache)
-        normed = self.ffn_norm(u)
-        if self.has_experts:
-            y, routing = self.ffn(normed, token_ids)
-            return u + y, routing
-        return u + self.ffn(normed), None
-
-
 class Transformer(nn.Module):
     """Token ids (B, S) to next-token logits (B, S, V)."""
 
@@ -98,6 +58,7 @@ class Transformer(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
+        self.mtp = nn.ModuleList(MTPModule(config, k) for k in range(1, config.n_mtp + 1))
         attention = config.attention
         tables = rope_tables(attention.rope_dim, config.max_seq_len, attention.rope_theta, attention.yarn)
         self.rope = RopeTables(*tables)
@@ -107,7 +68,7 @@ class Transformer(nn.Module):
 
     @property
     def moe_layers(self) -> list[MoELayer]:
-        """The MoE layers, first block first, in the order of Output.routings."""
+        """The MoE layers, first block first, in the order of Output.routings; without those of MTP modules."""
         return [module for block in self.blocks for module in block.modules() if isinstance(module, MoELayer)]
 
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None) -> Output:
@@ -129,11 +90,26 @@ class Transformer(nn.Module):
             x, routing = block(x, positions, tokens, None if cache is None else cache.layers[index])
             if routing is not None:
                 routings.append(routing)
-        output = Output(self.head(self.norm(x)), tuple(routings))
+        hidden = self.norm(x)
+        ahead, ahead_routings = self._ahead(hidden, tokens) if self.training and self.config.n_mtp else ((), ())
+        output = Output(self.head(hidden), tuple(routings), hidden, ahead, ahead_routings)
         if cache is not None:
             cache.pad = pad
             cache.advance(S)
         return output
+
+    def _ahead(self, hidden: Tensor, tokens: Tensor) -> tuple[tuple[Tensor, ...], tuple[Routing, ...]]:
+        """Logits and routings of all MTP modules for hidden (B, S, D) of the tokens (B, S)."""
+        S, n_mtp = tokens.shape[1], self.config.n_mtp
+        require(n_mtp < S, "sequence length", S, f"must be above n_mtp = {n_mtp}, the tokens that modules look ahead")
+        logits, routings = [], []
+        for k, module in enumerate(self.mtp, start=1):
+            positions = self._positions(S - k, tokens.device, None, None)
+            hidden, routing = module(hidden[:, : S - k], self.embed(tokens[:, k:]), positions, tokens[:, k:])
+            logits.append(self.head(hidden))
+            if routing is not None:
+                routings.append(routing)
+        return tuple(logits), tuple(routings)
 
     def _check(self, tokens: Tensor, start: int, pad: Tensor | None) -> None:
         two_dims = tokens.ndim == 2 and tokens.shape[0] > 0

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
-from dsmoe_lite.common.errors import require, require_bool, require_int, require_number, require_type
+from dsmoe_lite.common.errors import require, require_bool, require_choice, require_int, require_number, require_type
 from dsmoe_lite.config.attention import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.config.moe import MoEConfig
 from dsmoe_lite.config.plain import make_plain
 
 MAX_LAYERS = 10_000
+MTP_ORDERS = ("hidden_first", "embedding_first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +17,8 @@ class ModelConfig:
 
     Without `moe`, every FFN is dense and has width `ffn_width`. With `moe`, the first `n_dense_layers` stay dense, and
     every `interleave`-th layer after them has experts: 1 in DeepSeekMoE-16B (one dense layer first), 2 in GLaM. In the
-    first `n_hash_layers` of the layers with experts a table chooses them: 3 in DeepSeek-V4.
+    first `n_hash_layers` of the layers with experts a table chooses them: 3 in DeepSeek-V4. With `n_mtp` the model also
+    learns to predict tokens further ahead: 1 in DeepSeek-V3 and V4 (`layers.mtp`).
     """
 
     vocab_size: int  # V
@@ -28,6 +30,8 @@ class ModelConfig:
     n_dense_layers: int = 0
     interleave: int = 1
     n_hash_layers: int = 0
+    n_mtp: int = 0  # modules of multi-token prediction: how many tokens further the model learns to predict
+    mtp_order: str = "hidden_first"  # in a module's projection; "embedding_first" in the released weights
     max_seq_len: int = 2048
     tie_embeddings: bool = False
     norm_eps: float = 1e-6
@@ -48,6 +52,8 @@ class ModelConfig:
             remedy = f"must be at most {rest}, the layers that n_dense_layers = {self.n_dense_layers} leaves"
             require(self.interleave <= rest, "interleave", self.interleave, remedy)
         self._check_hash_layers()
+        require_int("n_mtp", self.n_mtp, 0, MAX_LAYERS)
+        require_choice("mtp_order", self.mtp_order, MTP_ORDERS)
         require_bool("tie_embeddings", self.tie_embeddings)
         require_number("norm_eps", self.norm_eps, 0.0, 1.0, open_low=True)
         require_number("init_std", self.init_std, 0.0, 10.0, open_low=True)

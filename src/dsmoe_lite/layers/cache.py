@@ -58,6 +58,10 @@ class GrowingCache:
         """Make the n_tokens of the last `extend` count."""
         self.length += n_tokens
 
+    def forget(self, n_tokens: int) -> None:
+        """Drop the last n_tokens; later tokens are written over them."""
+        self.length -= n_tokens
+
     def key_positions(self, n_tokens: int) -> Tensor:
         """All positions, from 0."""
         return torch.arange(self.length + n_tokens, device="cpu")
@@ -160,6 +164,17 @@ class Cache:
         """Make the last n_tokens count, in every layer."""
         for layer in self.layers:
             layer.advance(n_tokens)
+
+    def forget(self, n_tokens: int) -> None:
+        """Drop the last n_tokens in every layer. Raises InputError with a sliding window: others are overwritten."""
+        require_int("n_tokens", n_tokens, 0, self.length)
+        for layer in self.layers:
+            if not isinstance(layer, GrowingCache):
+                window = self.config.attention.window
+                raise InputError(
+                    f"window = {window}: a rolling cache cannot forget tokens; use a model without a window"
+                )
+            layer.forget(n_tokens)
 
     def check(self, config: ModelConfig, batch_size: int) -> None:
         """Raise InputError if the cache is of another model or batch size, or an interrupt cut `advance` short."""

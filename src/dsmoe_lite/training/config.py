@@ -24,6 +24,9 @@ class TrainConfig:
     grad_clip: float = 1.0
     balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # name -> alpha, for every MoE layer
     bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves per step
+    mtp_weight: float = 0.3  # lambda, of the loss of multi-token prediction
+    mtp_final_weight: float = 0.1  # lambda after mtp_share of the steps
+    mtp_share: float = 10 / 14.8  # DeepSeek-V3: 10 of its 14.8 trillion tokens
     precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
     checkpoint_every: int = 0  # steps; 0: only if the run ends or is interrupted
     routing_every: int = 20  # steps between two records of balance figures
@@ -38,15 +41,20 @@ class TrainConfig:
             require_int(name, getattr(self, name), 0, 2**31 - 1)
         for name in ("lr", "grad_clip"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
-        for name in ("weight_decay", "bias_speed"):
+        for name in ("weight_decay", "bias_speed", "mtp_weight", "mtp_final_weight"):
             require_number(name, getattr(self, name), 0.0)
-        require_number("final_lr_share", self.final_lr_share, 0.0, 1.0)
+        for name in ("final_lr_share", "mtp_share"):
+            require_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("beta1", "beta2"):
             require_number(name, getattr(self, name), 0.0, 1.0, open_high=True)
         for name, weight in self.balance.items():
             require_choice("balance", name, BALANCE_LOSSES)
             require_number(f"balance weight of {name}", weight, 0.0)
         require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+
+    def mtp_weight_at(self, step: int) -> float:
+        """lambda of `step`, from 0."""
+        return self.mtp_weight if step < self.mtp_share * self.steps else self.mtp_final_weight
 
     def check_fits(self, moe: MoEConfig | None) -> None:
         """Raise InputError if a model lacks what a loss or the bias needs. A dense model ignores the other losses."""

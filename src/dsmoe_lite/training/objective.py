@@ -1,8 +1,9 @@
-"""The balance losses by name, weighted and summed over the MoE layers of a model."""
+"""What training adds to the loss: balance losses, summed over the MoE layers, and that of multi-token prediction."""
 
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dsmoe_lite.config import ModelConfig, MoEConfig
@@ -36,13 +37,28 @@ def balance_terms(
     all_reduce: as in `layers.balance`, for a batch that is divided among processes.
     """
     terms = output.logits.new_zeros((), dtype=torch.float32)
-    for routing, moe in zip(output.routings, config.moe_layers, strict=True):
+    layers = [*config.moe_layers, *[config.moe] * len(output.ahead_routings)]
+    for routing, moe in zip((*output.routings, *output.ahead_routings), layers, strict=True):
+        assert moe is not None
         if moe.chooser == "hash":
             continue
         for name, weight in weights.items():
             if weight:
                 terms = terms + weight * _balance_loss(name, routing, moe, all_reduce)
     return terms
+
+
+def mtp_loss(output: Output, tokens: Tensor) -> Tensor:
+    """Mean over MTP modules k of the cross-entropy of token i + k + 1 (DeepSeek-V3 Eq 24-25, without lambda).
+
+    tokens (B, S + 1): those the model read and the last target. As printed, a module's sum over its S - k tokens is
+    divided by S.
+    """
+    total, S = output.logits.new_zeros((), dtype=torch.float32), tokens.shape[1] - 1
+    for k, logits in enumerate(output.ahead, start=1):
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, k + 1 :].flatten())
+        total = total + loss * (S - k) / S
+    return total / max(1, len(output.ahead))
 
 
 def _balance_loss(name: str, routing: Routing, moe: MoEConfig, all_reduce: balance.AllReduce) -> Tensor:

@@ -12,11 +12,12 @@ from dsmoe_lite.common.errors import require_int
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.layers.balance import update_bias
+from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.training.checkpointer import Checkpointer
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.interrupts import stop_requested
-from dsmoe_lite.training.objective import balance_terms
+from dsmoe_lite.training.objective import balance_terms, mtp_loss
 from dsmoe_lite.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from dsmoe_lite.training.processes import SINGLE_PROCESS, Processes
 from dsmoe_lite.training.record import Run, Stopwatch, routing_figures
@@ -52,6 +53,7 @@ def train(
     share = (rows.stop - rows.start) / config.batch_size
     optimizer = make_optimizer(model, config)
     weights = list(model.parameters())
+    moe_layers = [module for module in model.modules() if isinstance(module, MoELayer)]  # MTP modules' are the last
     with (
         stop_requested(processes.stop_signals) as stop,
         Checkpointer(folder, model, optimizer, batches, config, processes) as checkpointer,
@@ -63,7 +65,7 @@ def train(
         for step in range(run.steps_done, last):
             set_learning_rate(optimizer, learning_rate(step, config))
             mean_loss = 0.0
-            counts: list[Any] = [0] * len(model.moe_layers)  # of each layer (E,), over all micro-batches
+            counts: list[Any] = [0] * len(moe_layers)  # of each layer (E,), over all micro-batches
             for _ in range(config.grad_accum):
                 tokens = next(batches).tokens[rows].to(device, non_blocking=True)  # (B, S + 1)
                 with _autocast(config.precision, device):
@@ -71,15 +73,22 @@ def train(
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
                 terms = balance_terms(output, model.config, config.balance, processes.all_reduce_sum)
+                if output.ahead:
+                    terms = terms + config.mtp_weight_at(step) * processes.all_reduce_sum(
+                        mtp_loss(output, tokens) * share
+                    )
                 objective = (loss + terms) / config.grad_accum
                 (objective * processes.size).backward()  # FSDP averages gradients over processes
                 mean_loss += loss.item() / config.grad_accum
-                counts = [n + routing.counts for n, routing in zip(counts, output.routings, strict=True)]
+                counts = [
+                    n + routing.counts
+                    for n, routing in zip(counts, (*output.routings, *output.ahead_routings), strict=True)
+                ]
             torch.nn.utils.clip_grads_with_norm_(weights, config.grad_clip, processes.grad_norm(weights))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if config.bias_speed:
-                for layer, n in zip(model.moe_layers, counts, strict=True):
+                for layer, n in zip(moe_layers, counts, strict=True):
                     if not layer.router.config.expert_bias:
                         continue  # a table chooses
                     update_bias(layer.router.expert_bias, processes.all_reduce_sum(n), config.bias_speed)
