@@ -198,7 +198,7 @@ def test_words_link_to_what_python_finds(modules) -> None:
     router = writer.modules["dsmoe_lite.layers.router"]
     names = dict(router.walk())
     resolve = writer._resolver(router, names["Router"], "Router")
-    assert resolve("MoEConfig") == "dsmoe_lite.config.MoEConfig"  # imported
+    assert resolve("MoEConfig") == "dsmoe_lite.config.moe.MoEConfig"  # imported
     assert resolve("forbidden") == "dsmoe_lite.layers.router.Router.forbidden"  # a member
     assert resolve("RoutingTrace") == "dsmoe_lite.routing.trace.RoutingTrace"  # the one class of this name
     assert resolve("layer") is None  # a parameter

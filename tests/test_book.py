@@ -133,7 +133,9 @@ def test_every_light_colour_has_its_dark_one(pages):
 
 
 def test_a_reference_of_the_package_is_below_the_chapters(tmp_path, monkeypatch):
-    shown = ("dsmoe_lite", "dsmoe_lite.config", "dsmoe_lite.layers", "dsmoe_lite.layers.router")
+    shown = (
+        "dsmoe_lite", "dsmoe_lite.config", "dsmoe_lite.config.moe", "dsmoe_lite.layers", "dsmoe_lite.layers.router",
+    )  # fmt: skip
     monkeypatch.setattr(
         builder, "read_package", lambda folder: [m for m in api_source.read_package(folder) if m.name in shown]
     )
@@ -148,7 +150,7 @@ def test_a_reference_of_the_package_is_below_the_chapters(tmp_path, monkeypatch)
     assert r"\operatorname{Topk}" in page
     assert 'href="../01_second.html#equation-eq-gate">A layer</a>' in page
     assert 'href="https://arxiv.org/abs/2401.06066">arXiv:2401.06066</a>' in page
-    assert 'href="dsmoe_lite.html#dsmoe_lite.config.MoEConfig"' in page  # in the signature
+    assert 'href="config.html#dsmoe_lite.config.moe.MoEConfig"' in page  # in the signature
     assert not set("‘’“”") & set(page)
     assert not (tmp_path / "notebooks" / "api").exists()
 

@@ -95,7 +95,7 @@ def test_experts_that_depend_on_the_batch_get_no_cache(name: str, monkeypatch: p
         with torch.no_grad():
             tokens = torch.cat((tokens, model(tokens).logits[:, -1:].argmax(dim=-1)), dim=1)
     expected = tokens[:, 3:].tolist()
-    monkeypatch.setattr("dsmoe_lite.generate.Cache", None)
+    monkeypatch.setattr("dsmoe_lite.generate.decode.Cache", None)
     for use_cache in (None, False):
         assert generate(model, prompts, 6, use_cache=use_cache) == expected
     assert line_of(lambda: generate(model, prompts, 6, use_cache=True)).startswith("use_cache = True: must be False: ")
@@ -119,7 +119,7 @@ def test_the_cache_is_reserved_in_one_piece_and_reads_each_token_once(monkeypatc
             super().__init__(*arguments, **options)
             caches.append(self)
 
-    monkeypatch.setattr("dsmoe_lite.generate.Cache", Watched)
+    monkeypatch.setattr("dsmoe_lite.generate.decode.Cache", Watched)
     handle = model.embed.register_forward_pre_hook(lambda module, inputs: read.append(tuple(inputs[0].shape)))
     generate(model, ROWS, 5, chunk=3)
     handle.remove()

@@ -15,11 +15,11 @@ from dsmoe_lite.accounting import parameters
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.generate import generate
+from dsmoe_lite.generate.speculative import Speculation, _Draw, speculate
 from dsmoe_lite.layers.balance import expert_loss
 from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.model import Output, Transformer
 from dsmoe_lite.presets import preset
-from dsmoe_lite.speculate import Speculation, _Draw, speculate
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.objective import balance_terms, mtp_loss
 from dsmoe_lite.training.train import train

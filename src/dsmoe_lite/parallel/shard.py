@@ -24,7 +24,7 @@ class ParallelExperts(Experts):
 
     def __init__(self, experts: Experts, mesh: DeviceMesh) -> None:
         nn.Module.__init__(self)  # the weights come from `experts`
-        self.backend, self.group = experts.backend, mesh.get_group()
+        self.backend, self.limit, self.group = experts.backend, experts.limit, mesh.get_group()
         for name, weight in experts.named_parameters():
             shard = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)  # all have the full weight
             self.register_parameter(name, nn.Parameter(shard))

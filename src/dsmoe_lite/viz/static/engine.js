@@ -1,5 +1,5 @@
 // A trained model of the course, run by the page itself: byte-level BPE, the Transformer with its experts, generation.
-// The package's mathematics once more (data/tokenizer.py, layers/, model.py, generate.py), float32 as there.
+// The package's mathematics once more (data/tokenizer.py, layers/, model.py, generate/), float32 as there.
 // A classic script that defines `dsmoeEngine` alone: a page loads it, a worker or a widget runs its text.
 // T tokens of a call, D model width, H heads, E routed experts, K of them per token, F expert width, V vocabulary.
 (function engine(scope) {

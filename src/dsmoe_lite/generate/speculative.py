@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_lite.common.errors import require, require_int, require_number
-from dsmoe_lite.generate import sample
+from dsmoe_lite.generate.decode import sample
 from dsmoe_lite.layers.block import Positions
 from dsmoe_lite.layers.cache import Cache, GrowingCache
 from dsmoe_lite.layers.sdpa import attention_mask
