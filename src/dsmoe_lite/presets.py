@@ -18,7 +18,7 @@ from difflib import get_close_matches
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig
-from dsmoe_lite.family import FAMILY
+from dsmoe_lite.family import FAMILY, V3_EXPERTS
 
 _WIDTH = 3413  # of a standard FFN of the validation models
 
@@ -83,21 +83,8 @@ PRESETS = {
         ),
     ),  # 2 shared and 6 of 64 experts as in DeepSeekMoE 16B; 8 devices, and a token may reach all of them
     "course-v3": replace(
-        _COURSE,
-        moe=MoEConfig(
-            n_routed_experts=64,
-            top_k=8,
-            expert_width=32,
-            n_shared_experts=1,
-            scoring_func="sigmoid",
-            expert_bias=True,
-            n_group=8,
-            topk_group=4,
-            group_score="top2",
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
-        ),
-    ),  # DeepSeek-V3 with a quarter of its 256 experts: a token uses 8, from 4 of 8 groups, and one shared expert
+        _COURSE, moe=replace(V3_EXPERTS, n_routed_experts=64, expert_width=32)
+    ),  # a quarter of DeepSeek-V3's 256 experts: a token uses 8, from 4 of 8 groups, and one shared expert
     "course-v4": replace(
         _COURSE,
         moe=MoEConfig(
