@@ -25,6 +25,8 @@ class Experts(nn.Module):
     `SwiGLU`; the hand-written kernels have none.
     """
 
+    implementation: Implementation | None = None  # replaces the backend while it is set
+
     def __init__(
         self, n_experts: int, d_model: int, width: int, backend: str = "auto", limit: float | None = None
     ) -> None:
@@ -55,6 +57,8 @@ class Experts(nn.Module):
         return self.gate, self.up, self.down
 
     def _implementation(self, x: Tensor) -> Implementation:
+        if self.implementation is not None:
+            return self.implementation
         name = choose_backend(x, self.gate, self.limit) if self.backend == "auto" else self.backend
         return IMPLEMENTATIONS[name]
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from dsmoe_lite.common.errors import require, require_choice, require_int, require_number, require_type
 from dsmoe_lite.config import MoEConfig, make_plain
+from dsmoe_lite.layers.quant import Recipe
 from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES
 
 
@@ -27,7 +28,8 @@ class TrainConfig:
     mtp_weight: float = 0.3  # lambda, of the loss of multi-token prediction
     mtp_final_weight: float = 0.1  # lambda after mtp_share of the steps
     mtp_share: float = 10 / 14.8  # DeepSeek-V3: 10 of its 14.8 trillion tokens
-    precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU
+    precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; fp8: simulated, in float32 elsewhere
+    fp8_block: int = 128  # channels of a token, and side of a square of a weight, that share a scale
     checkpoint_every: int = 0  # steps; 0: only if the run ends or is interrupted
     routing_every: int = 20  # steps between two records of balance figures
     seed: int = 0
@@ -50,7 +52,13 @@ class TrainConfig:
         for name, weight in self.balance.items():
             require_choice("balance", name, BALANCE_LOSSES)
             require_number(f"balance weight of {name}", weight, 0.0)
-        require_choice("precision", self.precision, ("auto", "fp32", "bf16"))
+        require_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
+        require_int("fp8_block", self.fp8_block, 1)
+
+    @property
+    def fp8_recipe(self) -> Recipe:
+        """Blocks as in DeepSeek-V3, with sides of fp8_block."""
+        return Recipe(activation=(1, self.fp8_block), weight=(self.fp8_block, self.fp8_block))
 
     def mtp_weight_at(self, step: int) -> float:
         """lambda of `step`, from 0."""

@@ -16,6 +16,7 @@ from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.training.checkpointer import Checkpointer
 from dsmoe_lite.training.config import TrainConfig
+from dsmoe_lite.training.fp8 import check_widths, fp8_products
 from dsmoe_lite.training.interrupts import stop_requested
 from dsmoe_lite.training.objective import balance_terms, mtp_loss
 from dsmoe_lite.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -51,6 +52,8 @@ def train(
     require_int("until", last, 1, config.steps)
     rows = processes.rows(config.batch_size, moe)  # the sequences of each batch that this process takes
     share = (rows.stop - rows.start) / config.batch_size
+    if config.precision == "fp8":
+        check_widths(model, config.fp8_recipe)
     optimizer = make_optimizer(model, config)
     weights = list(model.parameters())
     moe_layers = [module for module in model.modules() if isinstance(module, MoELayer)]  # MTP modules' are the last
@@ -68,7 +71,7 @@ def train(
             counts: list[Any] = [0] * len(moe_layers)  # of each layer (E,), over all micro-batches
             for _ in range(config.grad_accum):
                 tokens = next(batches).tokens[rows].to(device, non_blocking=True)  # (B, S + 1)
-                with _autocast(config.precision, device):
+                with _precision(config, model):
                     output = model(tokens[:, :-1])
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
                 loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
@@ -110,7 +113,10 @@ def train(
     return run
 
 
-def _autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 if `precision` is "bf16", or "auto" on a GPU."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+def _precision(config: TrainConfig, model: Transformer) -> AbstractContextManager[object]:
+    """The products of a forward pass: in FP8, in bfloat16 if asked for or on a GPU, or as the weights are."""
+    device = model.embed.weight.device
+    if config.precision == "fp8":
+        return fp8_products(model, config.fp8_recipe)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()

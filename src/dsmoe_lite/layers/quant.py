@@ -1,0 +1,159 @@
+"""FP8 numbers with scales per block, as DeepSeek-V3 trains with them (arXiv:2412.19437, Section 3.3), on any device.
+
+A number in E4M3 has 4 bits of exponent and 3 of mantissa: 448 is the largest, 2^-9 the smallest above 0. All numbers of
+a block share one scale s = amax / 448, so that the largest becomes 448. Stored are q = E4M3(x / s) and s; x is about
+s q. One outlier makes s large for its whole block, and small numbers beside it are lost: hence small blocks.
+
+    y_mn = sum over blocks b of s^a_{m,b} s^w_{n,b} sum_{k in b} q^a_mk q^w_nk
+
+The inner sums are products of FP8 numbers, which float32 holds exactly before it adds them; tensor cores add them with
+fewer bits, which is not simulated. The outer sum, every `block` channels, is float32 as there.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dsmoe_lite.common.autograd import first_order
+from dsmoe_lite.common.errors import RunError, require, require_bool, require_int
+
+LARGEST = 448.0  # of E4M3
+LEAST_AMAX = 1e-4  # as in DeepSeek's published kernel: a block of zeros needs a scale, too
+
+BlockShape = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Which numbers share a scale; a block is (rows, channels), None the whole tensor.
+
+    activation: of tokens and their channels, and of gradients; weight: of a weight (out, in).
+    """
+
+    activation: BlockShape | None = (1, 128)
+    weight: BlockShape | None = (128, 128)
+    power_of_two: bool = False  # scales are rounded up to powers of two (E8M0)
+
+    def __post_init__(self) -> None:
+        for name in ("activation", "weight"):
+            for size in getattr(self, name) or ():
+                require_int(f"a side of {name}", size, 1)
+        require_bool("power_of_two", self.power_of_two)
+
+
+RECIPES = {
+    "v3": Recipe(),
+    "tensor": Recipe(activation=None, weight=None),
+    "mx": Recipe(activation=(1, 32), weight=(1, 32), power_of_two=True),  # MXFP8's blocks; its scales round down
+}
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix in FP8 with the scale of each block."""
+
+    values: Tensor  # (R, C), torch.float8_e4m3fn
+    scales: Tensor  # (R / rows, C / channels), float32
+    block: BlockShape
+
+    def dequantize(self) -> Tensor:
+        """Return s q, (R, C) float32."""
+        return dequantize(self.values, self.scales, self.block)
+
+
+def quantize(x: Tensor, block: BlockShape | None, *, power_of_two: bool = False) -> Quantized:
+    """Quantise x (R, C) in blocks; None: one block.
+
+    Raises InputError if the sides of a block do not divide those of x, RunError for NaN or infinity.
+    """
+    require(x.ndim == 2, "shape of x", tuple(x.shape), "must be (rows, channels)")
+    R, C = x.shape
+    rows, channels = (max(1, R), max(1, C)) if block is None else block
+    for name, size, side in (("rows", R, rows), ("channels", C, channels)):
+        require(
+            size % side == 0,
+            name,
+            size,
+            f"must be a multiple of {side}, the block: choose a recipe with smaller blocks",
+        )
+    blocks = x.float().view(R // rows, rows, C // channels, channels)
+    amax = blocks.abs().amax(dim=(1, 3)) if x.numel() else x.new_zeros(R // rows, C // channels).float()
+    if not torch.isfinite(amax).all():
+        where = (~torch.isfinite(amax)).nonzero()[0].tolist()
+        raise RunError(f"amax of block {tuple(where)}: NaN or infinite; training diverged: lower the learning rate")
+    scales = amax.clamp(min=LEAST_AMAX) / LARGEST
+    if power_of_two:
+        scales = torch.exp2(scales.log2().ceil())
+    scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)  # x / s may round above 448
+    return Quantized(scaled.to(torch.float8_e4m3fn).view(R, C), scales, (rows, channels))
+
+
+def dequantize(values: Tensor, scales: Tensor, block: BlockShape = (128, 128)) -> Tensor:
+    """Return s q of values (R, C) and scales (ceil(R / rows), ceil(C / channels)), float32.
+
+    Blocks at the edges may be partial, as in the files of DeepSeek-V3: there the scales of `X.weight` are called
+    `X.weight_scale_inv`, and multiply all the same.
+    """
+    expected = tuple(-(-size // side) for size, side in zip(values.shape, block, strict=True))
+    require(
+        tuple(scales.shape) == expected, "shape of scales", tuple(scales.shape), f"must be {expected}, one per block"
+    )
+    R, C = values.shape
+    spread = scales.float().repeat_interleave(block[0], dim=0)[:R].repeat_interleave(block[1], dim=1)[:, :C]
+    return values.float() * spread
+
+
+def multiply(a: Quantized, b: Quantized) -> Tensor:
+    """Return a b^T of a (M, K) and b (N, K), (M, N) float32, block by block as in the equation above.
+
+    Raises InputError if the blocks of a and b do not end at the same channels.
+    """
+    K, side = a.values.shape[1], a.block[1]
+    same = (b.values.shape[1], b.block[1]) == (K, side)
+    require(same, "channels and block", (b.values.shape[1], b.block[1]), f"must be {(K, side)}, as in the other factor")
+    left, right = a.scales.repeat_interleave(a.block[0], dim=0), b.scales.repeat_interleave(b.block[0], dim=0)
+    y = left.new_zeros(len(a.values), len(b.values))
+    for number, start in enumerate(range(0, K, side)):
+        channels = slice(start, start + side)
+        product = a.values[:, channels].float() @ b.values[:, channels].float().T
+        y.addcmul_(product, left[:, number, None] * right[None, :, number])
+    return y
+
+
+def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+    """Return x W^T of x (..., K) and weight (N, K), with forward product and both gradients in FP8."""
+    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, recipe)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T; dx = dy W; dW = dy^T x, in which blocks run along the tokens. Factors are quantised anew for each.
+
+    DeepSeek-V3 keeps x for the last product in FP8 and changes its blocks there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.recipe = recipe
+        return _product(x, weight, recipe.activation, recipe.weight, recipe).to(x.dtype)
+
+    @staticmethod
+    @first_order("train in another precision")
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        dx = _product(dy, weight.T, recipe.activation, recipe.weight, recipe)
+        tokens = 1 if recipe.activation is None else recipe.activation[1]
+        missing = -len(x) % tokens  # tokens of zeros fill the last block
+        left, right = pad(dy.T, (0, missing)), pad(x.T, (0, missing))
+        d_weight = _product(left, right, recipe.activation, recipe.activation, recipe)
+        return dx.to(x.dtype), d_weight.to(weight.dtype), None
+
+
+def _product(a: Tensor, b: Tensor, of_a: BlockShape | None, of_b: BlockShape | None, recipe: Recipe) -> Tensor:
+    options = {"power_of_two": recipe.power_of_two}
+    return multiply(quantize(a, of_a, **options), quantize(b, of_b, **options))
