@@ -472,3 +472,11 @@ def test_first_steps_are_those_of_the_full_run() -> None:
     assert run.steps_done == 2
     with pytest.raises(InputError, match="until = 4: must be a whole number of at least 1 and at most 3"):
         first_steps(JOB, 4)
+
+
+def test_interventions_that_a_hash_layer_cannot_have_are_refused_before_the_run() -> None:
+    config = preset("course-v4")
+    for options, message in (({"masked": (0.1,)}, "chooser = 'hash'"), ({"active": (3,)}, "chooser = 'hash'")):
+        with pytest.raises(InputError, match=message):
+            Job(model=config, train=TrainConfig(steps=1, balance={}), **options)
+    assert Job(model=replace(config, n_hash_layers=0), train=TrainConfig(steps=1, balance={}), masked=(0.1,))

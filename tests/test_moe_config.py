@@ -185,6 +185,14 @@ def test_a_table_chooses_in_the_first_layers_with_experts(
     assert from_dict(ModelConfig, to_dict(config)) == config
 
 
+def test_a_hash_layer_has_no_groups_and_no_random_second_choice() -> None:
+    limited = MoEConfig(**BASE, n_group=2, topk_group=2, group_capacity_factor=1.0)
+    gshard = MoEConfig(**BASE, **GSHARD)
+    for moe in (limited, gshard):
+        Transformer(model(2, moe=moe, n_hash_layers=1))
+        assert (moe.for_hash_layer().group_capacity_factor, moe.for_hash_layer().second_choice) == (None, "all")
+
+
 def test_a_dense_model_may_say_anything_of_its_experts() -> None:
     dense = model(2, n_dense_layers=2, interleave=7)
     assert not any(dense.is_moe_layer(layer) for layer in range(2))

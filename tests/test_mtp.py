@@ -12,14 +12,16 @@ from torch import Tensor
 from training_samples import CONFIG, SMALL, V3, make
 
 from dsmoe_lite.accounting import parameters
+from dsmoe_lite.checkpoint import load_model, save_model
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.config import AttentionConfig, ModelConfig, MoEConfig, from_dict, to_dict
+from dsmoe_lite.config import AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.generate import generate
-from dsmoe_lite.generate.speculative import Speculation, _Draw, speculate
+from dsmoe_lite.generate.speculative import Speculation, _Draw, _State, speculate
 from dsmoe_lite.layers.balance import expert_loss
 from dsmoe_lite.layers.cache import Cache
 from dsmoe_lite.model import Output, Transformer
 from dsmoe_lite.presets import preset
+from dsmoe_lite.routing.interventions import swap_shared, without_capacity
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.objective import balance_terms, mtp_loss
 from dsmoe_lite.training.train import train
@@ -29,12 +31,19 @@ MOE = MoEConfig(n_routed_experts=6, top_k=2, expert_width=8, n_shared_experts=1,
                 expert_bias=True, norm_topk_prob=True)  # fmt: skip
 DENSE = ModelConfig(vocab_size=V, d_model=D, n_layers=2, attention=AttentionConfig(n_heads=2, head_dim=6),
                     ffn_width=10, n_mtp=2, init_std=0.4, max_seq_len=32)  # fmt: skip
+MLA = MLAConfig(n_heads=2, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4, kv_lora_rank=6)
 MODELS = {
     "dense": DENSE,
     "experts": replace(DENSE, moe=MOE),
     "released order": replace(DENSE, moe=MOE, mtp_order="embedding_first", n_mtp=1),
     "hash layers before": replace(DENSE, moe=MOE, n_hash_layers=2, n_mtp=3),
 }
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    torch.set_num_threads(1)
 
 
 def made(config: ModelConfig, seed: int = 0) -> Transformer:
@@ -214,7 +223,81 @@ def test_a_module_that_knows_the_future_halves_the_passes() -> None:
     assert found.tokens_per_forward == 20 / 11
 
 
-def test_stop_ends_a_continuation_even_in_a_draft() -> None:
+@pytest.mark.parametrize("attention", [None, MLA], ids=["mha", "mla"])
+def test_a_draft_is_what_the_module_learns_to_predict(attention: MLAConfig | None) -> None:
+    """Through both caches, at every step, the draft's logits are those of training for the same tokens."""
+    config = replace(MODELS["experts"], n_mtp=1, **({} if attention is None else {"attention": attention}))
+    model = made(config, 5)
+    state = _State(model.eval(), [3, 1, 4, 1], 14)
+    with torch.no_grad():
+        state.push(int(state.read(1)[-1].argmax()))
+        for step in range(5):
+            expected = model.train()(torch.tensor([state.tokens])).ahead[0][0, -1]
+            model.eval()
+            drafted = state.draft()
+            torch.testing.assert_close(drafted, expected, rtol=1e-9, atol=1e-9)
+            state.push(int(drafted.argmax()))
+            _, after = state.read(2)
+            if step % 2:
+                state.take_back()
+            state.push(step if step % 2 else int(after.argmax()))
+
+
+def test_a_stop_in_an_accepted_draft_ends_the_continuation() -> None:
+    model = made(replace(DENSE, n_mtp=1))
+    with torch.no_grad():
+        model.head.weight.zero_()  # model and module agree that all tokens are equally likely
+
+    def drawn(**options: set[int]) -> Speculation:
+        return speculate(model, [3], 28, temperature=1.0, generator=torch.Generator().manual_seed(0), **options)
+
+    whole = drawn()
+    firsts = [i for i, token in enumerate(whole.tokens) if token not in whole.tokens[:i] and whole.accepted[i]]
+    assert len(firsts) > 5
+    for i in firsts:
+        assert drawn(stop={whole.tokens[i]}).tokens == whole.tokens[: i + 1]
+
+
+def test_any_temperature_above_zero_works() -> None:
+    model = made(replace(DENSE, n_mtp=1), 1)
+    assert speculate(model, [3], 12, temperature=1e-300).tokens == spelled(model, [3], 12)
+
+
+def test_training_mode_reads_a_cache_without_looking_ahead() -> None:
+    model = made(MODELS["experts"]).train()
+    cache = Cache(model.config, 1)
+    with torch.no_grad():
+        assert model(torch.tensor([[1, 2, 3, 4]]), cache).ahead == ()
+        assert model(torch.tensor([[5]]), cache).ahead == ()
+        assert model(torch.tensor([[1, 2, 3, 4]]), pad=torch.tensor([1])).ahead == ()
+
+
+def test_interventions_change_the_modules_too(tmp_path) -> None:
+    model = Transformer(replace(MODELS["experts"], moe=replace(MOE, eval_capacity_factor=1.0)))
+    assert [layer.router.config.eval_capacity_factor for layer in without_capacity(model).all_moe_layers] == [None] * 4
+    swapped = swap_shared(model, 1)
+    assert {layer.router.config.top_k for layer in swapped.all_moe_layers} == {3}
+    save_model(tmp_path / "swapped.safetensors", swapped)
+    assert load_model(tmp_path / "swapped.safetensors").config == swapped.config
+
+
+def test_the_loss_is_computed_inside_autocast() -> None:
+    model, batches = make(moe=V3, n_mtp=1)
+    seen = []
+    original = torch.nn.functional.cross_entropy
+
+    def watched(logits: Tensor, targets: Tensor) -> Tensor:
+        loss = original(logits, targets)
+        seen.append(loss.dtype)
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "cross_entropy", watched)
+        train(model, batches, replace(CONFIG, steps=1, precision="bf16"))
+    assert seen == [torch.float32, torch.float32]
+
+
+def test_stop_ends_a_continuation() -> None:
     model = made(MODELS["experts"], 3)
     whole = spelled(model, [1, 2], 25)
     for token in set(whole):
@@ -320,14 +403,19 @@ def test_bad_input_is_one_line() -> None:
     for wrong, arguments, message in (
         (plain, ([1], 3), "n_mtp = 0: the model has no MTP module to draft with"),
         (windowed, ([1], 3), "window = 4: a rolling cache cannot forget a draft"),
-        (slots, ([1], 3), "moe = 'with capacities': a draft would compete"),
-        (model, ([], 3), r"prompt = \[\]: must have at least one token"),
-        (model, ([V], 3), f"token id in prompt = {V}: must be"),
+        (slots, ([1], 3), "moe = 'token': must have experts without capacities that tokens choose"),
+        (model, ([], 3), r"prompt 0 = \[\]: must have at least one token"),
+        (model, ([V], 3), f"token id in prompt 0 = {V}: must be"),
+        (model, (5, 3), "prompts, of type list: must be a list of prompts"),
         (model, ([1], 32), "n_new = 32: must be at most 31"),
         (model, ([1], -1), "n_new = -1: must be"),
     ):
         with pytest.raises(InputError, match=message):
             speculate(wrong, *arguments)
+    with pytest.raises(InputError, match="stop = 5: must be a list or set"):
+        speculate(model, [1], 3, stop=5)
+    with pytest.raises(InputError, match="token id in stop = -7"):
+        speculate(model, [1], 3, stop={-7})
     with pytest.raises(InputError, match="temperature = -1"):
         speculate(model, [1], 3, temperature=-1.0)
     for name, value in (("mtp_weight", -0.1), ("mtp_share", 1.5), ("mtp_final_weight", math.nan)):

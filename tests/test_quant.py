@@ -12,10 +12,18 @@ from torch import Tensor
 from training_samples import CONFIG, V3, make
 
 from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.quant import RECIPES, Quantized, Recipe, dequantize, fp8_linear, multiply, quantize
 from dsmoe_lite.training.config import TrainConfig
-from dsmoe_lite.training.fp8 import check_widths, fp8_products
+from dsmoe_lite.training.fp8 import fp8_products, run_fp8
 from dsmoe_lite.training.train import train
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    torch.set_num_threads(1)
+
 
 # A scalar reference
 
@@ -49,7 +57,7 @@ def by_hand(x: Tensor, rows: int, channels: int, power_of_two: bool) -> tuple[li
         for j in range(C // channels):
             block = [(r, c) for r in range(i * rows, (i + 1) * rows) for c in range(j * channels, (j + 1) * channels)]
             amax = max(abs(x[r, c].item()) for r, c in block)
-            s = torch.tensor(max(amax, 1e-4), dtype=torch.float32) / 448
+            s = torch.tensor(max(amax, 1e-30), dtype=torch.float32) / 448
             if power_of_two:
                 s = torch.tensor(2.0 ** math.ceil(math.log2(s.item())))
             scales[i][j] = s.item()
@@ -69,7 +77,7 @@ def test_the_numbers_are_those_of_the_format() -> None:
 @pytest.mark.parametrize(("rows", "channels"), [(1, 4), (2, 4), (1, 1), (6, 8)])
 def test_quantising_is_the_scalar_reference_to_the_bit(rows: int, channels: int, power_of_two: bool, seed: int) -> None:
     torch.manual_seed(seed)
-    x = torch.randn(6, 8) * torch.logspace(-6, 3, 8)
+    x = torch.randn(6, 8) * torch.logspace(-12, 3, 8)
     x[0] = 0.0
     found = quantize(x, (rows, channels), power_of_two=power_of_two)
     q, scales = by_hand(x, rows, channels, power_of_two)
@@ -146,9 +154,7 @@ def test_a_linear_quantises_all_three_products(name: str) -> None:
     torch.testing.assert_close(fp8_linear(x, weight, recipe).flatten(0, 1).double(), y, rtol=1e-4, atol=1e-3)
     dx = near(out, recipe.activation) @ near(weight.detach().T, recipe.weight).T
     torch.testing.assert_close(x.grad.flatten(0, 1).double(), dx, rtol=1e-4, atol=1e-3)
-    side = 1 if recipe.activation is None else recipe.activation[1]
-    padded = [torch.nn.functional.pad(m.T, (0, -150 % side)) for m in (out, flat)]
-    dw = near(padded[0], recipe.activation) @ near(padded[1], recipe.activation).T
+    dw = near(out.T, recipe.activation) @ near(flat.T, recipe.activation).T  # the last block has 22 of 150 tokens
     torch.testing.assert_close(weight.grad.double(), dw, rtol=1e-4, atol=1e-3)
 
 
@@ -184,14 +190,42 @@ def test_training_in_fp8_uses_it_in_every_block_and_nowhere_else() -> None:
         swapped = {name for name, m in plain.named_modules() if isinstance(m, torch.nn.Linear) and "forward" in vars(m)}
     linears = {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear)}
     assert linears - swapped == {"head", "mtp.0.project"}
-    run = train(model, batches, replace(config, steps=60, lr=1e-2, checkpoint_every=0))
+    run = train(model, batches, replace(config, steps=40, lr=1e-2, checkpoint_every=0))
     exact, same = make(moe=replace(V3, expert_width=16), n_mtp=1)
     next(same)
-    other = train(exact, same, replace(config, steps=60, lr=1e-2, checkpoint_every=0, precision="fp32"))
+    other = train(exact, same, replace(config, steps=40, lr=1e-2, checkpoint_every=0, precision="fp32"))
     assert run.losses != other.losses
     last = [sum(found.losses[-10:]) / 10 for found in (run, other)]
     assert last[0] == pytest.approx(last[1], rel=0.02)
     assert last[0] < run.losses[0] - 1
+
+
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_experts_in_fp8_are_the_loop_on_dequantised_factors(limit: float | None) -> None:
+    torch.manual_seed(0)
+    recipe, ends = Recipe(activation=(1, 4), weight=(4, 4)), torch.tensor([3, 3, 7], dtype=torch.int32)  # one is idle
+    x, gates = torch.randn(7, 8), torch.rand(7)
+    gate, up, down = torch.randn(3, 8, 8), torch.randn(3, 8, 8), torch.randn(3, 8, 8)
+    y = run_fp8(Dispatched(x, 1, torch.arange(7), gates, ends), gate, up, down, limit, recipe=recipe)
+
+    def product(a: Tensor, w: Tensor) -> Tensor:
+        return quantize(a[None], (1, 4)).dequantize() @ quantize(w, (4, 4)).dequantize().T
+
+    for row in range(7):
+        e = 0 if row < 3 else 2
+        a, b = product(x[row], gate[e])[0], product(x[row], up[e])[0]
+        if limit is not None:
+            a, b = a.clamp(max=limit), b.clamp(-limit, limit)
+        expected = gates[row] * product(a * torch.sigmoid(a) * b, down[e])[0]
+        torch.testing.assert_close(y[row], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_products_keep_float32_under_autocast() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 128), torch.randn(128, 128)
+    exact = fp8_linear(x, weight, RECIPES["v3"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fp8_linear(x, weight, RECIPES["v3"]), exact)
 
 
 def test_an_error_inside_leaves_the_model_as_it_was() -> None:
@@ -212,10 +246,6 @@ def test_bad_input_is_one_line() -> None:
         x[2, 5] = value
         with pytest.raises(RunError, match=r"amax of block \(2, 1\): NaN or infinite"):
             quantize(x, (1, 4))
-    with pytest.raises(InputError, match="channels = 8: must be a multiple of 3, the block"):
-        quantize(torch.ones(4, 8), (1, 3))
-    with pytest.raises(InputError, match="rows = 4: must be a multiple of 3"):
-        quantize(torch.ones(4, 8), (3, 8))
     with pytest.raises(InputError, match=r"shape of x = \(4,\)"):
         quantize(torch.ones(4), None)
     with pytest.raises(InputError, match=r"channels and block = \(8, 2\): must be \(8, 4\)"):
@@ -224,10 +254,8 @@ def test_bad_input_is_one_line() -> None:
         Recipe(weight=(0, 1))
     with pytest.raises(InputError, match="fp8_block = 0"):
         TrainConfig(steps=1, fp8_block=0)
-    model, batches = make()
-    with pytest.raises(InputError, match="width = 32: must be a multiple of 128, the block of FP8"):
-        train(model, batches, replace(CONFIG, precision="fp8"))
-    check_widths(model, RECIPES["tensor"])
+    with pytest.raises(InputError, match=r"activation = 5: must be a pair \(rows, channels\)"):
+        Recipe(activation=5)
     assert isinstance(quantize(torch.zeros(0, 8), (1, 4)), Quantized)
     x = torch.ones(4, 4, requires_grad=True)
     y = fp8_linear(x, torch.ones(4, 4), RECIPES["tensor"]).sum()

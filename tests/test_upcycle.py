@@ -49,3 +49,10 @@ def test_other_numbers_are_refused(m: object) -> None:
     with pytest.raises(InputError, match=f"^m = {m}: must ") as error:
         split_expert(SwiGLU(7, WIDTH), m)  # type: ignore[arg-type]
     assert "\n" not in str(error.value)
+
+
+def test_parts_clamp_as_the_whole_does() -> None:
+    torch.manual_seed(0)
+    ffn = SwiGLU(7, 24, limit=0.1)
+    x = 5 * torch.randn(3, 7)
+    torch.testing.assert_close(sum(part(x) for part in split_expert(ffn, 4)), ffn(x))

@@ -45,9 +45,9 @@ class Parameters:
     mtp: Count = Count(0, 0)  # modules of multi-token prediction, without the embedding and the head that they share
 
     def rows(self) -> dict[str, Count]:
-        """Map component names to counts, in the order in which a token meets the components; MTP only if there is any.
+        """Map component names to counts, in the order in which a token meets the components.
 
-        No count of a model includes its MTP modules: papers and tables leave them out.
+        Without MTP modules: papers do not count them among a model's parameters, nor `training_flops` among its FLOPs.
         """
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "mtp"}
 

@@ -60,7 +60,7 @@ def heldout_loss(model: Transformer, batches: Sequence[Batch], domains: Sequence
     device = model.embed.weight.device
     total = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
     count = torch.zeros(len(domains), dtype=torch.float64, device="cpu")
-    tallies = [_Tally(layer.router.config) for layer in model.moe_layers]
+    tallies = [_Tally(layer.router.config, model.config.moe) for layer in model.moe_layers]
     with eval_mode(model):
         for batch in progress(batches, desc="held-out"):
             tokens = batch.tokens.to(device)
@@ -137,11 +137,12 @@ def domain_use(model: Transformer, batches: Sequence[Batch], n_domains: int) -> 
 class _Tally:
     """Accumulates how one MoE layer uses its experts, batch by batch."""
 
-    def __init__(self, moe: MoEConfig) -> None:
+    def __init__(self, moe: MoEConfig, of_model: MoEConfig | None) -> None:
         self.counts = torch.zeros(moe.n_routed_experts, dtype=torch.float64, device="cpu")
         self.dropped = self.overflow = 0.0  # choices
         self.reached, self.tokens = 0.0, 0
-        self.group_of = group_of(moe.n_routed_experts, moe.n_group, torch.device("cpu"))
+        n_group = 1 if of_model is None else of_model.n_group  # a hash layer's own has no groups, yet devices hold it
+        self.group_of = group_of(moe.n_routed_experts, n_group, torch.device("cpu"))
 
     def add(self, routing: Routing) -> None:
         counts = routing.counts.cpu().double()

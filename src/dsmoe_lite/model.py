@@ -71,6 +71,11 @@ class Transformer(nn.Module):
         """The MoE layers, first block first, in the order of Output.routings; without those of MTP modules."""
         return [module for block in self.blocks for module in block.modules() if isinstance(module, MoELayer)]
 
+    @property
+    def all_moe_layers(self) -> list[MoELayer]:
+        """The MoE layers, those of MTP modules last."""
+        return [module for module in self.modules() if isinstance(module, MoELayer)]
+
     def forward(self, tokens: Tensor, cache: Cache | None = None, pad: Tensor | None = None) -> Output:
         """Tokens (B, S) int64 -> Output.
 
@@ -91,7 +96,8 @@ class Transformer(nn.Module):
             if routing is not None:
                 routings.append(routing)
         hidden = self.norm(x)
-        ahead, ahead_routings = self._ahead(hidden, tokens) if self.training and self.config.n_mtp else ((), ())
+        looks_ahead = self.training and self.config.n_mtp > 0 and cache is None and pad is None
+        ahead, ahead_routings = self._ahead(hidden, tokens) if looks_ahead else ((), ())
         output = Output(self.head(hidden), tuple(routings), hidden, ahead, ahead_routings)
         if cache is not None:
             cache.pad = pad

@@ -65,7 +65,7 @@ def routed_experts(
     """Return the routed experts with dispatch and combine, for given `ids` and gates (T, K)."""
     T, E = len(ids), moe.n_routed_experts
     with torch.device(device):
-        experts = Experts(E, d_model, moe.expert_width, backend).to(dtype)
+        experts = Experts(E, d_model, moe.expert_width, backend, moe.swiglu_limit).to(dtype)
     ids, scores = ids.to(device), torch.empty(T, E, device=device)
 
     def call(x: Tensor, gates: Tensor) -> Tensor:

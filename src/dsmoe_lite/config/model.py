@@ -75,6 +75,11 @@ class ModelConfig:
         """The experts of each layer that has them, first layer first."""
         return [moe for moe in map(self.moe_of, range(self.n_layers)) if moe is not None]
 
+    @property
+    def all_moe_layers(self) -> list[MoEConfig]:
+        """The same with the blocks of MTP modules, which follow the last layer."""
+        return [moe for moe in map(self.moe_of, range(self.n_layers + self.n_mtp)) if moe is not None]
+
     def _check_hash_layers(self) -> None:
         require_int("n_hash_layers", self.n_hash_layers, 0)
         if self.n_hash_layers == 0:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from dsmoe_lite.common.errors import require, require_bool, require_choice, require_int, require_number
 from dsmoe_lite.config.plain import make_plain
@@ -94,7 +95,8 @@ class MoEConfig:
 
     def for_hash_layer(self) -> "MoEConfig":
         """The same layer if a table chooses the experts instead of their scores."""
-        return replace(self, chooser="hash", expert_bias=False, n_group=1, topk_group=1, group_score="max")
+        changes: dict[str, Any] = {"n_group": 1, "topk_group": 1, "group_score": "max", "group_capacity_factor": None}
+        return replace(self, chooser="hash", expert_bias=False, second_choice="all", **changes)
 
     def _check_groups(self) -> None:
         E, G, M = self.n_routed_experts, self.n_group, self.topk_group

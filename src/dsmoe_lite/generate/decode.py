@@ -45,8 +45,8 @@ def generate(
     require_number("top_p", top_p, 0.0, 1.0, open_low=True)
     if chunk is not None:
         require_int("chunk", chunk, 1)
-    rows = _rows(prompts)
-    _check(model.config, rows, n_new, stop)
+    rows = to_rows(prompts)
+    check_prompts(model.config, rows, n_new, stop)
     tokens, pad = _left_padded(rows, model.embed.weight.device)
     cache = None
     if _may_cache(model.config, pad is not None, use_cache):
@@ -74,14 +74,19 @@ def sample(logits: Tensor, temperature: float, top_p: float = 1.0, generator: to
     """Choose one token id per row of logits (B, V), as in `generate`: (B,). Among equal logits, the lower id wins."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.double()  # half precision would lose the tail of the sum, and a low temperature would overflow
-    probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
+    p = probabilities(logits, temperature)
     if top_p < 1:
-        ordered, ids = probabilities.sort(dim=-1, descending=True, stable=True)
+        ordered, ids = p.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(dim=-1) - ordered  # total probability of the likelier tokens
-        probabilities = torch.zeros_like(probabilities).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
+        p = torch.zeros_like(p).scatter(-1, ids, ordered.masked_fill(before >= top_p, 0.0))
     device = logits.device if generator is None else generator.device  # a generator draws on its own device only
-    return torch.multinomial(probabilities.float().to(device), 1, generator=generator)[:, 0].to(logits.device)
+    return torch.multinomial(p.float().to(device), 1, generator=generator)[:, 0].to(logits.device)
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) over the last dimension, float64, for any temperature above 0."""
+    logits = logits.double()  # half precision would lose the tail of the sum, and a low temperature would overflow
+    return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
 
 
 def _next_logits(
@@ -96,7 +101,7 @@ def _next_logits(
     return logits
 
 
-def _rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
+def to_rows(prompts: Tensor | Sequence[Sequence[int]]) -> list[list[int]]:
     """Turn prompts into lists. Raises InputError for a single prompt outside a list."""
     try:
         return [list(row) for row in (prompts.tolist() if isinstance(prompts, Tensor) else prompts)]
@@ -113,7 +118,8 @@ def _left_padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, T
     return tokens, torch.tensor(pad, device=device) if any(pad) else None
 
 
-def _check(config: ModelConfig, rows: list[list[int]], n_new: int, stop: Collection[int]) -> None:
+def check_prompts(config: ModelConfig, rows: list[list[int]], n_new: int, stop: Collection[int]) -> None:
+    """Raise InputError for prompts that are empty or leave no room for n_new, and for ids outside the vocabulary."""
     require(len(rows) > 0, "prompts", rows, "must have at least one prompt")
     most, V = config.max_seq_len, config.vocab_size
     for number, row in enumerate(rows):

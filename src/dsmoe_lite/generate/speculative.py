@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dsmoe_lite.common.errors import require, require_int, require_number
-from dsmoe_lite.generate.decode import sample
+from dsmoe_lite.generate.decode import check_prompts, probabilities, sample, to_rows
 from dsmoe_lite.layers.block import Positions
 from dsmoe_lite.layers.cache import Cache, GrowingCache
 from dsmoe_lite.layers.sdpa import attention_mask
@@ -54,13 +54,13 @@ def speculate(
     Raises InputError for a model without MTP modules, with a sliding window or with experts whose tokens compete for
     slots, and for a prompt that is empty or leaves no room; RunError if a logit is NaN or infinite.
     """
-    _check(model, prompt, n_new, temperature)
+    prompt = _checked(model, prompt, n_new, temperature, stop)
     result = Speculation()
     if n_new == 0:
         return result
     with eval_mode(model):
         draw = _Draw(temperature, generator)
-        state = _State(model, list(prompt), n_new)
+        state = _State(model, prompt, n_new)
         p = state.read(1)[-1]  # the distribution of the next token, as logits (V,)
         state.push(draw.token(p))
         result.tokens.append(state.tokens[-1])
@@ -111,19 +111,23 @@ class _Draw:
         if self.temperature == 0:
             return int(p.argmax()) == token
         ratio = self._probabilities(p)[token] / self._probabilities(q)[token]
-        return bool(torch.rand((), dtype=torch.float64, generator=self.generator) < ratio.cpu())
+        drawn = torch.rand((), dtype=torch.float64, generator=self.generator, device=self._device(p))
+        return bool(drawn < ratio.to(drawn.device))
 
     def instead(self, p: Tensor, q: Tensor) -> int:
         """A token for a draft that was refused, from max(0, p - q) divided by its sum."""
         if self.temperature == 0:
             return int(p.argmax())
-        rest = (self._probabilities(p) - self._probabilities(q)).clamp(min=0).cpu()
+        rest = (self._probabilities(p) - self._probabilities(q)).clamp(min=0).to(self._device(p))
         if not rest.any():  # p and q differ by rounding alone
             return self.token(p)
         return int(torch.multinomial(rest, 1, generator=self.generator))
 
     def _probabilities(self, logits: Tensor) -> Tensor:
-        return (logits.double() / self.temperature).softmax(dim=-1)
+        return probabilities(logits, self.temperature)
+
+    def _device(self, logits: Tensor) -> torch.device:
+        return logits.device if self.generator is None else self.generator.device  # it draws on its own device only
 
 
 class _State:
@@ -177,7 +181,10 @@ class _State:
         return torch.tensor([tokens], device=self.model.embed.weight.device)
 
 
-def _check(model: Transformer, prompt: Sequence[int], n_new: int, temperature: float) -> None:
+def _checked(
+    model: Transformer, prompt: Sequence[int], n_new: int, temperature: float, stop: Collection[int]
+) -> list[int]:
+    """The prompt as a list. Raises the InputErrors of `speculate`."""
     config = model.config
     require_int("n_new", n_new, 0)
     require_number("temperature", temperature, 0.0)
@@ -185,11 +192,9 @@ def _check(model: Transformer, prompt: Sequence[int], n_new: int, temperature: f
         config.n_mtp > 0, "n_mtp", config.n_mtp, "the model has no MTP module to draft with: train one with n_mtp = 1"
     )
     alone = config.moe is None or config.moe.routes_alone
-    require(alone, "moe", "with capacities", "a draft would compete with other tokens for slots: use a model without")
+    remedy = "must have experts without capacities that tokens choose: a draft would compete with other tokens"
+    require(alone, "moe", config.moe and config.moe.chooser, remedy)
     require(config.attention.window is None, "window", config.attention.window, "a rolling cache cannot forget a draft")
-    require(len(prompt) > 0, "prompt", list(prompt), "must have at least one token for the model to continue")
-    for token in prompt:
-        require_int("token id in prompt", token, 0, config.vocab_size - 1)
-    most = config.max_seq_len - len(prompt)
-    remedy = f"must be at most {most}: max_seq_len = {config.max_seq_len}, and the prompt has {len(prompt)} tokens"
-    require(n_new <= most, "n_new", n_new, remedy)
+    rows = to_rows([prompt])
+    check_prompts(config, rows, n_new, stop)
+    return rows[0]

@@ -20,7 +20,7 @@ from dsmoe_lite.layers.router import Routing
 
 
 class MTPModule(nn.Module):
-    """Module `depth` = 1 .. n_mtp. Its block is one more of the model's blocks, with experts if the last has them.
+    """Module `depth` = 1 .. n_mtp. Its block is that of layer L + depth, if the model went on: with experts or dense.
 
     `project` multiplies [hidden; embedding] with `mtp_order` "hidden_first", as Eq 21 prints it, and [embedding;
     hidden] with "embedding_first", as the released weights have it.

@@ -21,7 +21,7 @@ from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.common.errors import RunError, require, require_bool, require_int
 
 LARGEST = 448.0  # of E4M3
-LEAST_AMAX = 1e-4  # as in DeepSeek's published kernel: a block of zeros needs a scale, too
+LEAST_AMAX = 1e-30  # a block of zeros needs a scale, too; DeepSeek's published kernel has 1e-4, too much for gradients
 
 BlockShape = tuple[int, int]
 
@@ -39,7 +39,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("activation", "weight"):
-            for size in getattr(self, name) or ():
+            block = getattr(self, name)
+            pair = block is None or (isinstance(block, tuple | list) and len(block) == 2)
+            require(pair, name, block, "must be a pair (rows, channels), or None for the whole tensor")
+            for size in block or ():
                 require_int(f"a side of {name}", size, 1)
         require_bool("power_of_two", self.power_of_two)
 
@@ -56,7 +59,7 @@ class Quantized:
     """A matrix in FP8 with the scale of each block."""
 
     values: Tensor  # (R, C), torch.float8_e4m3fn
-    scales: Tensor  # (R / rows, C / channels), float32
+    scales: Tensor  # (ceil(R / rows), ceil(C / channels)), float32
     block: BlockShape
 
     def dequantize(self) -> Tensor:
@@ -65,22 +68,16 @@ class Quantized:
 
 
 def quantize(x: Tensor, block: BlockShape | None, *, power_of_two: bool = False) -> Quantized:
-    """Quantise x (R, C) in blocks; None: one block.
+    """Quantise x (R, C) in blocks, of which those at the edges may be partial; None: one block.
 
-    Raises InputError if the sides of a block do not divide those of x, RunError for NaN or infinity.
+    Raises RunError for NaN or infinity.
     """
     require(x.ndim == 2, "shape of x", tuple(x.shape), "must be (rows, channels)")
     R, C = x.shape
     rows, channels = (max(1, R), max(1, C)) if block is None else block
-    for name, size, side in (("rows", R, rows), ("channels", C, channels)):
-        require(
-            size % side == 0,
-            name,
-            size,
-            f"must be a multiple of {side}, the block: choose a recipe with smaller blocks",
-        )
-    blocks = x.float().view(R // rows, rows, C // channels, channels)
-    amax = blocks.abs().amax(dim=(1, 3)) if x.numel() else x.new_zeros(R // rows, C // channels).float()
+    filled = pad(x.float(), (0, -C % channels, 0, -R % rows))  # zeros change no scale
+    blocks = filled.view(len(filled) // rows, rows, filled.shape[1] // channels, channels)
+    amax = blocks.abs().amax(dim=(1, 3)) if x.numel() else filled.new_zeros(blocks.shape[0], blocks.shape[2])
     if not torch.isfinite(amax).all():
         where = (~torch.isfinite(amax)).nonzero()[0].tolist()
         raise RunError(f"amax of block {tuple(where)}: NaN or infinite; training diverged: lower the learning rate")
@@ -88,7 +85,7 @@ def quantize(x: Tensor, block: BlockShape | None, *, power_of_two: bool = False)
     if power_of_two:
         scales = torch.exp2(scales.log2().ceil())
     scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)  # x / s may round above 448
-    return Quantized(scaled.to(torch.float8_e4m3fn).view(R, C), scales, (rows, channels))
+    return Quantized(scaled.to(torch.float8_e4m3fn).view_as(filled)[:R, :C], scales, (rows, channels))
 
 
 def dequantize(values: Tensor, scales: Tensor, block: BlockShape = (128, 128)) -> Tensor:
@@ -114,8 +111,9 @@ def multiply(a: Quantized, b: Quantized) -> Tensor:
     K, side = a.values.shape[1], a.block[1]
     same = (b.values.shape[1], b.block[1]) == (K, side)
     require(same, "channels and block", (b.values.shape[1], b.block[1]), f"must be {(K, side)}, as in the other factor")
-    left, right = a.scales.repeat_interleave(a.block[0], dim=0), b.scales.repeat_interleave(b.block[0], dim=0)
-    y = left.new_zeros(len(a.values), len(b.values))
+    M, N = len(a.values), len(b.values)
+    left, right = (m.scales.repeat_interleave(m.block[0], dim=0)[: len(m.values)] for m in (a, b))
+    y = left.new_zeros(M, N)
     for number, start in enumerate(range(0, K, side)):
         channels = slice(start, start + side)
         product = a.values[:, channels].float() @ b.values[:, channels].float().T
@@ -147,13 +145,11 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         dx = _product(dy, weight.T, recipe.activation, recipe.weight, recipe)
-        tokens = 1 if recipe.activation is None else recipe.activation[1]
-        missing = -len(x) % tokens  # tokens of zeros fill the last block
-        left, right = pad(dy.T, (0, missing)), pad(x.T, (0, missing))
-        d_weight = _product(left, right, recipe.activation, recipe.activation, recipe)
+        d_weight = _product(dy.T, x.T, recipe.activation, recipe.activation, recipe)
         return dx.to(x.dtype), d_weight.to(weight.dtype), None
 
 
 def _product(a: Tensor, b: Tensor, of_a: BlockShape | None, of_b: BlockShape | None, recipe: Recipe) -> Tensor:
     options = {"power_of_two": recipe.power_of_two}
-    return multiply(quantize(a, of_a, **options), quantize(b, of_b, **options))
+    with torch.autocast(a.device.type, enabled=False):  # which would add the products in half precision
+        return multiply(quantize(a, of_a, **options), quantize(b, of_b, **options))

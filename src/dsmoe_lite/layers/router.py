@@ -259,7 +259,7 @@ def _sigmoid(logits: Tensor) -> Tensor:
 def _sqrt_softplus(logits: Tensor) -> Tensor:
     """sqrt(ln(1 + e^x)), the same for equal logits, as in `_sigmoid`. Above 0 also where e^x underflows."""
     exact = logits.double() if logits.is_cpu else logits
-    return F.softplus(exact).clamp(min=TINY).sqrt().to(logits.dtype)  # the root of 0 would have no gradient
+    return F.softplus(exact).clamp(min=TINY).sqrt().to(logits.dtype)  # the gradient of the root of 0 is infinite
 
 
 SCORES = {"softmax": _softmax, "sigmoid": _sigmoid, "sqrtsoftplus": _sqrt_softplus}

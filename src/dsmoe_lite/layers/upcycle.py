@@ -16,7 +16,7 @@ def split_expert(ffn: SwiGLU, m: int) -> list[SwiGLU]:
     width, d_model = ffn.gate.weight.shape
     require_int("m", m, 1, width)
     require(width % m == 0, "m", m, f"must divide the width {width}")
-    parts = [SwiGLU(d_model, width // m).to(ffn.gate.weight) for _ in range(m)]
+    parts = [SwiGLU(d_model, width // m, ffn.limit).to(ffn.gate.weight) for _ in range(m)]
     for part, gate, up, down in zip(
         parts, ffn.gate.weight.chunk(m), ffn.up.weight.chunk(m), ffn.down.weight.chunk(m, dim=1), strict=True
     ):

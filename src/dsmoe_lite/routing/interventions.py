@@ -52,7 +52,7 @@ def swap_shared(model: Transformer, more_routed: int) -> Transformer:
     require(shared > 0, "n_shared_experts", shared, "the model has no shared experts to remove")
     assert moe is not None
     changed = _with_config(model, replace(moe, n_shared_experts=0, top_k=moe.top_k + more_routed))
-    for layer in changed.moe_layers:
+    for layer in changed.all_moe_layers:
         layer.shared = None
     return changed
 
@@ -182,7 +182,7 @@ def _with_config(model: Transformer, moe: MoEConfig) -> Transformer:
     """Return a copy of `model` with the routing config `moe`."""
     changed = deepcopy(model)
     changed.config = replace(model.config, moe=moe)
-    for layer, config in zip(changed.moe_layers, changed.config.moe_layers, strict=True):
+    for layer, config in zip(changed.all_moe_layers, changed.config.all_moe_layers, strict=True):
         fixed = config.chooser == "hash" and config.top_k != layer.router.config.top_k
         require(not fixed, "top_k", config.top_k, "must stay as it is: a table names the experts of a token")
         layer.router.config = config

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmoe_lite.common.errors import require
+from dsmoe_lite.layers.ffn import clamp
 from dsmoe_lite.model import Transformer, eval_mode
 
 
@@ -38,7 +39,8 @@ def output_overlap(model: Transformer, tokens: Tensor) -> list[Tensor]:
         best = routing.topk_ids[:, :2]
         for i in range(routing.n_experts):
             token, rank = torch.where(best == i)
-            hidden = F.silu(u[token] @ experts.gate[i].T) * (u[token] @ experts.up[i].T)
+            a, b = clamp(u[token] @ experts.gate[i].T, u[token] @ experts.up[i].T, experts.limit)
+            hidden = F.silu(a) * b
             outputs[rank, token] = hidden @ experts.down[i].T
         overlaps.append(F.cosine_similarity(outputs[0], outputs[1], dim=-1))
     return overlaps

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsmoe_lite.common.errors import require
 from dsmoe_lite.layers.dispatch import Dispatched, Implementation, combine
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import clamp
@@ -38,17 +37,6 @@ def fp8_products(model: Transformer, recipe: Recipe) -> Iterator[None]:
             linear.__dict__.pop("forward", None)
         for one, implementation in zip(experts, before, strict=True):
             one.implementation = implementation
-
-
-def check_widths(model: Transformer, recipe: Recipe) -> None:
-    """Raise InputError unless the blocks of `recipe` divide the widths of all weights that `fp8_products` uses."""
-    linears, experts = _parts(model)
-    sides = {side for block in (recipe.activation, recipe.weight) for side in block or () if side > 1}
-    widths = {n for one in linears for n in one.weight.shape} | {n for one in experts for n in one.gate.shape[1:]}
-    for width in sorted(widths):
-        for side in sides:
-            remedy = f"must be a multiple of {side}, the block of FP8: choose other widths or a smaller fp8_block"
-            require(width % side == 0, "width", width, remedy)
 
 
 def run_fp8(

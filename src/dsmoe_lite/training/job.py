@@ -25,7 +25,7 @@ from dsmoe_lite.common.files import write_json
 from dsmoe_lite.common.machine import memory_bytes, resolve_device
 from dsmoe_lite.common.schema import RECORD_REMEDY, require_entries, require_schema
 from dsmoe_lite.common.yaml_files import read_yaml
-from dsmoe_lite.config import ModelConfig, from_dict, make_plain, to_dict
+from dsmoe_lite.config import ModelConfig, MoEConfig, from_dict, make_plain, to_dict
 from dsmoe_lite.data.batches import Batch, Batches, heldout_batches
 from dsmoe_lite.data.corpus import Corpus
 from dsmoe_lite.data.debian import N_DOCUMENTS, Debian
@@ -110,15 +110,18 @@ class Job:
         longest = f"must be at most max_seq_len = {self.model.max_seq_len}"
         require(self.train.seq_len <= self.model.max_seq_len, "seq_len", self.train.seq_len, longest)
         self.train.check_fits(self.model.moe)
+        layers: list[MoEConfig | None] = [*self.model.moe_layers]  # each must allow what follows
         for share in self.masked:
             require_number("masked", share, 0.0, 1.0)
-            n_masked(self.model.moe, share)
+            for moe in layers or [None]:
+                n_masked(moe, share)
         for n in self.silenced:
             require_int("silenced", n, 1, 0 if self.model.moe is None else self.model.moe.top_k)
         require(not self.by_domain or self.model.moe is not None, "by_domain", self.by_domain, "needs experts")
         for k in self.active:
             require_int("active", k, 1)
-            active_config(self.model.moe, k)
+            for moe in layers or [None]:
+                active_config(moe, k)
 
     def seeded(self, seed: int, n_streams: int) -> "Job":
         """Return the same run with another seed, which decides the weights and the first document.
@@ -287,7 +290,7 @@ def _evaluate(
     if result.experts:
         facts["heldout_experts"] = [to_dict(layer) for layer in result.experts]
     if job.model.moe is not None and job.model.moe.n_shared_experts:
-        with suppress(InputError):  # there may be no further routed experts to replace the shared ones
+        with suppress(InputError):  # there may be no further routed experts, or a table that names none
             facts["shared_swapped"] = losses(swap_shared(model, job.model.moe.n_shared_experts))
         facts["shared_silenced"] = losses(silence(model, shared=True))
     if job.masked:
@@ -309,7 +312,8 @@ def _evaluate(
 
 def _require_memory(config: ModelConfig, device: str, n_processes: int) -> None:
     """Require memory for the weights, and for each process's share of their gradients and AdamW's two moments."""
-    weights, memory = 4 * parameters(config).total, memory_bytes(device)
+    counted = parameters(config)
+    weights, memory = 4 * (counted.total + counted.mtp.total), memory_bytes(device)
     needed = weights + 3 * weights // n_processes
     remedy = (
         f"needs {needed / 1e9:,.1f} GB to train, and {device} has {(memory or 0) / 1e9:,.1f}: choose a smaller model"

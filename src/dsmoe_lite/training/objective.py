@@ -37,9 +37,8 @@ def balance_terms(
     all_reduce: as in `layers.balance`, for a batch that is divided among processes.
     """
     terms = output.logits.new_zeros((), dtype=torch.float32)
-    layers = [*config.moe_layers, *[config.moe] * len(output.ahead_routings)]
+    layers = config.all_moe_layers if output.ahead else config.moe_layers
     for routing, moe in zip((*output.routings, *output.ahead_routings), layers, strict=True):
-        assert moe is not None
         if moe.chooser == "hash":
             continue
         for name, weight in weights.items():

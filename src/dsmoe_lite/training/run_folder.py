@@ -37,8 +37,12 @@ def check_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
         write_json(path, settings)
     stored = _read(path, settings)
     for part, config in CONFIGS.items():
-        if part in stored:
+        if part not in stored:
+            continue
+        try:
             stored[part] = to_dict(from_dict(config, stored[part]))  # fields that are newer than the run: defaults
+        except InputError as error:
+            raise InputError(f"{path}: {error}; another version wrote it: choose another folder") from None
     current: dict[str, dict[str, Any]] = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     for part, values in current.items():
         for name, value in values.items():

@@ -12,11 +12,10 @@ from dsmoe_lite.common.errors import require_int
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.layers.balance import update_bias
-from dsmoe_lite.layers.moe import MoELayer
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.training.checkpointer import Checkpointer
 from dsmoe_lite.training.config import TrainConfig
-from dsmoe_lite.training.fp8 import check_widths, fp8_products
+from dsmoe_lite.training.fp8 import fp8_products
 from dsmoe_lite.training.interrupts import stop_requested
 from dsmoe_lite.training.objective import balance_terms, mtp_loss
 from dsmoe_lite.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -52,11 +51,9 @@ def train(
     require_int("until", last, 1, config.steps)
     rows = processes.rows(config.batch_size, moe)  # the sequences of each batch that this process takes
     share = (rows.stop - rows.start) / config.batch_size
-    if config.precision == "fp8":
-        check_widths(model, config.fp8_recipe)
     optimizer = make_optimizer(model, config)
     weights = list(model.parameters())
-    moe_layers = [module for module in model.modules() if isinstance(module, MoELayer)]  # MTP modules' are the last
+    moe_layers = model.all_moe_layers
     with (
         stop_requested(processes.stop_signals) as stop,
         Checkpointer(folder, model, optimizer, batches, config, processes) as checkpointer,
@@ -74,12 +71,11 @@ def train(
                 with _precision(config, model):
                     output = model(tokens[:, :-1])
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
+                    ahead = config.mtp_weight_at(step) * mtp_loss(output, tokens)
                 loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
                 terms = balance_terms(output, model.config, config.balance, processes.all_reduce_sum)
                 if output.ahead:
-                    terms = terms + config.mtp_weight_at(step) * processes.all_reduce_sum(
-                        mtp_loss(output, tokens) * share
-                    )
+                    terms = terms + processes.all_reduce_sum(ahead * share)
                 objective = (loss + terms) / config.grad_accum
                 (objective * processes.size).backward()  # FSDP averages gradients over processes
                 mean_loss += loss.item() / config.grad_accum

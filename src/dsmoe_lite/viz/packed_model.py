@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from dsmoe_lite.common.errors import require
 from dsmoe_lite.config import to_dict
@@ -23,7 +24,7 @@ def pack(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     The page computes in float32 with the rounded weights. Raises InputError if a weight is too large for float16.
     """
     limit = torch.finfo(torch.float16).max
-    for name, value in model.state_dict().items():
+    for name, value in _weights(model).items():
         largest = value.abs().max().item()
         require(largest <= limit, f"largest weight of {name}", largest, f"must be at most {limit:g}, for float16")
     stored = json.loads(tokenizer.to_str())["model"]
@@ -31,7 +32,7 @@ def pack(model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
         "config": to_dict(model.config),
         "vocabulary": sorted(stored["vocab"], key=stored["vocab"].get),
         "merges": [" ".join(pair) for pair in stored["merges"]],
-        "tensors": [[name, value.numel()] for name, value in model.state_dict().items()],
+        "tensors": [[name, value.numel()] for name, value in _weights(model).items()],
         "weights": base64.b64encode(gzip.compress(_halves(model), mtime=0)).decode(),
     }
 
@@ -41,6 +42,11 @@ def fingerprint(model: Transformer) -> str:
     return hashlib.sha256(_halves(model)).hexdigest()[:16]
 
 
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    """Tensors by name, without those of MTP modules, which the page does not run."""
+    return {name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")}
+
+
 def _halves(model: Transformer) -> bytes:
-    values = (value.detach().cpu().half().numpy() for value in model.state_dict().values())
+    values = (value.detach().cpu().half().numpy() for value in _weights(model).values())
     return b"".join(value.astype("<f2").tobytes() for value in values)
