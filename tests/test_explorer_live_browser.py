@@ -1,7 +1,10 @@
 """The explorer in a page that computes without Python: its answers are the package's, its buttons work."""
 
+import functools
+import http.server
 import json
 import shutil
+import threading
 from dataclasses import replace
 from urllib.parse import quote
 
@@ -13,6 +16,7 @@ from ipywidgets import Widget
 from dsmoe_lite import Transformer, load_model, preset
 from dsmoe_lite.book import build as book
 from dsmoe_lite.book.mime import widget_html
+from dsmoe_lite.book.widget_modules import name_of
 from dsmoe_lite.checkpoint import read_metadata
 from dsmoe_lite.common.paths import DATA
 from dsmoe_lite.data.tokenizer import read_tokenizer
@@ -433,3 +437,37 @@ def test_no_accessibility_violations(opened, size, mode, screenshots):
         assert [(one["id"], one["nodes"][0]["html"][:200]) for one in violations] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     page.screenshot(path=screenshots / f"explorer_live_{mode}_{size[0]}.png", full_page=True)
+
+
+class Strict(http.server.SimpleHTTPRequestHandler):
+    """A server whose pages run nothing but scripts and styles of its own."""
+
+    def end_headers(self):
+        self.send_header("Content-Security-Policy", "default-src 'none'; script-src 'self'; style-src 'self'")
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_it_answers_under_a_strict_policy(browser, site, models):
+    """No Blob is imported, and without a worker of a Blob the page itself computes."""
+    widget = explore({"GShard": models["GShard"]}, TOKENIZER, TEXT, window=WINDOW, questions=QUESTIONS)
+    (site / "modules").mkdir(exist_ok=True)
+    (site / "modules" / f"{name_of(widget._esm)}.js").write_text(widget._esm, encoding="utf-8")
+    handler = functools.partial(Strict, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page, errors = browser.new_page(), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"http://127.0.0.1:{server.server_port}/one.html")
+        page.locator(".saved-widget[data-mounted=yes] .dsmoe-explorer").wait_for()
+        page.wait_for_function(READY)
+        click(page, "Break what this answer needs most")
+        assert page.get_by_role("switch", checked=False).count() == 1
+        assert page.evaluate("window.dsmoeAnswers.computer.refused")
+        colour = page.locator(".dsmoe-explorer").evaluate("node => getComputedStyle(node).backgroundColor")
+        assert colour == "rgb(255, 255, 255)"  # its style sheet applies
+        assert errors == []
+        page.close()
+        server.shutdown()

@@ -17,6 +17,7 @@ import yaml
 import dsmoe_lite
 from dsmoe_lite.book import api, conf
 from dsmoe_lite.book.api_source import read_package
+from dsmoe_lite.book.widget_modules import write_modules
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.study import equations
@@ -103,7 +104,9 @@ def _sphinx(book: dict[str, Any], sources: Path, temporary: Path, pages: Path) -
     _themes(loaded / "themes.js")
     for script in SCRIPTS:
         shutil.copy(script, loaded)
-    write_models(sorted(copied.rglob("*.ipynb")), loaded, MODELS.values() if book.get("front") else ())
+    notebooks = sorted(copied.rglob("*.ipynb"))
+    write_models(notebooks, loaded, MODELS.values() if book.get("front") else ())
+    write_modules(notebooks, loaded)
     n_steps = 2 * (len(chapters) + len(reference)) + (3 if reference else 2)  # read and written; index, search, modules
     warnings = io.StringIO()
     settings = conf.settings(book, toc_file, [STATIC, loaded], sources.name)

@@ -44,20 +44,52 @@
     return state;
   }
 
+  const { src } = document.currentScript; // empty if the script is in the page itself
+  const sheets = new Map(); // CSS -> its style sheet
+
+  // The name of a script's file, as book/widget_modules.py gives it.
+  function nameOf(script) {
+    let found = 0x811c9dc5;
+    for (let i = 0; i < script.length; i += 1) found = Math.imul(found ^ script.charCodeAt(i), 0x01000193) >>> 0;
+    return `${script.length}-${found.toString(16).padStart(8, "0")}`;
+  }
+
+  // A widget's script: from the server, which a strict policy allows; from a file a page may import only its own text.
+  async function load(script) {
+    if (src.startsWith("http")) {
+      try {
+        return await import(new URL(`modules/${nameOf(script)}.js`, src).href);
+      } catch {
+        // not beside this page
+      }
+    }
+    const address = URL.createObjectURL(new Blob([script], { type: "text/javascript" }));
+    try {
+      return await import(address);
+    } finally {
+      URL.revokeObjectURL(address);
+    }
+  }
+
+  function dress(css) {
+    if (sheets.has(css)) return;
+    const sheet = new CSSStyleSheet();
+    sheet.replaceSync(css);
+    sheets.set(css, sheet);
+    document.adoptedStyleSheets = [...document.adoptedStyleSheets, sheet];
+  }
+
   async function mount(box, saved) {
     const state = restored(saved);
-    const address = URL.createObjectURL(new Blob([state._esm], { type: "text/javascript" }));
-    const { default: widget } = await import(address);
-    URL.revokeObjectURL(address);
-    const style = document.createElement("style");
-    style.textContent = state._css;
+    const { default: widget } = await load(state._esm);
+    dress(state._css);
     const el = document.createElement("div");
     state.can_compute = false; // nobody to run a cell here
     state.place = [...document.querySelectorAll(".saved-widget")].indexOf(box); // links name it
     const answers = window.dsmoeAnswers?.can(state) ? new window.dsmoeAnswers(state) : null;
     box.model = new SavedModel(state, answers);
     await widget.render({ model: box.model, el });
-    box.replaceChildren(style, el);
+    box.replaceChildren(el);
     box.dataset.mounted = "yes";
   }
 
