@@ -132,16 +132,23 @@ def sequence_loss(routing: Routing, *, selected: bool = False, all_reduce: AllRe
 
 
 @torch.no_grad()
-def update_bias(expert_bias: Tensor, counts: Tensor, speed: float) -> None:
+def update_bias(expert_bias: Tensor, counts: Tensor, speed: float, kappa: float = 0.0) -> None:
     """Move expert_bias (E,) in place: b_i += speed * sign(mean count - count_i) (arXiv:2408.15664; V3 Section 2.1.2).
 
     counts (E,) int: how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
+    kappa: if above 0, the step is tanh(kappa * (1 - count_i / mean count)) instead of the sign, less the mean of all
+    steps: bounded, and small near balance. That is the rule of Trinity (arXiv:2602.17004) without its momentum.
     InputError for a bias in half precision, where small steps are rounded away.
     """
     exact = expert_bias.dtype in (torch.float32, torch.float64)
     require(exact, "expert_bias", expert_bias.dtype, "loses small steps; keep it in float32")
     too_few = counts.sum() - len(counts) * counts  # in whole numbers: a rounded mean would move experts at balance
-    expert_bias += speed * too_few.sign().to(expert_bias.dtype)
+    if kappa:
+        step = torch.tanh(kappa * too_few / counts.sum().clamp(min=1))
+        step = step - step.mean()
+    else:
+        step = too_few.sign()
+    expert_bias += speed * step.to(expert_bias.dtype)
 
 
 def _affinity(routing: Routing) -> Tensor:

@@ -56,75 +56,95 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix in FP8 with the scale of each block."""
+    """A matrix in FP8, or a stack of them, with the scale of each block."""
 
-    values: Tensor  # (R, C), torch.float8_e4m3fn
-    scales: Tensor  # (ceil(R / rows), ceil(C / channels)), float32
+    values: Tensor  # (..., R, C), torch.float8_e4m3fn
+    scales: Tensor  # (..., ceil(R / rows), ceil(C / channels)), float32
     block: BlockShape
 
     def dequantize(self) -> Tensor:
-        """Return s q, (R, C) float32."""
+        """Return s q, (..., R, C) float32."""
         return dequantize(self.values, self.scales, self.block)
 
 
 def quantize(x: Tensor, block: BlockShape | None, *, power_of_two: bool = False) -> Quantized:
-    """Quantise x (R, C) in blocks, of which those at the edges may be partial; None: one block.
+    """Quantise the matrices x (..., R, C) in blocks, partial ones at the edges; None: one block per matrix.
 
     Raises RunError for NaN or infinity.
     """
-    require(x.ndim == 2, "shape of x", tuple(x.shape), "must be (rows, channels)")
-    R, C = x.shape
+    require(x.ndim >= 2, "shape of x", tuple(x.shape), "must be (..., rows, channels)")
+    R, C = x.shape[-2:]
     rows, channels = (max(1, R), max(1, C)) if block is None else block
     filled = pad(x.float(), (0, -C % channels, 0, -R % rows))  # zeros change no scale
-    blocks = filled.view(len(filled) // rows, rows, filled.shape[1] // channels, channels)
-    amax = blocks.abs().amax(dim=(1, 3)) if x.numel() else filled.new_zeros(blocks.shape[0], blocks.shape[2])
+    blocks = filled.unflatten(-1, (-1, channels)).unflatten(-3, (-1, rows))  # (..., row blocks, rows, blocks, channels)
+    amax = blocks.abs().amax(dim=(-3, -1))
     if not torch.isfinite(amax).all():
         where = (~torch.isfinite(amax)).nonzero()[0].tolist()
         raise RunError(f"amax of block {tuple(where)}: NaN or infinite; training diverged: lower the learning rate")
     scales = amax.clamp(min=LEAST_AMAX) / LARGEST
     if power_of_two:
         scales = torch.exp2(scales.log2().ceil())
-    scaled = (blocks / scales[:, None, :, None]).clamp(-LARGEST, LARGEST)  # x / s may round above 448
-    return Quantized(scaled.to(torch.float8_e4m3fn).view_as(filled)[:R, :C], scales, (rows, channels))
+    scaled = (blocks / scales[..., :, None, :, None]).clamp(-LARGEST, LARGEST)  # x / s may round above 448
+    return Quantized(scaled.to(torch.float8_e4m3fn).view_as(filled)[..., :R, :C], scales, (rows, channels))
 
 
 def dequantize(values: Tensor, scales: Tensor, block: BlockShape = (128, 128)) -> Tensor:
-    """Return s q of values (R, C) and scales (ceil(R / rows), ceil(C / channels)), float32.
+    """Return s q of values (..., R, C) and scales (..., ceil(R / rows), ceil(C / channels)), float32.
 
     Blocks at the edges may be partial, as in the files of DeepSeek-V3: there the scales of `X.weight` are called
     `X.weight_scale_inv`, and multiply all the same.
     """
-    expected = tuple(-(-size // side) for size, side in zip(values.shape, block, strict=True))
+    *stack, R, C = values.shape
+    expected = (*stack, -(-R // block[0]), -(-C // block[1]))
     require(
         tuple(scales.shape) == expected, "shape of scales", tuple(scales.shape), f"must be {expected}, one per block"
     )
-    R, C = values.shape
-    spread = scales.float().repeat_interleave(block[0], dim=0)[:R].repeat_interleave(block[1], dim=1)[:, :C]
-    return values.float() * spread
+    spread = scales.float().repeat_interleave(block[0], dim=-2)[..., :R, :]
+    return _to_float(values) * spread.repeat_interleave(block[1], dim=-1)[..., :C]
 
 
 def multiply(a: Quantized, b: Quantized) -> Tensor:
-    """Return a b^T of a (M, K) and b (N, K), (M, N) float32, block by block as in the equation above.
+    """Return a b^T of a (..., M, K) and b (..., N, K), (..., M, N) float32, block by block as in the equation above.
 
     Raises InputError if the blocks of a and b do not end at the same channels.
     """
-    K, side = a.values.shape[1], a.block[1]
-    same = (b.values.shape[1], b.block[1]) == (K, side)
-    require(same, "channels and block", (b.values.shape[1], b.block[1]), f"must be {(K, side)}, as in the other factor")
-    M, N = len(a.values), len(b.values)
-    left, right = (m.scales.repeat_interleave(m.block[0], dim=0)[: len(m.values)] for m in (a, b))
-    y = left.new_zeros(M, N)
+    K, side = a.values.shape[-1], a.block[1]
+    same = (b.values.shape[-1], b.block[1]) == (K, side)
+    require(
+        same, "channels and block", (b.values.shape[-1], b.block[1]), f"must be {(K, side)}, as in the other factor"
+    )
+    M, N = a.values.shape[-2], b.values.shape[-2]
+    left, right = _scale_of_row(a).unsqueeze(-2), _scale_of_row(b).unsqueeze(-3)
+    left_values, right_values = _to_float(a.values), _to_float(b.values)
+    y = left.new_zeros(*a.values.shape[:-2], M, N)
     for number, start in enumerate(range(0, K, side)):
         channels = slice(start, start + side)
-        product = a.values[:, channels].float() @ b.values[:, channels].float().T
-        y.addcmul_(product, left[:, number, None] * right[None, :, number])
+        product = left_values[..., channels] @ right_values[..., channels].mT
+        y.addcmul_(product, left[..., number] * right[..., number])
     return y
 
 
+def _to_float(values: Tensor) -> Tensor:
+    """To float32. On a CPU from a table of the 256 numbers: torch converts one number at a time, five times slower."""
+    if not values.is_cpu:
+        return values.float()
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return table.index_select(0, values.contiguous().view(torch.uint8).flatten().int()).view(values.shape)
+
+
+def _scale_of_row(m: Quantized) -> Tensor:
+    """(..., R, blocks of channels)"""
+    return m.scales.repeat_interleave(m.block[0], dim=-2)[..., : m.values.shape[-2], :]
+
+
 def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
-    """Return x W^T of x (..., K) and weight (N, K), with forward product and both gradients in FP8."""
-    y: Tensor = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, recipe)
-    return y.view(*x.shape[:-1], len(weight))
+    """Return x W^T with forward product and both gradients in FP8.
+
+    x (..., K) and weight (N, K); or the rows of E experts x (E, R, K), each with its own weight (E, N, K).
+    """
+    rows = x.reshape(-1, x.shape[-1]) if weight.ndim == 2 else x
+    y: Tensor = _Linear.apply(rows, weight, recipe)
+    return y.view(*x.shape[:-1], weight.shape[-2])
 
 
 class _Linear(torch.autograd.Function):
@@ -144,8 +164,8 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
-        dx = _product(dy, weight.T, recipe.activation, recipe.weight, recipe)
-        d_weight = _product(dy.T, x.T, recipe.activation, recipe.activation, recipe)
+        dx = _product(dy, weight.mT, recipe.activation, recipe.weight, recipe)
+        d_weight = _product(dy.mT, x.mT, recipe.activation, recipe.activation, recipe)
         return dx.to(x.dtype), d_weight.to(weight.dtype), None
 
 

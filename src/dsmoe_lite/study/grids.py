@@ -29,7 +29,7 @@ from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.progress import progress
 from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig
 from dsmoe_lite.presets import preset
-from dsmoe_lite.study import common_knowledge, pilot, protocol, text_pilot, text_protocol
+from dsmoe_lite.study import common_knowledge, pilot, protocol, successors, text_pilot, text_protocol
 from dsmoe_lite.study.needle import NeedleJob
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
@@ -214,6 +214,8 @@ GRIDS = {
         more_seeds=dict.fromkeys(text_protocol.MORE, text_protocol.MORE_SEEDS),
         protocol=text_protocol.VERSION,
     ),
+    # Chapter 13: what DeepSeek-V3 and V4 changed. The pilot, before the fourth protocol was fixed.
+    "successors-pilot": Grid(successors.PILOT, successors.PILOT_SEEDS, n_streams=200),
     "text-long-gpu": Grid(text_protocol.larger_jobs(), n_streams=10, protocol=text_protocol.VERSION),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }

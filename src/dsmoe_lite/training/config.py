@@ -25,6 +25,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # name -> alpha, for every MoE layer
     bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves per step
+    bias_kappa: float = 0.0  # slope of a bounded step of the bias (arXiv:2602.17004); 0: a step is +1 or -1 times gamma
     mtp_weight: float = 0.3  # lambda, of the loss of multi-token prediction
     mtp_final_weight: float = 0.1  # lambda after mtp_share of the steps
     mtp_share: float = 10 / 14.8  # DeepSeek-V3: 10 of its 14.8 trillion tokens
@@ -43,7 +44,7 @@ class TrainConfig:
             require_int(name, getattr(self, name), 0, 2**31 - 1)
         for name in ("lr", "grad_clip"):
             require_number(name, getattr(self, name), 0.0, open_low=True)
-        for name in ("weight_decay", "bias_speed", "mtp_weight", "mtp_final_weight"):
+        for name in ("weight_decay", "bias_speed", "bias_kappa", "mtp_weight", "mtp_final_weight"):
             require_number(name, getattr(self, name), 0.0)
         for name in ("final_lr_share", "mtp_share"):
             require_number(name, getattr(self, name), 0.0, 1.0)
@@ -79,5 +80,7 @@ class TrainConfig:
         for name, (fits, remedy) in needs.items():
             weight = self.balance.get(name, 0.0)
             require(fits or not weight, f"balance weight of {name}", weight, remedy)
+        needs_speed = "needs a bias_speed above 0"
+        require(self.bias_speed > 0 or not self.bias_kappa, "bias_kappa", self.bias_kappa, needs_speed)
         has_bias = moe is not None and moe.expert_bias
         require(has_bias or not self.bias_speed, "bias_speed", self.bias_speed, "needs a model with expert_bias")

@@ -90,7 +90,8 @@ def train(
                 for layer, n in zip(moe_layers, counts, strict=True):
                     if not layer.router.config.expert_bias:
                         continue  # a table chooses
-                    update_bias(layer.router.expert_bias, processes.all_reduce_sum(n), config.bias_speed)
+                    whole = processes.all_reduce_sum(n)
+                    update_bias(layer.router.expert_bias, whole, config.bias_speed, config.bias_kappa)
             if moe is not None and step % config.routing_every == 0:
                 run.routing.append(routing_figures(step, output.routings, processes))
             run.add_step(mean_loss, config, stopwatch)
