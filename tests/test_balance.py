@@ -354,6 +354,27 @@ def test_bias_goes_up_for_the_idle_and_down_for_the_busy() -> None:
             assert new == pytest.approx(old + step, abs=1e-15)
 
 
+def test_a_bounded_step_is_small_near_balance_and_moves_no_mean() -> None:
+    torch.manual_seed(0)
+    for _ in range(20):
+        counts, kappa = torch.randint(0, 9, (8,)), 2.0
+        counts[0] += 1
+        bias = torch.randn(8, dtype=torch.float64)
+        before, mean = bias.tolist(), sum(counts.tolist()) / 8
+        update_bias(bias, counts, 0.001, kappa)
+        steps = [math.tanh(kappa * (1 - count / mean)) for count in counts.tolist()]
+        for old, new, step in zip(before, bias.tolist(), steps, strict=True):
+            assert new == pytest.approx(old + 0.001 * (step - sum(steps) / 8), abs=1e-8)
+    far, near = torch.zeros(2), torch.zeros(2)
+    update_bias(far, torch.tensor([1000, 0]), 1.0, 2.0)
+    update_bias(near, torch.tensor([501, 499]), 1.0, 2.0)
+    assert far[1] == pytest.approx(math.tanh(2.0))
+    assert near[1] == pytest.approx(0.004, rel=1e-3)
+    idle = torch.zeros(4)
+    update_bias(idle, torch.zeros(4, dtype=torch.int64), 0.1, 2.0)
+    assert not idle.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exact_balance_moves_no_bias(dtype: torch.dtype) -> None:
     for count, E in [(0, 4), (1, 3), (349_525, 63), (16_777_217, 64)]:  # some sums are no float32

@@ -257,6 +257,7 @@ EXPERTS_CHOOSE, EVERY = MoEConfig(**BASE | EXPERT), MoEConfig(**BASE)
 NEEDS: list[tuple[MoEConfig | None, dict[str, Any], str, str]] = [
     (EVERY, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
     (None, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
+    (EVERY, {"bias_kappa": 2.0}, "bias_kappa = 2.0", "needs a bias_speed above 0"),
     (None, {"balance": {"device": 0.1}}, "balance weight of device = 0.1", "needs a model with n_group > 1"),
     (EVERY, {"balance": {"communication": 0.1}}, "balance weight of communication = 0.1", "needs a model with n_group"),
     (None, {"balance": {"load": 0.1}}, "balance weight of load = 0.1", "needs a model with noisy_gating"),

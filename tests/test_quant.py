@@ -158,6 +158,25 @@ def test_a_linear_quantises_all_three_products(name: str) -> None:
     torch.testing.assert_close(weight.grad.double(), dw, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_stack_is_its_matrices_one_by_one(name: str) -> None:
+    torch.manual_seed(0)
+    recipe = RECIPES[name]
+    x, weight = torch.randn(3, 70, 96, requires_grad=True), torch.randn(3, 160, 96, requires_grad=True)
+    dy = torch.randn(3, 70, 160)
+    y = fp8_linear(x, weight, recipe)
+    y.backward(dy)
+    for e in range(3):
+        one, w = x[e].detach().requires_grad_(), weight[e].detach().requires_grad_()
+        alone = fp8_linear(one, w, recipe)
+        alone.backward(dy[e])
+        assert torch.equal(y[e], alone)
+        assert torch.equal(x.grad[e], one.grad)
+        assert torch.equal(weight.grad[e], w.grad)
+    stack = quantize(x.detach(), recipe.weight)
+    assert torch.equal(stack.dequantize()[2], quantize(x[2].detach(), recipe.weight).dequantize())
+
+
 def test_the_scales_of_v3s_files_multiply_and_edge_blocks_are_partial() -> None:
     """kv_a_proj of DeepSeek-V3 has 576 rows: 5 blocks of 128, the last of 64."""
     torch.manual_seed(0)
@@ -204,6 +223,10 @@ def test_training_in_fp8_uses_it_in_every_block_and_nowhere_else() -> None:
 def test_experts_in_fp8_are_the_loop_on_dequantised_factors(limit: float | None) -> None:
     torch.manual_seed(0)
     recipe, ends = Recipe(activation=(1, 4), weight=(4, 4)), torch.tensor([3, 3, 7], dtype=torch.int32)  # one is idle
+    assert run_fp8(
+        Dispatched(torch.randn(2, 8), 1, torch.arange(0), torch.rand(0), torch.zeros(3, dtype=torch.int32)),
+        *(torch.randn(3, 8, 8) for _ in range(3)), recipe=recipe,
+    ).shape == (0, 8)  # fmt: skip
     x, gates = torch.randn(7, 8), torch.rand(7)
     gate, up, down = torch.randn(3, 8, 8), torch.randn(3, 8, 8), torch.randn(3, 8, 8)
     y = run_fp8(Dispatched(x, 1, torch.arange(7), gates, ends), gate, up, down, limit, recipe=recipe)

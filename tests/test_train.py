@@ -165,6 +165,19 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches() -> No
         assert set(expected) >= {0.25, -0.25}
 
 
+def test_a_bounded_step_of_the_bias_is_used_if_asked_for() -> None:
+    model, batches = make(moe=V3, batch_size=2)
+    counts = [
+        r.counts for r in copy.deepcopy(model).train()(next(make(moe=V3, batch_size=2)[1]).tokens[:, :-1]).routings
+    ]
+    train(model, batches, replace(CONFIG, steps=1, batch_size=2, bias_speed=0.25, bias_kappa=2.0))
+    for layer, n in zip(model.moe_layers, counts, strict=True):
+        expected = torch.zeros(8)
+        balance.update_bias(expected, n, 0.25, 2.0)
+        torch.testing.assert_close(layer.router.expert_bias, expected)
+        assert len(set(expected.abs().tolist())) > 2
+
+
 def test_a_hash_layer_has_neither_bias_nor_balance_loss() -> None:
     moe = replace(V3, scoring_func="sqrtsoftplus")
     model, batches = make(moe=moe, n_hash_layers=1)

@@ -51,7 +51,7 @@ def run_fp8(
     row = starts + torch.arange(int((ends - starts[:, 0]).max()), device=ends.device)  # of each slot, (E, R)
     real = row < ends[:, None]
     slots = torch.where(real, row, N).flatten()  # row N is zero
-    x = F.pad(dispatched.x_sorted, (0, 0, 0, 1)).index_select(0, slots).view(*row.shape, -1)
+    x = F.pad(dispatched.x_sorted, (0, 0, 0, 1)).index_select(0, slots).view(*row.shape, dispatched.x.shape[1])
     a, b = clamp(fp8_linear(x, gate, recipe), fp8_linear(x, up, recipe), limit)
     y = fp8_linear(F.silu(a) * b, down, recipe)
     return dispatched.gates.unsqueeze(1) * y.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
