@@ -5,7 +5,7 @@ the pass has made two tokens; if not, the model's own token replaces it. The tok
 decoding (arXiv:2211.17192; DeepSeek-V3, arXiv:2412.19437, Section 5.4.3).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +35,17 @@ class Speculation:
 
     @property
     def tokens_per_forward(self) -> float:
+        """Tokens per forward pass: 1 in plain decoding, 2 if every draft is accepted."""
         return len(self.tokens) / max(1, self.n_forward)
+
+    def add(self, found: Sequence[tuple[int, bool]], n_forward: int, stop: Collection[int]) -> None:
+        """Add what one forward pass gave, up to a token of `stop`."""
+        self.n_forward = n_forward
+        for token, accepted in found:
+            self.tokens.append(token)
+            self.accepted.append(accepted)
+            if token in stop:
+                break
 
 
 @torch.no_grad()
@@ -47,10 +57,12 @@ def speculate(
     temperature: float = 0.0,
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
+    on_step: Callable[[Speculation], None] | None = None,
 ) -> Speculation:
     """Continue one prompt by n_new tokens, or fewer if an id of `stop` ends it.
 
     Temperature 0 gives the tokens of `generate`; above, tokens have the distribution of `generate`, from other draws.
+    on_step: called after every forward pass with the continuation so far.
     Raises InputError for a model without MTP modules, with a sliding window or with experts whose tokens compete for
     slots, and for a prompt that is empty or leaves no room; RunError if a logit is NaN or infinite.
     """
@@ -63,22 +75,19 @@ def speculate(
         state = _State(model, prompt, n_new)
         p = state.read(1)[-1]  # the distribution of the next token, as logits (V,)
         state.push(draw.token(p))
-        result.tokens.append(state.tokens[-1])
-        result.accepted.append(False)
-        while len(result.tokens) < n_new and result.tokens[-1] not in stop:
+        found = [(state.tokens[-1], False)]
+        while True:
+            result.add(found, state.n_forward, stop)
+            if on_step is not None:
+                on_step(result)
+            if len(result.tokens) == n_new or result.tokens[-1] in stop:
+                return result
             if len(result.tokens) == n_new - 1:  # no room for a draft
                 found = [(draw.token(state.read(1)[-1]), False)]
                 state.push(found[0][0])
             else:
                 found = _draft_and_check(state, draw)
                 result.n_drafts += 1
-            for token, accepted in found:
-                result.tokens.append(token)
-                result.accepted.append(accepted)
-                if token in stop:
-                    break
-    result.n_forward = state.n_forward
-    return result
 
 
 def _draft_and_check(state: "_State", draw: "_Draw") -> list[tuple[int, bool]]:

@@ -216,6 +216,8 @@ GRIDS = {
     ),
     # Chapter 13: what DeepSeek-V3 and V4 changed. The pilot, before the fourth protocol was fixed.
     "successors-pilot": Grid(successors.PILOT, successors.PILOT_SEEDS, n_streams=200),
+    # Chapters 13 and 14, by the fourth protocol.
+    "successors": Grid(successors.JOBS, successors.SEEDS, n_streams=200, protocol=successors.VERSION),
     "text-long-gpu": Grid(text_protocol.larger_jobs(), n_streams=10, protocol=text_protocol.VERSION),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),
 }
@@ -318,7 +320,7 @@ def run_missing(
         try:
             for future in as_completed(pair_of):
                 version = {} if plan.protocol is None else {"protocol": plan.protocol}
-                write_json(record_path(name, *pair_of[future]), version | future.result())
+                write_json(record_path(name, *pair_of[future]), version | future.result(), flat=True)
                 shutil.rmtree(_folder(name, *pair_of[future]), ignore_errors=True)
                 bar.update()
                 yield pair_of[future]

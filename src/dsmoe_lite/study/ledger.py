@@ -71,6 +71,7 @@ def _best_sixteenth(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mappi
 
 METRICS: dict[str, Callable[[Mapping[str, Any]], float]] = {
     "loss": lambda record: record["heldout_loss"],
+    "logarithm of the loss": lambda record: math.log(record["heldout_loss"]),
     "recall, frequent people": lambda record: record["recall"]["head"],
     "recall, rare people": lambda record: record["recall"]["tail"],
     "MaxVio": lambda record: mean(layer["max_vio"] for layer in record["heldout_experts"]),

@@ -13,6 +13,7 @@ from dsmoe_lite.viz.expert_load import expert_load
 from dsmoe_lite.viz.expert_mix import expert_mix
 from dsmoe_lite.viz.expert_worth import expert_worth
 from dsmoe_lite.viz.finer_experts import finer_experts
+from dsmoe_lite.viz.fp8_error import fp8_error
 from dsmoe_lite.viz.influence import influence
 from dsmoe_lite.viz.kernels import bank_groups, launch_counts, product_speed
 from dsmoe_lite.viz.kv_cache import cache_by_design, cache_calculator, decode_cost
@@ -41,6 +42,7 @@ __all__ = [
     "expert_mix",
     "expert_worth",
     "finer_experts",
+    "fp8_error",
     "influence",
     "launch_counts",
     "link_timeline",
