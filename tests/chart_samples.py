@@ -144,6 +144,15 @@ def bias_rows() -> list[dict[str, Any]]:
     ]
 
 
+def outlier_rows() -> list[dict[str, Any]]:
+    """Relative errors that grow with an outlier, the more numbers share its scale."""
+    return [
+        {"scales": f"{n} numbers", "outlier": 10.0**power, "error": min(1.0, 0.02 + n * 10.0 ** (power - 10))}
+        for n in (1024, 128, 32)
+        for power in range(9)
+    ]
+
+
 def cost_rows(runs: int) -> list[dict[str, Any]]:
     draw = random.Random(8)
     slopes = {"MHA": 0.9, "GQA": 0.5, "MLA naive": 1.05, "MLA absorbed": 0.3}
@@ -235,6 +244,7 @@ def every_chart() -> dict[str, Any]:
         "finer_experts": charts.finer_experts(),
         "finer_experts, many": charts.finer_experts(n_experts=64, top_k=16, pieces=8),
         "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
+        "fp8_error": charts.fp8_error(outlier_rows(), outlier=1e4),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",

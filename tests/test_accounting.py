@@ -22,7 +22,7 @@ from dsmoe_lite.accounting import (
 from dsmoe_lite.cli import main
 from dsmoe_lite.cli.count import command
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict
+from dsmoe_lite.config import AnyAttention, AttentionConfig, MLAConfig, ModelConfig, MoEConfig, from_dict, to_dict
 from dsmoe_lite.presets import PRESETS, preset
 from dsmoe_lite.study import published
 
@@ -465,3 +465,15 @@ def test_bad_input_is_one_line_and_status_2(name, content, words, tmp_path, monk
     assert printed.out == ""
     assert words in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_count_lists_mtp_modules_apart_from_the_total(tmp_path, capsys) -> None:
+    """DeepSeek-V3's module has 11.610B weights of its own (its README: 11.5B), and 671.03B is the model without it."""
+    path = tmp_path / "v3.json"
+    path.write_text(json.dumps(to_dict(replace(preset("deepseek-v3"), n_mtp=1))), encoding="utf-8")
+    main(["count", str(path), "deepseek-v3"])
+    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    assert rows["mtp_total"] == ["11,610,067,968", "0"]
+    assert rows["total"] == ["671,026,404,352"] * 2
+    main(["count", "deepseek-v3"])
+    assert "mtp" not in capsys.readouterr().out

@@ -70,6 +70,17 @@ def test_a_bias_speed_draws_its_own_trace_and_end():
         assert float(big["MaxVio at the end"]) == pytest.approx(mean(vios[-20:]), rel=1e-3)
 
 
+def test_an_outlier_draws_the_errors_beside_it():
+    rows = chart_samples.outlier_rows()
+    chart = charts.fp8_error(rows, outlier=1e4)
+    slider = control(chart, "log_outlier")
+    assert (slider["min"], slider["max"], slider["step"], slider["value"]) == (0, 8, 1, 4)
+    for power in range(9):
+        shown = [f"{100 * row['error']:.2g}%" for row in rows if row["outlier"] == 10.0**power]
+        picture = svg(chart, log_outlier=power)
+        assert [word for word in words(picture) if word in shown][-3:] == shown
+
+
 def test_an_expert_is_full_where_the_package_says_so():
     loads, rows = chart_samples.CAPACITY_LOADS, chart_samples.capacity_rows()
     chart = charts.expert_capacity(loads, rows, factor=1.25)

@@ -40,6 +40,11 @@ def flips(differences):
     return [sum(f * d for f, d in zip(flip, differences, strict=True)) for flip in signs]
 
 
+def of_blocks(scales, weight):
+    rows, columns = weight.shape
+    return scales.repeat_interleave(128, dim=0)[:rows].repeat_interleave(128, dim=1)[:, :columns]
+
+
 def count_only_what_is_sent(chosen, second_gate, draw, slots):
     count = torch.bincount(chosen[:, 0], minlength=8).tolist()
     sent = []
@@ -405,6 +410,22 @@ WRONG = {
             lambda ids, home, per_device, node: (  # one's own node is always among them
                 F.one_hot(ids // per_device // node).amax(dim=1).sum(dim=1) - 1
             ),
+        ],
+    },
+    "13": {
+        "state_first": [
+            lambda eh_proj: eh_proj,  # the bug
+            lambda eh_proj: eh_proj.flip(1),  # columns in reverse
+            lambda eh_proj: eh_proj.flip(0),
+            lambda eh_proj: torch.cat((eh_proj[:4], eh_proj[4:])),
+            lambda eh_proj: torch.cat((eh_proj[:, 8:], eh_proj[:, 8:]), dim=1),
+        ],
+        "restore": [
+            lambda weight, inv: weight.float() / of_blocks(inv, weight),  # as its name says
+            lambda weight, inv: weight.float(),
+            lambda weight, inv: weight.float() * inv.repeat_interleave(128, 0).repeat_interleave(128, 1),  # partial
+            lambda weight, inv: weight.float() * inv.mean(),
+            lambda weight, inv: weight.float() * of_blocks(inv[:, :1].expand_as(inv), weight),
         ],
     },
 }

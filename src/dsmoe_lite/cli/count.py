@@ -71,6 +71,7 @@ def count(config: ModelConfig, seq_len: int) -> dict[str, Any]:
         "active_no_embed": counted.active_no_embed,
         "ffn_total": counted.ffn.total,
         "ffn_active": counted.ffn.active,
+        "mtp_total": counted.mtp.total,  # in no other count, as in the papers
         "training_flops": flops.total,  # the router is left out, as in the papers
         "forward_flops_per_token": flops.forward_per_token,
         "kv_cache_elements_per_token": kv_cache_elements(config),
@@ -91,5 +92,8 @@ def _side_by_side(models: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
         for name, counts in models.items():
             columns[name] |= {f"{row['component']} params": row["total"] for row in counts["components"]}
             del columns[name]["attention_scores params"]
+    if not any(counts["mtp_total"] for counts in models.values()):
+        for column in columns.values():
+            del column["mtp_total"]
     quantities = next(iter(columns.values()))
     return [{"quantity": key, **{name: column[key] for name, column in columns.items()}} for key in quantities]
