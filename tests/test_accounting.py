@@ -467,13 +467,12 @@ def test_bad_input_is_one_line_and_status_2(name, content, words, tmp_path, monk
     assert printed.err.count("\n") == 1
 
 
-def test_count_lists_mtp_modules_apart_from_the_total(tmp_path, capsys) -> None:
+def test_count_lists_mtp_modules_apart_from_the_total(tmp_path) -> None:
     """DeepSeek-V3's module has 11.610B weights of its own (its README: 11.5B), and 671.03B is the model without it."""
     path = tmp_path / "v3.json"
     path.write_text(json.dumps(to_dict(replace(preset("deepseek-v3"), n_mtp=1))), encoding="utf-8")
-    main(["count", str(path), "deepseek-v3"])
-    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()) if row}
+    output = CliRunner().invoke(command, [str(path), "deepseek-v3"], catch_exceptions=False).output
+    rows = {row[0]: row[1:] for row in map(str.split, output.splitlines()) if row}
     assert rows["mtp_total"] == ["11,610,067,968", "0"]
     assert rows["total"] == ["671,026,404,352"] * 2
-    main(["count", "deepseek-v3"])
-    assert "mtp" not in capsys.readouterr().out
+    assert "mtp" not in CliRunner().invoke(command, ["deepseek-v3"], catch_exceptions=False).output
