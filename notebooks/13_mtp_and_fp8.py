@@ -7,18 +7,18 @@
 # ---
 
 # %% [markdown]
-# # MTP and FP8: two tokens a pass, eight bits a number
+# # MTP and FP8: two tokens per pass, eight bits per number
 #
-# ![Left: a model predicts the next token; a module behind it, given that token, predicts the one after, and the next forward pass checks both. Right: a vector with one outlier in eight bits, with one scale for all numbers and with a scale for each block; only the outlier's own block is spoiled.](images/mtp_fp8.svg)
+# ![Left: a model predicts the next token; a module behind it, given that token, predicts the one after, and the next forward pass checks both. Right: a vector with one outlier in eight bits, with one scale for all numbers and with one scale per block; only the outlier's own block is spoiled.](images/mtp_fp8.svg)
 #
 # **How can a model get more from every pass?** DeepSeek-V3 {cite:p}`DeepSeekV3` adds two things to all that we have
 # built. A small module guesses *one token more*. While the model writes, its next pass checks the guess. In our model two
 # of three guesses are right, so a pass makes 1.65 tokens instead of one, and the text stays the same to the letter. And
-# nearly all products are computed with numbers of *eight bits*. That works because only 128 numbers share a scale: with
-# one scale for all, a single outlier can wipe out the rest.
+# nearly all products are computed with numbers of *eight bits*. That works because numbers share a scale in small blocks:
+# with one scale for all, a single outlier can wipe out the rest.
 #
 # **Afterwards you can** write an MTP module and its loss, decode with drafts and say when that pays, and quantise a
-# matrix as V3 does. **You need** chapters 01, 06 and 09. **Reading time** 20 minutes. **Hardware** any laptop CPU.
+# matrix as V3 does. **You need** chapters 01, 06, 09 and 10. **Reading time** 20 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -44,28 +44,27 @@ n_new = lab.choose(smoke=24, cpu=100, gpu=100)
 # %% [markdown]
 # ## Predict one token more
 #
-# In training, the state of token $i$ is asked for one thing only: token $i+1$. Whatever it knows about the tokens after
-# that earns nothing. *Multi-token prediction* (MTP) asks for more. A module takes the state $\mathbf{h}_i$ that the head
-# reads and the *embedding* of token $i+1$, mixes them by one matrix, and runs one more block of the Transformer
-# (Equations 21 to 23, here for one further token):
+# In training, the last state of token $i$ is asked for one thing only: token $i+1$. *Multi-token prediction* (MTP) asks for
+# token $i+2$ as well. A module takes the state $\mathbf{h}_i$ that the head reads and the *embedding* of token $i+1$, mixes
+# both by one matrix, and runs one more block of the Transformer (Equations 21 to 23, here for one further token):
 #
 # $$
 # \begin{aligned}
-# \mathbf{h}'_i &= M\,[\operatorname{RMSNorm}(\mathbf{h}_i);\ \operatorname{RMSNorm}(\operatorname{Emb}(t_{i+1}))] \\
-# \mathbf{h}^{1}_{1:S-1} &= \operatorname{TRM}(\mathbf{h}'_{1:S-1}) \\
-# P_{i+2} &= \operatorname{OutHead}(\mathbf{h}^{1}_i)
+# \mathbf{x}_i &= M\,[\operatorname{RMSNorm}(\mathbf{h}_i);\ \operatorname{RMSNorm}(\operatorname{Emb}(t_{i+1}))] \\
+# \mathbf{h}'_{1:S-1} &= \operatorname{Block}(\mathbf{x}_{1:S-1}) \\
+# P_{i+2} &= \operatorname{Head}(\mathbf{h}'_i)
 # \end{aligned}
 # $$ (eq:mtp)
 #
-# $M$ is a matrix of $D \times 2D$; $[\,\cdot\,;\,\cdot\,]$ puts two vectors one below the other. Embedding and head are
-# the model's own. So the module does not guess token $i+2$ out of the blue: it is told token $i+1$.
-#
-# Its loss is added with a weight $\lambda$, 0.3 in V3 and 0.1 towards the end (Equations 24 and 25; the sum has $S-1$
-# terms and is divided by $S$, as printed):
+# $t_i$ is token $i$ of $S$; $[\,\cdot\,;\,\cdot\,]$ concatenates two vectors, and $M$ is a matrix of $D \times 2D$. Embedding and
+# head are the model's own. So the module does not guess token $i+2$ out of the blue: it is told token $i+1$. Its loss
+# (Equation 24; a sum of $S-1$ terms, divided by $S$ as printed)
 #
 # $$
-# \mathcal L_{MTP} = -\frac{\lambda}{S} \sum_{i=1}^{S-1} \log P_{i+2}[t_{i+2}]
+# \mathcal L_{MTP} = -\frac{1}{S} \sum_{i=1}^{S-1} \log P_{i+2}[t_{i+2}]
 # $$ (eq:mtp-loss)
+#
+# is added to the model's with a weight $\lambda$: 0.3 in V3, and 0.1 in the last third of its training.
 #
 # **Build** both, on a small model with V3's kind of experts: 16 of them, of which a token uses four, and one shared.
 
@@ -98,7 +97,8 @@ def look_ahead(model, h, following):  # h (B, n, D) of tokens i; tokens i + 1 (B
     parts = module.hidden_norm(h), module.embedding_norm(model.embed(following))
     x = torch.cat(parts, dim=-1) @ module.project.weight.T  # (B, n, D)
     cos, sin = (table[: x.shape[1]] for table in model.rope.on(x.device))
-    x, _ = module.block(x, Positions(cos, sin, mask=None), following)
+    positions = Positions(cos, sin, mask=None)  # None: causal
+    x, _ = module.block(x, positions, following)
     return model.head(module.norm(x))  # (B, n, V), for tokens i + 2
 
 
@@ -115,8 +115,8 @@ assert_close(second_loss(mine, tokens[:, 2:]), mtp_loss(output, tokens))
 print("module and loss: equal to the package's")
 
 # %% [markdown]
-# The equations name one thing too few: released models put a norm of the module's own before the head, as `module.norm`
-# does here. Now train the whole thing; the trainer adds the module's loss.
+# The equations omit one norm: released models put a norm of the module's own before the head, `module.norm` here. Now train
+# model and module together; the trainer adds the module's loss, times $\lambda$.
 
 # %% tags=["trained"]
 run = train(
@@ -137,19 +137,19 @@ interval = {"smoke": (4.0, 7.0), "cpu": (1.6, 2.1), "gpu": (0.5, 2.0)}[profile]
 claim("training loss, last step", run.losses[-1], interval, asserted=lab.own)
 
 # %% [markdown]
-# ## Let the next pass check it
+# ## Let the next pass check the draft
 #
-# V3 drops the module after training, or writes faster with it. Writing is slow because every token needs a forward
-# pass of its own, and a large model spends a pass on reading its weights from memory, hardly on arithmetic (chapter 10).
-# To read them for two tokens takes little longer than for one. So:
+# V3 drops the module after training, or writes faster with it. Writing is slow because every token needs a forward pass
+# of its own, and a pass over one token is spent on reading weights from memory, hardly on arithmetic (chapter 10). One
+# pass over *two* tokens reads all weights of attention, head and shared experts once for both. So:
 #
 # 1. The model has chosen token $i+1$. The module drafts token $i+2$.
 # 2. One pass reads *both*. Its output at token $i+1$ is what the model itself says next.
-# 3. If it says the draft, the draft stays, and so does the token that the pass says after it: two tokens for one pass. If
-#    not, the model's own token replaces the draft: one token, as always.
+# 3. If it agrees, the draft stays, and so does the token that the pass says after it: two tokens for one pass. If not,
+#    the model's own token replaces the draft: one token, as always.
 #
-# The module cannot change the text, only the number of passes. This is *self-speculative decoding*
-# {cite:p}`Speculative2023`. **Build** it for greedy decoding, without a cache:
+# A draft cannot change the text, only the number of passes. This is *speculative decoding* {cite:p}`Speculative2023`, here
+# with a module of the model itself. **Build** it for greedy decoding, without a cache:
 
 
 # %%
@@ -215,14 +215,15 @@ def acceptance(temperature):
 
 accepted, per_pass = acceptance(0.0)
 lab.answer("13-accepted", round(100 * accepted), within=10)
-print(f"accepted: {accepted:.0%} of the drafts; {per_pass:.2f} tokens a forward pass")
+print(f"accepted: {accepted:.0%} of the drafts; {per_pass:.2f} tokens per forward pass")
 
 # %% tags=["trained", "hide-cell"]
 interval = {"smoke": (0.0, 1.0), "cpu": (0.4, 0.9), "gpu": (0.3, 1.0)}[profile]
 claim("share of greedy drafts accepted", accepted, interval, asserted=lab.own)
 
 # %% [markdown]
-# Two of three. **Watch it write**, drafts that were accepted on green:
+# Two of three. (A pass makes a little less than 1.67 tokens, because the one over the prompt has no draft.) **Watch it
+# write**: accepted drafts are green, and tokens that replaced a refused draft are underlined.
 
 # %% tags=["trained"]
 from dsmoe_lite.viz.speculation_stream import stream_speculation
@@ -232,16 +233,16 @@ _ = stream_speculation(model, tokenizer, "The home of", n_new)
 # %% [markdown]
 # At best every second token is green, because the pass that accepts a draft adds one token of its own. The module gets the
 # rest of a name and the value of a fact, where the text leaves no choice. Where it could go on in many ways, module and
-# model often differ about the likeliest.
+# model often disagree on the likeliest token.
 #
 # ### If the model draws its tokens
 #
 # A chat model does not take the likeliest token, it *draws* from its distribution $p$. The module drafts from its own
-# distribution $q$. Which rule leaves the text distributed exactly as without drafts? Accept a draft $x$ with probability
+# distribution $q$. Which rule keeps the distribution of the text unchanged? Accept a draft $x$ with probability
 # $\min(1, p(x)/q(x))$. After a refusal draw from what $p$ has more than $q$, $\max(0, p - q)$, divided by its sum
 # {cite:p}`Speculative2023`. A token $x$ is then drafted and accepted with probability
 # $q(x) \min(1, p(x)/q(x)) = \min(p(x), q(x))$. Let $a$ be the sum of that over all tokens, the share of drafts that are
-# accepted. What $p$ has more than $q$ sums to $1 - a$, so that
+# accepted. What $p$ has more than $q$ sums to $1 - a$, so that, for $a < 1$,
 #
 # $$
 # \Pr[x] = \underbrace{\min(p(x), q(x))}_{\text{accepted}}
@@ -250,7 +251,8 @@ _ = stream_speculation(model, tokenizer, "The home of", n_new)
 #
 # So the accepted share $a$ is the *overlap* of the two distributions.
 #
-# **Ask.** Drawn at temperature 1 instead of greedily, are more drafts accepted, fewer, or as many?
+# **Ask.** If our model draws at temperature 1, are more drafts accepted than in greedy decoding, fewer, or as many (within
+# two points)?
 
 # %% tags=["trained", "hide-input"]
 lab.ask("13-drawn", "more", "fewer", "as many")
@@ -263,22 +265,22 @@ gap = accepted_drawn - accepted
 lab.answer(
     "13-drawn", "as many" if abs(gap) < 0.02 else "more" if gap > 0 else "fewer"
 )
-print("the rule, with 1,000 random tokens: exactly p")
-print(f"accepted: {accepted_drawn:.0%} of the drafts; {per_pass_drawn:.2f} tokens a pass")
+print("the rule, on a made-up vocabulary of 1,000: p")
+print(f"accepted: {accepted_drawn:.0%} of the drafts; {per_pass_drawn:.2f} tokens per forward pass")
 
 # %% tags=["trained", "hide-cell"]
 interval = {"smoke": (0.0, 1.0), "cpu": (0.6, 1.0), "gpu": (0.3, 1.0)}[profile]
 claim("share of drawn drafts accepted", accepted_drawn, interval, asserted=lab.own)
 
 # %% [markdown]
-# More. Greedy decoding insists on the same favourite. Drawing only asks that the two distributions overlap, and among ten
-# equally good continuations they do. V3 reports 85 to 90% for the second token, and 1.8 times as many tokens a second
-# (Section 5.4.3).
+# More, on our text. Greedy decoding insists on the same favourite. Drawing only asks that the two distributions overlap, and
+# among ten equally good continuations they do.
 #
 # ### When does it pay?
 #
 # A pass with a draft costs $c$ times a plain pass: it reads two tokens, and the module adds its layer. With a share $a$ of
-# the drafts accepted it makes $1 + a$ tokens. So drafts pay if $a > c - 1$. **Measure** $c$ on this machine, for models of 2, 4 and 8 layers:
+# the drafts accepted it makes $1 + a$ tokens. So drafts pay if $a > c - 1$. **Measure** $c$ on this machine, for models of
+# 2, 4 and 8 layers (untrained, which costs as much):
 
 # %% tags=["measured", "hide-input"]
 from statistics import median
@@ -306,23 +308,26 @@ for layers in (2, 4, 8):
     )
 
 # %% [markdown]
-# The module is one layer, so the deeper the model, the less it adds.
+# The module is one layer, so the deeper the model, the less it adds. V3 reports 85 to 90% accepted drafts and 1.8 times as many
+# tokens per second (Section 5.4.3). Two things work against drafts: at batch size 1 the second token may need *other
+# experts*, whose weights must be read as well, and with so many texts at once that arithmetic is the limit, a second
+# token costs as much as the first.
 #
-# ## Eight bits a number
+# ## Eight bits per number
 #
-# V3's second addition is cheaper arithmetic. A GPU multiplies numbers of 8 bits twice as fast as those of 16, and reads them twice
-# as fast. In the format E4M3 a number has a sign, 4 bits of exponent and 3 of mantissa: 448 is the largest, and each is
-# exact to a sixteenth at worst. What is smaller than $2^{-9}$ becomes 0. So a tensor is first divided by a **scale** that
-# brings its largest number to 448:
+# V3's second addition is cheaper arithmetic: GPUs since Hopper multiply numbers of 8 bits twice as fast as those of 16, and
+# move them twice as fast. In the format E4M3 a number has a sign, 4 bits of exponent and 3 of mantissa. From $2^{-6}$ to 448,
+# the largest, rounding changes a number by at most a sixteenth. Below, steps are a constant $2^{-9}$, and up to $2^{-10}$
+# everything becomes 0. So numbers are first divided by a **scale** that brings the largest to 448:
 #
 # $$
 # s = \frac{\max_k |x_k|}{448}, \qquad q_k = \operatorname{E4M3}\Bigl(\frac{x_k}{s}\Bigr), \qquad x_k \approx s\, q_k
 # $$ (eq:fp8)
 #
-# Which numbers share a scale? **Build** it for a row of numbers in blocks:
+# **Build** it for a row of numbers, in blocks that share a scale:
 
 # %%
-from dsmoe_lite.layers.quant import RECIPES, Recipe, fp8_linear, multiply, quantize
+from dsmoe_lite.layers.quant import Recipe, fp8_linear, quantize
 
 
 def rounded(x, size):  # (N,) in blocks of `size`: what is left of x
@@ -340,8 +345,8 @@ for size in (32, block, 1024):
 print("blocks: equal to the package's, to the last bit")
 
 # %% [markdown]
-# How far apart are the numbers of one tensor? Take a batch through our model and look at what enters and leaves its
-# matrices, forward and backward:
+# How many numbers should share a scale? That depends on how far apart they are. Take a batch through our model and look at
+# what enters its matrices, and at the gradients that come back (attention and shared experts):
 
 # %% tags=["trained", "hide-input"]
 inputs, gradients = {}, {}
@@ -379,17 +384,18 @@ interval = {"smoke": (1, 1e8), "cpu": (300, 1e5), "gpu": (1, 1e8)}[profile]
 claim("gradients, largest", max(gradients.values()), interval, asserted=lab.own)
 
 # %% [markdown]
-# Such *outliers* are why scales matter.
+# One scale would survive that: our model is small. V3 names *outliers* of activations as the reason for small blocks (Section
+# 3.3.2). So let us put one in. Of 1,024 numbers from a normal distribution, one is now a million.
 #
-# **Ask.** Suppose that one of 1,024 numbers is a million, the others near 1, and all share one scale. How much is left of
-# the others: nearly everything, half, or nothing?
+# **Ask.** With one scale for all 1,024, the others become 0. With one scale per 128 numbers, how far off are the others on
+# average? (In percent; without the outlier it is 2%.)
 
 # %% tags=["hide-input"]
-lab.ask("13-outlier", "nearly everything", "half", "nothing")
+lab.ask("13-outlier", low=0, high=100)
 SCALES = {
     "all 1,024 numbers": 1024,
-    f"{block} numbers (V3)": block,
-    "32 numbers (MXFP8)": 32,
+    f"{block} numbers": block,
+    "32 numbers": 32,
 }
 rows = []
 for power in range(0, 17):
@@ -401,21 +407,14 @@ for power in range(0, 17):
         error = (rounded(with_outlier, shared) - with_outlier)[others]
         share = (error.abs() / with_outlier[others].abs()).mean()
         rows.append({"scales": name, "outlier": size, "error": float(share)})
-lost = max(row["error"] for row in rows if row["outlier"] == 1e6)
-lab.answer(
-    "13-outlier",
-    min(
-        {"nearly everything": 0.0, "half": 0.5, "nothing": 1.0}.items(),
-        key=lambda item: abs(item[1] - lost),
-    )[0],
-)
+at_a_million = {row["scales"]: row["error"] for row in rows if row["outlier"] == 1e6}
+lab.answer("13-outlier", round(100 * at_a_million[f"{block} numbers"]), within=4)
 charts.fp8_error(rows, outlier=1e6)
 
 # %% [markdown]
-# Nothing. **Move** the slider: the bars show how far off the other numbers are on average. With one scale for all, an
-# outlier of ten thousand is harmless, because E4M3 has an exponent of its own; at a million the others are gone. With a
-# scale for 128 numbers only the outlier's neighbours are lost, and with 32 fewer still: that is the block of MXFP8
-# {cite:p}`Microscaling2023`.
+# 14%: the 127 neighbours of the outlier are lost, 12% of all, and the rest is as exact as before. **Move** the slider. With one
+# scale for all, an outlier of a thousand is harmless, because E4M3 has an exponent of its own; at a million the others
+# are gone. V3 takes blocks of 128; the newer MXFP8 takes 32 {cite:p}`Microscaling2023`.
 #
 # A product of two such matrices adds up block by block. Within a block, FP8 numbers are multiplied; each block's sum is
 # multiplied by both scales and added in float32 (Section 3.3):
@@ -424,7 +423,7 @@ charts.fp8_error(rows, outlier=1e6)
 # y_{mn} = \sum_{b} s^a_{m,b}\, s^w_{n,b} \sum_{k \in b} q^a_{mk}\, q^w_{nk}
 # $$ (eq:fp8-product)
 #
-# Activations have one scale for 128 channels of a token, weights one for 128 x 128. **Build** it:
+# Activations have one scale per 128 channels of a token, weights one per 128 x 128. **Build** it:
 
 
 # %%
@@ -447,11 +446,12 @@ a, w = torch.randn(20, 2 * block), torch.randn(3 * block // 2, 2 * block)
 recipe = Recipe(activation=(1, block), weight=(block, block))
 assert_close(product(a, w, block), fp8_linear(a, w, recipe))
 gap = (product(a, w, block) - a @ w.T).abs().mean() / (a @ w.T).abs().mean()
-print(f"equal to the package's; {gap:.1%} from the product in float32")
+print(f"equal to the package's; off by {gap:.1%} from the product in float32, on average")
 
 # %% [markdown]
-# Training needs three such products for each weight: forward, for the gradient of the activations, and for the gradient of the
-# weight. The weights themselves, the optimizer, embedding, head, router and norms keep their precision.
+# Training needs three such products for each weight: forward, for the gradient of the activations, and for that of the
+# weight, where blocks run along 128 tokens. A master copy of the weights stays in float32; embedding, head, router, norms
+# and attention's own products keep more bits.
 #
 # ## What do they do to the loss?
 #
@@ -479,9 +479,9 @@ claims = ledger.load()
 # %% [markdown]
 # ## Exercises
 #
-# **1. A bug from the wild** (5 minutes). Equation {eq}`eq:mtp` puts the state first. The matrix in V3's released files, `eh_proj`,
-# takes the *embedding* first. Several projects loaded it as printed. Nothing fails, because drafts cannot change the text; decoding is merely
-# slower than without drafts. On our model:
+# **1. A trap from the wild** (5 minutes). Equation {eq}`eq:mtp` puts the state first. The matrix in V3's released files,
+# `eh_proj`, takes the *embedding* first. Load it as printed, and nothing fails, because drafts cannot change the text.
+# Decoding is merely slower than without drafts. On our model:
 
 # %% tags=["trained", "hide-input"]
 import copy
@@ -573,7 +573,7 @@ verdict = check_exercise(restore, restores_weights)
 # </details>
 #
 # **3. Other parameters** (a few minutes of computing). Does a deeper model make drafts easier or harder? What do drafts of a module do that was never
-# trained? How small can a block be before it stops to help?
+# trained? What does a smaller block gain?
 #
 # ```
 # dsmoe run 13 -p n_layers=8
@@ -590,8 +590,8 @@ lab.score()
 # 1. An MTP module gets a token's state and the next token, and predicts the one after. Embedding and head are the model's.
 # 2. Decoding with drafts gives the same text, or for drawn tokens the same distribution: accept with probability
 #    $\min(1, p/q)$.
-# 3. It pays if more drafts are accepted than a pass with a draft costs extra.
-# 4. Eight bits suffice where few numbers share a scale: an outlier spoils its own block only.
+# 3. It pays if the accepted share exceeds the extra cost of a pass.
+# 4. Eight bits suffice if numbers share a scale in small blocks: an outlier then spoils only its own.
 # 5. TODO
 #
 # TODO next.

@@ -354,6 +354,20 @@ def test_bias_goes_up_for_the_idle_and_down_for_the_busy() -> None:
             assert new == pytest.approx(old + step, abs=1e-15)
 
 
+@pytest.mark.parametrize("name", ["expert", "device"])
+def test_choices_of_earlier_micro_batches_count(name: str) -> None:
+    """Two micro-batches, each on its own half of the experts: uneven alone, even together."""
+    first, second = (
+        of_logits(torch.tensor([likes] * 8).double(), K=2, ids=torch.tensor([ids] * 8))
+        for likes, ids in (([2.0, 2.0, 0.0, 0.0], [0, 1]), ([0.0, 0.0, 2.0, 2.0], [2, 3]))
+    )
+    options = {"device_of": torch.tensor([0, 0, 1, 1])} if name == "device" else {}
+    loss = {"expert": expert_loss, "device": device_loss}[name]
+    assert float(loss(second, earlier=first.counts, **options)) == pytest.approx(1.0, rel=EXACT)
+    assert float(loss(second, **options)) > 1.7
+    assert torch.equal(loss(second, earlier=torch.zeros_like(first.counts), **options), loss(second, **options))
+
+
 def test_a_bounded_step_is_small_near_balance_and_moves_no_mean() -> None:
     torch.manual_seed(0)
     for _ in range(20):
@@ -364,7 +378,7 @@ def test_a_bounded_step_is_small_near_balance_and_moves_no_mean() -> None:
         update_bias(bias, counts, 0.001, kappa)
         steps = [math.tanh(kappa * (1 - count / mean)) for count in counts.tolist()]
         for old, new, step in zip(before, bias.tolist(), steps, strict=True):
-            assert new == pytest.approx(old + 0.001 * (step - sum(steps) / 8), abs=1e-8)
+            assert new == pytest.approx(old + 0.001 * (step - sum(steps) / 8), abs=1e-15)
     far, near = torch.zeros(2), torch.zeros(2)
     update_bias(far, torch.tensor([1000, 0]), 1.0, 2.0)
     update_bias(near, torch.tensor([501, 499]), 1.0, 2.0)

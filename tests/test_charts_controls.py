@@ -76,9 +76,12 @@ def test_an_outlier_draws_the_errors_beside_it():
     slider = control(chart, "log_outlier")
     assert (slider["min"], slider["max"], slider["step"], slider["value"]) == (0, 8, 1, 4)
     for power in range(9):
-        shown = [f"{100 * row['error']:.2g}%" for row in rows if row["outlier"] == 10.0**power]
-        picture = svg(chart, log_outlier=power)
-        assert [word for word in words(picture) if word in shown][-3:] == shown
+        percents = [100 * row["error"] for row in rows if row["outlier"] == 10.0**power]
+        shown = [word for word in words(svg(chart, log_outlier=power)) if word.endswith("%")][-3:]
+        assert [float(word.removesuffix("%")) for word in shown] == pytest.approx(percents, rel=0.05)
+        assert not any("e" in word for word in shown)
+    with pytest.raises(InputError, match=r"error = 0\.0: must be above 0"):
+        charts.fp8_error([{**rows[0], "error": 0.0}], outlier=1.0)
 
 
 def test_an_expert_is_full_where_the_package_says_so():

@@ -257,7 +257,6 @@ EXPERTS_CHOOSE, EVERY = MoEConfig(**BASE | EXPERT), MoEConfig(**BASE)
 NEEDS: list[tuple[MoEConfig | None, dict[str, Any], str, str]] = [
     (EVERY, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
     (None, {"bias_speed": 0.1}, "bias_speed = 0.1", "needs a model with expert_bias"),
-    (EVERY, {"bias_kappa": 2.0}, "bias_kappa = 2.0", "needs a bias_speed above 0"),
     (None, {"balance": {"device": 0.1}}, "balance weight of device = 0.1", "needs a model with n_group > 1"),
     (EVERY, {"balance": {"communication": 0.1}}, "balance weight of communication = 0.1", "needs a model with n_group"),
     (None, {"balance": {"load": 0.1}}, "balance weight of load = 0.1", "needs a model with noisy_gating"),
@@ -289,6 +288,10 @@ def test_other_losses_and_weights_of_zero_are_nothing_to_a_dense_model() -> None
         ({"balance": {"z": -0.1}}, "balance weight of z = -0.1", "of at least 0"),
         ({"balance": {"z": math.nan}}, "balance weight of z = nan", "a finite number"),
         ({"bias_speed": -0.1}, "bias_speed = -0.1", "of at least 0"),
+        ({"bias_kappa": 2.0}, "bias_kappa = 2.0", "needs a bias_speed above 0"),
+        ({"bias_kappa": -2.0, "bias_speed": 0.1}, "bias_kappa = -2.0", "of at least 0"),
+        ({"global_batch": True}, "global_batch = True", "needs a balance weight of expert or device"),
+        ({"global_batch": 1, "balance": {"expert": 0.1}}, "global_batch = 1", "must be True or False"),
         ({"bias_speed": math.inf}, "bias_speed = inf", "a finite number"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from dsmoe_lite import accounting
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.config import from_dict
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.presets import preset
@@ -41,7 +42,8 @@ INCOMPLETE = (
     "paper-gpu",
     "text-long-gpu",
     "text-long",
-)  # the first two need a GPU, the third hours
+    "successors",
+)  # the first two need a GPU, the others hours
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -239,3 +241,19 @@ def test_a_record_does_not_choose_its_own_name(copied: Callable[[str, str], Path
     path.write_text(path.read_text().replace("{", '{"model_name": "x", "seed": 77,', 1))
     (record,) = records("neighbours")
     assert (record["model_name"], record["seed"]) == ("course-switch", 2)
+
+
+def test_a_flat_record_is_the_same_record_in_fewer_bytes(tmp_path: Path) -> None:
+    values = {
+        "losses": [1.5, -2e-7, 3], "routing": [{"loads": [[0.5, 1.5], [1.0]]}], "empty": [], "words": ["[\n 1\n]", "2"],
+        "mixed": [1, "a", None], "deep": {"one": [7]},
+    }  # fmt: skip
+    tall, flat = tmp_path / "tall.json", tmp_path / "flat.json"
+    write_json(tall, values)
+    write_json(flat, values, flat=True)
+    assert read_json(flat) == read_json(tall) == values
+    assert ' "losses": [1.5, -2e-07, 3],\n' in flat.read_text(encoding="utf-8")
+    (path,) = (paths.DATA / "runs" / "successors-pilot").glob("v3-seed100.json")
+    write_json(flat, read_json(path), flat=True)
+    assert read_json(flat) == read_json(path)
+    assert flat.stat().st_size < 0.8 * path.stat().st_size

@@ -1,5 +1,6 @@
 """Streamed speculation: the text grows by forward passes, accepted drafts are marked, plain decoding lags behind."""
 
+import copy
 from html import escape
 
 import pytest
@@ -34,20 +35,32 @@ def model() -> tuple[Transformer, Tokenizer]:
     return Transformer(ModelConfig(attention=attention, n_mtp=1, init_std=0.3, **sizes)), tokenizer
 
 
-def test_the_text_is_that_of_generate_and_grows_by_passes(shown: Shown, model: tuple[Transformer, Tokenizer]) -> None:
-    transformer, tokenizer = model
+@pytest.fixture(scope="module")
+def certain(model: tuple[Transformer, Tokenizer]) -> tuple[Transformer, Tokenizer]:
+    """A model that always says one token, or that token and another one: most drafts are right."""
+    transformer = copy.deepcopy(model[0])
+    torch.nn.init.zeros_(transformer.head.weight)
+    return transformer, model[1]
+
+
+@pytest.mark.parametrize("sure", [False, True])
+def test_the_text_is_that_of_generate_and_grows_by_passes(
+    shown: Shown, model: tuple[Transformer, Tokenizer], certain: tuple[Transformer, Tokenizer], sure: bool
+) -> None:
+    transformer, tokenizer = certain if sure else model
     ids = tokenizer.encode("The home of").ids
     result = speculation_stream.stream_speculation(transformer, tokenizer, "The home of", 20)
     assert result.tokens == generate(transformer, [ids], 20)[0]
-    assert len(shown.bundles) == 2 + result.n_forward  # before the first pass, after each, and at the end
+    assert result.n_forward == (11 if sure else 20)  # one token of the prompt's pass, nine pairs, one without a draft
+    assert len(shown.bundles) == 1 + result.n_forward  # after each pass, and at the end
     last = shown.bundles[-1]
     plain = last["text/plain"].replace("[", "").replace("]", "")
-    assert plain == f"With drafts: 20 tokens in {result.n_forward} forward passes: The home of" + tokenizer.decode(
-        result.tokens
-    )
+    told = f"With drafts: 20 tokens in {result.n_forward} forward passes: The home of"
+    assert plain == told + tokenizer.decode(result.tokens).replace("[", "").replace("]", "")
     assert last["text/html"].count("<p ") == 2
-    assert last["text/html"].count(speculation_stream.ACCEPTED) == sum(result.accepted)
-    assert f"Without: {min(20, result.n_forward)} tokens in {result.n_forward}" in last["text/html"]
+    assert last["text/html"].count(speculation_stream.ACCEPTED) == sum(result.accepted) == (9 if sure else 0)
+    assert last["text/html"].count(speculation_stream.REPLACED) == result.n_drafts - sum(result.accepted)
+    assert f"Without: {result.n_forward} tokens in {result.n_forward}" in last["text/html"]
 
 
 def test_accepted_drafts_are_marked_and_text_is_escaped(model: tuple[Transformer, Tokenizer]) -> None:
@@ -61,24 +74,23 @@ def test_accepted_drafts_are_marked_and_text_is_escaped(model: tuple[Transformer
     assert bundle["text/html"].endswith(f"{escape(tokenizer.decode(tokens[:2]))}</p>")
 
 
-def test_steps_are_reported_as_they_are_made(model: tuple[Transformer, Tokenizer]) -> None:
-    transformer, tokenizer = model
+def test_a_character_of_several_tokens_is_shown_once(model: tuple[Transformer, Tokenizer]) -> None:
+    _, tokenizer = model
+    tokens = tokenizer.encode("cafés 漢").ids
+    assert any("\ufffd" in tokenizer.decode(tokens[:n]) for n in range(len(tokens)))
+    pieces = speculation_stream._pieces(tokenizer, tokens)
+    assert "".join(pieces) == "cafés 漢"
+    assert "" in pieces
+
+
+def test_steps_are_reported_as_they_are_made(certain: tuple[Transformer, Tokenizer]) -> None:
+    transformer, tokenizer = certain
     seen = []
     ids = tokenizer.encode("The home of").ids
     result = speculate(transformer, ids, 20, on_step=lambda made: seen.append((made.n_forward, len(made.tokens))))
-    assert [passes for passes, _ in seen] == list(range(1, result.n_forward + 1))
-    assert [after - before for (_, before), (_, after) in zip([(0, 0), *seen], seen, strict=False)] == [
-        2 if draft else 1 for draft, _ in _by_pass(result)
-    ]
-
-
-def _by_pass(result: Speculation) -> list[tuple[bool, int]]:
-    """For each pass, whether its draft was accepted, and its last token."""
-    passes = []
-    for number, (token, accepted) in enumerate(zip(result.tokens, result.accepted, strict=True)):
-        if not accepted:
-            passes.append((number > 0 and result.accepted[number - 1], token))
-    return passes
+    assert seen == [(1, 1), *((1 + n, 1 + 2 * n) for n in range(1, 10)), (11, 20)]
+    stopped = speculate(transformer, ids, 20, stop=[result.tokens[0]], on_step=lambda made: seen.append((0, 0)))
+    assert (stopped.n_forward, len(stopped.tokens), seen.count((0, 0))) == (1, 1, 1)
 
 
 def test_an_empty_prompt_is_refused(model: tuple[Transformer, Tokenizer]) -> None:

@@ -165,6 +165,27 @@ def test_the_bias_moves_once_per_step_by_the_counts_of_all_micro_batches() -> No
         assert set(expected) >= {0.25, -0.25}
 
 
+def test_a_global_batch_counts_the_micro_batches_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    def terms(*given: object) -> torch.Tensor:
+        seen.append([torch.as_tensor(counts).clone() for counts in given[4]])
+        return balance_terms(*given)
+
+    monkeypatch.setattr("dsmoe_lite.training.train.balance_terms", terms)
+    model, batches = make(moe=V3, batch_size=2)
+    before, same = copy.deepcopy(model).train(), make(moe=V3, batch_size=2)[1]
+    config = replace(CONFIG, steps=1, batch_size=2, grad_accum=3, balance={"expert": 0.5}, global_batch=True)
+    train(model, batches, config)
+    expected = [torch.tensor(0), torch.tensor(0)]
+    for found in seen:
+        for counts, wanted in zip(found, expected, strict=True):
+            assert torch.equal(counts, wanted)
+        routings = before(next(same).tokens[:, :-1]).routings
+        expected = [wanted + routing.counts for wanted, routing in zip(expected, routings, strict=True)]
+    assert len(seen) == 3
+
+
 def test_a_bounded_step_of_the_bias_is_used_if_asked_for() -> None:
     model, batches = make(moe=V3, batch_size=2)
     counts = [

@@ -93,7 +93,7 @@ def _finite_float(digits: str) -> float:
 def write_json(path: Path, value: Any, *, flat: bool = False) -> None:
     """Write JSON, atomically, with an indent of one space and keys in the order given.
 
-    flat: each list of numbers on one line, which makes a record of a run a third smaller.
+    flat: each list of numbers on one line, which makes a record of a run a quarter smaller.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False)
     if flat:

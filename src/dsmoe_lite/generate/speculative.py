@@ -38,9 +38,9 @@ class Speculation:
         """Tokens per forward pass: 1 in plain decoding, 2 if every draft is accepted."""
         return len(self.tokens) / max(1, self.n_forward)
 
-    def add(self, found: Sequence[tuple[int, bool]], n_forward: int, stop: Collection[int]) -> None:
-        """Add what one forward pass gave, up to a token of `stop`."""
-        self.n_forward = n_forward
+    def add(self, found: Sequence[tuple[int, bool]], stop: Collection[int]) -> None:
+        """Add the tokens of one forward pass, each with whether it is an accepted draft, up to a token of `stop`."""
+        self.n_forward += 1
         for token, accepted in found:
             self.tokens.append(token)
             self.accepted.append(accepted)
@@ -62,7 +62,7 @@ def speculate(
     """Continue one prompt by n_new tokens, or fewer if an id of `stop` ends it.
 
     Temperature 0 gives the tokens of `generate`; above, tokens have the distribution of `generate`, from other draws.
-    on_step: called after every forward pass with the continuation so far.
+    on_step: called after every forward pass with the result so far, the same object each time.
     Raises InputError for a model without MTP modules, with a sliding window or with experts whose tokens compete for
     slots, and for a prompt that is empty or leaves no room; RunError if a logit is NaN or infinite.
     """
@@ -77,7 +77,7 @@ def speculate(
         state.push(draw.token(p))
         found = [(state.tokens[-1], False)]
         while True:
-            result.add(found, state.n_forward, stop)
+            result.add(found, stop)
             if on_step is not None:
                 on_step(result)
             if len(result.tokens) == n_new or result.tokens[-1] in stop:
@@ -147,7 +147,7 @@ class _State:
     """
 
     def __init__(self, model: Transformer, prompt: list[int], n_new: int) -> None:
-        self.model, self.tokens, self.n_forward = model, prompt, 0
+        self.model, self.tokens = model, prompt
         room = min(len(prompt) + n_new, model.config.max_seq_len)
         self.cache = Cache(model.config, 1, reserve=room)
         self.of_module = GrowingCache(room, model.config.max_seq_len)
@@ -160,7 +160,6 @@ class _State:
         require_finite(output.logits)
         assert output.hidden is not None
         self.hidden = torch.cat((self.hidden, output.hidden), dim=1)
-        self.n_forward += 1
         return output.logits[0, -n_last:]
 
     def push(self, token: int) -> None:

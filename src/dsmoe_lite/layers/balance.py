@@ -75,22 +75,26 @@ def z_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tenso
     return all_reduce(torch.logsumexp(routing.logits, dim=-1).square().sum()) / _n_tokens(routing, all_reduce)
 
 
-def expert_loss(routing: Routing, *, all_reduce: AllReduce = single_process) -> Tensor:
+def expert_loss(routing: Routing, *, earlier: Tensor | None = None, all_reduce: AllReduce = single_process) -> Tensor:
     """Return sum_i f_i P_i, f_i = E / (K T) * tokens that chose i (DeepSeekMoE Eq 12-14): 1 at balance, E/K collapsed.
 
     Over all T tokens of the batch; `sequence_loss` with `selected` is the same within each sequence.
+    earlier (E,): choices in the micro-batches before this one, which f also counts (arXiv:2501.11873).
     """
-    return (_relative_load(routing, all_reduce) * _mean_affinity(routing, all_reduce)).sum()
+    return (_relative_load(routing, all_reduce, earlier) * _mean_affinity(routing, all_reduce)).sum()
 
 
-def device_loss(routing: Routing, *, device_of: Tensor, all_reduce: AllReduce = single_process) -> Tensor:
+def device_loss(
+    routing: Routing, *, device_of: Tensor, earlier: Tensor | None = None, all_reduce: AllReduce = single_process
+) -> Tensor:
     """Return sum_i f'_i P'_i over G devices (DeepSeekMoE Eq 15-17): 1 at balance, G when one device does all.
 
     device_of (E,): the device of each expert, 0 .. G - 1. f'_i is the mean f of its experts, P'_i the sum of their P.
+    earlier: as in `expert_loss`.
     """
     devices = _devices(routing, device_of)
     experts = devices.bincount()  # (G,) on each device
-    f = _relative_load(routing, all_reduce)
+    f = _relative_load(routing, all_reduce, earlier)
     f = f.new_zeros(len(experts)).index_add(0, devices, f) / experts
     return (f * _on_devices(routing, devices, len(experts), all_reduce)).sum()
 
@@ -135,20 +139,19 @@ def sequence_loss(routing: Routing, *, selected: bool = False, all_reduce: AllRe
 def update_bias(expert_bias: Tensor, counts: Tensor, speed: float, kappa: float = 0.0) -> None:
     """Move expert_bias (E,) in place: b_i += speed * sign(mean count - count_i) (arXiv:2408.15664; V3 Section 2.1.2).
 
-    counts (E,) int: how many tokens of the whole step chose each expert. An expert at the mean stays where it is.
-    kappa: if above 0, the step is tanh(kappa * (1 - count_i / mean count)) instead of the sign, less the mean of all
-    steps: bounded, and small near balance. That is the rule of Trinity (arXiv:2602.17004) without its momentum.
+    counts (E,) int: how many tokens of the whole step chose each expert. The sign leaves an expert at the mean where it
+    is. With a kappa above 0, tanh(kappa * (1 - count_i / mean count)) takes the place of the sign, and the mean of all
+    steps is subtracted: bounded steps, small near balance. That is Trinity's rule (arXiv:2602.17004) without momentum.
     InputError for a bias in half precision, where small steps are rounded away.
     """
     exact = expert_bias.dtype in (torch.float32, torch.float64)
     require(exact, "expert_bias", expert_bias.dtype, "loses small steps; keep it in float32")
     too_few = counts.sum() - len(counts) * counts  # in whole numbers: a rounded mean would move experts at balance
-    if kappa:
-        step = torch.tanh(kappa * too_few / counts.sum().clamp(min=1))
+    step = too_few.to(expert_bias.dtype)
+    if kappa > 0:
+        step = torch.tanh(kappa * step / counts.sum().clamp(min=1))
         step = step - step.mean()
-    else:
-        step = too_few.sign()
-    expert_bias += speed * step.to(expert_bias.dtype)
+    expert_bias += speed * (step if kappa > 0 else step.sign())
 
 
 def _affinity(routing: Routing) -> Tensor:
@@ -169,8 +172,9 @@ def _first_choice_share(routing: Routing, all_reduce: AllReduce) -> Tensor:
     return all_reduce(counts.to(routing.scores.dtype)) / _n_tokens(routing, all_reduce)  # (E,)
 
 
-def _relative_load(routing: Routing, all_reduce: AllReduce) -> Tensor:
-    return relative_load(all_reduce(routing.counts.to(routing.scores.dtype)))  # (E,), 1 at balance
+def _relative_load(routing: Routing, all_reduce: AllReduce, earlier: Tensor | None) -> Tensor:
+    counts = routing.counts if earlier is None else routing.counts + earlier
+    return relative_load(all_reduce(counts.to(routing.scores.dtype)))  # (E,), 1 at balance
 
 
 def _devices(routing: Routing, device_of: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor, l
     """Return y_sorted (N, D), by blocks: each expert gets as many slots as the busiest, and one bmm multiplies all."""
     x, T, N, counts = dispatched.x, len(dispatched.x), len(dispatched.choice), dispatched.counts
     blocks = cut_blocks(counts, gate.shape[1])
-    row = _row_of_slot(blocks, N).to(x.device)
+    row = row_of_slot(blocks, N).to(x.device)
     # a padding slot reads a token of zeros, appended to x, and has gate 0
     token = F.pad(dispatched.token, (0, 1), value=T).index_select(0, row)
     gates = F.pad(dispatched.gates, (0, 1)).index_select(0, row)
@@ -191,7 +191,7 @@ def run_padded(dispatched: Dispatched, gate: Tensor, up: Tensor, down: Tensor, l
     return _SwiGLU.apply(PaddedProduct(), blocks, row, token, x, gates, gate, up, down, limit)
 
 
-def _row_of_slot(blocks: list[Block], n_rows: int) -> Tensor:
+def row_of_slot(blocks: list[Block], n_rows: int) -> Tensor:
     """Return the row in every slot of all blocks, n_rows in padding."""
     rows = torch.arange(n_rows, device="cpu")
     padded = [pad_sequence(rows[b.rows].split(b.counts), batch_first=True, padding_value=n_rows) for b in blocks]

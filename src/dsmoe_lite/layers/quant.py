@@ -126,9 +126,9 @@ def multiply(a: Quantized, b: Quantized) -> Tensor:
 
 def _to_float(values: Tensor) -> Tensor:
     """To float32. On a CPU from a table of the 256 numbers: torch converts one number at a time, five times slower."""
-    if not values.is_cpu:
+    if not values.is_cpu or values.dtype != torch.float8_e4m3fn:
         return values.float()
-    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    table = torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).float()
     return table.index_select(0, values.contiguous().view(torch.uint8).flatten().int()).view(values.shape)
 
 
@@ -142,6 +142,8 @@ def fp8_linear(x: Tensor, weight: Tensor, recipe: Recipe) -> Tensor:
 
     x (..., K) and weight (N, K); or the rows of E experts x (E, R, K), each with its own weight (E, N, K).
     """
+    fits = weight.ndim == 2 or x.shape[:-2] == weight.shape[:-2]
+    require(fits, "shape of weight", tuple(weight.shape), f"must be one matrix, or one for each of x {tuple(x.shape)}")
     rows = x.reshape(-1, x.shape[-1]) if weight.ndim == 2 else x
     y: Tensor = _Linear.apply(rows, weight, recipe)
     return y.view(*x.shape[:-1], weight.shape[-2])

@@ -57,7 +57,7 @@ class Grid:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     n_streams: int = 5  # parts of the corpus, one per seed
     more_seeds: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # further seeds of some jobs
-    protocol: int | None = None  # the version of chapter 07's protocol that it follows, stored in its records
+    protocol: int | None = None  # the version of the protocol that it follows, stored in its records
 
     def __post_init__(self) -> None:
         for name in self.more_seeds:

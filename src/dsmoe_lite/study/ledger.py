@@ -21,7 +21,7 @@ from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config import from_dict
 from dsmoe_lite.layers.rope import softmax_scale
 from dsmoe_lite.presets import preset
-from dsmoe_lite.study.grids import grid, records
+from dsmoe_lite.study.grids import grid, missing, records
 from dsmoe_lite.study.published import as_printed
 
 PATH = find_data("claims.yml")
@@ -199,7 +199,9 @@ def settle(claims: Sequence[Claim]) -> list[Claim]:
     p_values = {id: p_value(list(gaps[id].values()), trend.expected, trend.margin)
                 for id, trend in trends.items() if _is_complete(trend, gaps[id])}  # fmt: skip
     by_figure = _corrected(p_values, {id: trend.figure for id, trend in trends.items()})
-    by_protocol = _corrected(p_values, {id: _protocol(trend) for id, trend in trends.items()})
+    complete = {name for name in runs if not missing(name)}
+    protocols = {id: _protocol(trend) if trend.grid in complete else None for id, trend in trends.items()}
+    by_protocol = _corrected(p_values, protocols)
 
     def settled(claim: Claim) -> Claim:
         if claim.exact is not None:

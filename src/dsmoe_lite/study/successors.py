@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from dsmoe_lite.common.errors import require
-from dsmoe_lite.config import ModelConfig, MoEConfig
+from dsmoe_lite.config import ModelConfig
 from dsmoe_lite.presets import preset
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import Job
@@ -53,7 +53,8 @@ def _jobs() -> dict[str, Job]:
     """The runs by name. Raises InputError if a model's experts differ in number or size."""
     models = _models()
     for name, (model, _) in models.items():
-        moe = model.moe or MoEConfig(n_routed_experts=1, top_k=1, expert_width=1)
+        moe = model.moe
+        assert moe is not None
         sizes = (moe.n_routed_experts, moe.top_k, moe.expert_width, moe.n_shared_experts, moe.routed_scaling_factor)
         require(sizes == (64, 8, 32, 1, 2.5), f"experts of {name}", sizes, "must be (64, 8, 32, 1, 2.5)")
     return {name: Job(model=model, train=train) for name, (model, train) in models.items()}

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from dsmoe_lite.common.errors import require, require_choice, require_int, require_number, require_type
+from dsmoe_lite.common.errors import require, require_bool, require_choice, require_int, require_number, require_type
 from dsmoe_lite.config import MoEConfig, make_plain
 from dsmoe_lite.layers.quant import Recipe
-from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES
+from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES, GLOBAL_LOSSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class TrainConfig:
     beta2: float = 0.95
     grad_clip: float = 1.0
     balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # name -> alpha, for every MoE layer
+    global_batch: bool = False  # expert and device losses count the choices of all micro-batches of a step so far
     bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves per step
     bias_kappa: float = 0.0  # slope of a bounded step of the bias (arXiv:2602.17004); 0: a step is +1 or -1 times gamma
     mtp_weight: float = 0.3  # lambda, of the loss of multi-token prediction
@@ -53,6 +54,12 @@ class TrainConfig:
         for name, weight in self.balance.items():
             require_choice("balance", name, BALANCE_LOSSES)
             require_number(f"balance weight of {name}", weight, 0.0)
+        needs_speed = "needs a bias_speed above 0"
+        require(self.bias_speed > 0 or not self.bias_kappa, "bias_kappa", self.bias_kappa, needs_speed)
+        require_bool("global_batch", self.global_batch)
+        counting = [name for name in GLOBAL_LOSSES if self.balance.get(name)]
+        remedy = f"needs a balance weight of {' or '.join(GLOBAL_LOSSES)}"
+        require(not self.global_batch or bool(counting), "global_batch", self.global_batch, remedy)
         require_choice("precision", self.precision, ("auto", "fp32", "bf16", "fp8"))
         require_int("fp8_block", self.fp8_block, 1)
 
@@ -80,7 +87,5 @@ class TrainConfig:
         for name, (fits, remedy) in needs.items():
             weight = self.balance.get(name, 0.0)
             require(fits or not weight, f"balance weight of {name}", weight, remedy)
-        needs_speed = "needs a bias_speed above 0"
-        require(self.bias_speed > 0 or not self.bias_kappa, "bias_kappa", self.bias_kappa, needs_speed)
         has_bias = moe is not None and moe.expert_bias
         require(has_bias or not self.bias_speed, "bias_speed", self.bias_speed, "needs a model with expert_bias")

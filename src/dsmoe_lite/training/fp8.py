@@ -3,6 +3,7 @@
 Embedding, head, router, norms, attention's own products and the projections of MTP modules keep their precision.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsmoe_lite.layers.batched import cut_blocks, row_of_slot
 from dsmoe_lite.layers.dispatch import Dispatched, Implementation, combine
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.ffn import clamp
@@ -44,17 +46,20 @@ def run_fp8(
 ) -> Tensor:
     """Return y_sorted (N, D) as `loop.run_loop`, with the three products of every expert in FP8.
 
-    The rows of every expert are padded with zeros to those of the busiest. Zeros change no scale.
+    By blocks of experts, whose rows are padded as in `batched.run_padded`: with zeros, which change no scale.
     """
-    N, ends = len(dispatched.choice), dispatched.ends.long()
-    starts = F.pad(ends, (1, 0))[:-1, None]
-    row = starts + torch.arange(int((ends - starts[:, 0]).max()), device=ends.device)  # of each slot, (E, R)
-    real = row < ends[:, None]
-    slots = torch.where(real, row, N).flatten()  # row N is zero
-    x = F.pad(dispatched.x_sorted, (0, 0, 0, 1)).index_select(0, slots).view(*row.shape, dispatched.x.shape[1])
-    a, b = clamp(fp8_linear(x, gate, recipe), fp8_linear(x, up, recipe), limit)
-    y = fp8_linear(F.silu(a) * b, down, recipe)
-    return dispatched.gates.unsqueeze(1) * y.flatten(0, 1).index_select(0, real.flatten().nonzero()[:, 0])
+    x, T, N, counts = dispatched.x, len(dispatched.x), len(dispatched.choice), dispatched.counts
+    blocks = cut_blocks(counts, gate.shape[1])
+    row = row_of_slot(blocks, N).to(x.device)
+    token = F.pad(dispatched.token, (0, 1), value=T).index_select(0, row)  # row T of x is zero
+    slots = F.pad(x, (0, 0, 0, 1)).index_select(0, token).split([math.prod(block.shape) for block in blocks])
+    weights = (weight.split([block.shape[0] for block in blocks]) for weight in (gate, up, down))
+    y = []
+    for block, x_slots, *of_block in zip(blocks, slots, *weights, strict=True):
+        rows = x_slots.view(*block.shape, x.shape[1])
+        a, b = clamp(fp8_linear(rows, of_block[0], recipe), fp8_linear(rows, of_block[1], recipe), limit)
+        y.append(fp8_linear(F.silu(a) * b, of_block[2], recipe).flatten(0, 1))
+    return dispatched.gates.unsqueeze(1) * torch.cat(y).index_select(0, (row < N).nonzero()[:, 0])
 
 
 def _parts(model: Transformer) -> tuple[list[nn.Linear], list[Experts]]:

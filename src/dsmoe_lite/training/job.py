@@ -269,7 +269,7 @@ def run_job(
     facts |= _evaluate(job, full, corpus, tokenizer, heldout)
     record = run_record(run, full, job.train, **facts)
     if folder is not None:
-        write_json(folder / "record.json", record)
+        write_json(folder / "record.json", record, flat=True)
     return record
 
 

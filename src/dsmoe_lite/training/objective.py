@@ -1,6 +1,7 @@
 """What training adds to the loss: balance losses, summed over the MoE layers, and that of multi-token prediction."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from dsmoe_lite.layers.router import Routing
 from dsmoe_lite.layers.selection import group_of
 from dsmoe_lite.model import Output
 
-PLAIN_LOSSES = {
+PLAIN_LOSSES: dict[str, Callable[..., Tensor]] = {
     "importance": balance.importance_loss,
     "load": balance.load_loss,
     "gshard": balance.gshard_loss,
@@ -23,6 +24,7 @@ PLAIN_LOSSES = {
 }
 DEVICE_LOSSES = ("device", "communication")  # a group of experts in the config is a device
 BALANCE_LOSSES = (*PLAIN_LOSSES, *DEVICE_LOSSES)
+GLOBAL_LOSSES = ("expert", "device")  # that can count the choices of all micro-batches
 
 
 def balance_terms(
@@ -30,20 +32,23 @@ def balance_terms(
     config: ModelConfig,
     weights: Mapping[str, float],
     all_reduce: balance.AllReduce = balance.single_process,
+    earlier: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Sum the balance losses of all MoE layers, times their `weights` (name -> alpha); 0 for a dense model.
 
     Layers with `chooser="hash"` are left out: a table chooses, whatever the scores are.
     all_reduce: as in `layers.balance`, for a batch that is divided among processes.
+    earlier: of each MoE layer the choices (E,) in earlier micro-batches, for the losses of GLOBAL_LOSSES.
     """
     terms = output.logits.new_zeros((), dtype=torch.float32)
     layers = config.all_moe_layers if output.ahead else config.moe_layers
-    for routing, moe in zip((*output.routings, *output.ahead_routings), layers, strict=True):
+    for i, (routing, moe) in enumerate(zip((*output.routings, *output.ahead_routings), layers, strict=True)):
         if moe.chooser == "hash":
             continue
         for name, weight in weights.items():
             if weight:
-                terms = terms + weight * _balance_loss(name, routing, moe, all_reduce)
+                counted = {"earlier": earlier[i]} if earlier is not None and name in GLOBAL_LOSSES else {}
+                terms = terms + weight * _balance_loss(name, routing, moe, all_reduce=all_reduce, **counted)
     return terms
 
 
@@ -60,10 +65,10 @@ def mtp_loss(output: Output, tokens: Tensor) -> Tensor:
     return total / max(1, len(output.ahead))
 
 
-def _balance_loss(name: str, routing: Routing, moe: MoEConfig, all_reduce: balance.AllReduce) -> Tensor:
+def _balance_loss(name: str, routing: Routing, moe: MoEConfig, **options: Any) -> Tensor:
     if name in PLAIN_LOSSES:
-        return PLAIN_LOSSES[name](routing, all_reduce=all_reduce)
+        return PLAIN_LOSSES[name](routing, **options)
     device_of = group_of(moe.n_routed_experts, moe.n_group, routing.topk_ids.device)
     if name == "device":
-        return balance.device_loss(routing, device_of=device_of, all_reduce=all_reduce)
-    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group, all_reduce=all_reduce)
+        return balance.device_loss(routing, device_of=device_of, **options)
+    return balance.communication_loss(routing, device_of=device_of, topk_group=moe.topk_group, **options)

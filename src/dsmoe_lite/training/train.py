@@ -73,7 +73,8 @@ def train(
                     loss = F.cross_entropy(output.logits.flatten(0, 1), tokens[:, 1:].flatten())
                     ahead = config.mtp_weight_at(step) * mtp_loss(output, tokens)
                 loss = processes.all_reduce_sum(loss * share)  # the mean over the full batch
-                terms = balance_terms(output, model.config, config.balance, processes.all_reduce_sum)
+                earlier = counts if config.global_batch else None
+                terms = balance_terms(output, model.config, config.balance, processes.all_reduce_sum, earlier)
                 if output.ahead:
                     terms = terms + processes.all_reduce_sum(ahead * share)
                 objective = (loss + terms) / config.grad_accum

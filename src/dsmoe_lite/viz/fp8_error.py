@@ -5,6 +5,7 @@ from typing import Any
 
 import altair as alt
 
+from dsmoe_lite.common.errors import require
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.controls import Control
 from dsmoe_lite.viz.helpers import data, distinct, plain, require_rows, word_list
@@ -30,7 +31,8 @@ def fp8_error(
     marks = [{key: plain(row[key]) for key in ("scales", "outlier", "error")} for row in rows]
     names, smallest = distinct(mark["scales"] for mark in marks), min(mark["outlier"] for mark in marks)
     for mark in marks:
-        mark["text"] = f"{100 * mark['error']:.2g}%"
+        require(mark["error"] > 0, "error", mark["error"], "must be above 0: its axis is logarithmic")
+        mark["text"] = "100%" if mark["error"] >= 0.995 else f"{100 * mark['error']:.2g}%"
     control = Control("outlier", "Outlier", outlier, base=10)
     at_start = [f"{m['scales']} {m['text']}" for m in marks if abs(m["outlier"] / outlier - 1) < 1e-6]
     description = description or (

@@ -1,9 +1,9 @@
-"""Stream text from self-speculative decoding: accepted drafts on green, beside plain decoding after as many passes."""
+"""Stream text from speculative decoding: accepted drafts on green, beside plain decoding after as many passes."""
 
-import itertools
 import time
+from collections.abc import Sequence
 from html import escape
-from typing import Any
+from itertools import pairwise
 
 from IPython.display import display
 from tokenizers import Tokenizer
@@ -15,45 +15,66 @@ from dsmoe_lite.viz import theme
 
 REDRAW_INTERVAL = 0.1  # seconds, at least
 ACCEPTED = f"background: {theme.LIGHT['fill4']}; color: {theme.LIGHT['on_fill']}; border-radius: 3px"
+REPLACED = "text-decoration: underline dotted 2px; text-underline-offset: 3px"
+UNFINISHED = "\ufffd"  # a character of which a token is missing
 
 
 def stream_speculation(model: Transformer, tokenizer: Tokenizer, prompt: str, n_new: int) -> Speculation:
     """Let `model` continue the prompt greedily with drafts, show the text as it grows, and return the result.
 
-    Plain decoding gives the same text, one token a forward pass, so it is shown as far as it would be. Raises the
+    Plain decoding gives the same text, one token per forward pass, so it is shown as far as it would be. Raises the
     InputErrors of `speculate`, and InputError for an empty prompt.
     """
     require(prompt != "", "prompt", prompt, "must have some text for the model to continue")
-    output = display(_bundle(tokenizer, prompt, Speculation()), raw=True, display_id=True)
-    last = time.monotonic()
+    output, last = None, 0.0
 
     def redraw(result: Speculation) -> None:
-        nonlocal last
-        if time.monotonic() - last >= REDRAW_INTERVAL:
-            last = time.monotonic()
+        nonlocal output, last
+        if output is None:
+            output = display(_bundle(tokenizer, prompt, result), raw=True, display_id=True)
+        elif time.monotonic() - last >= REDRAW_INTERVAL:
             output.update(_bundle(tokenizer, prompt, result), raw=True)
+            last = time.monotonic()
 
     result = speculate(model, tokenizer.encode(prompt).ids, n_new, on_step=redraw)
-    output.update(_bundle(tokenizer, prompt, result), raw=True)
+    if output is not None:
+        output.update(_bundle(tokenizer, prompt, result), raw=True)
     return result
 
 
-def _bundle(tokenizer: Tokenizer, prompt: str, result: Speculation) -> dict[str, Any]:
+def _bundle(tokenizer: Tokenizer, prompt: str, result: Speculation) -> dict[str, str]:
     """The two texts as HTML and as plain text, in which accepted drafts are in brackets."""
-    ends = [tokenizer.decode(result.tokens[:n]) for n in range(len(result.tokens) + 1)]
-    pieces = [after.removeprefix(before) for before, after in itertools.pairwise(ends)]
-    marked = "".join(
-        f'<span style="{ACCEPTED}">{escape(piece)}</span>' if accepted else escape(piece)
-        for piece, accepted in zip(pieces, result.accepted, strict=True)
-    )
-    n_plain = min(result.n_forward, len(pieces))
-    titles = [f"With drafts: {len(pieces)} tokens", f"Without: {n_plain} tokens"]
+    pieces, n_plain = _pieces(tokenizer, result.tokens), result.n_forward
+    marked = [
+        f'<span style="{style}">{escape(piece)}</span>' if style else escape(piece)
+        for piece, style in zip(pieces, _styles(result), strict=True)
+    ]
     passes = f"in {result.n_forward} forward passes"
-    bodies = [marked, escape("".join(pieces[:n_plain]))]
+    texts = {
+        f"With drafts: {len(pieces)} tokens {passes}": "".join(marked),
+        f"Without: {n_plain} tokens {passes}": escape(tokenizer.decode(result.tokens[:n_plain])),
+    }
     html = "".join(
-        f'<p style="margin: .4em 0; white-space: pre-wrap; overflow-wrap: anywhere"><strong>{title} {passes}</strong>\n'
-        f"<em>{escape(prompt)}</em>{body}</p>"
-        for title, body in zip(titles, bodies, strict=True)
+        f'<p style="margin: .4em 0; white-space: pre-wrap; overflow-wrap: anywhere"><strong>{title}</strong>\n'
+        f"<em>{escape(prompt)}</em>{text}</p>"
+        for title, text in texts.items()
     )
-    text = "".join(f"[{piece}]" if ok else piece for piece, ok in zip(pieces, result.accepted, strict=True))
-    return {"text/html": html, "text/plain": f"{titles[0]} {passes}: {prompt}{text}"}
+    bracketed = [f"[{piece}]" if ok else piece for piece, ok in zip(pieces, result.accepted, strict=True)]
+    return {"text/html": html, "text/plain": f"{next(iter(texts))}: {prompt}{''.join(bracketed)}"}
+
+
+def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """What each token adds to the text; a character of several tokens belongs to the last of them."""
+    texts = [tokenizer.decode(tokens[:n]).rstrip(UNFINISHED) for n in range(len(tokens))] + [tokenizer.decode(tokens)]
+    return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def _styles(result: Speculation) -> list[str]:
+    """How to mark each token. One that follows another token of the model replaced a draft, if all drafts had room."""
+    refused, styles, before = result.n_drafts - sum(result.accepted), [], True
+    for accepted in result.accepted:
+        replaced = not accepted and not before and refused > 0
+        refused -= replaced
+        styles.append(ACCEPTED if accepted else REPLACED if replaced else "")
+        before = accepted
+    return styles
