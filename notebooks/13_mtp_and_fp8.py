@@ -29,7 +29,7 @@ block: int = 128  # numbers that share a scale: 16..256
 
 # %% tags=["hide-input"]
 try:
-    from dsmoe_lite.labs import begin, check_exercise, claim, report
+    from dsmoe_lite.labs import begin, check_exercise, claim
 except ModuleNotFoundError:
     raise SystemExit("dsmoe_lite is missing: run make setup, then make lab") from None
 
@@ -133,7 +133,8 @@ run = train(
 model = model.cpu().eval()
 
 # %% tags=["trained", "hide-cell"]
-interval = {"smoke": (4.0, 7.0), "cpu": (1.6, 2.1), "gpu": (0.5, 2.0)}[profile]
+# recorded over seeds 0 to 4, widened; not yet for a GPU
+interval = {"smoke": (4.0, 7.0), "cpu": (1.7, 1.95), "gpu": (0.5, 2.0)}[profile]
 claim("training loss, last step", run.losses[-1], interval, asserted=lab.own)
 
 # %% [markdown]
@@ -166,9 +167,13 @@ def write(model, prompt, n):
     output = model(ids(tokens))
     tokens.append(int(output.logits[0, -1].argmax()))
     while len(tokens) < len(prompt) + n:
-        h = output.hidden[:, : len(tokens) - 1]  # states of the tokens that were read and stay
+        h = output.hidden[
+            :, : len(tokens) - 1
+        ]  # states of the tokens that were read and stay
         draft = int(look_ahead(model, h, ids(tokens[1:]))[0, -1].argmax())
-        output = model(ids([*tokens, draft]))  # one pass reads the last token and the draft
+        output = model(
+            ids([*tokens, draft])
+        )  # one pass reads the last token and the draft
         first, second = output.logits[0, -2:].argmax(dim=-1).tolist()
         tokens.append(first)
         drafts += 1
@@ -218,7 +223,7 @@ lab.answer("13-accepted", round(100 * accepted), within=10)
 print(f"accepted: {accepted:.0%} of the drafts; {per_pass:.2f} tokens per forward pass")
 
 # %% tags=["trained", "hide-cell"]
-interval = {"smoke": (0.0, 1.0), "cpu": (0.4, 0.9), "gpu": (0.3, 1.0)}[profile]
+interval = {"smoke": (0.0, 1.0), "cpu": (0.5, 0.85), "gpu": (0.3, 1.0)}[profile]
 claim("share of greedy drafts accepted", accepted, interval, asserted=lab.own)
 
 # %% [markdown]
@@ -262,14 +267,14 @@ drawn = q * (p / q).clamp(max=1) + (1 - a) * extra / extra.sum()
 assert_close(drawn, p)
 accepted_drawn, per_pass_drawn = acceptance(1.0)
 gap = accepted_drawn - accepted
-lab.answer(
-    "13-drawn", "as many" if abs(gap) < 0.02 else "more" if gap > 0 else "fewer"
-)
+lab.answer("13-drawn", "as many" if abs(gap) < 0.02 else "more" if gap > 0 else "fewer")
 print("the rule, on a made-up vocabulary of 1,000: p")
-print(f"accepted: {accepted_drawn:.0%} of the drafts; {per_pass_drawn:.2f} tokens per forward pass")
+print(
+    f"accepted: {accepted_drawn:.0%} of the drafts; {per_pass_drawn:.2f} tokens per forward pass"
+)
 
 # %% tags=["trained", "hide-cell"]
-interval = {"smoke": (0.0, 1.0), "cpu": (0.6, 1.0), "gpu": (0.3, 1.0)}[profile]
+interval = {"smoke": (0.0, 1.0), "cpu": (0.8, 0.95), "gpu": (0.3, 1.0)}[profile]
 claim("share of drawn drafts accepted", accepted_drawn, interval, asserted=lab.own)
 
 # %% [markdown]
@@ -374,13 +379,17 @@ F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
 model.zero_grad()
 for hook in hooks:
     hook.remove()
-print(f"activations: the largest number is up to {max(inputs.values()):,.0f} times the median")
-print(f"gradients:   the largest number is up to {max(gradients.values()):,.0f} times the median")
+print(
+    f"activations: the largest number is up to {max(inputs.values()):,.0f} times the median"
+)
+print(
+    f"gradients:   the largest number is up to {max(gradients.values()):,.0f} times the median"
+)
 
 # %% tags=["trained", "hide-cell"]
-interval = {"smoke": (1, 1e5), "cpu": (20, 1000), "gpu": (1, 1e5)}[profile]
+interval = {"smoke": (1, 1e5), "cpu": (60, 400), "gpu": (1, 1e5)}[profile]
 claim("activations, largest", max(inputs.values()), interval, asserted=lab.own)
-interval = {"smoke": (1, 1e8), "cpu": (300, 1e5), "gpu": (1, 1e8)}[profile]
+interval = {"smoke": (1, 1e8), "cpu": (200, 3000), "gpu": (1, 1e8)}[profile]
 claim("gradients, largest", max(gradients.values()), interval, asserted=lab.own)
 
 # %% [markdown]
@@ -398,7 +407,7 @@ SCALES = {
     "32 numbers": 32,
 }
 rows = []
-for power in range(0, 17):
+for power in range(17):
     size = 10 ** (power / 2)
     with_outlier = x.clone()
     with_outlier[7] = x[7].sign() * max(size, x[7].abs())
@@ -446,7 +455,9 @@ a, w = torch.randn(20, 2 * block), torch.randn(3 * block // 2, 2 * block)
 recipe = Recipe(activation=(1, block), weight=(block, block))
 assert_close(product(a, w, block), fp8_linear(a, w, recipe))
 gap = (product(a, w, block) - a @ w.T).abs().mean() / (a @ w.T).abs().mean()
-print(f"equal to the package's; off by {gap:.1%} from the product in float32, on average")
+print(
+    f"equal to the package's; off by {gap:.1%} from the product in float32, on average"
+)
 
 # %% [markdown]
 # Training needs three such products for each weight: forward, for the gradient of the activations, and for that of the
@@ -455,28 +466,46 @@ print(f"equal to the package's; off by {gap:.1%} from the product in float32, on
 #
 # ## What do they do to the loss?
 #
-# We trained V3's router at toy size, with MTP and in FP8: five seeds each, two layers, 1,200 steps, by a protocol that was
-# fixed beforehand ([protocol](13_protocol.md)). On a CPU the FP8 is simulated: real rounding, no speed.
+# V3 drops the module and compares main models, trained with and without it: 0.729 bits per byte both in a small model, 0.657
+# against 0.658 in a large one, and better scores on most benchmarks (Section 4.5.1). Of FP8 it reports a training loss
+# within 0.25% of that in BF16 (Section 3.3).
 #
-# **Ask.** Does learning to predict the second token make the first one easier, so that the loss of the main model falls?
+# We trained a toy of V3 three ways, five seeds each, by a [protocol](13_protocol.md) fixed beforehand: plain, with MTP, and in FP8
+# with blocks of 32. On a CPU FP8 is simulated: real rounding, no speed.
+#
+# **Ask.** With MTP, what happens to the loss of the *next* token: does it fall, does it rise, or is there no clear difference?
 
 # %% tags=["hide-input"]
-from statistics import mean
-
-from dsmoe_lite.study import ledger, rows as study_rows
+from dsmoe_lite.study import ledger
 from dsmoe_lite.study.grids import records
+from dsmoe_lite.study.rows import curve_gaps, gaps, seed_line
 
 lab.ask("13-mtp", "it falls", "it rises", "no clear difference")
 recorded = records("successors")
-curves = study_rows.curve_gaps(
-    recorded,
-    {"v3-mtp": "with MTP", "v3-fp8": "in FP8"},
-    baseline="v3",
-    window=100,
+found = {claim.id: claim for claim in ledger.load()}
+verdict_of_mtp = found["v3-mtp-lowers-loss"].verdict
+lab.answer(
+    "13-mtp",
+    {"holds": "it falls", "reversed": "it rises"}.get(
+        verdict_of_mtp, "no clear difference"
+    ),
 )
-claims = ledger.load()
+SHOWN = {"v3-mtp": "with MTP", "v3-fp8": "in FP8"}
+for name, words in SHOWN.items():
+    line = seed_line(gaps(recorded, name, "v3", "held-out loss"))
+    print(f"held-out loss, {words} minus plain: {line}")
+charts.training_curves(
+    curve_gaps(recorded, SHOWN, baseline="v3", window=100),
+    y="loss",
+    y_title="training loss minus that of plain V3 (nats)",
+    title="What do MTP and FP8 do to the loss of the next token?",
+    levels={"plain": 0.0},
+)
 
 # %% [markdown]
+# TODO results.
+#
+#
 # ## Exercises
 #
 # **1. A trap from the wild** (5 minutes). Equation {eq}`eq:mtp` puts the state first. The matrix in V3's released files,
@@ -499,7 +528,7 @@ assert wrong[0].tokens == speculate(model, prompts[0], n_new).tokens
 print(f"loaded the wrong way round: {share:.0%} of the drafts accepted, the same text")
 
 # %% tags=["trained", "hide-cell"]
-interval = {"smoke": (0.0, 1.0), "cpu": (0.0, 0.3), "gpu": (0.0, 0.5)}[profile]
+interval = {"smoke": (0.0, 1.0), "cpu": (0.0, 0.08), "gpu": (0.0, 0.5)}[profile]
 claim("accepted, halves swapped", share, interval, asserted=lab.own)
 
 # %% [markdown]
