@@ -18,7 +18,7 @@
 # with one scale for all, a single outlier can wipe out the rest.
 #
 # **Afterwards you can** write an MTP module and its loss, decode with drafts and say when that pays, and quantise a
-# matrix as V3 does. **You need** chapters 01, 06, 09 and 10. **Reading time** 20 minutes. **Hardware** any laptop CPU.
+# matrix as V3 does. **You need** chapters 01, 06, 09 and 10. **Reading time** 15 minutes. **Hardware** any laptop CPU.
 
 # %% tags=["parameters"]
 profile: str = "cpu"  # size of the run: smoke | cpu | gpu
@@ -503,7 +503,10 @@ charts.training_curves(
 )
 
 # %% [markdown]
-# TODO results.
+# No clear difference: with MTP the loss is higher in four seeds and lower in one, by 0.012 nats on average, with an interval
+# of ± 0.023. That is no surprise: V3's own difference is at most 0.001 bits per byte. Its gain is on benchmarks, which a model
+# of our size cannot take, and in speed, which we have seen. FP8 stays within our margin of 0.02 nats: 0.003 ± 0.007, or
+# 0.3% of the loss. Whether it stays within V3's 0.25% five seeds cannot tell; that would take more than 150.
 #
 #
 # ## Exercises
@@ -621,6 +624,7 @@ lab.score()
 #    $\min(1, p/q)$.
 # 3. It pays if the accepted share exceeds the extra cost of a pass.
 # 4. Eight bits suffice if numbers share a scale in small blocks: an outlier then spoils only its own.
-# 5. TODO
+# 5. At toy size neither MTP nor FP8 changes the loss of the next token by more than five seeds can resolve.
 #
-# TODO next.
+# What comes after V3? V4 changes the router once more, and much that is no mixture of experts. The **outlook**
+# ([page](pages/outlook.md)) says what, and what this course does not build.
