@@ -167,13 +167,9 @@ def write(model, prompt, n):
     output = model(ids(tokens))
     tokens.append(int(output.logits[0, -1].argmax()))
     while len(tokens) < len(prompt) + n:
-        h = output.hidden[
-            :, : len(tokens) - 1
-        ]  # states of the tokens that were read and stay
+        h = output.hidden[:, : len(tokens) - 1]  # of tokens that were read and stay
         draft = int(look_ahead(model, h, ids(tokens[1:]))[0, -1].argmax())
-        output = model(
-            ids([*tokens, draft])
-        )  # one pass reads the last token and the draft
+        output = model(ids([*tokens, draft]))  # one pass checks the draft
         first, second = output.logits[0, -2:].argmax(dim=-1).tolist()
         tokens.append(first)
         drafts += 1
