@@ -44,7 +44,7 @@ n_new = lab.choose(smoke=24, cpu=100, gpu=100)
 # %% [markdown]
 # ## Predict one token more
 #
-# In training, the last state of token $i$ is asked for one thing only: token $i+1$. *Multi-token prediction* (MTP) asks for
+# In training, the last layer's state at token $i$ has to predict only token $i+1$. *Multi-token prediction* (MTP) asks for
 # token $i+2$ as well. A module takes the state $\mathbf{h}_i$ that the head reads and the *embedding* of token $i+1$, mixes
 # both by one matrix, and runs one more block of the Transformer (Equations 21 to 23, here for one further token):
 #
@@ -52,13 +52,14 @@ n_new = lab.choose(smoke=24, cpu=100, gpu=100)
 # \begin{aligned}
 # \mathbf{x}_i &= M\,[\operatorname{RMSNorm}(\mathbf{h}_i);\ \operatorname{RMSNorm}(\operatorname{Emb}(t_{i+1}))] \\
 # \mathbf{h}'_{1:S-1} &= \operatorname{Block}(\mathbf{x}_{1:S-1}) \\
-# P_{i+2} &= \operatorname{Head}(\mathbf{h}'_i)
+# P_{i+2} &= \operatorname{softmax}(\operatorname{Head}(\mathbf{h}'_i))
 # \end{aligned}
 # $$ (eq:mtp)
 #
-# $t_i$ is token $i$ of $S$; $[\,\cdot\,;\,\cdot\,]$ concatenates two vectors, and $M$ is a matrix of $D \times 2D$. Embedding and
-# head are the model's own. So the module does not guess token $i+2$ out of the blue: it is told token $i+1$. Its loss
-# (Equation 24; a sum of $S-1$ terms, divided by $S$ as printed)
+# $t_1, \dots, t_S$ are the tokens read and $t_{S+1}$ is the last target; $[\,\cdot\,;\,\cdot\,]$ concatenates two vectors, $M$ is a
+# matrix of $D \times 2D$, and $P_{i+2}$ is the predicted distribution. Embedding and head are the model's own. So the module does
+# not guess token $i+2$ out of the blue: it is told token $i+1$. Its loss (Equation 24; a sum of $S-1$ terms, divided by $S$ as
+# printed)
 #
 # $$
 # \mathcal L_{MTP} = -\frac{1}{S} \sum_{i=1}^{S-1} \log P_{i+2}[t_{i+2}]
@@ -66,7 +67,7 @@ n_new = lab.choose(smoke=24, cpu=100, gpu=100)
 #
 # is added to the model's with a weight $\lambda$: 0.3 in V3, and 0.1 in the last third of its training.
 #
-# **Build** both, on a small model with V3's kind of experts: 16 of them, of which a token uses four, and one shared.
+# **Build** both, on a small model with V3's kind of experts: 16 routed, four per token, and one shared.
 
 # %%
 from dataclasses import replace
@@ -140,7 +141,7 @@ claim("training loss, last step", run.losses[-1], interval, asserted=lab.own)
 # %% [markdown]
 # ## Let the next pass check the draft
 #
-# V3 drops the module after training, or writes faster with it. Writing is slow because every token needs a forward pass
+# After training, V3 can drop the module or use it to write faster. Writing is slow because every token needs a forward pass
 # of its own, and a pass over one token is spent on reading weights from memory, hardly on arithmetic (chapter 10). One
 # pass over *two* tokens reads all weights of attention, head and shared experts once for both. So:
 #
@@ -232,8 +233,8 @@ from dsmoe_lite.viz.speculation_stream import stream_speculation
 _ = stream_speculation(model, tokenizer, "The home of", n_new)
 
 # %% [markdown]
-# At best every second token is green, because the pass that accepts a draft adds one token of its own. The module gets the
-# rest of a name and the value of a fact, where the text leaves no choice. Where it could go on in many ways, module and
+# At best every second token is green, because the pass that accepts a draft adds one token of its own. The module usually
+# gets the rest of a name and the value of a fact, where the text leaves little choice. Where it could go on in many ways, module and
 # model often disagree on the likeliest token.
 #
 # ### If the model draws its tokens
@@ -243,7 +244,8 @@ _ = stream_speculation(model, tokenizer, "The home of", n_new)
 # $\min(1, p(x)/q(x))$. After a refusal draw from what $p$ has more than $q$, $\max(0, p - q)$, divided by its sum
 # {cite:p}`Speculative2023`. A token $x$ is then drafted and accepted with probability
 # $q(x) \min(1, p(x)/q(x)) = \min(p(x), q(x))$. Let $a$ be the sum of that over all tokens, the share of drafts that are
-# accepted. What $p$ has more than $q$ sums to $1 - a$, so that, for $a < 1$,
+# accepted. The excess of $p$ over $q$ sums to $1 - a$, because $p$ sums to 1; so,
+# for $a < 1$,
 #
 # $$
 # \Pr[x] = \underbrace{\min(p(x), q(x))}_{\text{accepted}}
@@ -281,7 +283,7 @@ claim("share of drawn drafts accepted", accepted_drawn, interval, asserted=lab.o
 #
 # A pass with a draft costs $c$ times a plain pass: it reads two tokens, and the module adds its layer. With a share $a$ of
 # the drafts accepted it makes $1 + a$ tokens. So drafts pay if $a > c - 1$. **Measure** $c$ on this machine, for models of
-# 2, 4 and 8 layers (untrained, which costs as much):
+# 2, 4 and 8 layers (untrained, which costs as much; the last column assumes the accepted share of our model):
 
 # %% tags=["measured", "hide-input"]
 from statistics import median
@@ -310,9 +312,9 @@ for layers in (2, 4, 8):
 
 # %% [markdown]
 # The module is one layer, so the deeper the model, the less it adds. V3 reports 85 to 90% accepted drafts and 1.8 times as many
-# tokens per second (Section 5.4.3). Two things work against drafts: at batch size 1 the second token may need *other
-# experts*, whose weights must be read as well, and with so many texts at once that arithmetic is the limit, a second
-# token costs as much as the first.
+# tokens per second (Section 5.4.3). Two things work against drafts. At batch size 1 the second token may need *other
+# experts*, whose weights must be read as well. And in batches so large that arithmetic is the limit, a second token costs
+# as much as the first.
 #
 # ## Eight bits per number
 #
@@ -389,10 +391,10 @@ interval = {"smoke": (1, 1e8), "cpu": (200, 3000), "gpu": (1, 1e8)}[profile]
 claim("gradients, largest", max(gradients.values()), interval, asserted=lab.own)
 
 # %% [markdown]
-# One scale would survive that: our model is small. V3 names *outliers* of activations as the reason for small blocks (Section
+# One scale would be enough here: E4M3 keeps its full precision down to 1/28,672 of the largest number. V3 names *outliers* of activations as the reason for small blocks (Section
 # 3.3.2). So let us put one in. Of 1,024 numbers from a normal distribution, one is now a million.
 #
-# **Ask.** With one scale for all 1,024, the others become 0. With one scale per 128 numbers, how far off are the others on
+# **Ask.** With one scale for all 1,024, nearly all others become 0. With one scale per 128 numbers, how far off are the others on
 # average? (In percent; without the outlier it is 2%.)
 
 # %% tags=["hide-input"]
@@ -418,11 +420,11 @@ charts.fp8_error(rows, outlier=1e6)
 
 # %% [markdown]
 # 14%: the 127 neighbours of the outlier are lost, 12% of all, and the rest is as exact as before. **Move** the slider. With one
-# scale for all, an outlier of a thousand is harmless, because E4M3 has an exponent of its own; at a million the others
-# are gone. V3 takes blocks of 128; the newer MXFP8 takes 32 {cite:p}`Microscaling2023`.
+# scale for all, an outlier of a thousand is nearly harmless, because E4M3 has an exponent of its own; at a million nearly
+# all others are gone. V3 takes blocks of 128; MXFP8 {cite:p}`Microscaling2023`, which newer GPUs support, takes 32.
 #
-# A product of two such matrices adds up block by block. Within a block, FP8 numbers are multiplied; each block's sum is
-# multiplied by both scales and added in float32 (Section 3.3):
+# Training multiplies such matrices, activations $a$ by weights $w$. The product adds up block by block: within a block FP8
+# numbers are multiplied, and each block's sum is multiplied by both scales and added in float32 (Section 3.3):
 #
 # $$
 # y_{mn} = \sum_{b} s^a_{m,b}\, s^w_{n,b} \sum_{k \in b} q^a_{mk}\, q^w_{nk}
@@ -462,8 +464,8 @@ print(
 #
 # ## What do they do to the loss?
 #
-# V3 drops the module and compares main models, trained with and without it: 0.729 bits per byte both in a small model, 0.657
-# against 0.658 in a large one, and better scores on most benchmarks (Section 4.5.1). Of FP8 it reports a training loss
+# V3 compares main models trained with the module and without it: 0.729 bits per byte both times in a small model, 0.657 with
+# and 0.658 without in a large one, and better scores on most benchmarks with it (Section 4.5.1). Of FP8 it reports a training loss
 # within 0.25% of that in BF16 (Section 3.3).
 #
 # We trained a toy of V3 three ways, five seeds each, by a [protocol](13_protocol.md) fixed beforehand: plain, with MTP, and in FP8
@@ -499,11 +501,12 @@ charts.training_curves(
 )
 
 # %% [markdown]
-# No clear difference: with MTP the loss is higher in four seeds and lower in one, by 0.012 nats on average, with an interval
-# of ± 0.023. That is no surprise: V3's own difference is at most 0.001 bits per byte. Its gain is on benchmarks, which a model
-# of our size cannot take, and in speed, which we have seen. FP8 stays within our margin of 0.02 nats: 0.003 ± 0.007, or
-# 0.3% of the loss. Whether it stays within V3's 0.25% five seeds cannot tell; that would take more than 150.
+# No clear difference: with MTP the held-out loss is higher in four seeds and lower in one, on average by 0.012 ± 0.023 nats (95%
+# interval). V3's own difference is at most 0.001 bits per byte. Its gain is on benchmarks, which a model of our size
+# cannot take, and in speed, which we have seen.
 #
+# FP8 stays within the margin of 0.02 nats that we fixed beforehand: its loss is higher by 0.003 ± 0.007, which is 0.3% ± 0.8%
+# of the loss. Five seeds cannot resolve V3's 0.25%; that would take more than 150.
 #
 # ## Exercises
 #
@@ -600,8 +603,8 @@ verdict = check_exercise(restore, restores_weights)
 # `dsmoe_lite.layers.quant.dequantize` does the same.
 # </details>
 #
-# **3. Other parameters** (a few minutes of computing). Does a deeper model make drafts easier or harder? What do drafts of a module do that was never
-# trained? What does a smaller block gain?
+# **3. Other parameters** (a few minutes of computing). Does a deeper model make drafts easier or harder? What happens to drafts from an untrained module? What
+# does a smaller block gain?
 #
 # ```
 # dsmoe run 13 -p n_layers=8
@@ -619,8 +622,8 @@ lab.score()
 # 2. Decoding with drafts gives the same text, or for drawn tokens the same distribution: accept with probability
 #    $\min(1, p/q)$.
 # 3. It pays if the accepted share exceeds the extra cost of a pass.
-# 4. Eight bits suffice if numbers share a scale in small blocks: an outlier then spoils only its own.
+# 4. Eight bits suffice if numbers share a scale in small blocks: an outlier then spoils only its own block.
 # 5. At toy size neither MTP nor FP8 changes the loss of the next token by more than five seeds can resolve.
 #
-# What comes after V3? V4 changes the router once more, and much that is no mixture of experts. The **outlook**
+# What comes after V3? V4 changes the router again, and much outside the experts. The **outlook**
 # ([page](pages/outlook.md)) says what, and what this course does not build.

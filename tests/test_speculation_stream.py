@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.config import AttentionConfig, ModelConfig
-from dsmoe_lite.data.tokenizer import load_tokenizer
+from dsmoe_lite.data.tokenizer import END_ID, load_tokenizer
 from dsmoe_lite.data.world import World
 from dsmoe_lite.generate import Speculation, generate, speculate
 from dsmoe_lite.model import Transformer
@@ -56,7 +56,8 @@ def test_the_text_is_that_of_generate_and_grows_by_passes(
     last = shown.bundles[-1]
     plain = last["text/plain"].replace("[", "").replace("]", "")
     told = f"With drafts: 20 tokens in {result.n_forward} forward passes: The home of"
-    assert plain == told + tokenizer.decode(result.tokens).replace("[", "").replace("]", "")
+    text = tokenizer.decode(result.tokens, skip_special_tokens=False)
+    assert plain == told + text.replace("[", "").replace("]", "")
     assert last["text/html"].count("<p ") == 2
     assert last["text/html"].count(speculation_stream.ACCEPTED) == sum(result.accepted) == (9 if sure else 0)
     assert last["text/html"].count(speculation_stream.REPLACED) == result.n_drafts - sum(result.accepted)
@@ -72,6 +73,11 @@ def test_accepted_drafts_are_marked_and_text_is_escaped(model: tuple[Transformer
     assert "<em>x &lt;i&gt;</em>" in bundle["text/html"]
     assert bundle["text/plain"].count("[") == sum(accepted)
     assert bundle["text/html"].endswith(f"{escape(tokenizer.decode(tokens[:2]))}</p>")
+
+
+def test_the_end_of_a_document_is_shown(model: tuple[Transformer, Tokenizer]) -> None:
+    _, tokenizer = model
+    assert speculation_stream._pieces(tokenizer, [*tokenizer.encode("a").ids, END_ID])[-1] == "<|end|>"
 
 
 def test_a_character_of_several_tokens_is_shown_once(model: tuple[Transformer, Tokenizer]) -> None:

@@ -14,6 +14,8 @@ PAPERS = {
     "2405.04434": "DeepSeek-V2",
     "2412.19437": "DeepSeek-V3",
     "2505.09343": "Insights into DeepSeek-V3",
+    "2606.19348": "DeepSeek-V4",
+    "2602.17004": "Trinity",
 }
 MEANING = {
     "exact": "our count is the printed figure, to its last digit",

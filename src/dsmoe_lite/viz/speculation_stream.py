@@ -52,7 +52,7 @@ def _bundle(tokenizer: Tokenizer, prompt: str, result: Speculation) -> dict[str,
     passes = f"in {result.n_forward} forward passes"
     texts = {
         f"With drafts: {len(pieces)} tokens {passes}": "".join(marked),
-        f"Without: {n_plain} tokens {passes}": escape(tokenizer.decode(result.tokens[:n_plain])),
+        f"Without: {n_plain} tokens {passes}": escape(_text(tokenizer, result.tokens[:n_plain])),
     }
     html = "".join(
         f'<p style="margin: .4em 0; white-space: pre-wrap; overflow-wrap: anywhere"><strong>{title}</strong>\n'
@@ -65,8 +65,14 @@ def _bundle(tokenizer: Tokenizer, prompt: str, result: Speculation) -> dict[str,
 
 def _pieces(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
     """What each token adds to the text; a character of several tokens belongs to the last of them."""
-    texts = [tokenizer.decode(tokens[:n]).rstrip(UNFINISHED) for n in range(len(tokens))] + [tokenizer.decode(tokens)]
+    texts = [_text(tokenizer, tokens[:n]).rstrip(UNFINISHED) for n in range(len(tokens))] + [_text(tokenizer, tokens)]
     return [after[len(before) :] for before, after in pairwise(texts)]
+
+
+def _text(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text with the ends of documents, which are tokens as well."""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=False)
+    return text
 
 
 def _styles(result: Speculation) -> list[str]:
