@@ -192,7 +192,7 @@ print("with drafts and without, mine and the package's: the same text")
 # **Ask.** The module is one layer, trained on 240 small batches. How many of its drafts does the model accept? (In
 # percent, over 16 texts.)
 
-# %% tags=["trained", "hide-input"]
+# %% tags=["measured", "hide-input"]
 lab.ask("13-accepted", low=0, high=100)
 held_out = heldout_batches(world, tokenizer, 16, 64, 1)[0].tokens
 prompts = [row[:16] for row in held_out.tolist()]
@@ -227,7 +227,7 @@ claim("share of greedy drafts accepted", accepted, interval, asserted=lab.own)
 # Two of three. (A pass makes a little less than 1.67 tokens, because the one over the prompt has no draft.) **Watch it
 # write**: accepted drafts are green, and tokens that replaced a refused draft are underlined.
 
-# %% tags=["trained"]
+# %% tags=["measured"]
 from dsmoe_lite.viz.speculation_stream import stream_speculation
 
 _ = stream_speculation(model, tokenizer, "The home of", n_new)
@@ -257,7 +257,7 @@ _ = stream_speculation(model, tokenizer, "The home of", n_new)
 # **Ask.** If our model draws at temperature 1, are more drafts accepted than in greedy decoding, fewer, or as many (within
 # two points)?
 
-# %% tags=["trained", "hide-input"]
+# %% tags=["measured", "hide-input"]
 lab.ask("13-drawn", "more", "fewer", "as many")
 p, q = torch.randn(2, 1000, dtype=torch.float64).softmax(dim=-1)
 extra, a = (p - q).clamp(min=0), torch.minimum(p, q).sum()
@@ -351,7 +351,7 @@ print("blocks: equal to the package's, to the last bit")
 # How many numbers should share a scale? That depends on how far apart they are. Take a batch through our model and look at
 # what enters its matrices, and at the gradients that come back (attention and shared experts):
 
-# %% tags=["trained", "hide-input"]
+# %% tags=["measured", "hide-input"]
 inputs, gradients = {}, {}
 
 
@@ -514,7 +514,7 @@ charts.training_curves(
 # `eh_proj`, takes the *embedding* first. Load it as printed, and nothing fails, because drafts cannot change the text.
 # Decoding is merely slower than without drafts. On our model:
 
-# %% tags=["trained", "hide-input"]
+# %% tags=["measured", "hide-input"]
 import copy
 
 right_way = model.mtp[0].project.weight.detach().clone()
