@@ -42,8 +42,7 @@ INCOMPLETE = (
     "paper-gpu",
     "text-long-gpu",
     "text-long",
-    "successors",
-)  # the first two need a GPU, the others hours
+)  # the first two need a GPU, the third hours
 
 
 @pytest.mark.parametrize("name", GRIDS)
