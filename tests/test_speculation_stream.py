@@ -5,13 +5,11 @@ from html import escape
 
 import pytest
 import torch
-from test_text_stream import Shown
+from stream_samples import Shown, small_model
 from tokenizers import Tokenizer
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.config import AttentionConfig, ModelConfig
-from dsmoe_lite.data.tokenizer import END_ID, load_tokenizer
-from dsmoe_lite.data.world import World
+from dsmoe_lite.data.tokenizer import END_ID
 from dsmoe_lite.generate import Speculation, generate, speculate
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.viz import speculation_stream
@@ -27,12 +25,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
 
 @pytest.fixture(scope="module")
 def model() -> tuple[Transformer, Tokenizer]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(World(), 1024)
-    attention = AttentionConfig(n_heads=2, head_dim=16)
-    sizes = {"vocab_size": tokenizer.get_vocab_size(), "d_model": 32, "n_layers": 1, "ffn_width": 32, "max_seq_len": 64}
-    return Transformer(ModelConfig(attention=attention, n_mtp=1, init_std=0.3, **sizes)), tokenizer
+    return small_model(n_mtp=1)
 
 
 @pytest.fixture(scope="module")

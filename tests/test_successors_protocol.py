@@ -2,9 +2,12 @@
 
 from dataclasses import replace
 from itertools import combinations
-from statistics import median, stdev
+from math import log
+from statistics import mean, median, stdev
 
+import numpy as np
 from page_tables import rows_below
+from scipy.stats import t
 
 from dsmoe_lite.accounting import Count, parameters
 from dsmoe_lite.common import paths
@@ -89,3 +92,24 @@ def test_comparisons_are_the_claims_of_the_ledger() -> None:
         assert cells == [trend.figure, trend.model, trend.other, trend.metric, trend.expected, margin]
         assert trend.control is None
         assert trend.other_metric is None
+
+
+def power_of_equality(deviation: float, margin: float, n: int) -> float:
+    """How often n seeds show two equal models equal within the margin, by drawing: two one-sided t-tests at 5%."""
+    drawn = np.random.default_rng(0).normal(0, deviation, (20_000, n))
+    half = t.ppf(0.95, n - 1) * drawn.std(axis=1, ddof=1) / np.sqrt(n)
+    return float((np.abs(drawn.mean(axis=1)) + half < margin).mean())
+
+
+def test_seeds_for_the_margins_of_fp8() -> None:
+    """As planned, from the spread of earlier runs, and as found, for the words of chapter 13."""
+    losses = losses_of("successors")
+    planned = 0.0103 / mean(losses["v3", seed] for seed in range(5))  # of the logarithm of the loss
+    assert power_of_equality(0.0103, 0.02, 5) > 0.8
+    assert "it would take more than 150." in WORDS
+    assert power_of_equality(planned, 0.0025, 150) < 0.8
+    found = spread({key: log(loss) for key, loss in losses.items()}, "v3-fp8", "v3")
+    assert power_of_equality(found, 0.0025, 55) < 0.8 < power_of_equality(found, 0.0025, 65)
+    (chapter,) = paths.NOTEBOOKS.glob("13_*.py")
+    words = " ".join(chapter.read_text(encoding="utf-8").replace("\n#", " ").split())
+    assert "by the spread that we found, it takes about 60." in words

@@ -2,28 +2,13 @@
 
 import pytest
 import torch
+from stream_samples import Shown, small_model
 from tokenizers import Tokenizer
 
 from dsmoe_lite.common.errors import InputError
-from dsmoe_lite.config import AttentionConfig, ModelConfig
-from dsmoe_lite.data.tokenizer import load_tokenizer
-from dsmoe_lite.data.world import World
 from dsmoe_lite.generate import generate
 from dsmoe_lite.model import Transformer
 from dsmoe_lite.viz import text_stream
-
-
-class Shown:
-    """Stands in for IPython's display: collects the bundles it was given."""
-
-    def __init__(self) -> None:
-        self.bundles: list[dict[str, str]] = []
-
-    def __call__(self, bundle: dict[str, str], **_: object) -> "Shown":
-        self.bundles.append(bundle)
-        return self
-
-    update = __call__
 
 
 @pytest.fixture
@@ -37,21 +22,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> Shown:
 
 @pytest.fixture(scope="module")
 def model() -> tuple[Transformer, Tokenizer]:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(World(), 1024)
-    V = tokenizer.get_vocab_size()
-    return Transformer(
-        ModelConfig(
-            vocab_size=V,
-            d_model=32,
-            n_layers=1,
-            attention=AttentionConfig(n_heads=2, head_dim=16),
-            ffn_width=32,
-            max_seq_len=64,
-            init_std=0.3,
-        )
-    ), tokenizer
+    return small_model()
 
 
 def test_text_grows_and_equals_what_generate_returns(shown, model):

@@ -150,8 +150,10 @@ def update_bias(expert_bias: Tensor, counts: Tensor, speed: float, kappa: float 
     step = too_few.to(expert_bias.dtype)
     if kappa > 0:
         step = torch.tanh(kappa * step / counts.sum().clamp(min=1))
-        step = step - step.mean()
-    expert_bias += speed * (step if kappa > 0 else step.sign())
+        step -= step.mean()
+    else:
+        step = step.sign()
+    expert_bias += speed * step
 
 
 def _affinity(routing: Routing) -> Tensor:

@@ -133,7 +133,7 @@ def _to_float(values: Tensor) -> Tensor:
 
 
 def _scale_of_row(m: Quantized) -> Tensor:
-    """(..., R, blocks of channels)"""
+    """The scales of each row of m, (..., R, blocks of channels)."""
     return m.scales.repeat_interleave(m.block[0], dim=-2)[..., : m.values.shape[-2], :]
 
 
