@@ -276,6 +276,7 @@ charts.model_comparison(
 # | 11 Devices | how far must a token travel? | 13 |
 # | 12 Many devices | how do many devices share one layer? | 40 |
 # | 13 MTP and FP8 | how can a model get more from every pass? | 15 |
+# | 14 The router after V2 | why did DeepSeek rebuild its router twice? | 15 |
 #
 # The minutes cover text, charts and visible code, not the exercises. In a hurry? 00 to 05 and 07 make a course of their
 # own.

@@ -522,11 +522,6 @@ charts.training_curves(
 # of the loss. Five seeds cannot resolve V3's 0.25%. The protocol expected to need more than 150; by the spread that we found, it
 # takes about 60.
 #
-# The same protocol compares routers: V3's sigmoids and bias with a softmax and a balance loss, four of eight groups with all of
-# them, and V4's root of softplus, with a table in the first layer, with V3's router. Each pair is equal within 0.02 nats.
-# Whether a bias or a loss over the batch beats a loss over each sequence, and whether a bounded step of the bias balances better,
-# stays undecided ([all claims](claims.md)).
-#
 # ## Exercises
 #
 # **1. A trap from the wild** (5 minutes). Equation {eq}`eq:mtp` puts the state first. The matrix in V3's released files,
@@ -644,5 +639,4 @@ lab.score()
 # 4. Eight bits suffice if numbers share a scale in small blocks: an outlier then spoils only its own block.
 # 5. At toy size neither MTP nor FP8 changes the loss of the next token by more than five seeds can resolve.
 #
-# What comes after V3? V4 changes the router again, and much outside the experts. The **outlook**
-# ([page](pages/outlook.md)) says what, and what this course does not build.
+# V3 and V4 changed the router as well, each in its way. **Chapter 14** asks what for.

@@ -144,6 +144,16 @@ def bias_rows() -> list[dict[str, Any]]:
     ]
 
 
+def step_rows() -> list[dict[str, Any]]:
+    """Growths that fall with the spread of the logits for one kind of scores, and rise for the other."""
+    return [
+        {"scores": name, "experts": experts, "spread": spread, "growth": experts / 1e4 * spread**power}
+        for name, power in (("sigmoid", 2), ("root of softplus", -1))
+        for experts in (16, 64, 256)
+        for spread in (0.5, 1.0, 2.0, 4.0)
+    ]
+
+
 def outlier_rows() -> list[dict[str, Any]]:
     """Relative errors that grow with an outlier, the more numbers share its scale."""
     return [
@@ -245,6 +255,10 @@ def every_chart() -> dict[str, Any]:
         "finer_experts, many": charts.finer_experts(n_experts=64, top_k=16, pieces=8),
         "bias_speed": charts.bias_speed(bias_rows(), speed=0.001, last=20),
         "fp8_error": charts.fp8_error(outlier_rows(), outlier=1e4),
+        "bias_step": charts.bias_step(step_rows(), experts=64),
+        "router_choice": charts.router_choice(
+            {name: preset(name).moe for name in ("deepseek-v2", "deepseek-v3", "course-v4")}, model="deepseek-v3"
+        ),
         "loss_table": charts.loss_table(table_rows(), balanced="even"),
         "reach_curve": charts.reach_curve(
             [{"scores": s, "limit": m, "reached": min(m, 4.5), "affinity": m / (m + i)} for i, s in enumerate(("random",

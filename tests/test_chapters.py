@@ -58,6 +58,7 @@ FURTHER = {  # for the slow runs; a chapter without an entry gets three seeds
     "10": [{"seed": 2, "n_experts": 8, "top_k": 8}, {"n_experts": 128, "top_k": 1, "gpu": "A100"}, {"gpu": "H200"}],
     "11": [{"seed": 2}, {"reach": 1}, {"reach": 8}],
     "12": [{"seed": 2, "processes": 2}, {"top_k": 4, "across": 400.0}, {"top_k": 1, "tokens": 65536, "latency": 0.0}],
+    "14": [{"tables": "none", "seed": 2}, {"tables": "last"}, {"tables": "both"}],
     "13": [{"seed": 2, "n_layers": 1}, {"mtp_weight": 0.0, "block": 16}, {"n_layers": 8, "block": 256}],
 }
 SEEDS = [{"seed": 2}, {"seed": 3}, {"seed": 2**31 - 1}]

@@ -455,11 +455,11 @@ def test_ticks_are_round():
 
 def test_tokens_wrap_inside_the_line_without_overlap():
     words = ["Norvania", " is", " a", " country", "\n", "and", " so", " on"] * 10
-    cells = token_routing._layout(words)
+    cells = token_routing._layout(words, 300)
     for row in range(1 + max(cell["row"] for cell in cells)):
         line = [cell for cell in cells if cell["row"] == row]
         assert all(a["x2"] <= b["x"] for a, b in itertools.pairwise(line))
-        assert all(cell["x2"] <= token_routing.LINE_WIDTH for cell in line if cell["token"] != "↵")
+        assert all(cell["x2"] <= 300 for cell in line if cell["token"] != "↵")
     assert cells[5]["row"] == cells[4]["row"] + 1  # a line break in the text breaks the line
 
 

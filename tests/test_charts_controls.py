@@ -84,6 +84,47 @@ def test_an_outlier_draws_the_errors_beside_it():
         charts.fp8_error([{**rows[0], "error": 0.0}], outlier=1.0)
 
 
+def test_a_token_fills_as_many_squares_as_it_uses_experts_inside_its_groups():
+    models = {name: preset(name).moe for name in ("deepseek-v2", "deepseek-v3", "course-v4", "mixtral-8x7B")}
+    chart = charts.router_choice(models, model="deepseek-v3", n_tokens=3)
+    assert control(chart, "model")["value"] == "deepseek-v3"
+    assert [control(chart, "token")[key] for key in ("min", "max", "value")] == [1, 3, 1]
+    for name, moe in models.items():
+        seen = set()
+        for token in (1, 2, 3):
+            picture = svg(chart, model=name, token=token)
+            squares = [mark for mark in marks(picture, "x") if "expert" in mark]
+            drawn = [int(mark["expert"].removeprefix("e")) for mark in squares]
+            assert sorted(drawn[: moe.n_routed_experts]) == list(range(moe.n_routed_experts))
+            assert len({(mark["x"], mark["y"]) for mark in squares}) == moe.n_routed_experts
+            chosen = drawn[moe.n_routed_experts :]
+            assert all(mark in squares[: moe.n_routed_experts] for mark in squares[moe.n_routed_experts :])
+            assert len(set(chosen)) == len(chosen) == moe.top_k
+            seen.add(tuple(chosen))
+            groups = {expert * moe.n_group // moe.n_routed_experts for expert in chosen}
+            assert len(groups) <= moe.topk_group
+            assert f">{moe.top_k} of {moe.n_routed_experts}" in picture
+        assert len(seen) == 3
+    with pytest.raises(InputError, match="router of course-hash = 'hash'"):
+        charts.router_choice({"course-hash": preset("course-hash").moe}, model="course-hash")
+    with pytest.raises(InputError, match="model = 'V5'"):
+        charts.router_choice(models, model="V5")
+
+
+def test_a_step_of_the_bias_is_drawn_for_the_chosen_number_of_experts():
+    rows = chart_samples.step_rows()
+    chart = charts.bias_step(rows, experts=64)
+    menu = control(chart, "experts")
+    assert (menu["options"], menu["value"]) == ([16, 64, 256], 64)
+    assert "sigmoid 10.24% and root of softplus 0.16%" in chart.to_dict()["description"]
+    for experts in (16, 64, 256):
+        picture = svg(chart, experts=experts)
+        assert {"sigmoid", "root of softplus"} <= set(words(picture))
+        assert len([word for word in words(picture) if word == "sigmoid"]) == 1
+    with pytest.raises(InputError, match=r"growth = 0\.0: must be above 0"):
+        charts.bias_step([{**rows[0], "growth": 0.0}], experts=16)
+
+
 def test_an_expert_is_full_where_the_package_says_so():
     loads, rows = chart_samples.CAPACITY_LOADS, chart_samples.capacity_rows()
     chart = charts.expert_capacity(loads, rows, factor=1.25)

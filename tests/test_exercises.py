@@ -45,6 +45,19 @@ def of_blocks(scales, weight):
     return scales.repeat_interleave(128, dim=0)[:rows].repeat_interleave(128, dim=1)[:, :columns]
 
 
+def shares(scores, ids):
+    gates = scores.gather(1, ids)
+    return gates / gates.sum(dim=1, keepdim=True)
+
+
+def violation(counts, kappa):
+    return torch.tanh(kappa * (1 - counts / counts.float().mean()))
+
+
+def centred(step):
+    return step - step.mean()
+
+
 def count_only_what_is_sent(chosen, second_gate, draw, slots):
     count = torch.bincount(chosen[:, 0], minlength=8).tolist()
     sent = []
@@ -426,6 +439,27 @@ WRONG = {
             lambda weight, inv: weight.float() * inv.repeat_interleave(128, 0).repeat_interleave(128, 1),  # partial
             lambda weight, inv: weight.float() * inv.mean(),
             lambda weight, inv: weight.float() * of_blocks(inv[:, :1].expand_as(inv), weight),
+        ],
+    },
+    "14": {
+        "gates_for_both": [
+            lambda scores, ids, norm, scale: (  # the bug
+                shares(scores, ids) if norm else scores.gather(1, ids) * scale
+            ),
+            lambda scores, ids, norm, scale: shares(scores, ids) * scale,
+            lambda scores, ids, norm, scale: scores.gather(1, ids) * scale,
+            lambda scores, ids, norm, scale: (  # divides by the sum over all experts
+                scale * scores.gather(1, ids) / (scores.sum(dim=1, keepdim=True) if norm else 1)
+            ),
+        ],
+        "bounded_step": [
+            lambda bias, counts, speed, kappa: bias + speed * (counts.float().mean() - counts).sign(),  # not bounded
+            lambda bias, counts, speed, kappa: bias + speed * violation(counts, kappa),  # the mean is left
+            lambda bias, counts, speed, kappa: bias - speed * centred(violation(counts, kappa)),
+            lambda bias, counts, speed, kappa: bias.add_(speed * centred(violation(counts, kappa))),  # in place
+            lambda bias, counts, speed, kappa: (
+                bias + speed * centred(torch.tanh(kappa * (counts.float().mean() - counts)))
+            ),
         ],
     },
 }

@@ -3,6 +3,7 @@
 from dsmoe_lite.viz.ablation_matrix import ablation_matrix
 from dsmoe_lite.viz.balance import loss_table, reach_curve
 from dsmoe_lite.viz.bias_speed import bias_speed
+from dsmoe_lite.viz.bias_step import bias_step
 from dsmoe_lite.viz.coactivation import coactivation
 from dsmoe_lite.viz.comparison import model_comparison, parameter_split
 from dsmoe_lite.viz.curves import capacity_curve, training_curves
@@ -21,6 +22,7 @@ from dsmoe_lite.viz.long_context import needle, rotary_frequencies
 from dsmoe_lite.viz.many_devices import exchange_matrix, link_timeline, scaling_curve
 from dsmoe_lite.viz.reach_by_chance import reach_by_chance
 from dsmoe_lite.viz.roofline import roofline
+from dsmoe_lite.viz.router_choice import router_choice
 from dsmoe_lite.viz.specialization import specialization_against_null
 from dsmoe_lite.viz.token_routing import token_routing
 from dsmoe_lite.viz.trend_intervals import trend_intervals
@@ -29,6 +31,7 @@ __all__ = [
     "ablation_matrix",
     "bank_groups",
     "bias_speed",
+    "bias_step",
     "cache_by_design",
     "cache_calculator",
     "capacity_curve",
@@ -55,6 +58,7 @@ __all__ = [
     "reach_curve",
     "roofline",
     "rotary_frequencies",
+    "router_choice",
     "scaling_curve",
     "specialization_against_null",
     "token_routing",

@@ -6,13 +6,13 @@ from typing import Any
 
 import altair as alt
 
-from dsmoe_lite.common.errors import InputError
+from dsmoe_lite.common.errors import InputError, require_int
 from dsmoe_lite.viz import theme
 from dsmoe_lite.viz.helpers import data, plain
 
 MAX_TOKENS = 80
 N_NAMED = 2  # experts named below a token; the tooltip names all
-LINE_WIDTH, ROW_HEIGHT, CELL_HEIGHT = 630, 50, 26  # px
+ROW_HEIGHT, CELL_HEIGHT = 50, 26  # px
 MONO_WIDTH, LABEL_WIDTH = 7.9, 6.0  # px per character at 13 and 10 px
 
 
@@ -22,6 +22,7 @@ def token_routing(
     *,
     focus: int | None = None,
     layer: int = 0,
+    line_width: int = 630,
     title: str = "Which expert handles each token?",
     subtitle: str | Sequence[str] = "",
     description: str = "",
@@ -31,10 +32,11 @@ def token_routing(
     layers: one mapping per MoE layer with topk_ids [T][K] (-1 for no expert), gates [T][K] and, optionally, kept
     [T][K]. A choice dropped by capacity, kept = False, is marked ×; for the expert in focus the token has a dashed
     outline and a strike. Two menus choose layer and expert. focus: the expert shown first; by default the busiest of
-    `layer`. At most 80 tokens.
+    `layer`. line_width: of the text, in px; 330 or less can be read on a phone. At most 80 tokens.
     """
     _check(tokens, layers, layer)
-    cells = _layout(tokens)
+    require_int("line_width", line_width, 200)
+    cells = _layout(tokens, line_width)
     choices = [_choices(given) for given in layers]
     busiest = Counter(e for token in choices[layer] for e, _, _ in token)
     n_experts = max((e for of_layer in choices for token in of_layer for e, _, _ in token), default=0) + 1
@@ -53,9 +55,9 @@ def token_routing(
     subtitle = subtitle or ["Fill: gate of the expert in focus. Below: the token's top experts.",
                             "× and a dashed, struck-out box: dropped, as the expert was full."]  # fmt: skip
     menus = _menus(len(layers), n_experts, layer, first)
-    chart = alt.layer(*_marks(cells)).add_params(*menus)
+    chart = alt.layer(*_marks(cells, line_width)).add_params(*menus)
     height = ROW_HEIGHT * (1 + max(cell["row"] for cell in cells))
-    return theme.finish(chart.properties(width=LINE_WIDTH, height=height), title, subtitle, description)
+    return theme.finish(chart.properties(width=line_width, height=height), title, subtitle, description)
 
 
 def _check(tokens: Sequence[str], layers: Sequence[Mapping[str, Any]], layer: int) -> None:
@@ -82,7 +84,7 @@ def _choices(layer: Mapping[str, Any]) -> list[list[tuple[int, float, bool]]]:
     return result
 
 
-def _layout(tokens: Sequence[str]) -> list[dict[str, Any]]:
+def _layout(tokens: Sequence[str], line_width: int) -> list[dict[str, Any]]:
     """Place tokens on wrapped lines of text; a line break in a token ends its line, a leading space adds a gap."""
     cells: list[dict[str, Any]] = []
     x, row = 0.0, 0
@@ -91,7 +93,7 @@ def _layout(tokens: Sequence[str]) -> list[dict[str, Any]]:
         if token.startswith(" ") and token.strip(" ") and x:
             x += 5
         width = max(len(text) * MONO_WIDTH + 10, 7 * LABEL_WIDTH + 4)
-        if x + width > LINE_WIDTH and text != "↵":
+        if x + width > line_width and text != "↵":
             x, row = 0.0, row + 1
         cells.append({"token": text, "x": x, "x2": x + width, "mid": x + width / 2, "row": row})
         x += width + 3
@@ -119,7 +121,7 @@ def _menus(n_layers: int, n_experts: int, layer: int, focus: int) -> list[Any]:
     ]
 
 
-def _marks(cells: list[dict[str, Any]]) -> list[alt.Chart]:
+def _marks(cells: list[dict[str, Any]], line_width: int) -> list[alt.Chart]:
     base = (
         alt.Chart(data(cells))
         .transform_calculate(all="split(datum.experts, '|')[layer]", weights="split(datum.gates, '|')[layer]")
@@ -137,7 +139,7 @@ def _marks(cells: list[dict[str, Any]]) -> list[alt.Chart]:
             label_y=f"datum.top + {CELL_HEIGHT + 9}",
         )
     )
-    x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, LINE_WIDTH], nice=False))
+    x = alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, line_width], nice=False))
     y_scale = alt.Scale(domain=[0, ROW_HEIGHT * (1 + max(cell["row"] for cell in cells))], nice=False, reverse=True)
     legend = alt.Legend(
         title="gate", orient="bottom", gradientLength=160, gradientThickness=10, values=[0, 0.5, 1], format="~g"
