@@ -17,4 +17,5 @@ def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:
 needs_gxx = _needs("gxx", shutil.which("g++") is not None, "g++ not found: apt install g++")
 needs_nvcc = _needs("nvcc", find_nvcc() is not None, "nvcc not found: pip install -e '.[nvcc]'")
 needs_triton = _needs("triton", find_spec("triton") is not None, "triton not found: pip install -e '.[triton]'")
+needs_pyarrow = _needs("pyarrow", find_spec("pyarrow") is not None, "pyarrow not found: pip install -e '.[parquet]'")
 needs_dpkg = _needs("dpkg", shutil.which("dpkg-deb") is not None, "dpkg-deb not found: it is a part of Debian")

@@ -4,23 +4,28 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite import __version__
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, RunError, require
 from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.machine import require_profile
+from dsmoe_lite.labs.executed import DIGEST, FAILED, RECORD, all_parameters, cells_digest, source_digest
 from dsmoe_lite.labs.results import read_result
+from dsmoe_lite.training.provenance import commit
 
 NAME_LENGTH = 60  # characters of the parameters in a file name
-DIGEST = "dsmoe_digest"  # key in a result's metadata: the hash of its cells, which shows whether a person edited them
 
 
 @dataclass(frozen=True)
@@ -48,16 +53,25 @@ def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None =
     """
     require_profile(parameters.get("profile", ""))
     target = _target(chapter, parameters, out or paths.RUNS)
-    start, cpu = time.perf_counter(), _children_cpu()
+    start, cpu, memory = time.perf_counter(), _children_cpu(), _children_memory()
     with tempfile.TemporaryDirectory(prefix="dsmoe-run-") as folder:
         executed = Path(folder) / "executed.ipynb"
         failure = _execute(chapter, parameters, executed)
-        wanted = target if failure is None else target.with_suffix(".failed.ipynb")
+        wall_s, cpu_s, peak = time.perf_counter() - start, _children_cpu() - cpu, _children_memory()
+        record = {
+            "chapter": chapter.stem,
+            "source": source_digest(chapter),
+            "parameters": all_parameters(chapter, parameters),
+            "wall_s": round(wall_s, 1),
+            "cpu_s": round(cpu_s, 1),
+            "peak_mb": round(peak) if peak is not None and peak > (memory or 0.0) else None,  # else an earlier run's
+            "versions": _versions(),
+        }
+        wanted = target if failure is None else target.with_suffix(FAILED)
         notebook = _free_name(wanted)
-        write_text(notebook, _finished(executed, chapter))
+        write_text(notebook, _finished(executed, chapter, record))
     if failure is not None:
         raise RunError(f"{chapter.stem}: {failure}; kept as {notebook}")
-    wall_s, cpu_s = time.perf_counter() - start, _children_cpu() - cpu
     kept = None if notebook == wanted else wanted
     return ExecutedChapter(notebook, dict(parameters), read_result(notebook), wall_s, cpu_s, kept)
 
@@ -128,30 +142,41 @@ def _may_replace(target: Path) -> bool:
         return True
     try:
         notebook = nbformat.read(target, as_version=4)
-        return notebook.metadata.get(DIGEST) == _digest(notebook)
+        return notebook.metadata.get(DIGEST) == cells_digest(notebook)
     except (OSError, ValueError, AttributeError, nbformat.ValidationError):
         return False
 
 
-def _digest(notebook: Any) -> str:
-    cells = [[cell.cell_type, cell.source, cell.get("outputs", [])] for cell in notebook.cells]
-    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _finished(executed: Path, chapter: Path) -> str:
-    """The executed notebook without its link to the .py source and the temporary folder's paths, with its digest."""
+def _finished(executed: Path, chapter: Path, record: Mapping[str, Any]) -> str:
+    """The executed notebook without its .py source and the temporary folder's paths, with its record and digest."""
     import nbformat
 
     notebook = nbformat.read(executed, as_version=4)
     notebook.metadata.pop("jupytext", None)
     notebook.metadata.papermill.update(input_path=chapter.name, output_path="")
-    notebook.metadata[DIGEST] = _digest(notebook)
+    notebook.metadata[RECORD] = dict(record)
+    notebook.metadata[DIGEST] = cells_digest(notebook)
     return nbformat.writes(notebook) + "\n"
 
 
 def _children_cpu() -> float:
     times = os.times()
     return times.children_user + times.children_system
+
+
+def _children_memory() -> float | None:
+    """The most memory that a child process has taken so far, in MB; None where the system does not report it."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    per_mb = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux kilobytes
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / per_mb
+
+
+def _versions() -> dict[str, Any]:
+    names = {"dsmoe_lite": __version__, "commit": commit(), "python": platform.python_version()}
+    return names | {"torch": version("torch")}
 
 
 def _first_line(text: str) -> str:

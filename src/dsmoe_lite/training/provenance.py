@@ -18,7 +18,7 @@ def provenance() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "dsmoe_lite": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "tokenizers": version("tokenizers"),
@@ -40,7 +40,8 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of the checkout, with `+changes` if files differ from it; None outside one."""
     if not IS_CLONE:
         return None  # the environment may be inside the checkout of another project
 

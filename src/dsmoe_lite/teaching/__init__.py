@@ -1,0 +1,1 @@
+"""For instructors: sweeps of a notebook over parameters, and tables of their results."""
