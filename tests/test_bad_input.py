@@ -333,7 +333,7 @@ def test_a_run_folder_in_use_is_a_failure(finished: Path, capsys: pytest.Capture
     before = files(finished)
     with FileLock(finished / ".lock"):
         line = refused(capsys, "train", "job.yaml", "--out", "run", status=FAILURE)
-    assert "another process is training in this folder" in line
+    assert "another process is using this folder" in line
     assert files(finished) == before
 
 

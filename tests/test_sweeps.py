@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
 import pandas
+import psutil
 import pytest
 from needs import needs_pyarrow
 
@@ -21,9 +23,10 @@ from dsmoe_lite.common.stats import mean_and_half_width
 from dsmoe_lite.labs.execute import run_chapter
 from dsmoe_lite.labs.executed import read_executed
 from dsmoe_lite.teaching.report import draw
-from dsmoe_lite.teaching.results import other_varied, read_results, summary, write_table
-from dsmoe_lite.teaching.sweep import failures, plan, run_sweep
+from dsmoe_lite.teaching.results import Group, other_varied, read_results, summary, write_table
+from dsmoe_lite.teaching.sweep import Outcome, failures, plan, run_sweep
 from dsmoe_lite.teaching.sweep_file import read_sweep
+from dsmoe_lite.training.run_folder import lock
 
 PARAMETERS = """\
 profile: str = "smoke"  # size of the run: smoke | cpu | gpu
@@ -61,7 +64,7 @@ def test_a_sweep_is_every_combination_with_the_types_of_the_notebook(folder: Pat
     assert (sweep.name, sweep.notebook, sweep.varied) == ("grid", folder / "toy.ipynb", ("rate", "seed"))
     assert sweep.runs == [{"profile": "smoke", "rate": r, "seed": s} for r in (0.125, 0.2) for s in (0, 3)]
     (folder / "grid.yml").write_text(
-        "notebook: toy.ipynb\nsweep: {kind: [none, 06, yes], shared: [true, no], rate: [1]}"
+        "notebook: toy.ipynb\nsweep: {kind: [none, 06, yes], shared: [true, false], rate: [1]}"
     )
     runs = read_sweep(folder / "grid.yml").runs
     assert [(run["kind"], run["shared"]) for run in runs] == [
@@ -88,6 +91,13 @@ def test_a_sweep_is_every_combination_with_the_types_of_the_notebook(folder: Pat
         ("[0, 3]", "[0, 3", 6, "is not YAML"),
         (SWEEP, "", 1, "must map notebook, parameters and sweep"),
         (SWEEP, "- a", 1, "must map notebook, parameters and sweep"),
+        ("[0, 3]", "[0, [3]]", 5, "seed must have one value here, a whole number, 0..100"),
+        ("[0, 3]", "[0, !!int abc]", 5, "seed = 'abc': must be a whole number"),
+        ("[0, 3]", "[0, 1:30]", 5, "seed = '1:30': must be a whole number"),
+        ("  seed:", "  ? [1]\n  :", 5, "a name must be one word"),
+        ("toy.ipynb", "~nouser/x.ipynb", 1, "cannot be read as a notebook"),
+        ("toy.ipynb", "'a\\0.ipynb'", 1, "no chapter"),
+        ("smoke}", "*none}", 2, "is not YAML: found undefined alias"),
         ("notebook: toy.ipynb\n", "", 1, "the key notebook is missing"),
     ],
 )
@@ -120,51 +130,49 @@ def test_runs_resume_and_the_table_is_that_of_the_notebooks(folder: Path) -> Non
     out, sweep = folder / "out", read_sweep(folder / "grid.yml")
     first = run_chapter(sweep.notebook, sweep.runs[2], out)
     before = first.notebook.read_bytes()
-    todo = plan(sweep, out)
+    todo = plan(sweep, out, processes=2)
     assert (todo.n_runs, todo.missing) == (4, [sweep.runs[0], sweep.runs[1], sweep.runs[3]])
     assert todo.seconds == pytest.approx(first.wall_s, abs=0.1)
-    outcomes = list(run_sweep(sweep, todo, out, processes=2))
-    failures(outcomes)
+    outcomes = list(run_sweep(sweep, todo))
+    failures(outcomes, todo.missing)
     assert sorted(map(str, (one.parameters for one in outcomes))) == sorted(map(str, todo.missing))
     assert plan(sweep, out).missing == []
     assert first.notebook.read_bytes() == before
-    assert list(run_sweep(sweep, plan(sweep, out), out, processes=2)) == []
+    assert list(run_sweep(sweep, plan(sweep, out))) == []
 
     results = read_results(out)
     assert results.parameters == ["profile", "seed", "rate", "kind", "shared"]
-    assert results.metrics == ["result kind", "layers.0", "layers.1", "loss", "n", "seen.a"]
+    assert results.metrics == ["result.kind", "layers.0", "layers.1", "loss", "n", "seen.a"]
     assert len(results.rows) == 4
     for row in results.rows:
         notebook = nbformat.read(out / row["notebook"], as_version=4)
         given = notebook.metadata.papermill.parameters
         assert {name: row[name] for name in given} == given
-        assert (row["kind"], row["shared"], row["result kind"], row["seen.a"]) == ("none", False, "none", False)
+        assert (row["kind"], row["shared"], row["result.kind"], row["seen.a"]) == ("none", False, "none", False)
         assert row["loss"] == pytest.approx(row["rate"] + row["seed"] / 7, rel=1e-3)
         assert (row["n"], row["layers.0"], row["layers.1"]) == (row["seed"], 1.0, 2.5)
-        assert row["wall_s"] > 0
+        assert row["run.wall_s"] > 0
         if row["notebook"] != first.notebook.name:  # the tests before may have had larger processes
-            assert row["peak_mb"] > 50
-        assert set(row) >= {"commit", "dsmoe_lite", "python", "torch"}
+            assert row["run.peak_mb"] > 50
+        assert set(row) >= {"run.commit", "run.dsmoe_lite", "run.python", "run.torch"}
     write_table(results, folder / "table.csv")
     table = pandas.read_csv(folder / "table.csv")
     assert list(table.columns) == list(results.rows[0])
     assert table["loss"].tolist() == [row["loss"] for row in results.rows]
 
-    rows = summary(results, "loss", ["rate"])
-    assert [row["rate"] for row in rows] == [0.125, 0.2]
-    for row in rows:
-        values = [one["loss"] for one in results.rows if one["rate"] == row["rate"]]
-        assert (row["n"], row["mean"], row["95% ±"]) == (2, *mean_and_half_width(values))
+    losses = {rate: [row["loss"] for row in results.rows if row["rate"] == rate] for rate in (0.125, 0.2)}
+    expected = [Group((rate,), 2, *mean_and_half_width(values)) for rate, values in losses.items()]
+    assert summary(results, "loss", ["rate"]) == expected
     assert other_varied(results, []) == ["rate"]
     assert other_varied(results, ["rate"]) == []
     with pytest.raises(InputError, match="unknown metric los: did you mean loss"):
         summary(results, "los", [])
     with pytest.raises(InputError, match="unknown parameter sed: did you mean seed"):
         summary(results, "loss", ["sed"])
-    with pytest.raises(InputError, match="metric result kind = 'none': is no number"):
-        summary(results, "result kind", [])
+    with pytest.raises(InputError, match=r"metric result\.kind = 'none': is no finite number"):
+        summary(results, "result.kind", [])
     draw(results, "loss", ["rate"], folder / "loss.svg")
-    assert ">rate = 0.125<" in (folder / "loss.svg").read_text()
+    assert ">0.125<" in (folder / "loss.svg").read_text()
     for bad in (lambda: draw(results, "loss", [], folder / "loss.pdf"), lambda: write_table(results, folder / "t.xls")):
         with pytest.raises(InputError, match="must end in"):
             bad()
@@ -199,7 +207,7 @@ def test_results_of_a_changed_notebook_are_not_mixed(folder: Path) -> None:
     notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
     notebook.cells[1].source += "\nreport(more=1)"
     nbformat.write(notebook, folder / "toy.ipynb")
-    with pytest.raises(InputError, match=r"toy\.ipynb has changed since; name another --out"):
+    with pytest.raises(InputError, match=r"is a result of another version of toy\.ipynb, or of another notebook"):
         plan(read_sweep(folder / "grid.yml"), out)
     run_chapter(sweep.notebook, sweep.runs[1], out)
     with pytest.raises(InputError, match="versions = "):
@@ -214,7 +222,7 @@ def test_an_edited_result_is_kept_and_does_not_count(folder: Path, capsys: pytes
     nbformat.write(notebook, run.notebook)
     edited = run.notebook.read_bytes()
     assert plan(sweep, out).missing == sweep.runs
-    with pytest.raises(InputError, match="holds no results"):
+    with pytest.raises(InputError, match="has only results that were edited"):
         read_results(out)
     run_chapter(sweep.notebook, sweep.runs[0], out)
     assert run.notebook.read_bytes() == edited
@@ -237,13 +245,14 @@ def test_a_report_warns_of_few_runs_and_of_mixed_groups(folder: Path, capsys: py
     printed = capsys.readouterr()
     (row,) = json.loads(printed.out)
     assert row["n"] == 2
-    assert "the groups mix values of rate: add --by rate" in printed.err
+    assert "the groups mix different values of rate" in printed.err
     assert "1 of 1 groups have fewer than 3 runs" in printed.err
     main_exit(["labs", "report", str(folder / "nowhere")], 2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT to a process group")
-def test_an_interrupt_ends_all_runs_and_leaves_no_half_result(folder: Path) -> None:
+@pytest.mark.parametrize("send", [os.killpg, os.kill], ids=["Ctrl-C", "the parent alone"])
+def test_an_interrupt_ends_all_runs_and_leaves_no_half_result(folder: Path, send: Callable[[int, int], None]) -> None:
     notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
     notebook.cells[1].source = "import time; time.sleep(600)"
     nbformat.write(notebook, folder / "toy.ipynb")
@@ -261,11 +270,15 @@ def test_an_interrupt_ends_all_runs_and_leaves_no_half_result(folder: Path) -> N
         [*command, "--processes", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     time.sleep(8)
-    os.killpg(running.pid, signal.SIGINT)
+    of_runs = psutil.Process(running.pid).children(recursive=True)
+    assert len(of_runs) >= 2
+    send(running.pid, signal.SIGINT)
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert errors.strip().splitlines()[-1] == "dsmoe: stopped"
-    assert list((folder / "out").glob("*")) == []
+    assert list((folder / "out").glob("*.ipynb")) == []
+    _, alive = psutil.wait_procs(of_runs, timeout=30)
+    assert alive == []
 
 
 def test_the_page_on_teaching_has_a_sweep_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,9 +294,82 @@ def test_the_page_on_teaching_has_a_sweep_that_is_right(tmp_path: Path, monkeypa
     assert "--plan" in commands[0]
 
 
-def test_failures_name_the_first_reason() -> None:
-    from dsmoe_lite.teaching.sweep import Outcome
+def test_failures_name_the_first_reason_in_the_order_of_the_sweep() -> None:
+    runs = [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    failures([Outcome(runs[0], notebook="a")], runs)
+    outcomes = [Outcome(runs[2], failure="no disk"), Outcome(runs[0], notebook="a"), Outcome(runs[1], failure="no net")]
+    with pytest.raises(RunError, match="2 of 3 runs failed, the first one: no net"):
+        failures(outcomes, runs)
 
-    failures([Outcome({}, notebook="a")])
-    with pytest.raises(RunError, match="1 of 2 runs failed, the first one: no disk"):
-        failures([Outcome({}, notebook="a"), Outcome({}, failure="no disk")])
+
+@pytest.mark.parametrize("out", ["x.ipynb", str(paths.NOTEBOOKS / "runs"), "toy.ipynb/deeper"])
+def test_a_folder_that_cannot_hold_results_is_refused_before_anything_runs(folder: Path, out: str) -> None:
+    with pytest.raises(InputError, match="out = "):
+        plan(read_sweep(folder / "grid.yml"), folder / out)
+
+
+def test_two_sweeps_do_not_share_a_folder(folder: Path) -> None:
+    sweep = read_sweep(folder / "grid.yml")
+    todo = plan(sweep, folder / "out")
+    with lock(folder / "out"), pytest.raises(RunError, match="another process is using this folder"):
+        next(run_sweep(sweep, todo))
+
+
+def test_what_a_notebook_prints_by_other_programs_does_not_hide_its_result(folder: Path) -> None:
+    (folder / "grid.yml").write_text("notebook: toy.ipynb\nsweep: {seed: [1]}\n")
+    notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
+    notebook.cells[1].source = "import os; os.system('echo [1]; echo noise >&2')\n" + notebook.cells[1].source
+    nbformat.write(notebook, folder / "toy.ipynb")
+    sweep = read_sweep(folder / "grid.yml")
+    (outcome,) = run_sweep(sweep, plan(sweep, folder / "out"))
+    assert Path(outcome.notebook).is_file()
+    assert outcome.failure == ""
+
+
+def test_results_that_cannot_be_told_apart_are_refused(folder: Path) -> None:
+    out, sweep = folder / "out", read_sweep(folder / "grid.yml")
+    run = run_chapter(sweep.notebook, {"seed": 0}, out)
+    (out / "copy.ipynb").write_bytes(run.notebook.read_bytes())
+    with pytest.raises(InputError, match="have the same parameters: move one away"):
+        read_results(out)
+    (out / "copy.ipynb").write_text("{")
+    with pytest.raises(InputError, match=r"copy\.ipynb: is damaged"):
+        read_results(out)
+    nbformat.write(nbformat.v4.new_notebook(), out / "copy.ipynb")  # somebody's own notebook
+    assert len(read_results(out).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("**{'run.wall_s': 1}", r"columns = \['run.wall_s'\]: two values of .* have this name"),
+        ("**{'a.b': 1}, a={'b': 2}", r"columns = \['a.b'\]: two values of .* have this name"),
+        ("notebook=3, flops=2**70, large=10**400", None),
+    ],
+)
+def test_names_and_sizes_of_results(folder: Path, result: str, message: str | None) -> None:
+    notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
+    notebook.cells[1].source = f"from dsmoe_lite.labs import report\nreport({result})"
+    nbformat.write(notebook, folder / "toy.ipynb")
+    run_chapter(folder / "toy.ipynb", {}, folder / "out")
+    if message is not None:
+        with pytest.raises(InputError, match=message):
+            read_results(folder / "out")
+        return
+    results = read_results(folder / "out")
+    write_table(results, folder / "t.csv")
+    table = pandas.read_csv(folder / "t.csv", dtype=str)
+    for name in results.metrics:
+        assert float(table.loc[0, name]) == float(f"{results.rows[0][name]}")
+    if "large" in results.metrics:
+        assert results.metrics[-1] == "result.notebook"
+        with pytest.raises(InputError, match="is no finite number"):
+            summary(results, "large", [])
+
+
+def test_options_of_a_report_are_checked_before_anything_is_written(folder: Path) -> None:
+    out = folder / "out"
+    run_chapter(folder / "toy.ipynb", {}, out)
+    main_exit(["labs", "report", str(out), "--by", "seed"], 2)
+    main_exit(["labs", "report", str(out), "--metric", "loss", "--by", "sed", "--table", str(folder / "t.csv")], 2)
+    assert not (folder / "t.csv").exists()

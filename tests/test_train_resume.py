@@ -182,7 +182,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     from filelock import FileLock
 
     model, batches = make()
-    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another process is training in this folder"):
+    with FileLock(tmp_path / ".lock"), pytest.raises(RunError, match="another process is using this folder"):
         train(model, batches, CONFIG, folder=tmp_path)
 
 

@@ -21,7 +21,7 @@ from dsmoe_lite.common import paths
 from dsmoe_lite.common.errors import InputError, RunError, require
 from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.machine import require_profile
-from dsmoe_lite.labs.executed import DIGEST, FAILED, RECORD, all_parameters, cells_digest, source_digest
+from dsmoe_lite.labs.executed import DIGEST, RECORD, cells_digest, parameter_defaults, source_digest
 from dsmoe_lite.labs.results import read_result
 from dsmoe_lite.training.provenance import commit
 
@@ -53,21 +53,25 @@ def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None =
     """
     require_profile(parameters.get("profile", ""))
     target = _target(chapter, parameters, out or paths.RUNS)
+    source = chapter.read_bytes()  # what is recorded is what is run, if somebody edits the chapter meanwhile
+    record: dict[str, Any] = {
+        "chapter": chapter.stem,
+        "source": source_digest(source),
+        "parameters": parameter_defaults(chapter) | dict(parameters),
+        "versions": _versions(),
+    }
     start, cpu, memory = time.perf_counter(), _children_cpu(), _children_memory()
     with tempfile.TemporaryDirectory(prefix="dsmoe-run-") as folder:
         executed = Path(folder) / "executed.ipynb"
-        failure = _execute(chapter, parameters, executed)
+        failure = _execute(chapter.stem, source, parameters, executed)
         wall_s, cpu_s, peak = time.perf_counter() - start, _children_cpu() - cpu, _children_memory()
-        record = {
-            "chapter": chapter.stem,
-            "source": source_digest(chapter),
-            "parameters": all_parameters(chapter, parameters),
+        record |= {
             "wall_s": round(wall_s, 1),
             "cpu_s": round(cpu_s, 1),
             "peak_mb": round(peak) if peak is not None and peak > (memory or 0.0) else None,  # else an earlier run's
-            "versions": _versions(),
+            "failure": failure,
         }
-        wanted = target if failure is None else target.with_suffix(FAILED)
+        wanted = target if failure is None else target.with_suffix(".failed.ipynb")
         notebook = _free_name(wanted)
         write_text(notebook, _finished(executed, chapter, record))
     if failure is not None:
@@ -76,15 +80,15 @@ def run_chapter(chapter: Path, parameters: Mapping[str, Any], out: Path | None =
     return ExecutedChapter(notebook, dict(parameters), read_result(notebook), wall_s, cpu_s, kept)
 
 
-def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> str | None:
-    """Write the executed notebook to `executed`; return None, or the failure in one line."""
+def _execute(name: str, chapter: bytes, parameters: Mapping[str, Any], executed: Path) -> str | None:
+    """Run the notebook `chapter` and write it to `executed`; return None, or the failure in one line."""
     import papermill
     from nbclient.exceptions import DeadKernelError
 
     from dsmoe_lite.labs import jupyter_kernel
 
     source = executed.with_name("chapter.ipynb")  # papermill would format braces in the reader's path
-    source.write_bytes(chapter.read_bytes())
+    source.write_bytes(chapter)
     logging.getLogger("papermill").setLevel(
         logging.ERROR
     )  # it warns of defaults that it cannot parse, as text with "="
@@ -96,12 +100,12 @@ def _execute(chapter: Path, parameters: Mapping[str, Any], executed: Path) -> st
             kernel_name=jupyter_kernel.NAME,
             language="python",
             cwd=executed.parent,
-            progress_bar={"desc": chapter.stem, "leave": False, "disable": None},
+            progress_bar={"desc": name, "leave": False, "disable": None},
             kernel_manager_class=jupyter_kernel.SameInterpreterKernelManager,
         )
     except papermill.PapermillExecutionError as error:
         if error.ename == InputError.__name__:
-            raise InputError(f"{chapter.stem}: {error.evalue}") from None
+            raise InputError(f"{name}: {error.evalue}") from None
         return f"cell In [{error.exec_count}] stopped with {error.ename}: {_first_line(error.evalue)}"
     except DeadKernelError:
         return "the kernel died (out of memory?)"
@@ -121,11 +125,17 @@ def _target(chapter: Path, parameters: Mapping[str, Any], out: Path) -> Path:
             given = [given, str(chapter)]
         digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
         target = out / f"{chapter.stem}{values[:NAME_LENGTH]}-{digest}.ipynb"
-    require(paths.NOTEBOOKS.resolve() not in target.parents, "out", str(out), "a chapter is never run in place")
-    parent = next(folder for folder in target.parents if folder.exists())
-    writable = parent.is_dir() and os.access(parent, os.W_OK)
-    require(writable, "out", str(out), f"{parent} is not a folder you can write to")
+    require_results_folder(target.parent)
     return target
+
+
+def require_results_folder(folder: Path) -> None:
+    """Raise InputError if results cannot, or must not, be written into `folder`, an absolute path."""
+    inside = paths.NOTEBOOKS.resolve() in (folder, *folder.parents)
+    require(not inside, "out", str(folder), "a chapter is never run in place")
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
+    require(writable, "out", str(folder), f"{existing} is not a folder you can write to")
 
 
 def _free_name(target: Path) -> Path:
@@ -170,8 +180,8 @@ def _children_memory() -> float | None:
         import resource
     except ModuleNotFoundError:  # Windows
         return None
-    per_mb = 1e6 if sys.platform == "darwin" else 1e3  # macOS counts bytes, Linux kilobytes
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / per_mb
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e6
 
 
 def _versions() -> dict[str, Any]:

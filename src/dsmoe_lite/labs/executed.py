@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.labs.chapters import chapter_schema
 from dsmoe_lite.labs.results import read_result
 
 DIGEST = "dsmoe_digest"  # key in the metadata: the hash of the cells, which shows whether a person edited them
 RECORD = "dsmoe_run"  # key in the metadata: what was run, on what, and what it took
-FAILED = ".failed.ipynb"  # end of the name of a run that failed
 
 
 @dataclass(frozen=True)
@@ -32,33 +32,40 @@ class Executed:
 
 
 def read_executed(folder: Path) -> Iterator[Executed]:
-    """The results of `run_chapter` in a folder, by name; other files are passed over."""
+    """The results of `run_chapter` in a folder, by name; failed runs and other notebooks are passed over.
+
+    Raises InputError for a notebook that cannot be read.
+    """
     import nbformat
 
     for path in sorted(folder.glob("*.ipynb")):
         try:
             notebook = nbformat.read(path, as_version=4)
-            record = dict(notebook.metadata[RECORD])
+            record = dict(notebook.metadata.get(RECORD, {}))
+            if not record or record.pop("failure") is not None:
+                continue
             chapter, source, values = (record.pop(name) for name in ("chapter", "source", "parameters"))
             parameters = {name: values[name] for name in chapter_schema(path)}  # JSON has them by name
-        except (OSError, ValueError, AttributeError, KeyError, TypeError, nbformat.ValidationError):
-            continue
-        if not path.name.endswith(FAILED):
-            edited = notebook.metadata.get(DIGEST) != cells_digest(notebook)
-            yield Executed(path, chapter, source, parameters, read_result(path), record, edited)
+            result = read_result(path)
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, nbformat.ValidationError):
+            raise InputError(f"{path}: is damaged or cannot be read; move it away") from None
+        edited = notebook.metadata.get(DIGEST) != cells_digest(notebook)
+        yield Executed(path, chapter, source, parameters, result, record, edited)
 
 
-def all_parameters(chapter: Path, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a run with the defaults of those that were not given."""
-    return {name: one.default for name, one in chapter_schema(chapter).items()} | dict(parameters)
+def parameter_defaults(chapter: Path) -> dict[str, Any]:
+    """The default of each parameter of a notebook."""
+    return {name: parameter.default for name, parameter in chapter_schema(chapter).items()}
 
 
-def source_digest(chapter: Path) -> str:
-    """The hash of a notebook's cells, without outputs."""
+def source_digest(source: bytes) -> str:
+    """The hash of the cells of a notebook, given as its file's bytes; outputs do not count."""
     import nbformat
 
-    cells = [[cell.cell_type, cell.source] for cell in nbformat.read(chapter, as_version=4).cells]
-    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
+    notebook = nbformat.reads(source.decode("utf-8"), as_version=4)
+    return hashlib.sha256(json.dumps([[cell.cell_type, cell.source] for cell in notebook.cells]).encode()).hexdigest()[
+        :16
+    ]
 
 
 def cells_digest(notebook: Any) -> str:

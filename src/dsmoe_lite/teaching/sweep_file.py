@@ -19,7 +19,7 @@ import yaml
 from dsmoe_lite.common.errors import InputError, find_name
 from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.labs.chapters import chapter_schema, find_notebook
-from dsmoe_lite.labs.parameters import Parameter, check_value, find_parameter, parse_value
+from dsmoe_lite.labs.parameters import Parameter, find_parameter, parse_value
 
 KEYS = ("notebook", "parameters", "sweep")
 MOST_RUNS = 10_000
@@ -54,10 +54,13 @@ class _Reader:
             self.root = self.loader.get_single_node()
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
-        except (yaml.MarkedYAMLError, UnicodeDecodeError, yaml.reader.ReaderError) as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f"line {mark.line + 1}: " if mark else ""
-            raise InputError(f"{path}, {line}is not YAML: {getattr(error, 'problem', error)}") from None
+        except yaml.MarkedYAMLError as error:
+            line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+            raise InputError(f"{path}{line}: is not YAML: {error.problem}") from None
+        except (UnicodeDecodeError, yaml.YAMLError):
+            raise InputError(f"{path}: is no text in UTF-8") from None
+        except RecursionError:
+            raise InputError(f"{path}: is nested too deeply") from None
 
     def fail(self, node: yaml.Node | None, message: str) -> NoReturn:
         line = 1 if node is None else node.start_mark.line + 1
@@ -72,9 +75,8 @@ class _Reader:
             if key not in entries:
                 self.fail(self.root, f"the key {key} is missing")
         notebook, schema = self.notebook(entries["notebook"][1])
-        fixed_nodes = (
-            self.mapping(entries["parameters"][1], "must map names to values") if "parameters" in entries else {}
-        )
+        given = entries["parameters"][1] if "parameters" in entries else None
+        fixed_nodes = {} if given is None else self.mapping(given, "must map names to values", empty=True)
         fixed = {name: self.value(schema, *nodes) for name, nodes in fixed_nodes.items()}
         lists = {}
         for name, (name_node, value_node) in self.mapping(entries["sweep"][1], "must map names to lists").items():
@@ -87,28 +89,38 @@ class _Reader:
         runs = [fixed | dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
         return Sweep(self.path.stem, notebook, tuple(lists), runs)
 
-    def mapping(self, node: yaml.Node | None, message: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    def mapping(
+        self, node: yaml.Node | None, message: str, *, empty: bool = False
+    ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         """The names of a mapping with the nodes of name and value."""
-        if not isinstance(node, yaml.MappingNode) or not node.value:
+        if not isinstance(node, yaml.MappingNode) or not (node.value or empty):
             self.fail(node, message)
         found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for name_node, value_node in node.value:
-            name = str(name_node.value)
+            if not isinstance(name_node, yaml.ScalarNode):
+                self.fail(name_node, "a name must be one word")
+            name = name_node.value
             if name in found:
                 self.fail(name_node, f"{name} is given twice")
             found[name] = name_node, value_node
         return found
 
     def notebook(self, node: yaml.Node) -> tuple[Path, dict[str, Parameter]]:
+        import nbformat
+
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, "notebook must be a chapter's number or name, or the path of a notebook")
-        beside = (self.path.parent / node.value).resolve()
-        name = str(beside) if node.value.endswith(".ipynb") and beside.is_file() else node.value
         try:
-            notebook = find_notebook(name)
-            return notebook, chapter_schema(notebook)
+            beside = (self.path.parent / node.value).resolve()
+            is_beside = node.value.endswith(".ipynb") and beside.is_file()
+            notebook = find_notebook(str(beside) if is_beside else node.value)
+            schema = chapter_schema(notebook)
+            nbformat.validate(nbformat.read(notebook, as_version=4))
         except InputError as error:
             self.fail(node, str(error))
+        except (OSError, ValueError, RuntimeError, AttributeError, nbformat.ValidationError):
+            self.fail(node, f"{node.value!r} cannot be read as a notebook")
+        return notebook, schema
 
     def values(self, schema: dict[str, Parameter], name: yaml.Node, node: yaml.Node) -> list[Any]:
         if not isinstance(node, yaml.SequenceNode) or not node.value:
@@ -122,14 +134,17 @@ class _Reader:
         return values
 
     def value(self, schema: dict[str, Parameter], name: yaml.Node, node: yaml.Node) -> Any:
+        """The value as it is written, read as on the command line: 010 is ten, and `none` is a text."""
         try:
-            parameter = find_parameter(schema, str(name.value))
-            if isinstance(node, yaml.ScalarNode) and parameter.type in ("str", "float"):
-                value = parse_value(parameter, node.value)  # YAML reads none, 06 and yes as no text, 1e-4 as no number
-            else:
-                value = check_value(parameter, self.loader.construct_object(node, deep=True))
+            parameter = find_parameter(schema, name.value)
+        except InputError as error:
+            self.fail(name, str(error))
+        if not isinstance(node, yaml.ScalarNode):
+            self.fail(node, f"{name.value} must have one value here, {parameter.describe()}")
+        try:
+            value = parse_value(parameter, node.value)
             if parameter.name == "profile":
                 require_profile(value)
-        except (InputError, yaml.MarkedYAMLError) as error:
-            self.fail(name if "unknown parameter" in str(error) else node, str(error))
+        except InputError as error:
+            self.fail(node, str(error))
         return value

@@ -27,7 +27,7 @@ def lock(folder: Path) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{folder}: is not a folder; choose another folder for the run") from None
     except Timeout:
-        raise RunError(f"{folder}: another process is training in this folder; wait for it or choose another") from None
+        raise RunError(f"{folder}: another process is using this folder; wait for it or choose another") from None
 
 
 def check_settings(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
