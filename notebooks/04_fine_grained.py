@@ -492,7 +492,7 @@ charts.model_comparison(
 # Why, if the toy is so clear? Our made-up world is mostly a lookup table: *whose* tool, *which* tool. One expert that
 # knows the pair is enough. That is a guess; no run here tests it. The toy shows what would have to be different:
 # knowledge that is **made of reusable parts**. With ten seeds and smaller models [chapter
-# 07](07_paper_experiments.ipynb) does find a small gain; its runs on real text have not been finished yet.
+# 07](07_paper_experiments.ipynb) does find a small gain there; on real text the gain of cutting alone is not resolved.
 #
 # ## Exercises
 #

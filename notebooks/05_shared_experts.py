@@ -601,7 +601,7 @@ claim("what the eighth routed expert gives back", alone - swapped, (-0.005, 0.01
 
 # %% [markdown]
 # 2.414, a rise of 0.606 nats; ours is a thirtieth of it. (Our model was trained twice as long as the five-seed models
-# below, hence its lower loss.) Perhaps real text has more in common than our sentences; no run here tests that. One
+# below, hence its lower loss.) Perhaps real text has more in common than our sentences: there, in larger models, a shared expert does lower the loss (chapter 07). One
 # thing is clear: *nothing was trained to stand in*. The expert that comes eighth in a token's ranking was never meant
 # for this token, and in our model it gives back 0.002 of the 0.024 lost. So the swap shows that the routed experts of
 # **this model** do not do the shared expert's job. It does not show that a model trained *without* shared experts would

@@ -41,8 +41,7 @@ MADE_UP = [
 INCOMPLETE = (
     "paper-gpu",
     "text-long-gpu",
-    "text-long",
-)  # the first two need a GPU, the third hours
+)  # both need a GPU
 
 
 @pytest.mark.parametrize("name", GRIDS)
