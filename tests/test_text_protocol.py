@@ -5,7 +5,9 @@ from itertools import combinations
 from math import sqrt
 from statistics import fmean, stdev
 
+import numpy as np
 from page_tables import rows_below
+from scipy.stats import t as student
 
 from dsmoe_lite.common import paths
 from dsmoe_lite.common.stats import seeds_needed
@@ -114,3 +116,20 @@ def test_records_are_of_one_text_and_of_no_pilot_seed() -> None:
         for record in records(name, diverged=True):
             assert record["seed"] < 10
             assert "diverged" in record or record["corpus"]["sha256"] == CORPUS_SHA256
+
+
+def test_the_page_of_results_has_the_means_of_the_records() -> None:
+    page = (paths.NOTEBOOKS / "pages" / "text_results.md").read_text(encoding="utf-8")
+    seen = 0
+    for name, steps, seeds, *cells in rows_below(page, "model | steps | seeds"):
+        folder = paths.DATA / "runs" / {"750": "text-short", "1,500": "text-long"}[steps]
+        runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{name}-seed?.json"))]
+        assert len(runs) == int(seeds)
+        bits = np.array([list(run["heldout_bits_per_byte"].values()) for run in runs])
+        half = student.ppf(0.975, len(runs) - 1) * bits.std(axis=0, ddof=1) / np.sqrt(len(runs))
+        of_all, *of_domains = bits.mean(axis=0)
+        assert cells[0].split() == [f"{of_all:.3f}", "±", f"{half[0]:.3f}"]
+        assert cells[1:-1] == [f"{mean:.3f}" for mean in of_domains]
+        assert (cells[-1] == "-") == (name == "dense")
+        seen += len(runs)
+    assert seen == 100
