@@ -14,8 +14,8 @@
 # **Why did DeepSeek rebuild its router twice?** V2 scores experts by a softmax and spreads the load by three losses. V3
 # scores each expert alone and spreads the load by a bias. V4 scores by the root of softplus, and in its first layers a
 # fixed table chooses the experts. Was it to lower the loss? In our toys each of these steps leaves the loss the same
-# within 0.02 nats. One reason can be computed: the bias moves by 0.001 per batch. Among 256 softmax scores such a step
-# brings an expert 16% more tokens, among sigmoids it brings 2%, among V4's scores 1%.
+# within 0.02 nats. So what was it for? One answer can be computed: a bias that moves by steps of 0.001 needs scores of
+# one scale, and a softmax over hundreds of experts has none.
 #
 # **Afterwards you can** say what each part of these routers does, build V4's, and tell which tokens a balance loss
 # should count. **You need** chapters 02, 06, 11 and 13. **Reading time** 15 minutes. **Hardware** any laptop CPU.
@@ -137,8 +137,8 @@ charts.bias_step(rows, experts=256)
 # sigmoids are all close to 1; then one step again overtakes many. The root of softplus has no upper end: a step adds
 # about 1% or less, whatever the logits.
 #
-# This reason is ours; the reports only state what they use. In our toys, with 64 experts and logits that have a
-# standard deviation of about 0.9 (chapter 05's model), sigmoids and roots of softplus differ little.
+# This reason is ours, not the reports'. In our toys, with 64 experts and logits that have a standard deviation of about
+# 0.9 (chapter 05's model), sigmoids and roots of softplus differ little.
 #
 # In V3 and V4 the scores of the $K$ chosen experts $\mathcal T_t$ also become the gates, without the bias:
 #
@@ -400,8 +400,8 @@ claim("training loss, last step", run.losses[-1], interval, asserted=lab.own)
 # at one place and not at the next.
 #
 # What does a table cost? No bias can move its load. Ours lists every expert equally often, so each gets as many token
-# *ids* as any other. (V4's report does not say how its table was drawn.) But tokens are not equally frequent: the full
-# stop alone, one of 1,024 ids, is 9% of the text.
+# *ids* as any other. (How V4's was drawn is not known to us.) But tokens are not equally frequent: the full stop alone,
+# one of 1,024 ids, is 9% of the text.
 #
 # **Ask.** In the recorded runs, where a token uses 8 of 64 experts, how many times its fair share does the busiest
 # expert of the table's layer get?

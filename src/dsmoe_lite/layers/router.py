@@ -239,7 +239,7 @@ def hash_table(vocab_size: int, n_experts: int, k: int, seed: int) -> Tensor:
     """Draw `k` different experts for every token id, (V, k) int64: balanced over the vocabulary, not over a text.
 
     Rounds of n_experts // k ids share out a new random order of the experts, so every expert gets at most one id of a
-    round. DeepSeek-V4 ships such a table with its weights and does not say how it was drawn.
+    round. DeepSeek-V4 ships such a table with its weights; how that one was drawn is not known here.
     """
     generator, per_round = torch.Generator().manual_seed(seed), n_experts // k
     order = torch.rand(-(-vocab_size // per_round), n_experts, generator=generator, device="cpu").argsort(dim=1)
