@@ -76,12 +76,12 @@ def router_choice(
         mark = each.mark_rect(color=theme.LIGHT[role], cornerRadius=2)
         return mark.encode(x=x, y=y, tooltip=[alt.Tooltip("name:N", title="expert")], **ends)
 
-    outline = shown(frames).mark_rect(filled=False, stroke=theme.LIGHT["line1"], cornerRadius=3)
+    outline = shown(frames).mark_rect(filled=False, stroke=theme.LIGHT["muted"], cornerRadius=3)
     text = shown(words).mark_text(align="left", baseline="top", lineBreak="|", color=theme.LIGHT["muted"])
     layers = [
         rects(squares, "grid"),
         outline.encode(x=x, y=y, **ends),
-        rects(chosen, "deepseekmoe"),
+        rects(chosen, "line1"),
         text.encode(x=alt.value(4), y=alt.value(0), text="text:N"),
     ]
     chart = alt.layer(*layers).properties(width=WIDTH, height=height)
