@@ -135,7 +135,7 @@ charts.bias_step(rows, experts=256)
 # experts, and follow the lines to the right, where logits are farther apart. How much a step does with a softmax
 # depends on both, by a factor of hundreds. A sigmoid depends less on them, until logits are so large that the best
 # sigmoids are all close to 1; then one step again overtakes many. The root of softplus has no upper end: a step adds
-# about 1% or less, whatever the logits.
+# 1.5% or less, whatever the logits.
 #
 # This reason is ours, not the reports'. In our toys, with 64 experts and logits that have a standard deviation of about
 # 0.9 (chapter 05's model), sigmoids and roots of softplus differ little.

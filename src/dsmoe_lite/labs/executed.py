@@ -59,16 +59,30 @@ def parameter_defaults(chapter: Path) -> dict[str, Any]:
 
 
 def source_digest(source: bytes) -> str:
-    """The hash of the cells of a notebook, given as its file's bytes; outputs do not count."""
+    """The hash of the cells of a notebook, given as its file's bytes; outputs do not count.
+
+    Raises InputError if it is no valid notebook.
+    """
     import nbformat
 
-    notebook = nbformat.reads(source.decode("utf-8"), as_version=4)
-    return hashlib.sha256(json.dumps([[cell.cell_type, cell.source] for cell in notebook.cells]).encode()).hexdigest()[
-        :16
-    ]
+    try:
+        text = source.decode("utf-8")
+        if "nbformat" not in json.loads(text):
+            raise ValueError("its nbformat is missing")
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+        cells = [[cell.cell_type, cell.source] for cell in notebook.cells]
+    except (ValueError, TypeError, AttributeError, RecursionError, nbformat.ValidationError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"this is no valid notebook ({reason}): save it again in JupyterLab") from None
+    return _hash(json.dumps(cells))
 
 
 def cells_digest(notebook: Any) -> str:
     """The hash of a result's cells and outputs."""
     cells = [[cell.cell_type, cell.source, cell.get("outputs", [])] for cell in notebook.cells]
-    return hashlib.sha256(json.dumps(cells, sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(json.dumps(cells, sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

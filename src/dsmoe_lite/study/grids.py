@@ -216,7 +216,7 @@ GRIDS = {
     ),
     # Chapter 13: what DeepSeek-V3 and V4 changed. The pilot, before the fourth protocol was fixed.
     "successors-pilot": Grid(successors.PILOT, successors.PILOT_SEEDS, n_streams=200),
-    # Chapter 13, by the fourth protocol.
+    # Chapters 13 and 14, by the fourth protocol.
     "successors": Grid(successors.JOBS, successors.SEEDS, n_streams=200, protocol=successors.VERSION),
     "text-long-gpu": Grid(text_protocol.larger_jobs(), n_streams=10, protocol=text_protocol.VERSION),
     "paper-gpu": Grid(protocol.GPU.jobs(), n_streams=10, protocol=protocol.VERSION),

@@ -19,6 +19,7 @@ import yaml
 from dsmoe_lite.common.errors import InputError, find_name
 from dsmoe_lite.common.machine import require_profile
 from dsmoe_lite.labs.chapters import chapter_schema, find_notebook
+from dsmoe_lite.labs.executed import source_digest
 from dsmoe_lite.labs.parameters import Parameter, find_parameter, parse_value
 
 KEYS = ("notebook", "parameters", "sweep")
@@ -106,8 +107,6 @@ class _Reader:
         return found
 
     def notebook(self, node: yaml.Node) -> tuple[Path, dict[str, Parameter]]:
-        import nbformat
-
         if not isinstance(node, yaml.ScalarNode):
             self.fail(node, "notebook must be a chapter's number or name, or the path of a notebook")
         try:
@@ -115,10 +114,10 @@ class _Reader:
             is_beside = node.value.endswith(".ipynb") and beside.is_file()
             notebook = find_notebook(str(beside) if is_beside else node.value)
             schema = chapter_schema(notebook)
-            nbformat.validate(nbformat.read(notebook, as_version=4))
+            source_digest(notebook.read_bytes())
         except InputError as error:
             self.fail(node, str(error))
-        except (OSError, ValueError, RuntimeError, AttributeError, nbformat.ValidationError):
+        except (OSError, ValueError, RuntimeError):
             self.fail(node, f"{node.value!r} cannot be read as a notebook")
         return notebook, schema
 
