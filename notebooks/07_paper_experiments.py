@@ -747,14 +747,15 @@ verdict = check_exercise(sign_flip_p, counts_all_flips)
 #
 # - A verdict needs several seeds, a test fixed before the runs, and a correction for the number of tests. 14 of 19
 #   claims hold by family, 7 over all.
-# - Mixtures of experts beat dense models of equal work, and of four times the work, beyond doubt.
-# - DeepSeekMoE's lead over GShard is small, and is not shown against the GShard that the paper prints, with undivided
-#   gates. Hold the gates equal when you compare experts.
+# - In the made-up world mixtures of experts beat dense models of equal work, and of four times the work, beyond doubt. On
+#   real text, after short training, Switch's lead is not shown.
+# - In the made-up world DeepSeekMoE's lead over GShard is small, and is not shown against the GShard that the paper
+#   prints, with undivided gates. In larger models on real text it leads GShard with either gates. Hold the gates equal
+#   when you compare experts.
 # - In the made-up world cutting experts helps a little, and what a shared expert adds could not be resolved; four are
-#   worse than one. In larger models on real text, DeepSeekMoE leads GShard with either gates, and the shared expert
-#   helps.
-# - Figure 4 comes out reversed, because it measures the weight of replacement experts. Measured with and without
-#   replacements, no model's experts are redundant, and they do not differ in it (exploration).
+#   worse than one. In larger models on real text the shared expert helps.
+# - Figure 4 comes out reversed in both. Measured with and without replacements, no model's experts are redundant in the
+#   made-up world (exploration); on real text DeepSeekMoE's are less redundant than GShard's.
 # - None of this says what models thousands of times as large do.
 #
 # Next, [chapter 08](08_what_experts_learn.ipynb): what did these experts learn, and is it theirs alone?
