@@ -482,7 +482,8 @@ print(
 # within 0.25% of that in BF16 (Section 3.3).
 #
 # We trained a toy of V3 three ways, five seeds each, by a [protocol](13_protocol.md) fixed beforehand: plain, with MTP, and in FP8
-# with blocks of 32. On a CPU FP8 is simulated: real rounding, no speed.
+# with blocks of 32. On a CPU, FP8 is simulated: the rounding is real, the speed is not. On a GPU with FP8 tensor cores the package
+# uses them; it has not run on one.
 #
 # **Ask.** With MTP, what happens to the loss of the *next* token: does it fall, does it rise, or is there no clear difference?
 

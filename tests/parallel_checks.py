@@ -36,6 +36,7 @@ from dsmoe_lite.parallel.shard import ParallelExperts, parallelize
 from dsmoe_lite.simulate.placement import consecutive_placement
 from dsmoe_lite.simulate.traffic import rows_between
 from dsmoe_lite.training.launch import launched_processes
+from dsmoe_lite.training.objective import mtp_loss
 from dsmoe_lite.training.processes import Processes
 
 FOUND: dict[str, Any] = {}
@@ -90,10 +91,12 @@ def loss_of(model: Transformer, tokens: Tensor, n_sequences: int, all_reduce: ba
     out = model(tokens[:, :-1])
     loss = F.cross_entropy(out.logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum") / (n_sequences * S)
     loss = all_reduce(loss)
-    for routing in out.routings:
+    for routing in (*out.routings, *out.ahead_routings):
         loss = loss + 0.1 * balance.expert_loss(routing, all_reduce=all_reduce)
         if model.config.moe and model.config.moe.chooser == "token":
             loss = loss + 0.1 * balance.sequence_loss(routing, all_reduce=all_reduce)
+    if out.ahead:
+        loss = loss + 0.3 * all_reduce(mtp_loss(out, tokens) * len(tokens) / n_sequences)
     return loss
 
 
@@ -329,6 +332,7 @@ def check(folder: Path, processes: Processes) -> None:
         train_both("float64 dropping", replace(MODEL, moe=devices), 4, n_sequences=16)
         experts = replace(moe, chooser="expert", routing_groups=4)
         train_both("float64 expert choice", replace(MODEL, moe=experts), 4)
+        train_both("float64 mtp", replace(MODEL, n_mtp=2, tie_embeddings=True), 2)
         norms(processes)
         losses()
         empty(4)

@@ -50,7 +50,7 @@ def found(folder: Path) -> dict[str, Any]:
     return launch("check", folder, 4)
 
 
-@pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited", "capacity", "dropping", "expert choice"])
+@pytest.mark.parametrize("name", ["1", "2", "4", "ragged", "limited", "capacity", "dropping", "expert choice", "mtp"])
 def test_twenty_steps_are_those_of_one_process(found: dict[str, Any], name: str) -> None:
     for value in found[f"float64 {name}"].values():
         assert value < 1e-9

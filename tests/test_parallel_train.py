@@ -26,6 +26,7 @@ model:
   ffn_width: 64
   max_seq_len: 32
   n_dense_layers: 1
+  n_mtp: 1
   moe: {n_routed_experts: 8, top_k: 2, expert_width: 24, n_shared_experts: 1, n_group: 4, topk_group: 2,
         scoring_func: sigmoid, expert_bias: true}
 train: {steps: 80, batch_size: 8, seq_len: 32, grad_accum: 2, checkpoint_every: 5, bias_speed: 0.001,
@@ -206,7 +207,7 @@ def test_many_processes_refuse_the_checkpoint_of_one(config: Path, one: Path) ->
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1000k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
     result = subprocess.run(mount, capture_output=True, text=True)
     if result.returncode != 0:
         pytest.skip(f"needs root to mount a small disk: {result.stderr.strip()}")

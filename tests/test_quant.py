@@ -12,6 +12,7 @@ from torch import Tensor
 from training_samples import CONFIG, V3, make
 
 from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.layers import fp8_cores
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.quant import RECIPES, Quantized, Recipe, dequantize, fp8_linear, multiply, quantize
 from dsmoe_lite.training.config import TrainConfig
@@ -194,6 +195,73 @@ def test_the_scales_of_v3s_files_multiply_and_edge_blocks_are_partial() -> None:
         assert found[n, k] == values[n, k].float() * scale_inv[n // 128, k // 128]
     with pytest.raises(InputError, match=r"shape of scales = \(4, 2\): must be \(5, 2\), one per block"):
         dequantize(values, scale_inv[:4])
+
+
+# FP8 tensor cores, whose operation torch also has on a CPU
+
+
+@pytest.fixture
+def on_cores(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Take the path of a GPU with FP8 cores. The list gets the shape of each product."""
+    product, shapes = fp8_cores.fp8_product, []
+
+    def counted(a: Tensor, b: Tensor) -> Tensor:
+        y = product(a, b)
+        shapes.append(tuple(y.shape))
+        return y
+
+    monkeypatch.setattr(fp8_cores, "available", lambda device: True)
+    monkeypatch.setattr(fp8_cores, "fp8_product", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (16, 32, 16), (33, 1, 130), (0, 8, 4), (4, 8, 0)])
+@pytest.mark.parametrize("stack", [(), (3,), (2, 3), (0,)])
+def test_a_product_on_cores_is_that_of_the_numbers(shape: tuple[int, int, int], stack: tuple[int, ...]) -> None:
+    M, N, K = shape
+    torch.manual_seed(0)
+    a, b = ((8 * torch.randn(*stack, rows, K)).to(torch.float8_e4m3fn) for rows in (M, N))
+    y = fp8_cores.fp8_product(a, b)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, a.float() @ b.float().mT, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_products_and_training_on_cores_are_the_simulated_ones(name: str, on_cores: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    x, weight, dy = (torch.randn(*shape, requires_grad=True) for shape in ((3, 70, 200), (3, 160, 200), (3, 70, 160)))
+    found = [fp8_linear(x, weight, RECIPES[name])]
+    found += torch.autograd.grad(found[0], (x, weight), dy)
+    assert (3, 70, 160) in on_cores
+    with pytest.MonkeyPatch.context() as simulated:
+        simulated.setattr(fp8_cores, "available", lambda device: False)
+        expected = [fp8_linear(x, weight, RECIPES[name])]
+        expected += torch.autograd.grad(expected[0], (x, weight), dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_cores_that_fail_a_trial_product_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cpu = torch.device("cpu")
+    assert not fp8_cores.available(cpu)
+    assert fp8_cores.disagreement(cpu) == ""
+    monkeypatch.setattr(fp8_cores, "fp8_product", lambda a, b: a.float().bfloat16().float() @ b.float().mT * 1.02)
+    assert fp8_cores.disagreement(cpu) == "a product differs by 2.0e-02 of its norm"
+
+    def refuse(a: Tensor, b: Tensor) -> Tensor:
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
+
+    monkeypatch.setattr(fp8_cores, "fp8_product", refuse)
+    assert fp8_cores.disagreement(cpu) == "CUBLAS_STATUS_NOT_SUPPORTED"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert not fp8_cores.available.__wrapped__(torch.device("cuda"))
+    assert caplog.messages == []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(fp8_cores, "disagreement", lambda device: "refused")
+    assert not fp8_cores.available.__wrapped__(torch.device("cuda"))
+    assert caplog.messages == ["FP8 is simulated on cuda: refused"]
 
 
 # Training

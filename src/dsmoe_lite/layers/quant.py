@@ -6,8 +6,9 @@ s q. One outlier makes s large for its whole block, and small numbers beside it 
 
     y_mn = sum over blocks b of s^a_{m,b} s^w_{n,b} sum_{k in b} q^a_mk q^w_nk
 
-The inner sums are products of FP8 numbers, which float32 holds exactly before it adds them; tensor cores add them with
-fewer bits, which is not simulated. The outer sum, every `block` channels, is float32 as there.
+The inner sums run on a GPU's FP8 tensor cores if it has them. Elsewhere they are simulated: float32 holds each product
+of two FP8 numbers exactly before it adds them, with more bits than tensor cores do. The outer sum, every `block`
+channels, is float32 as there.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 
 from dsmoe_lite.common.autograd import first_order
 from dsmoe_lite.common.errors import RunError, require, require_bool, require_int
+from dsmoe_lite.layers import fp8_cores
 
 LARGEST = 448.0  # of E4M3
 LEAST_AMAX = 1e-30  # a block of zeros needs a scale, too; DeepSeek's published kernel has 1e-4, too much for gradients
@@ -115,11 +117,12 @@ def multiply(a: Quantized, b: Quantized) -> Tensor:
     )
     M, N = a.values.shape[-2], b.values.shape[-2]
     left, right = _scale_of_row(a).unsqueeze(-2), _scale_of_row(b).unsqueeze(-3)
-    left_values, right_values = _to_float(a.values), _to_float(b.values)
+    on_cores = fp8_cores.available(a.values.device)
+    values = (a.values, b.values) if on_cores else (_to_float(a.values), _to_float(b.values))
     y = left.new_zeros(*a.values.shape[:-2], M, N)
     for number, start in enumerate(range(0, K, side)):
-        channels = slice(start, start + side)
-        product = left_values[..., channels] @ right_values[..., channels].mT
+        x, w = (factor[..., start : start + side] for factor in values)
+        product = fp8_cores.fp8_product(x, w) if on_cores else x @ w.mT
         y.addcmul_(product, left[..., number] * right[..., number])
     return y
 

@@ -7,7 +7,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dsmoe_lite.common.errors import require
 from dsmoe_lite.layers.dispatch import Dispatched
 from dsmoe_lite.layers.experts import Experts
 from dsmoe_lite.layers.router import Routing
@@ -56,13 +55,12 @@ def parallelize(model: Transformer, mesh: DeviceMesh) -> None:
     Gradients become means over all processes. For an expert, each process along `data` contributes a part of the sum.
     Raises InputError if a routing group would be split between processes.
     """
-    require(not model.mtp, "n_mtp", len(model.mtp), "must be 0 with several processes: MTP modules are not sharded")
     groups = groups_per_rank(model.config.moe, mesh.size())
-    for layer in model.moe_layers:
+    for layer in model.all_moe_layers:
         layer.router.groups = groups
         experts = ParallelExperts(layer.experts, mesh["expert"])
         layer.experts = experts
         fully_shard(experts, mesh=mesh["data"], shard_placement_fn=lambda _: Shard(1))
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh)
+    for part in (*model.blocks, *model.mtp):
+        fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -30,7 +30,7 @@ class TrainConfig:
     mtp_weight: float = 0.3  # lambda, of the loss of multi-token prediction
     mtp_final_weight: float = 0.1  # lambda after mtp_share of the steps
     mtp_share: float = 10 / 14.8  # DeepSeek-V3: 10 of its 14.8 trillion tokens
-    precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; fp8: simulated, in float32 elsewhere
+    precision: str = "auto"  # auto: bf16 autocast on a GPU, fp32 on a CPU; fp8: layers.quant's
     fp8_block: int = 128  # channels of a token, and side of a square of a weight, that share a scale
     checkpoint_every: int = 0  # steps; 0: only if the run ends or is interrupted
     routing_every: int = 20  # steps between two records of balance figures
