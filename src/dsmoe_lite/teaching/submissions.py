@@ -1,0 +1,155 @@
+"""What students handed in: a folder or a zip file, as Moodle makes them, with one notebook per student.
+
+A notebook is named by the label that `release` put into its metadata, or else by its file name, LAB-STUDENT.ipynb.
+Nothing in it is run here, and of the notebook only the answers are used.
+"""
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dsmoe_lite.common.errors import InputError, require
+from dsmoe_lite.teaching.lab import Lab, functions_in
+from dsmoe_lite.teaching.release import METADATA
+from dsmoe_lite.teaching.variant import STUDENT
+
+MOST_BYTES = 50 * 2**20  # of one notebook
+MOST_FILES = 10_000
+MOODLE = "_assignsubmission_"  # in a folder of Moodle: "Full Name_123456_assignsubmission_file"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """answers: question -> source; of a notebook that cannot be read there is none, and `problem` says why.
+
+    mark: the label's variant, "" if there is none. name: the full name in Moodle's folder, if there is one.
+    """
+
+    student: str
+    file: str
+    answers: dict[str, str]
+    mark: str = ""
+    name: str = ""
+    problem: str = ""
+
+    @property
+    def digest(self) -> str:
+        """The hash of the answers."""
+        return hashlib.sha256(json.dumps(self.answers, sort_keys=True).encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def read_submissions(source: Path, lab: Lab) -> dict[str, Submission]:
+    """The submissions by student. Raises InputError if two are of one student, or a file belongs to nobody."""
+    found: dict[str, Submission] = {}
+    for name, contents in _notebooks(source.expanduser()):
+        one = read_submission(name, contents, lab)
+        other = found.get(one.student)
+        if other is not None:
+            raise InputError(f"{source}: {other.file} and {name} are both of {one.student}; move one away")
+        found[one.student] = one
+    require(bool(found), "submissions", str(source), "holds no notebooks (.ipynb)")
+    return found
+
+
+def read_submission(name: str, contents: bytes, lab: Lab) -> Submission:
+    """One notebook. Raises InputError if neither its label nor its name says whose it is."""
+    label, cells, problem = _read(contents)
+    folders = PurePosixPath(name).parts[:-1]
+    full_name = next((f.split("_")[0] for f in folders if MOODLE in f), "")
+    if label and label.get("lab") != lab.name:
+        raise InputError(f"{name}: is of the lab {label.get('lab')!r}, not {lab.name!r}; move it away")
+    student = str(label.get("student", "")) if label else _student_of(name, lab)
+    if STUDENT.fullmatch(student) is None:
+        raise InputError(f"{name}: names no student; rename it to {lab.name}-STUDENT.ipynb, or move it away")
+    return Submission(student, name, _answers(cells, lab), str(label.get("variant", "")), full_name, problem)
+
+
+def _student_of(name: str, lab: Lab) -> str:
+    """From LAB-STUDENT.ipynb; also if a browser or a system has added " (1)" to the name."""
+    stem = PurePosixPath(name).stem.split(" ")[0]
+    return stem.removeprefix(f"{lab.name}-") if stem.startswith(f"{lab.name}-") else ""
+
+
+def _notebooks(source: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the notebooks, by name. Links, hidden files and huge files are refused or passed over."""
+    if source.is_dir():
+        paths = sorted(path for path in source.rglob("*.ipynb") if path.is_file() and not path.is_symlink())
+        for path in paths:
+            name = path.relative_to(source)
+            if not any(part.startswith(".") for part in name.parts):
+                _require_size(name.as_posix(), path.stat().st_size)
+                yield name.as_posix(), path.read_bytes()
+        return
+    require(source.is_file(), "submissions", str(source), "is no folder and no zip file")
+    try:
+        with zipfile.ZipFile(source) as archive:
+            entries = sorted(archive.infolist(), key=lambda entry: entry.filename)
+            require(len(entries) <= MOST_FILES, "zip file", str(source), f"has more than {MOST_FILES:,} files")
+            for entry in entries:
+                hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(entry.filename).parts)
+                if entry.filename.endswith(".ipynb") and not hidden:
+                    _require_size(entry.filename, entry.file_size)
+                    yield entry.filename, _unpacked(archive, entry)
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{source}: is no zip file that can be read ({error})") from None
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    with archive.open(entry) as file:
+        contents = io.BytesIO(file.read(MOST_BYTES + 1)).getvalue()  # the size in the archive may be made up
+    _require_size(entry.filename, len(contents))
+    return contents
+
+
+def _require_size(name: str, size: int) -> None:
+    require(
+        size <= MOST_BYTES, "notebook", name, f"is larger than {MOST_BYTES / 2**20:.0f} MB; ask for it without outputs"
+    )
+
+
+def _read(contents: bytes) -> tuple[dict[str, object], list[dict[str, object]], str]:
+    """The label, the code cells, and why they cannot be read."""
+    try:
+        notebook = json.loads(contents.decode("utf-8"))
+        cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+        for cell in cells:
+            cell["source"] = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+        label = notebook.get("metadata", {}).get(METADATA, {})
+        return (label if isinstance(label, dict) else {}), cells, ""
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}, [], "the notebook is damaged"
+
+
+def _answers(cells: list[dict[str, object]], lab: Lab) -> dict[str, str]:
+    """The answer of each question: its cell by metadata, or the last cell that defines its function."""
+    answers = {}
+    for name, question in lab.questions.items():
+        labelled = [str(cell["source"]) for cell in cells if _is_answer(cell, name)]
+        others = [
+            str(cell["source"]) for cell in cells if question.settings.function in functions_in(str(cell["source"]))
+        ]
+        candidates = _defining(labelled, question.settings.function) or others or labelled
+        if candidates:
+            answers[name] = plain_python(candidates[-1])
+    return answers
+
+
+def _defining(sources: Collection[str], function: str) -> list[str]:
+    return [source for source in sources if function in functions_in(plain_python(source))]
+
+
+def _is_answer(cell: dict[str, object], question: str) -> bool:
+    metadata = cell.get("metadata")
+    if not isinstance(metadata, dict):
+        return False
+    tags = metadata.get("tags")
+    return metadata.get("question") == question and isinstance(tags, list) and "answer" in tags
+
+
+def plain_python(source: str) -> str:
+    """Without the lines that only IPython understands: magics and shell commands."""
+    return "\n".join("pass" if line.startswith(("%", "!")) else line for line in source.splitlines())
