@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from dsmoe_lite.common.machine import find_nvcc
+from dsmoe_lite.teaching.sandbox import why_not
 
 
 def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:
@@ -19,3 +20,7 @@ needs_nvcc = _needs("nvcc", find_nvcc() is not None, "nvcc not found: pip instal
 needs_triton = _needs("triton", find_spec("triton") is not None, "triton not found: pip install -e '.[triton]'")
 needs_pyarrow = _needs("pyarrow", find_spec("pyarrow") is not None, "pyarrow not found: pip install -e '.[parquet]'")
 needs_dpkg = _needs("dpkg", shutil.which("dpkg-deb") is not None, "dpkg-deb not found: it is a part of Debian")
+needs_bwrap = _needs("bwrap", why_not() is None, f"no isolation: {why_not()}")
+needs_copydetect = _needs(
+    "copydetect", find_spec("copydetect") is not None, "copydetect not found: pip install -e '.[similarity]'"
+)

@@ -100,8 +100,10 @@ def test_wrong_answers_are_refused(lab: Lab, question: Question, capsys: pytest.
 
 @pytest.mark.parametrize(("lab", "question"), QUESTIONS)
 def test_the_stub_is_not_solved_yet(lab: Lab, question: Question, capsys: pytest.CaptureFixture[str]) -> None:
-    of = variants(lab)[0]
-    assert visible(lab, question, question.cells["answer"], of, capsys) == "not solved yet"
+    """In the museum the stub is code with a bug, which the check refuses."""
+    expected = "not right yet: " if lab.name == "bug_museum" else "not solved yet"
+    for of in variants(lab):
+        assert visible(lab, question, question.cells["answer"], of, capsys).startswith(expected)
 
 
 @pytest.mark.parametrize(("lab", "question"), QUESTIONS)

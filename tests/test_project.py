@@ -163,7 +163,7 @@ def test_ci_script_starts_and_makes_missing_browsers_a_failure() -> None:
     script = REPOSITORY / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
-    assert "DSMOE_REQUIRE=browser,dpkg,gxx,nvcc,pyarrow,triton" in script.read_text(encoding="utf-8")
+    assert "DSMOE_REQUIRE=browser,copydetect,dpkg,gxx,nvcc,pyarrow,triton" in script.read_text(encoding="utf-8")
     subprocess.run(["bash", "-n", str(script)], check=True)
 
 

@@ -1,6 +1,6 @@
 """Grade submissions: call each answer in a sandbox, check what it returns outside, write one record per student."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ def grade_all(
 ) -> list[Graded]:
     """Grade what has no record of this lab, this answer and this kind of isolation yet; return all, by student.
 
-    after: called with each new record. Raises InputError, before anything runs, if this machine cannot isolate, and
+    after: called with each record. Raises InputError, before anything runs, if this machine cannot isolate, and
     for a submission whose variant is of another secret.
     """
     require_int("processes", processes, 1)
@@ -89,11 +89,9 @@ def grade_all(
         path = record_path(out, student)
         digests = {"lab_digest": lab.digest, "answers_digest": submissions[student].digest}
         kept = _kept(path, digests, isolated)
-        if kept is not None:
-            return kept
-        graded = grade_one(lab, submissions[student], variants[student], secret, isolated=isolated)
-        versions = {"schema_version": SCHEMA_VERSION, "dsmoe_lite": __version__}
-        write_json(path, versions | digests | asdict(graded))
+        graded = kept or grade_one(lab, submissions[student], variants[student], secret, isolated=isolated)
+        if kept is None:
+            write_record(lab, graded, out, submissions[student].digest)
         if after is not None:
             after(graded)
         return graded
@@ -163,6 +161,13 @@ def _verdict(check: Callable[[], None], question: Question) -> str:
     return "right"
 
 
+def write_record(lab: Lab, graded: Graded, out: Path, answers_digest: str = "") -> None:
+    """Write a student's record, atomically."""
+    versions = {"schema_version": SCHEMA_VERSION, "dsmoe_lite": __version__}
+    digests = {"lab_digest": lab.digest, "answers_digest": answers_digest}
+    write_json(record_path(out, graded.student), versions | digests | asdict(graded))
+
+
 def record_path(out: Path, student: str) -> Path:
     """Where a student's record is."""
     return out / RECORDS / f"{student}.json"
@@ -204,7 +209,7 @@ def _kept(path: Path, digests: Mapping[str, str], isolated: bool) -> Graded | No
     return graded if same and graded.isolated == isolated else None
 
 
-def not_submitted(lab: Lab, students: Iterator[str], secret: bytes) -> list[Graded]:
+def not_submitted(lab: Lab, students: Iterable[str], secret: bytes) -> list[Graded]:
     """Records of students who handed in nothing."""
     missing = {name: Grade("missing", 0.0, q.settings.points, 0.0, 0) for name, q in lab.questions.items()}
     return [

@@ -159,7 +159,7 @@ class Sandbox:
             walls += ["--ro-bind-try", path, path]
         for module in self.forbidden:
             walls += _absent(module)
-        return [*walls, "--remount-ro", "/", "--chdir", "/tmp"]
+        return [*walls, "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp"]
 
     def _ask(self, request: dict[str, Any], seconds: float) -> Reply:
         process, start = self._process, time.monotonic()
@@ -223,6 +223,7 @@ class _Watch:
                     if not chunk:
                         return b"", "error"
                     if found.endswith(b"\n"):
+                        self._look()
                         return bytes(found), ""
                     if len(found) > 2 * MOST_BYTES:
                         return b"", "memory"

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -126,20 +126,15 @@ def _read(contents: bytes) -> tuple[dict[str, object], list[dict[str, object]], 
 
 def _answers(cells: list[dict[str, object]], lab: Lab) -> dict[str, str]:
     """The answer of each question: its cell by metadata, or the last cell that defines its function."""
+    sources = [(cell, plain_python(str(cell["source"]))) for cell in cells]
     answers = {}
     for name, question in lab.questions.items():
-        labelled = [str(cell["source"]) for cell in cells if _is_answer(cell, name)]
-        others = [
-            str(cell["source"]) for cell in cells if question.settings.function in functions_in(str(cell["source"]))
-        ]
-        candidates = _defining(labelled, question.settings.function) or others or labelled
+        labelled = [source for cell, source in sources if _is_answer(cell, name)]
+        defining = [source for _, source in sources if question.settings.function in functions_in(source)]
+        candidates = [source for source in labelled if source in defining] or defining or labelled
         if candidates:
-            answers[name] = plain_python(candidates[-1])
+            answers[name] = candidates[-1]
     return answers
-
-
-def _defining(sources: Collection[str], function: str) -> list[str]:
-    return [source for source in sources if function in functions_in(plain_python(source))]
 
 
 def _is_answer(cell: dict[str, object], question: str) -> bool:

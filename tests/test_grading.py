@@ -1,0 +1,212 @@
+"""Grading: what is handed in, and points that are earned; nothing is lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+from needs import needs_bwrap
+from toy_lab import RIGHT, SCRIPT, SECRET, notebook, submission, toy, write_lab
+
+from dsmoe_lite.common.errors import InputError, RunError
+from dsmoe_lite.teaching import sandbox as sandbox_module
+from dsmoe_lite.teaching.grade import grade_all, grade_one, read_graded, record_path
+from dsmoe_lite.teaching.lab import Lab, find_lab, read_lab
+from dsmoe_lite.teaching.release import METADATA, release
+from dsmoe_lite.teaching.sandbox import why_not
+from dsmoe_lite.teaching.submissions import plain_python, read_submission, read_submissions
+from dsmoe_lite.teaching.variant import variant
+
+STUDENTS = "id,name,email\nann,Ann Example,ann@example.org\nbob,=Bob,bob@example.org\ncid,,\n"
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Lab:
+    return toy(tmp_path / "lab")
+
+
+# What is handed in
+
+
+def test_moodles_zip_file_and_names_of_browsers(lab: Lab, tmp_path: Path) -> None:
+    made = {name: nbformat.writes(notebook(lab, variant(lab, name, SECRET), RIGHT)) for name in ("ann", "bob")}
+    bare = nbformat.reads(made["bob"], as_version=4)
+    del bare.metadata[METADATA]
+    with zipfile.ZipFile(tmp_path / "moodle.zip", "w") as archive:
+        archive.writestr("Ann Example_4711_assignsubmission_file_/my work.ipynb", made["ann"])
+        archive.writestr("Bob Example_4712_assignsubmission_file/toy-bob (1).ipynb", nbformat.writes(bare))
+        archive.writestr("__MACOSX/Ann/._my work.ipynb", "x")
+        archive.writestr("Ann Example_4711_assignsubmission_file_/notes.txt", "x")
+    found = read_submissions(tmp_path / "moodle.zip", lab)
+    assert {name: (one.name, bool(one.mark), len(one.answers)) for name, one in found.items()} == {
+        "ann": ("Ann Example", True, 2),
+        "bob": ("Bob Example", False, 2),
+    }
+
+
+def test_answers_are_found_without_their_metadata_and_with_magics(lab: Lab) -> None:
+    made = notebook(lab, variant(lab, "ann", SECRET), {"scale": "%timeit 1\n!ls\n" + RIGHT["scale"]})
+    for cell in made.cells:
+        cell.metadata = {}
+    made.cells.append(nbformat.v4.new_code_cell(RIGHT["order"]))
+    found = read_submission("toy-ann.ipynb", nbformat.writes(made).encode(), lab)
+    assert found.answers == {"scale": "pass\npass\n" + RIGHT["scale"], "order": RIGHT["order"]}
+    assert plain_python("x = 1\n%matplotlib inline") == "x = 1\npass"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a/toy-ann.ipynb": "same", "b/toy-ann.ipynb": "same"}, "are both of ann; move one away"),
+        ({"homework.ipynb": "{}"}, "homework.ipynb: names no student; rename it to toy-STUDENT.ipynb"),
+        ({"notes.txt": "x"}, "holds no notebooks"),
+    ],
+)
+def test_what_nobody_can_assign_is_one_line(lab: Lab, tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(release(lab, variant(lab, "ann", SECRET)) if text == "same" else text)
+    with pytest.raises(InputError) as found:
+        read_submissions(tmp_path / "in", lab)
+    assert message in str(found.value)
+    (tmp_path / "broken.zip").write_text("no zip")
+    with pytest.raises(InputError, match="is no zip file that can be read"):
+        read_submissions(tmp_path / "broken.zip", lab)
+
+
+# Grading
+
+
+def test_without_isolation_grading_is_refused_with_the_remedy(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: None)
+    with pytest.raises(InputError, match="no isolation: bubblewrap is not installed: apt install bubblewrap; --unsafe"):
+        grade_all(lab, {"ann": submission(lab, RIGHT)}, SECRET, tmp_path)
+    assert not list(tmp_path.glob("records"))
+    (graded,) = grade_all(lab, {"ann": submission(lab, RIGHT)}, SECRET, tmp_path, isolated=False)
+    assert (graded.points, graded.isolated) == (5, False)
+    assert json.loads(record_path(tmp_path, "ann").read_text())["isolated"] is False
+    program = tmp_path / "bwrap"
+    program.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: str(program))
+    assert "Ubuntu 24.04" in (why_not() or "")
+    assert "AppArmor profile" in (why_not() or "")
+
+
+@needs_bwrap
+def test_points_are_those_of_right_answers_and_records_resume(lab: Lab, tmp_path: Path) -> None:
+    handed_in = {
+        "ann": submission(lab, RIGHT),
+        "bob": submission(lab, {"scale": "def scale(x):\n    return x + n", "order": RIGHT["order"]}, "bob"),
+        "cid": submission(lab, {"order": "order = 7"}, "cid"),
+        "dan": read_submission("toy-dan.ipynb", b"{not json", lab),
+    }
+    graded = grade_all(lab, handed_in, SECRET, tmp_path)
+    verdicts = {one.student: [grade.verdict for grade in one.questions.values()] for one in graded}
+    assert verdicts == {
+        "ann": ["right", "right"],
+        "bob": ["wrong", "right"],
+        "cid": ["missing", "error"],
+        "dan": ["missing", "missing"],
+    }
+    assert [one.points for one in graded] == [5, 3, 0, 0]
+    assert graded[3].note == "the notebook is damaged"
+    assert [read_graded(record_path(tmp_path, one.student)) for one in graded] == graded
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "records").iterdir()}
+    handed_in["bob"] = submission(lab, RIGHT, "bob")
+    record_path(tmp_path, "cid").write_text("damaged")
+    again = grade_all(lab, handed_in, SECRET, tmp_path)
+    assert [one.points for one in again] == [5, 5, 0, 0]
+    changed = {path.stem for path, at in before.items() if path.stat().st_mtime_ns != at}
+    assert changed == {"bob", "cid"}
+
+
+@needs_bwrap
+def test_grading_twice_changes_nothing(lab: Lab) -> None:
+    """An answer that is right or wrong by chance would show here, too."""
+    half = {"scale": RIGHT["scale"], "order": "import random\ndef order(v):\n    random.shuffle(v)\n    return v"}
+    of = variant(lab, "ann", SECRET)
+    found = [grade_one(lab, submission(lab, half), of, SECRET) for _ in range(5)]
+    seen = {tuple((grade.verdict, grade.points) for grade in one.questions.values()) for one in found}
+    assert seen == {(("right", 2), ("wrong", 0.0))}
+
+
+@needs_bwrap
+def test_a_seeded_bug_loses_exactly_its_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the wrong answers of the lab on balance in each submission, and right ones in other styles beside them."""
+    from lab_answers.balance import RIGHT as STYLES
+    from test_course_labs import passes_hidden, wrong_answers
+
+    lab = read_lab(find_lab("balance"))
+    names = list(lab.questions)
+    bugs = {name: [source for source, _ in wrong_answers(lab, lab.questions[name]).values()] for name in names}
+    handed_in, expected = {}, {}
+    for number in range(8):
+        broken = {names[number % 4], names[(number + 1) % 4]}
+        answers = {name: next(iter(STYLES[name].values())) for name in names}
+        for name in broken:
+            answers[name] = (
+                bugs[name].pop() if bugs[name] else next(iter(wrong_answers(lab, lab.questions[name]).values()))[0]
+            )
+        for student in (f"s{number}x{k}" for k in range(40)):  # whose rule makes both wrong
+            of = variant(lab, student, SECRET)
+            if not any(passes_hidden(lab, lab.questions[name], answers[name], of) for name in broken):
+                break
+        handed_in[student] = submission(lab, answers, student)
+        expected[student] = sum(lab.questions[name].settings.points for name in names if name not in broken)
+    assert len(handed_in) == 8
+    found = grade_all(lab, handed_in, SECRET, tmp_path)
+    assert {one.student: one.points for one in found} == expected
+
+
+@needs_bwrap
+def test_a_hidden_check_that_calls_nothing_is_an_error_of_the_lab(tmp_path: Path) -> None:
+    script = SCRIPT.replace("        assert answer(x) == reference(x)", "        assert reference(x) == reference(x)")
+    lab = read_lab(write_lab(tmp_path, script))
+    with pytest.raises(RunError, match="the hidden check of question scale never called the answer"):
+        grade_one(lab, submission(lab, RIGHT), variant(lab, "ann", SECRET), SECRET)
+
+
+@needs_bwrap
+def test_a_stopped_grading_continues(lab: Lab, tmp_path: Path) -> None:
+    (tmp_path / "course.secret").write_bytes(SECRET)
+    (tmp_path / "in").mkdir()
+    slow = "import time\ndef scale(x):\n    time.sleep(0.3)\n    return n * x"
+    for number in range(8):
+        made = notebook(lab, variant(lab, f"s{number}", SECRET), {"scale": slow, "order": RIGHT["order"]})
+        nbformat.write(made, tmp_path / "in" / f"toy-s{number}.ipynb")
+    command = [
+        sys.executable,
+        "-m",
+        "dsmoe_lite",
+        "labs",
+        "grade",
+        str(lab.path),
+        "in",
+        "--out",
+        "out",
+        "--processes",
+        "1",
+    ]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (done := list((tmp_path / "out" / "records").glob("s*.json"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130, err
+    assert "Traceback" not in err
+    kept = {path: path.read_bytes() for path in (tmp_path / "out" / "records").glob("s*.json")}
+    assert 0 < len(done) <= len(kept) < 8
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert len(list((tmp_path / "out" / "records").glob("s*.json"))) == 8
+    assert all(path.read_bytes() == before for path, before in kept.items())
