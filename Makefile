@@ -49,7 +49,9 @@ $(STAMP): pyproject.toml constraints.txt $(MOVED)
 	fi
 	@echo 'Installing the packages into .venv: a few minutes; about 440 MB to download with a CPU build of torch,'
 	@echo '  several GB with a CUDA build (notebooks/pages/install.md shows how to choose)'
-	@package='.[course,book,test]'; \
+	@( s=0; while sleep 15; do s=$$((s + 15)); echo "  still installing, $$s s"; done ) & sign=$$!; \
+	trap 'kill $$sign 2>/dev/null' EXIT INT TERM; \
+	package='.[course,book,test]'; \
 	if command -v uv >/dev/null 2>&1; then \
 	  of_pip() { printenv "$$2" || $(PY) -m pip config get "global.$$1" 2>/dev/null || true; }; \
 	  : "$${UV_FIND_LINKS:=$$(of_pip find-links PIP_FIND_LINKS | tr -s ' \n' ',,')}"; \

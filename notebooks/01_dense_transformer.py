@@ -477,15 +477,15 @@ def order_is_right(halves_order):
         a, b = x[..., ::2], x[..., 1::2]
         return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
-    for d in (4, 16):
+    for d in (4, 6, 16, 64):
         order = halves_order(d)
         assert sorted(order) == list(range(d)), (
-            f"for d = {d} every index must stand in the list once"
+            f"d = {d}: every index must be in the list once"
         )
         x = torch.randn(1, 7, d)
         mine = apply_rope(x[..., order], *rope_tables(d, 7))
         assert torch.allclose(mine, turn_adjacent(x)[..., order], atol=1e-5), (
-            "pairs do not turn as they should"
+            f"d = {d}: pairs do not turn as they should"
         )
 
 
@@ -514,14 +514,17 @@ def swiglu_width(d_model):
 
 # %% tags=["hide-input"]
 def width_is_right(swiglu_width):
-    for d_model in (64, 1280, 4096):
+    draw = torch.Generator().manual_seed(0)
+    drawn = torch.randint(8, 9000, (40,), generator=draw).tolist()
+    for d_model in (64, 1280, 4096, *drawn):
         got = swiglu_width(d_model)
         assert got == int(got), (
             f"d_model = {d_model}: a whole number of channels, not {got!r}"
         )
-        missing = abs(3 * d_model * got - 2 * d_model * 4 * d_model)
-        assert missing <= 3 * d_model / 2, (
-            f"d_model = {d_model}: width {got} is {missing:,} weights off"
+        extra = 3 * d_model * got - 2 * d_model * 4 * d_model
+        assert abs(extra) <= 3 * d_model / 2, (
+            f"d_model = {d_model}: at width {got} SwiGLU has too"
+            f" {'many' if extra > 0 else 'few'} weights"
         )
 
 

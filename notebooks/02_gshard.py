@@ -650,19 +650,29 @@ def layers_are_kept_apart(mended_loss):
         scores[:, expert] = 0.97
         return Routing.of_scores(scores, 2)
 
-    two = mended_loss([collapse_on(0), collapse_on(1)])
-    assert abs(float(two) - 4 * 0.97) < 1e-4, (
-        f"two collapsed layers of 4 experts score 3.88 each, not {float(two):.2f}"
-    )
     even = torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4)
-    mixed = mended_loss([collapse_on(2), Routing.of_scores(even, 2)])
-    three = mended_loss([collapse_on(0)] * 3)
-    assert abs(float(three) - 4 * 0.97) < 1e-4, (
-        f"three collapsed layers score 3.88 each, not {float(three):.2f}"
-    )
-    assert abs(float(mixed) - (4 * 0.97 + 1) / 2) < 1e-4, (
-        f"one collapsed and one balanced layer: 2.44, not {float(mixed):.2f}"
-    )
+    cases = [
+        (
+            "two layers, collapsed on different experts",
+            [collapse_on(0), collapse_on(1)],
+        ),
+        ("three layers, collapsed on the same expert", [collapse_on(0)] * 3),
+        (
+            "a collapsed and a balanced layer",
+            [collapse_on(2), Routing.of_scores(even, 2)],
+        ),
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for n in (1, 2, 3, 5) * 8:
+        scores = torch.randn(n, 64, 8, generator=draw).softmax(dim=-1)
+        drawn = [Routing.of_scores(of_layer, 2) for of_layer in scores]
+        cases.append((f"{n} random layer{'s' * (n > 1)}", drawn))
+    for what, routings in cases:
+        got = float(mended_loss(routings))
+        right = mean(float(switch_loss(routing)) for routing in routings)
+        assert abs(got - right) < 1e-4, (
+            f"{what}: {got:.2f} is too {'high' if got > right else 'low'}"
+        )
 
 
 collapsed_apart = [
@@ -700,16 +710,30 @@ def second_sent(chosen, second_gate, draw, slots):  # (T, 2), (T,), (T,), int
 def follows_algorithm_1(second_sent):
     chosen = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 1], [2, 1], [2, 0]])
     gate = torch.tensor([0.4, 0.1, 0.5, 0.3, 0.45, 0.25])
-    draw = torch.tensor([0.9, 0.1, 0.2, 0.5, 0.3, 0.5])
-    for slots, right in (
-        (2, [0, 0, 0, 0, 0, 0]),
-        (3, [0, 1, 1, 0, 0, 0]),
-        (4, [0, 1, 1, 1, 0, 0]),
-        (5, [0, 1, 1, 1, 1, 0]),
-    ):
-        got = [int(sent) for sent in second_sent(chosen, gate, draw, slots)]
-        assert len(got) == 6, f"an answer for each of 6 tokens, not {len(got)}"
-        assert got == right, f"with {slots} slots: {right} expected, not {got}"
+    chance = torch.tensor([0.9, 0.1, 0.2, 0.5, 0.3, 0.5])
+    cases = [(chosen, gate, chance, slots) for slots in (2, 3, 4, 5)]
+    draw = torch.Generator().manual_seed(0)
+    for slots in (2, 3, 4, 5) * 5:
+        chosen = torch.rand(12, 6, generator=draw).topk(2).indices
+        gate, chance = torch.randint(0, 9, (2, 12), generator=draw) / 8
+        cases.append((chosen, gate / 2, chance, slots))
+    for chosen, gate, chance, slots in cases:
+        sent = [bool(one) for one in second_sent(chosen, gate, chance, slots)]
+        assert len(sent) == len(chosen), (
+            f"an answer for each of {len(chosen)} tokens, not {len(sent)}"
+        )
+        free = (place_in_expert(chosen, 8)[:, 1] < slots).tolist()
+        wanted = (2 * gate > chance).tolist()
+        for t in range(len(chosen)):
+            where = (
+                f"{slots} slots, chosen {chosen[: t + 1].tolist()}: the last token's"
+            )
+            if sent[t]:
+                assert free[t], f"{where} second choice is sent, but finds no slot"
+                assert wanted[t], f"{where} second choice is sent, but 2 g2 <= draw"
+            else:
+                kept_back = free[t] and wanted[t]
+                assert not kept_back, f"{where} second choice should be sent"
 
 
 verdict = check_exercise(second_sent, follows_algorithm_1)

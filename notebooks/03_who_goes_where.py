@@ -485,16 +485,23 @@ def mended_load(topk_ids, is_padding, n_experts):  # (T, K), (T,) of bool, E
 def padding_does_not_count(mended_load):
     ids = torch.tensor([[0, 1], [2, 1], [3, 0], [3, 0], [3, 0]])
     padding = torch.tensor([False, False, False, True, True])
-    got = mended_load(ids, padding, 5)
-    right = torch.tensor([2, 2, 1, 1, 0]) / 6
-    assert len(got) == 5, f"a share for each of 5 experts, not {len(got)}"
-    assert torch.allclose(torch.as_tensor(got).float(), right), (
-        f"three real tokens make six choices: {right.tolist()} expected, not {got}"
-    )
-    none = mended_load(ids, torch.zeros(5, dtype=torch.bool), 4)
-    assert torch.allclose(
-        torch.as_tensor(none).float(), torch.tensor([4, 2, 1, 3]) / 10
-    ), "without padding all ten choices count"
+    cases = [(ids, padding, 5), (ids, torch.zeros(5, dtype=torch.bool), 4)]
+    draw = torch.Generator().manual_seed(0)
+    for T in range(5, 30):
+        ids = torch.rand(T, 9, generator=draw).topk(1 + T % 4).indices
+        cases.append((ids, torch.arange(T) >= T * 2 // 3, 9))
+        cases.append((ids, torch.rand(T, generator=draw) * T >= T - T // 2, 9))
+    for ids, padding, E in cases:
+        got = mended_load(ids, padding, E)
+        assert len(got) == E, f"a share for each of {E} experts, not {len(got)}"
+        got = torch.as_tensor(got).float()
+        real = ids[~padding].flatten().tolist()
+        right = torch.tensor([real.count(e) / len(real) for e in range(E)])
+        worst = int((got - right).abs().argmax())
+        assert torch.allclose(got, right), (
+            f"{int((~padding).sum())} real tokens and {int(padding.sum())} of padding:"
+            f" expert {worst} has too {'much' if got[worst] > right[worst] else 'little'}"
+        )
 
 
 verdict = check_exercise(mended_load, padding_does_not_count)
@@ -522,15 +529,24 @@ def favourite_share(words, first, least):  # lists of T words and T experts, int
 
 # %% tags=["hide-input"]
 def is_vocabulary_specialization(favourite_share):
-    words_read, experts = ["a", "b", "a", "a", "c", "b"], [1, 2, 1, 0, 3, 3]
-    for least, right in ((1, (2 / 3 + 1 / 2 + 1) / 3), (2, (2 / 3 + 1 / 2) / 2)):
-        got = float(favourite_share(words_read, experts, least))
-        assert abs(got - right) < 1e-6, f"least = {least}: {right:.3f}, not {got:.3f}"
-    g = torch.Generator().manual_seed(0)
-    ids, chosen = torch.randint(0, 30, (2, 400), generator=g)
-    right = vocabulary_specialization(chosen[:, None], ids, 30, min_count=3)
-    got = float(favourite_share(ids.tolist(), chosen.tolist(), 3))
-    assert abs(got - right) < 1e-6, f"the package finds {right:.3f}, not {got:.3f}"
+    letters, experts = ["a", "b", "a", "a", "c", "b"], [1, 2, 1, 0, 3, 3]
+    cases = [(letters, experts, least) for least in (1, 2)]
+    draw = torch.Generator().manual_seed(0)
+    for least in (1, 2, 3, 5, 8) * 6:
+        some = torch.randint(0, 20, (2, 25 * least), generator=draw)
+        cases.append((*some.tolist(), least))
+    for read, experts, least in cases:
+        got = float(favourite_share(read, experts, least))
+        ids = torch.tensor([sorted(set(read)).index(word) for word in read])
+        chosen = torch.tensor(experts)[:, None]
+        right = vocabulary_specialization(chosen, ids, 20, min_count=least)
+        what = (
+            f"words {letters}, experts {experts}" if read is letters else "random words"
+        )
+        assert abs(got - right) < 1e-6, (
+            f"{what}, least = {least}: {got:.3f} is too"
+            f" {'high' if got > right else 'low'} for a mean over words"
+        )
 
 
 verdict = check_exercise(favourite_share, is_vocabulary_specialization)

@@ -516,21 +516,28 @@ print(", ".join(f"{gate:.3f}" for gate in gates_of_the_library(few, 2)[0]))
 
 
 # %% tags=["hide-input"]
+from itertools import product
+
+
 def are_those_of_the_paper(mended_gates):
     s = torch.tensor([[0.5, 0.25, 0.125, 0.125], [0.1, 0.2, 0.3, 0.4]])
     shifted = s.log() + torch.tensor([[3.0], [-2.0]])  # softmax does not see this
-    for k, right in (
-        (1, [[0.5], [0.4]]),
-        (2, [[0.5, 0.25], [0.4, 0.3]]),
-        (3, [[0.5, 0.25, 0.125], [0.4, 0.3, 0.2]]),
-    ):
-        got = mended_gates(shifted, k)
-        assert tuple(got.shape) == (2, k), f"shape (2, {k}) expected: T tokens, k gates"
-        shown = [[round(float(gate), 3) for gate in row] for row in got]
-        assert shown == [[round(gate, 3) for gate in row] for row in right], (
-            f"affinities {s[0].tolist()}, {k} chosen: {right[0]} expected,"
-            f" not {shown[0]}; {s[1].tolist()}: {right[1]}, not {shown[1]}"
+    draw = torch.Generator().manual_seed(0)
+    drawn = [2 * torch.randn(6, 8, generator=draw) for _ in range(5)]
+    for logits, k in product((shifted, *drawn), (1, 2, 3)):
+        got, T = mended_gates(logits.clone(), k), len(logits)
+        assert tuple(got.shape) == (T, k), (
+            f"shape ({T}, {k}) expected: T tokens, k gates"
         )
+        for row, gates in zip(logits.tolist(), got.tolist(), strict=True):
+            whole = sum(math.exp(one) for one in row)
+            affinities = [math.exp(one) / whole for one in row]
+            best = sorted(affinities, reverse=True)[:k]
+            off = max(abs(one - other) for one, other in zip(gates, best, strict=True))
+            assert off < 1e-5, (
+                f"{k} chosen, affinities {[round(one, 3) for one in affinities]}:"
+                f" {[round(one, 3) for one in gates]} are not the highest, best first"
+            )
 
 
 verdict = check_exercise(mended_gates, are_those_of_the_paper)
@@ -557,23 +564,42 @@ def finest(n_experts, top_k, width, share):  # E, K, F before cutting
 
 
 # %% tags=["hide-input"]
+import random
+
+
 def agrees_with_accounting(finest):
-    for n_experts, top_k, width, share, right in (
-        (16, 2, 128, 0.1, 4),
-        (16, 2, 128, 0.25, 8),
-        (16, 2, 96, 0.25, 8),
-        (8, 1, 96, 0.25, 8),
-        (8, 1, 96, 0.5, 16),
-        (64, 6, 1408, 0.02, 4),
-        (16, 2, 3413, 0.01, 1),
-        (32, 4, 120, 0.125, 5),
-        (12, 2, 128, 0.125, 8),  # exactly an eighth
-    ):
-        got = finest(n_experts, top_k, width, share)
-        assert got == right, (
-            f"{top_k} of {n_experts} experts of width {width}, at most {share:g}:"
-            f" m = {right} expected, not {got}"
+    cases = [
+        (16, 2, 128, 0.1),
+        (16, 2, 128, 0.25),
+        (16, 2, 96, 0.25),
+        (8, 1, 96, 0.25),
+        (8, 1, 96, 0.5),
+        (64, 6, 1408, 0.02),
+        (16, 2, 3413, 0.01),
+        (32, 4, 120, 0.125),
+        (12, 2, 128, 0.125),  # exactly an eighth
+    ]
+    draw = random.Random(0)
+    for n_experts in (8, 16, 32, 64) * 8:
+        top_k, width = draw.randint(2, 8), 24 * draw.randint(8, 60)
+        cases.append((n_experts, top_k, width, draw.uniform(0.06, 0.5)))
+    for n_experts, top_k, width, share in cases:
+
+        def fits(m, E=n_experts, K=top_k, F=width, share=share):
+            moe = MoEConfig(n_routed_experts=m * E, top_k=m * K, expert_width=F // m)
+            layer = replace(preset("course-dense"), n_layers=1, moe=moe)
+            weights = accounting.parameters(layer)
+            return weights.router.active <= share * weights.routed_experts.active
+
+        m = finest(n_experts, top_k, width, share)
+        where = (
+            f"{top_k} of {n_experts} experts of width {width}, at most {share:.3g}: "
         )
+        assert m >= 1 and width % m == 0, f"{where}m = {m} does not divide the width"
+        assert fits(int(m)), f"{where}with m = {m} the router does more than that"
+        assert not any(
+            fits(n) for n in range(int(m) + 1, width + 1) if width % n == 0
+        ), f"{where}m = {m} is not the largest possible"
 
 
 verdict = check_exercise(finest, agrees_with_accounting)

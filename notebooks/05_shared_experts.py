@@ -703,18 +703,34 @@ def mended_fusion(gates, scale, already_scaled):
 
 
 # %% tags=["hide-input"]
+from itertools import product
+
+
 def shared_keeps_weight_one(mended_fusion):
-    bare = torch.tensor([[0.5, 0.25], [0.125, 0.0625]])
-    for scale in (2.0, 16.0, 0.5):
-        for already_scaled in (False, True):
-            given = bare * scale if already_scaled else bare
-            columns = mended_fusion(given.clone(), scale, already_scaled)
-            assert tuple(columns.shape) == (2, 3), "two tokens, two routed, one shared"
-            weights = columns * (1 if already_scaled else scale)  # what the engine does
-            right = [[*row, 1.0] for row in (bare * scale).tolist()]
-            got = [[round(float(w), 5) for w in row] for row in weights]
-            where = "scale in the gates" if already_scaled else "sum multiplied"
-            assert got == right, f"{where}, scale {scale:g}: {right[0]}, not {got[0]}"
+    cases = [
+        (torch.tensor([[0.5, 0.25], [0.125, 0.0625]]), s) for s in (2.0, 16.0, 0.5)
+    ]
+    draw = torch.Generator().manual_seed(0)
+    for T in range(2, 7):
+        scale = 0.5 + 3 * torch.rand(1, generator=draw).item()
+        cases.append((torch.rand(T, 3, generator=draw), scale))
+    for (bare, scale), already_scaled in product(cases, (False, True)):
+        given = bare * scale if already_scaled else bare
+        columns = mended_fusion(given.clone(), scale, already_scaled)
+        (T, K), where = (
+            bare.shape,
+            "scale in the gates" if already_scaled else "sum multiplied",
+        )
+        assert tuple(columns.shape) == (T, K + 1), f"{T} tokens, {K} routed, one shared"
+        weights = columns * (1 if already_scaled else scale)  # what the engine does
+        routed_off = (weights[:, :K] - bare * scale).abs().max()
+        assert routed_off < 5e-6, (
+            f"{where}, scale {scale:g}: the weights of routed experts change"
+        )
+        shared = weights[:, K].tolist()
+        assert max(abs(w - 1) for w in shared) < 5e-6, (
+            f"{where}, scale {scale:g}: the shared expert weighs {shared[0]:.4g}"
+        )
 
 
 for already_scaled in (False, True):
@@ -757,10 +773,11 @@ def is_their_sum(merged):
         u = torch.randn(7, 5)
         gate, up, down = merged(list(ffns))
         assert tuple(gate.shape) == tuple(up.shape) == (sum(widths), 5), (
-            f"widths {widths}: gate and up have shape ({sum(widths)}, 5)"
+            f"widths {widths}: shapes {tuple(gate.shape)} of gate and {tuple(up.shape)}"
+            " of up lose hidden channels"
         )
         assert tuple(down.shape) == (5, sum(widths)), (
-            f"widths {widths}: down has shape (5, {sum(widths)})"
+            f"widths {widths}: shape {tuple(down.shape)} of down does not fit gate and up"
         )
         off = (run_ffn(u, gate, up, down) - sum(run_ffn(u, *ffn) for ffn in ffns)).abs()
         assert off.max() < 1e-4, f"widths {widths}: off by {off.max():.2g}"

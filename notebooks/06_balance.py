@@ -787,16 +787,22 @@ def mended_total(text_loss, routings, sparse_step, alpha):
 
 
 # %% tags=["hide-input"]
+import random
+
+
 def adds_the_balance_loss(mended_total):
     layer = Router(32, MoEConfig(n_routed_experts=16, top_k=2, expert_width=8), 1)
     torch.manual_seed(0)
     routings = [layer(torch.randn(64, 32), (1, 64)) for _ in range(3)]
     worth = [float(balance.switch_loss(r)) for r in routings]
-    for step, given in ((1, routings), (2, routings[:2]), (0, [])):
-        right = 2.0 + 0.1 * (sum(worth[: len(given)]) / len(given) if given else 0.0)
-        got = float(mended_total(2.0, given, step, 0.1))
+    draw = random.Random(0)
+    for step, n in ((1, 3), (2, 2), (0, 0), (4, 1)) * 8:
+        text, alpha = draw.uniform(1, 3), draw.uniform(0.01, 0.3)
+        right = text + alpha * (sum(worth[:n]) / n if n else 0.0)
+        got = float(mended_total(text, routings[:n], step, alpha))
         assert abs(got - right) < 1e-6, (
-            f"sparse_step = {step}, {len(given)} layers: {right:.4f}, not {got:.4f}"
+            f"sparse_step = {step}, {n} layers of experts: {got - text:.4f} is added to"
+            f" the text's loss, too {'much' if got > right else 'little'}"
         )
 
 
@@ -845,11 +851,11 @@ def noisy_load(logits, noisy, noise_scale, K):  # h, H and sigma, each (T, E)
 
 
 # %% tags=["hide-input"]
-def noisy_routing():
-    torch.manual_seed(0)
+def noisy_routing(seed):
+    torch.manual_seed(seed)
     config = MoEConfig(
         n_routed_experts=16,
-        top_k=2,
+        top_k=2 + seed % 3,
         expert_width=8,
         noisy_gating=True,
         norm_topk_prob=True,
@@ -858,18 +864,26 @@ def noisy_routing():
 
 
 def is_importance(importance):
-    made = noisy_routing()
-    got = float(importance(made.gates.detach(), made.topk_ids, 16))
-    right = float(balance.importance_loss(made))
-    assert abs(got - right) < 1e-5, f"{right:.5f} expected, not {got:.5f}"
+    for seed in range(30):
+        made = noisy_routing(seed)
+        got = float(importance(made.gates.detach(), made.topk_ids, 16))
+        right = float(balance.importance_loss(made))
+        assert abs(got - right) < 1e-5, (
+            f"batch {seed}, K = {made.topk_ids.shape[1]}: {got:.5f} is too"
+            f" {'high' if got > right else 'low'}"
+        )
 
 
 def is_noisy_load(noisy_load):
-    made = noisy_routing()
-    given = (made.clean_logits, made.logits, made.noise_scale)
-    got = float(noisy_load(*(one.detach() for one in given), 2))
-    right = float(balance.load_loss(made))
-    assert abs(got - right) < 1e-4, f"{right:.5f} expected, not {got:.5f}"
+    for seed in range(30):
+        made = noisy_routing(seed)
+        given = (made.clean_logits, made.logits, made.noise_scale)
+        K = made.topk_ids.shape[1]
+        got = float(noisy_load(*(one.detach() for one in given), K))
+        right = float(balance.load_loss(made))
+        assert abs(got - right) < 1e-4, (
+            f"batch {seed}, K = {K}: {got:.5f} is too {'high' if got > right else 'low'}"
+        )
 
 
 verdict = check_exercise(importance, is_importance)

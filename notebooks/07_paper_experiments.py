@@ -658,14 +658,17 @@ def mended_loss(given, are_logits):
 
 
 def is_the_loss_of_probabilities(mended_loss):
-    logits = torch.tensor([[4.0, 0.0, 0.0], [4.0, 1.0, 0.0], [0.0, 0.0, 9.0]])
-    shares = logits.softmax(dim=-1)
-    P = [float(shares[:, i].mean()) for i in range(3)]
-    right = 3 * (P[0] * 2 / 3 + P[2] / 3)
-    for given, are_logits in ((logits, True), (shares, False)):
-        got = float(mended_loss(given.clone(), are_logits))
-        what = "logits" if are_logits else "probabilities"
-        assert abs(got - right) < 1e-5, f"given {what}: {right:.4f}, not {got:.4f}"
+    draw = torch.Generator().manual_seed(0)
+    for T in range(3, 19):
+        logits = 3 * torch.randn(T, 5, generator=draw)
+        shares = logits.softmax(dim=-1)
+        f = [shares.argmax(dim=-1).tolist().count(i) / T for i in range(5)]
+        right = 5 * sum(f[i] * float(shares[:, i].mean()) for i in range(5))
+        for given, are_logits in ((logits, True), (shares, False)):
+            got = float(mended_loss(given.clone(), are_logits))
+            what = "logits" if are_logits else "probabilities"
+            size = "high" if got > right else "low"
+            assert abs(got - right) < 1e-5, f"given {what}: {got:.4f} is too {size}"
 
 
 collapsed = torch.zeros(100, 16)
@@ -703,16 +706,20 @@ def sign_flip_p(differences):
     return None  # a share, in (0, 1]
 
 
+from scipy.stats import permutation_test
+
+
 def counts_all_flips(sign_flip_p):
-    for values, right in (
-        ([1.0, 2.0, 3.0], 2 / 8),
-        ([-1.0, -2.0, -3.0], 2 / 8),
-        ([1.0, -2.0, 3.0], 6 / 8),
-        ([1.0, 1.0, 1.0, 1.0, 1.0], 2 / 32),
-        ([0.5], 1.0),
-    ):
+    cases = [[1.0, 2.0, 3.0], [-1.0, -2.0, -3.0], [1.0, -2.0, 3.0], [1.0] * 5]
+    draw = torch.Generator().manual_seed(0)
+    for n in (2, 3, 4, 5, 6, 7) * 5:
+        cases.append(torch.randint(-9, 10, (n,), generator=draw).double().tolist())
+    for values in cases:
         got = float(sign_flip_p(list(values)))
-        assert abs(got - right) < 1e-9, f"{values}: {right:g}, not {got:g}"
+        right = permutation_test((values,), np.mean, permutation_type="samples").pvalue
+        size = "high" if got > right else "low"
+        assert abs(got - right) < 1e-9, f"{values}: {got:g} is too {size}"
+    assert sign_flip_p([0.5]) == 1, "one seed: both flips are as far from 0"
 
 
 verdict = check_exercise(sign_flip_p, counts_all_flips)

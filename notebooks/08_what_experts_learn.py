@@ -864,6 +864,8 @@ explore(
 # %%
 from itertools import pairwise
 
+from dsmoe_lite.routing.coactivation import pair_counts
+
 
 def neighbours_only(topk_ids, n_experts):  # as it was: do not use
     counts = torch.zeros(n_experts, n_experts, dtype=torch.long)
@@ -879,19 +881,18 @@ def all_pairs(topk_ids, n_experts):
 
 
 def counts_every_pair(all_pairs):
-    ids = torch.tensor([[0, 1, 2], [2, 0, 3], [3, 1, 0]])
-    got = torch.as_tensor(all_pairs(ids.clone(), 5)).tolist()
-    right = [
-        [0, 2, 2, 2, 0],
-        [2, 0, 1, 1, 0],
-        [2, 1, 0, 1, 0],
-        [2, 1, 1, 0, 0],
-        [0] * 5,
-    ]
-    for i in range(5):
-        for j in range(5):
-            assert got[i][j] == right[i][j], (
-                f"e{i} and e{j}: {right[i][j]}, not {got[i][j]}"
+    cases = [torch.tensor([[0, 1, 2], [2, 0, 3], [3, 1, 0]])]  # none chose e4
+    draw = torch.Generator().manual_seed(0)
+    for k in (1, 2, 3, 4):
+        cases.append(torch.rand(6, 5, generator=draw).topk(k).indices)
+    for ids in cases:
+        got = torch.as_tensor(all_pairs(ids.clone(), 5))
+        assert tuple(got.shape) == (5, 5), f"five experts, but {tuple(got.shape)}"
+        off = (got - pair_counts(ids, 5)).tolist()
+        for i, j in product(range(5), repeat=2):
+            assert off[i][j] == 0, (
+                f"choices {ids.tolist()}: too {'many' if off[i][j] > 0 else 'few'}"
+                f" tokens for e{i} and e{j}"
             )
 
 
@@ -932,15 +933,17 @@ def settled_share(then, final):
 
 def finds_choices_in_any_place(settled_share):
     final = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
-    for then, right in (
-        ([[0, 1], [2, 3], [4, 5], [6, 7]], 1.0),
-        ([[1, 0], [3, 2], [5, 4], [7, 6]], 1.0),
-        ([[2, 3], [4, 5], [6, 7], [0, 1]], 0.0),
-        ([[1, 9], [9, 3], [8, 9], [7, 6]], 4 / 8),
-    ):
-        got = float(settled_share(torch.tensor(then), final.clone()))
+    some = torch.tensor([[1, 9], [9, 3], [8, 9], [7, 6]])
+    cases = [(then, final) for then in (final, final.flip(1), final.roll(1, 0), some)]
+    draw = torch.Generator().manual_seed(0)
+    for k in (1, 2, 3, 4, 5) * 6:
+        cases.append(torch.rand(2, 3, 8, generator=draw).topk(k).indices)
+    for then, final in cases:
+        got = float(settled_share(then.clone(), final.clone()))
+        right = saturation(then, final)
         assert abs(got - right) < 1e-6, (
-            f"{then} against {final.tolist()}: {right:g}, not {got:g}"
+            f"{then.tolist()} against {final.tolist()}: {got:g} is too"
+            f" {'high' if got > right else 'low'}"
         )
 
 

@@ -502,8 +502,14 @@ def stays_in_reach(mended_choice):
                 best = sorted(range(6), key=lambda g: -worth[g])[:2]
                 inside = [e for e in range(24) if e // 4 in best]
                 right = sorted(inside, key=lambda e: -row[e])[:4]
+                outside = sorted(set(chosen) - set(inside))
+                assert not outside, (
+                    f"scores moved by {shift:g}: a token chose {sorted(chosen)};"
+                    f" out of its reach: {outside}"
+                )
                 assert sorted(chosen) == sorted(right), (
-                    f"scores moved by {shift:g}: {sorted(right)} expected, not {sorted(chosen)}"
+                    f"scores moved by {shift:g}: a token chose {sorted(chosen)}, not"
+                    " the four best in its reach"
                 )
 
 
@@ -541,21 +547,24 @@ def sends(topk_ids, device_of, home):  # (T, K), (E,), (T,)
 def counts_like_a_network(sends):
     on = torch.tensor([0, 0, 1, 1, 2, 2])
     ids = torch.tensor([[0, 1], [2, 3], [0, 2], [4, -1], [5, 3], [-1, -1]])
-    for home, right in (
-        ([0, 0, 0, 0, 0, 0], 0 + 1 + 1 + 1 + 2 + 0),
-        ([1, 1, 1, 1, 1, 1], 1 + 0 + 1 + 1 + 1 + 0),
-        ([2, 0, 1, 2, 1, 0], 1 + 1 + 1 + 0 + 1 + 0),
-    ):
-        got = sends(ids, on, torch.tensor(home))
-        assert got == right, f"with homes {home}: {right} sends, not {got}"
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.rand(300, 12, generator=generator).topk(5).indices
-    on, home = torch.arange(12) % 4, torch.arange(300) % 4
-    right = sum(
-        len({e % 4 for e in row} - {t % 4}) for t, row in enumerate(ids.tolist())
-    )
-    got = sends(ids, on, home)
-    assert got == right, f"300 tokens on 4 devices: {right} sends, not {got}"
+    homes = ([0] * 6, [1] * 6, [2, 0, 1, 2, 1, 0])
+    cases = [(ids, on, torch.tensor(home)) for home in homes]
+    draw = torch.Generator().manual_seed(0)
+    for T in range(1, 61, 2):
+        ids = torch.rand(T, 12, generator=draw).topk(5).indices
+        ids[torch.rand(T, 5, generator=draw) < 0.1] = -1
+        on = torch.randint(0, 4, (12,), generator=draw)
+        cases.append((ids, on, torch.randint(0, 4, (T,), generator=draw)))
+    for ids, on, home in cases:
+        got, right = sends(ids.clone(), on, home), 0
+        for row, own in zip(ids.tolist(), home.tolist(), strict=True):
+            for device in range(4):  # does the token go there?
+                there = any(e >= 0 and on[e] == device for e in row)
+                right += there and device != own
+        where = f"homes {home.tolist()}" if len(home) < 20 else f"{len(home)} tokens"
+        assert got == right, (
+            f"{where}: {got} sends, too {'many' if got > right else 'few'}"
+        )
 
 
 verdict = check_exercise(sends, counts_like_a_network)

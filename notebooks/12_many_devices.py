@@ -738,9 +738,9 @@ def is_the_batch_mean(mended):
         of_each = torch.randn(copies, sharing, 5, generator=draw)  # a process's tokens
         wanted = of_each.flatten(0, 1).mean(dim=0)
         found = mended(of_each.sum(dim=1), sharing)
+        size = "large" if found.norm() > wanted.norm() else "small"
         assert torch.allclose(found, wanted, atol=1e-6), (
-            f"{copies} copies, each shared by {sharing}: wrong by a factor"
-            f" of {(found.norm() / wanted.norm()).item():.3g}"
+            f"{copies} copies, each shared by {sharing}: the gradient is too {size}"
         )
 
 
@@ -779,7 +779,8 @@ def counts_nodes(rows_across):
             wanted = len(nodes - {int(home[t]) // node})
             assert int(found[t]) == wanted, (
                 f"a token of device {int(home[t])} with experts {ids[t].tolist()},"
-                f" {per_device} a device, {node} devices a node: {wanted}"
+                f" {per_device} a device, {node} devices a node: {int(found[t])} rows"
+                f" are too {'many' if found[t] > wanted else 'few'}"
             )
 
 

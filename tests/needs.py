@@ -20,7 +20,8 @@ needs_nvcc = _needs("nvcc", find_nvcc() is not None, "nvcc not found: pip instal
 needs_triton = _needs("triton", find_spec("triton") is not None, "triton not found: pip install -e '.[triton]'")
 needs_pyarrow = _needs("pyarrow", find_spec("pyarrow") is not None, "pyarrow not found: pip install -e '.[parquet]'")
 needs_dpkg = _needs("dpkg", shutil.which("dpkg-deb") is not None, "dpkg-deb not found: it is a part of Debian")
-needs_bwrap = _needs("bwrap", why_not() is None, f"no isolation: {why_not()}")
+_WHY_NOT = why_not()
+needs_bwrap = _needs("bwrap", _WHY_NOT is None, f"no isolation: {_WHY_NOT}")
 needs_copydetect = _needs(
     "copydetect", find_spec("copydetect") is not None, "copydetect not found: pip install -e '.[similarity]'"
 )

@@ -36,7 +36,8 @@ def graded(lab: Lab, answers: dict[str, str]) -> Graded:
     return grade_one(lab, submission(lab, answers), variant(lab, "ann", SECRET), SECRET)
 
 
-ATTACKS = {  # name -> verdict, or two that depend on what is noticed first, and the body of `scale`; the other question is answered right and must stay right
+# name -> verdict (or two, by what is noticed first) and the body of `scale`; the other question must stay right
+ATTACKS = {
     "endless loop": ("time", "while True: pass"),
     "endless sleep": ("time", "import time; time.sleep(1e6)"),
     "memory": ("memory", "return len(bytearray(20 * 10**9))"),

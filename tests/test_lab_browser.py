@@ -81,6 +81,16 @@ def asking_notebook() -> nbformat.NotebookNode:
     return new_notebook(cells=cells, metadata=tiny_notebook().metadata)
 
 
+PARAMETERS = 'profile: str = "cpu"  # size: smoke | cpu | gpu\nseed: int = {}  # seed: 0..9'
+
+
+def edited_notebook() -> nbformat.NotebookNode:
+    """With parameters that a test edits in the browser."""
+    sources = ["from dsmoe_lite.labs import begin\nlab = begin(globals())", 'print("the seed is", seed)']
+    start = new_code_cell(PARAMETERS.format(0), metadata={"tags": ["parameters"]})
+    return new_notebook(cells=[start, *map(new_code_cell, sources)], metadata=tiny_notebook().metadata)
+
+
 def set_profile(copy: Path, profile: str) -> None:
     """Write `profile` into the parameters cell and clear all outputs, so that a number at a prompt means a run."""
     notebook = nbformat.read(copy, as_version=4)
@@ -103,6 +113,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     nbformat.write(tiny_notebook(), notebooks / "99_tiny.ipynb")
     nbformat.write(live_notebook(), notebooks / "98_live.ipynb")
     nbformat.write(asking_notebook(), notebooks / "97_ask.ipynb")
+    nbformat.write(edited_notebook(), notebooks / "95_edited.ipynb")
     shutil.copy(notebooks / "00_start_here.ipynb", notebooks / "96_saved.ipynb")  # of which no test runs a cell
     (notebooks / "99_tiny.py").write_text("# %% [markdown]\n# # Tiny\n\n# %%\n1 + 1\n", encoding="utf-8")
     (repository / "book.yml").write_text("toc: {format: jb-book, root: notebooks/99_tiny}\n", encoding="utf-8")
@@ -362,6 +373,29 @@ def test_a_reloaded_page_asks_to_run_the_cell_of_a_live_chart_again(browser, lab
     handle.press("ArrowRight")
     page.get_by_text("chart 41", exact=True).wait_for(timeout=MINUTE)
     assert chart.count() == 1
+    page.close()
+
+
+def test_an_edited_parameter_is_checked_and_a_corrected_one_counts_at_once(browser, lab: Lab) -> None:
+    page, _ = open_notebook(browser, lab, "work/95_edited.ipynb")
+    editor = page.locator(".jp-CodeCell .cm-content").first
+
+    def edit_and_run(seed: str) -> None:
+        editor.click()
+        page.keyboard.press("Control+a")
+        page.keyboard.insert_text(PARAMETERS.format(seed))
+        run_all(page, MINUTE)
+
+    edit_and_run("99")
+    error = page.get_by_text("seed = 99: must be a whole number, 0..9", exact=True)
+    error.wait_for(timeout=MINUTE)
+    assert page.get_by_text("Traceback").count() == 0
+    assert page.get_by_text("the seed is").count() == 1  # the cell's source alone
+    edit_and_run("7")
+    page.get_by_text("the seed is 7", exact=True).wait_for(timeout=MINUTE)
+    assert error.count() == 0
+    edit_and_run("8")
+    page.get_by_text("the seed is 8", exact=True).wait_for(timeout=MINUTE)
     page.close()
 
 

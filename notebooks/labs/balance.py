@@ -72,7 +72,7 @@ def check(loads):
     )
 
 
-check_exercise(loads, check)
+verdict = check_exercise(loads, check)
 
 
 # %% tags=["solution"] question="loads"
@@ -133,7 +133,7 @@ def check(loss_and_gradient):
     )
 
 
-check_exercise(loss_and_gradient, check)
+verdict = check_exercise(loss_and_gradient, check)
 
 
 # %% tags=["solution"] question="loss"
@@ -196,7 +196,7 @@ def check(next_bias):
     )
 
 
-check_exercise(next_bias, check)
+verdict = check_exercise(next_bias, check)
 
 
 # %% tags=["solution"] question="bias"
@@ -248,7 +248,7 @@ def check(updates_needed):
     assert 0 < few <= many, "a lower limit takes at least as many updates"
 
 
-check_exercise(updates_needed, check)
+verdict = check_exercise(updates_needed, check)
 
 
 # %% tags=["solution"] question="updates"

@@ -19,7 +19,7 @@
 #
 # Read a linked source after your repair, not before, because many sources contain the remedy. Each answer is graded
 # alone: **everything that an answer needs must be in its cell**, apart from the given code and the parameters. Your
-# routers have {{n_experts}} experts.
+# routers have {{n_experts}} experts, of which a token visits {{top_k}}.
 
 # %% tags=["parameters"]
 n_experts: int = 8  # experts of your routers: 8..64
@@ -43,7 +43,7 @@ def router_logits(seed, n_tokens=100, n_experts=n_experts):
 
 
 def switch_loss(logits):
-    """Switch's balance loss of one layer's logits (T, E): 1 at balance, E if all tokens choose one expert."""
+    """The balance loss of one layer's logits (T, E): 1 at balance, E at collapse."""
     scores, E = logits.softmax(dim=1), logits.shape[1]
     first = torch.bincount(scores.argmax(dim=1), minlength=E) / len(scores)
     return float(E * (first * scores.mean(dim=0)).sum())
@@ -66,13 +66,13 @@ def same(found, expected, tolerance=1e-4):
 from dsmoe_lite.labs import check_exercise
 
 # %% [markdown]
-# # Room 1: balance losses
+# ## Room 1: balance losses
 #
 # A balance loss is small if all experts get equally many tokens. If it measures the wrong thing, training goes on,
 # and the router is pushed the wrong way, or not at all.
 
 # %% [markdown] question="padding"
-# ## 1. Padding (1 point)
+# ### 1. Padding (1 point)
 #
 # **What it must do.** Short texts of a batch are filled up with padding. Let $T$ be the number of *real* tokens, $E$
 # the number of experts and $K$ the number that a token chooses. The loss is
@@ -81,8 +81,8 @@ from dsmoe_lite.labs import check_exercise
 # f_i = \frac{E}{KT}\sum_{t=1}^{T} \mathbb{1}(\text{token } t \text{ chooses expert } i), \qquad
 # P_i = \frac1T\sum_{t=1}^{T} s_{i,t},$$
 #
-# where $s_{i,t}$ is token $t$'s score of expert $i$. All three are about real tokens. `padded_loss` gets the scores
-# and the ids of all tokens, with padding (`is_padding`, one bool per token), and returns the loss as a number.
+# where $s_{i,t}$ is token $t$'s score of expert $i$. All sums are over real tokens. `padded_loss` gets the scores and
+# choices of all tokens, padding included, and `is_padding`, one bool per token. It returns the loss, a number.
 #
 # **What went wrong.** All padding chooses the same experts. They looked overloaded, and the router was pushed away
 # from them. This happened in two libraries.
@@ -105,18 +105,18 @@ def padded_loss(scores, topk_ids, is_padding):  # (T, E), (T, K), (T,)
 # %% tags=["check"] question="padding"
 def check(padded_loss):
     logits = router_logits(seed)
-    logits[60:] = logits[60]  # 60 real tokens, then the same token 40 times
+    logits[60:] = torch.linspace(4, -4, n_experts)  # 40 times the same padding
     scores = logits.softmax(dim=1)
     ids = scores.topk(top_k, dim=1).indices
     is_padding = torch.arange(100) >= 60
     alone = padded_loss(scores[:60], ids[:60], is_padding[:60])
     padded = padded_loss(scores, ids, is_padding)
     assert same(padded, alone), (
-        f"60 tokens have a loss of {alone:.3f}; with padding behind them it is {padded:.3f}"
+        f"60 tokens have a loss of {alone:.3f}, with padding behind them {padded:.3f}"
     )
 
 
-check_exercise(padded_loss, check)
+verdict = check_exercise(padded_loss, check)
 
 
 # %% tags=["solution"] question="padding"
@@ -143,7 +143,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="layers"
-# ## 2. The whole model (1 point)
+# ### 2. The whole model (1 point)
 #
 # **What it must do.** The balance loss of a model is the mean over its $L$ layers of each layer's own loss,
 #
@@ -154,11 +154,11 @@ def check(answer, reference, random):
 # balance, and $E$ if all tokens share the same $K$ experts equally. `model_loss` gets one tensor of logits (T, E) per
 # layer and returns a number.
 #
-# **What went wrong.** Four layers of 8 experts with $K = 2$ had collapsed, each of them on two experts of its own.
-# The loss was 2.0, the value of perfect balance, where the mean over the layers is 8.0. The code served Mixtral,
-# Qwen2-MoE and OLMoE.
+# **What goes wrong.** Take four layers of 8 experts with $K = 2$, and let each layer collapse on two other experts.
+# The mean over the layers is 8.0. The code that serves Mixtral, Qwen2-MoE and OLMoE returns 2.0, the value of perfect
+# balance.
 #
-# **When nothing shows.** In a model with one layer of experts, or one whose layers are all balanced.
+# **When nothing shows.** In a model with one layer of experts, and in one whose layers are all balanced.
 #
 # *Source: transformers 5.23.0, modeling_mixtral.py; issues
 # [28255](https://github.com/huggingface/transformers/issues/28255),
@@ -190,7 +190,7 @@ def check(model_loss):
     )
 
 
-check_exercise(model_loss, check)
+verdict = check_exercise(model_loss, check)
 
 
 # %% tags=["solution"] question="layers"
@@ -218,7 +218,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="softmax_twice"
-# ## 3. A loss without force (1 point)
+# ### 3. A loss without force (1 point)
 #
 # **What it must do.** A router multiplies a token by its weight. The products are the *logits*. Their softmax over
 # all $E$ experts are the *scores*. The $K$ best scores are the token's gates, not divided by their sum. The balance
@@ -226,8 +226,8 @@ def check(answer, reference, random):
 # expert $i$. `gates_and_loss` gets tokens (T, D) and the weight (E, D). It returns the gates (T, K), best first, and
 # the loss.
 #
-# **What went wrong.** The mean scores $P_i$ in the loss were flattened towards uniform, and the loss lost its
-# gradient. The gates were right all the time. It happened to the families of Mixtral, Qwen-MoE and OLMoE.
+# **What went wrong.** The mean scores in the loss were flattened towards uniform, and the loss lost its gradient. It
+# happened to the families of Mixtral, Qwen-MoE and OLMoE. The gates below are right, and must stay so.
 #
 # **When nothing shows.** While the router is balanced. The loss is then 1, as it should be.
 #
@@ -255,12 +255,12 @@ def check(gates_and_loss):
     weight[:top_k] = 5.0  # every token wants the same K experts, and no other
     _, loss = gates_and_loss(torch.ones(10, 4), weight, top_k)
     assert loss > 0.99 * n_experts / top_k, (
-        f"all tokens choose the same {top_k} of {n_experts} experts, and the loss is only"
-        f" {loss:.2f}; a balanced router has 1"
+        f"all tokens choose the same {top_k} of {n_experts} experts, and the loss is"
+        f" only {loss:.2f}; a balanced router has 1"
     )
 
 
-check_exercise(gates_and_loss, check)
+verdict = check_exercise(gates_and_loss, check)
 
 
 # %% tags=["solution"] question="softmax_twice"
@@ -285,7 +285,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="switch"
-# ## 4. Every layer sparse (1 point)
+# ### 4. Every layer sparse (1 point)
 #
 # **What it must do.** Every `sparse_step`-th layer of a model has experts, and the others have a dense FFN. If
 # `sparse_step` is 0, all layers are dense. The training loss is
@@ -297,13 +297,13 @@ def check(answer, reference, random):
 # $\mathcal{L} = \mathcal{L}_{\text{text}}$. The losses of one layer, `switch_loss` and `z_loss`, are given.
 # `total_loss` gets a list with one entry per layer: the router's logits, or None for a dense layer.
 #
-# **What went wrong.** A Switch Transformer in which *every* layer has experts got no balance loss and no z-loss,
+# **What goes wrong.** A Switch Transformer in which *every* layer has experts gets no balance loss and no z-loss,
 # without a word.
 #
-# **When nothing shows.** If dense layers and layers of experts take turns.
+# **When nothing shows.** While some layers are dense.
 #
-# *Source: transformers 5.23.0, modeling_switch_transformers.py; [issue
-# 29503](https://github.com/huggingface/transformers/issues/29503).*
+# *Source: transformers 5.23.0, modeling_switch_transformers.py;
+# [issue 29503](https://github.com/huggingface/transformers/issues/29503).*
 
 
 # %% tags=["answer"] question="switch"
@@ -328,7 +328,7 @@ def check(total_loss):
     )
 
 
-check_exercise(total_loss, check)
+verdict = check_exercise(total_loss, check)
 
 
 # %% tags=["solution"] question="switch"
@@ -356,13 +356,13 @@ def check(answer, reference, random):
 
 
 # %% [markdown]
-# # Room 2: routers and gates
+# ## Room 2: routers and gates
 #
 # A router gives each token $K$ experts and $K$ gates. A wrong expert is an expert all the same, and a wrong gate is a
-# number between 0 and 1. Both look plausible.
+# number all the same. Both look plausible.
 
 # %% [markdown] question="groups"
-# ## 5. Out of reach (1 point)
+# ### 5. Out of reach (1 point)
 #
 # **What it must do.** The experts form `n_group` groups of equal size: the first experts are the first group, and so
 # on. Each token ranks experts by a biased score $s_{i,t} + b_i$, where the score $s_{i,t}$ is between 0 and 1 and the
@@ -402,7 +402,7 @@ def check(choose):
     )
 
 
-check_exercise(choose, check)
+verdict = check_exercise(choose, check)
 
 
 # %% tags=["solution"] question="groups"
@@ -429,7 +429,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="bias"
-# ## 6. The bias in the gate (1 point)
+# ### 6. A bias that should only choose (1 point)
 #
 # **What it must do.** DeepSeek-V3 adds a bias $b_i$ to the score $s_{i,t}$ only to choose experts. Token $t$ chooses
 # the $K$ experts with the largest $s_{i,t} + b_i$. Its gates are
@@ -439,7 +439,7 @@ def check(answer, reference, random):
 # `route` returns the ids (T, K) and their gates (T, K).
 #
 # **What goes wrong.** The bias is there to balance, and yet it changes the output of the layer. (This one is a trap:
-# our sources name no library that is in it, and DeepSeek-V3's own code is right.)
+# our sources name no library with this bug, and DeepSeek-V3's own code is right.)
 #
 # **When nothing shows.** While all biases are 0, as they are before the first update.
 #
@@ -470,7 +470,7 @@ def check(route):
     )
 
 
-check_exercise(route, check)
+verdict = check_exercise(route, check)
 
 
 # %% tags=["solution"] question="bias"
@@ -494,7 +494,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="softmax_order"
-# ## 7. Gates of another model (1 point)
+# ### 7. Gates of another model (1 point)
 #
 # **What it must do.** This is DeepSeekMoE's layer, with $\text{FFN}_i$ the experts and $u_t$ a token:
 #
@@ -507,7 +507,7 @@ def check(answer, reference, random):
 # **What goes wrong.** Code that is right for GShard's gates is not right for DeepSeekMoE's. Used there, it makes all
 # gates too large. With $K = 1$ it does not even matter how sure the router is.
 #
-# **When nothing shows.** In every model whose gates sum to 1.
+# **When nothing shows.** In models that divide the chosen scores by their sum, as GShard does.
 #
 # *Source: arXiv:2006.16668, Algorithm 1; arXiv:2401.06066, Equations 9 to 11;
 # [litgpt](https://github.com/Lightning-AI/litgpt), litgpt/model.py.*
@@ -526,11 +526,11 @@ def check(layer):
     logits, outputs = router_logits(seed), draw(seed, 100, n_experts, 3)
     unsure, sure = (layer(factor * logits, outputs, 1) for factor in (0.1, 10.0))
     assert not same(unsure, sure), (
-        "K = 1: a router that is ten times as sure, or a tenth, changes no output at all"
+        "K = 1: whether the router is sure or unsure, all outputs are the same"
     )
 
 
-check_exercise(layer, check)
+verdict = check_exercise(layer, check)
 
 
 # %% tags=["solution"] question="softmax_order"
@@ -550,7 +550,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="norm_and_scale"
-# ## 8. One model's code runs the next model (1 point)
+# ### 8. One model's code runs the next model (1 point)
 #
 # **What it must do.** The gates of the chosen experts are their scores; if `normalise` is true, divided by their sum.
 # All gates are then multiplied by the model's `scale`, whether they were divided or not. DeepSeek-V2 has
@@ -586,7 +586,7 @@ def check(scaled_gates):
     )
 
 
-check_exercise(scaled_gates, check)
+verdict = check_exercise(scaled_gates, check)
 
 
 # %% tags=["solution"] question="norm_and_scale"
@@ -608,7 +608,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="fused_scale"
-# ## 9. The shared expert, fused (1 point)
+# ### 9. The shared expert, fused (1 point)
 #
 # **What it must do.** A layer adds a shared expert, which every token uses with weight 1, to its routed experts:
 #
@@ -650,7 +650,7 @@ def check(fused_layer):
         )
 
 
-check_exercise(fused_layer, check)
+verdict = check_exercise(fused_layer, check)
 
 
 # %% tags=["solution"] question="fused_scale"
@@ -674,7 +674,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="fused_lost"
-# ## 10. The last entry (1 point)
+# ### 10. The last entry (1 point)
 #
 # **What it must do.** A serving engine computes shared experts as more entries of the routed list. The routed experts
 # have the ids 0 to $E - 1$. The shared experts have the ids from $E$ on. Each token gets `top_k + n_shared` entries:
@@ -711,7 +711,7 @@ def check(fused_route):
     )
 
 
-check_exercise(fused_route, check)
+verdict = check_exercise(fused_route, check)
 
 
 # %% tags=["solution"] question="fused_lost"
@@ -734,7 +734,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="coactivation"
-# ## 11. Who works together (1 point)
+# ### 11. Who works together (1 point)
 #
 # **What it must do.** A token that chose expert $i$ has chosen $K - 1$ other experts, too. Let $N_i$ be the number of
 # tokens that chose $i$, and $N_{ij}$ the number that chose both $i$ and $j$, $j \ne i$. The **co-activation** is
@@ -744,8 +744,8 @@ def check(answer, reference, random):
 # 0 on the diagonal, and in the whole row of an expert that nobody chose. `coactivation` gets the ids (T, K), best
 # first, and returns $C$ (E, E).
 #
-# **What went wrong.** The script behind a published figure found $K/2$ times too few pairs, 4 times at $K = 8$. It
-# did not miss them evenly, so no factor mends the figure.
+# **What goes wrong.** The script behind a published figure finds $K/2$ times too few pairs: 4 times at $K = 8$. It
+# does not miss them evenly, so no factor mends the figure.
 #
 # **When nothing shows.** With $K = 2$.
 #
@@ -775,7 +775,7 @@ def check(coactivation):
     )
 
 
-check_exercise(coactivation, check)
+verdict = check_exercise(coactivation, check)
 
 
 # %% tags=["solution"] question="coactivation"
@@ -796,12 +796,12 @@ def check(answer, reference, random):
 
 
 # %% [markdown]
-# # Room 3: attention
+# ## Room 3: attention
 #
 # Attention compares a query with keys. A wrong rotation or a wrong temperature still gives a softmax that sums to 1.
 
 # %% [markdown] question="rope"
-# ## 12. Which channels turn together (1 point)
+# ### 12. Which channels turn together (1 point)
 #
 # **What it must do.** RoPE turns *pairs* of channels by an angle that grows with the position $p$. The weights that
 # you load come from DeepSeek's code, where channels $2j$ and $2j + 1$ are a pair, $j = 0, \dots, d/2 - 1$:
@@ -847,7 +847,7 @@ def check(rotate):
     )
 
 
-check_exercise(rotate, check)
+verdict = check_exercise(rotate, check)
 
 
 # %% tags=["solution"] question="rope"
@@ -871,7 +871,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="yarn"
-# ## 13. A line that got lost (1 point)
+# ### 13. The wrong temperature (1 point)
 #
 # **What it must do.** YaRN lets a model read longer texts than it was trained on. DeepSeek's models multiply
 # attention scores by
@@ -908,11 +908,11 @@ def check(score_scale):
     v2 = {"head_dim": 192, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707}
     found = score_scale(v2) * 192**0.5
     assert same(found, 1.589626), (
-        f"V2's scores are multiplied by {found:.3f} / sqrt(192); V2 was trained with 1.590"
+        f"V2's numerator is {found:.3f}, and V2 was trained with 1.590"
     )
 
 
-check_exercise(score_scale, check)
+verdict = check_exercise(score_scale, check)
 
 
 # %% tags=["solution"] question="yarn"
@@ -933,13 +933,13 @@ def check(answer, reference, random):
 
 
 # %% [markdown]
-# # Room 4: many processes, released files, eight bits
+# ## Room 4: many processes, released files, eight bits
 #
 # Here the mathematics is right in each part. The fault is at the border: between processes, between a paper and a
 # file, between a name and its meaning.
 
 # %% [markdown] question="gradients"
-# ## 14. What is divided by what (1 point)
+# ### 14. Four times too large (1 point)
 #
 # **What it must do.** $W$ processes train one model, and the loss is the mean of their $W$ losses. Each process has a
 # copy of a dense weight and computes its gradient from its own tokens. Experts are different: a set of $P$ processes
@@ -955,8 +955,8 @@ def check(answer, reference, random):
 # size, hides most of it.
 #
 # *Source: DeepSpeed, [issue 5618](https://github.com/deepspeedai/DeepSpeed/issues/5618); torchtitan, in pytorch
-# [issue 160285](https://github.com/pytorch/pytorch/issues/160285); megablocks, [pull request
-# 20](https://github.com/databricks/megablocks/pull/20).*
+# [issue 160285](https://github.com/pytorch/pytorch/issues/160285); megablocks,
+# [pull request 20](https://github.com/databricks/megablocks/pull/20).*
 
 
 # %% tags=["answer"] question="gradients"
@@ -970,12 +970,12 @@ def check(mean_gradients):
     dense, expert = mean_gradients(each, each.sum(dim=0, keepdim=True), 4)
     assert same(dense, each.mean(dim=0)), "the dense weight's gradient was right before"
     assert same(dense, expert), (
-        "a dense weight and an expert's weight with the same gradients in all 4 processes:"
+        "a dense weight and an expert's have the same gradient in all 4 processes, and"
         f" the expert's comes out {float((expert / dense).mean()):.2f} times as large"
     )
 
 
-check_exercise(mean_gradients, check)
+verdict = check_exercise(mean_gradients, check)
 
 
 # %% tags=["solution"] question="gradients"
@@ -995,7 +995,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="mtp"
-# ## 15. Drafts that nobody takes (1 point)
+# ### 15. Drafts that nobody takes (1 point)
 #
 # **What it must do.** DeepSeek-V3's MTP module drafts one token more. It first joins the state $h_i$ of token $i$
 # with the embedding $e_{i+1}$ of the next token, and multiplies the joined vector by a matrix (D, 2D). Equation 21 of
@@ -1008,11 +1008,11 @@ def check(answer, reference, random):
 #
 # **When nothing shows.** The text never shows it. Only the share of accepted drafts does.
 #
-# *Source: arXiv:2412.19437, Equation 21; Megatron-LM, [issue
-# 1588](https://github.com/NVIDIA/Megatron-LM/issues/1588); sglang, issues
+# *Source: arXiv:2412.19437, Equation 21; Megatron-LM,
+# [issue 1588](https://github.com/NVIDIA/Megatron-LM/issues/1588); sglang, issues
 # [3798](https://github.com/sgl-project/sglang/issues/3798) and
-# [6423](https://github.com/sgl-project/sglang/issues/6423); DeepSeek-V3, [issue
-# 712](https://github.com/deepseek-ai/DeepSeek-V3/issues/712).*
+# [6423](https://github.com/sgl-project/sglang/issues/6423); DeepSeek-V3,
+# [issue 712](https://github.com/deepseek-ai/DeepSeek-V3/issues/712).*
 
 
 # %% tags=["answer"] question="mtp"
@@ -1037,7 +1037,7 @@ def check(mtp_input):
     assert accepted == 40, f"{accepted} of 40 drafts are accepted; it should be all"
 
 
-check_exercise(mtp_input, check)
+verdict = check_exercise(mtp_input, check)
 
 
 # %% tags=["solution"] question="mtp"
@@ -1057,7 +1057,7 @@ def check(answer, reference, random):
 
 
 # %% [markdown] question="fp8"
-# ## 16. Scales of a file (1 point)
+# ### 16. Scales of a file (1 point)
 #
 # **What it must do.** The files of DeepSeek-V3 hold a weight matrix as numbers of eight bits. The matrix is cut into
 # blocks of 128 rows and 128 columns, from its upper left corner. Each number of a block was divided by the block's
@@ -1066,7 +1066,7 @@ def check(answer, reference, random):
 # the matrix as it was, up to the rounding.
 #
 # **What goes wrong.** The name suggests one mistake, and the edge another. The function below makes **both**. (These
-# are traps: our source names no library that is in them.)
+# are traps: our source names no library with these bugs.)
 #
 # **When nothing shows.** The first mistake shows at once, if you look at a weight. The second does not show if all
 # blocks are full.
@@ -1094,7 +1094,7 @@ def check(dequantize):
     )
 
 
-check_exercise(dequantize, check)
+verdict = check_exercise(dequantize, check)
 
 
 # %% tags=["solution"] question="fp8"
@@ -1117,7 +1117,7 @@ def check(answer, reference, random):
 # %% [markdown]
 # ## On your way out
 #
-# Each exhibit breaks a property that a test of a few lines can check. No loss curve is needed for that.
+# Each exhibit breaks a property that a test of a few lines can check. You needed no loss curve to find it.
 #
 # **Discuss in your group.** Which exhibits change the *training* of a model, and which only its *use*? Which of them
 # would survive a test that compares nothing but shapes? Choose the three properties that you would test first in code

@@ -1,26 +1,26 @@
 # %% [markdown]
 # # Expert ablation: what is an expert worth?
 #
-# The authors of DeepSeekMoE (arXiv:2401.06066) removed the shared expert from a trained model and let every token use
-# one more routed expert instead. The loss rose from 1.808 to 2.414. Such an experiment is an *ablation*: remove a part,
-# and measure how much it is missed. In another ablation they masked the best routed experts of each token (Section 4.5).
+# The authors of DeepSeekMoE (arXiv:2401.06066, Section 4.5) removed the shared expert from a trained model and let
+# every token use one more routed expert instead. The loss rose from 1.808 to 2.414. Such an experiment is an
+# *ablation*: remove a part, and measure how much it is missed.
 #
-# **What is an expert worth, and how would you know?** Removing an expert is easy. Reading the result is not. Does another
-# expert take its place? With what weight? And what would the loss of *any other* expert have cost? You will remove
-# experts in two ways, measure what each was worth, and build a control to compare with. At the end you will mask the
-# best experts of trained models.
+# **What is an expert worth, and how would you know?** Removing an expert is easy. Reading the result is not. Does
+# another expert replace it? With what weight? And how much would the loss have risen without *any other* expert? You
+# will remove experts in two ways, measure what each was worth, and build a control to compare with. At the end you
+# will mask the best experts of ten trained models.
 #
-# Chapters 05, 07 and 08 of the course are the background. Your lab has {{n_experts}} experts; other students have other
-# numbers and other rules, so read yours. Run every cell as you go. Each answer is graded alone: **everything that an
-# answer needs must be in its cell**, apart from the given code and the parameters.
+# Chapters 05, 07 and 08 of the course are the background. Your lab has {{n_experts}} experts; other students have
+# other numbers and other rules, so read yours. Run every cell as you go. Each answer is graded alone: **everything
+# that an answer needs must be in its cell**, apart from the given code and the parameters.
 
 # %% tags=["parameters"]
 n_experts: int = 8  # experts of your layer: 6..16
-rounding: str = "up"  # how you round the number of masked experts: up | down
-gate_rule: str = "own"  # gates of your layer: own | divided | fixed
-stand_in: str = "nobody"  # who takes the place of a silenced expert: nobody | next
+rounded: str = "up"  # how you round the number of masked experts: up | down
+gate_norm: str = "own"  # gates of your layer: own | divided | fixed
+replacement: str = "nobody"  # who replaces a silenced expert: nobody | next
 mean_over: str = "all"  # tokens that count for an expert's worth: all | users
-control_sets: str = "any"  # sets that your control silences: any | others
+controls: str = "any"  # sets that your control silences: any | others
 seed: int = 0  # of your layer: 0..999999
 profile: str = "cpu"  # size of the experiment at the end: smoke | cpu
 
@@ -31,7 +31,7 @@ import torch
 
 
 def made_up_layer(seed, n_tokens=200, n_experts=n_experts, d_model=4):
-    """Router scores (T, E), and the output of every expert for every token (T, E, D)."""
+    """Router scores (T, E), and each expert's output for each token (T, E, D)."""
     random = torch.Generator().manual_seed(seed)
     favour = torch.linspace(1.0, -1.0, n_experts)[
         torch.randperm(n_experts, generator=random)
@@ -57,21 +57,23 @@ scores, outputs = made_up_layer(seed)
 # **The gates.** Let $s_i$ be the token's score of expert $i$. Three rules are in use:
 #
 # - `own`: $g_i = s_i$, as in DeepSeekMoE.
-# - `divided`: $g_i = s_i / N$, where $N$ is the sum of the scores of the $K$ experts *that the token uses*, as in GShard.
+# - `divided`: $g_i = s_i / N$, where $N$ is the sum of the scores of the $K$ experts *that the token uses*, as in
+#   GShard.
 # - `fixed`: $g_i = s_i / N^*$, where $N^*$ is the sum of the token's $K$ highest scores *of all $E$ experts*, removed
 #   ones included.
 #
-# If no expert is removed, `divided` and `fixed` are the same. **Your rule in questions 1 and 2 is {{gate_rule}}.**
+# If no expert is removed, `divided` and `fixed` are the same. **Your rule in questions 1 and 2 is {{gate_norm}}.**
 
 # %% [markdown] question="masked"
 # ## 1. Mask the best (2 points)
 #
-# This is the ablation of Figure 4 in the paper. Each token loses the experts that it scores highest, and uses the $K$
-# best of the rest. The number of masked experts per token is a share of $E$, rounded **{{rounding}}**: 2.4 becomes 3
-# with `up` and 2 with `down`.
+# In a second ablation of Section 4.5, each token loses the experts that it scores highest, and uses the $K$ best of
+# the rest. The number of masked experts is `share` times $E$, rounded **{{rounded}}**: 2.4 becomes 3 with `up` and 2
+# with `down`.
 #
-# Write `choose_masked(scores, share, top_k)` for scores (T, E), any $E$. It returns a pair: the ids of the experts that
-# each token now uses (T, K), best first, and their gates (T, K), in the same order and by your gate rule.
+# Write `choose_masked(scores, share, top_k)` for scores (T, E) and `top_k` = $K$, for any $E$. It returns a pair: the
+# ids of the experts that each token now uses (T, K), best first, and their gates (T, K), in the same order and by
+# your rule **{{gate_norm}}**.
 
 
 # %% tags=["answer"] question="masked"
@@ -95,23 +97,23 @@ def check(choose_masked):
         "the expert with the higher score has the larger gate, and comes first"
     )
     total = float(weights[0].sum())
-    assert (abs(total - 1) < 1e-4) == (gate_rule == "divided"), (
+    assert (abs(total - 1) < 1e-4) == (gate_norm == "divided"), (
         "do the gates of the experts in use sum to 1? They do by one of the three rules"
     )
 
 
-check_exercise(choose_masked, check)
+verdict = check_exercise(choose_masked, check)
 
 
 # %% tags=["solution"] question="masked"
 def choose_masked(scores, share, top_k):
     masked = share * scores.shape[1]
-    n = math.ceil(masked) if rounding == "up" else math.floor(masked)
+    n = math.ceil(masked) if rounded == "up" else math.floor(masked)
     ranked = scores.argsort(dim=1, descending=True)
     ids = ranked[:, n : n + top_k]
     chosen, best = scores.gather(1, ids), scores.gather(1, ranked[:, :top_k])
     sums = {"own": 1, "divided": chosen.sum(1, True), "fixed": best.sum(1, True)}
-    return ids, chosen / sums[gate_rule]
+    return ids, chosen / sums[gate_norm]
 
 
 # %% tags=["hidden"] question="masked"
@@ -135,12 +137,13 @@ def check(answer, reference, random):
 # %% [markdown] question="silenced"
 # ## 2. Silence an expert (3 points)
 #
-# Masking the best asks about ranks. To ask about *one* expert, silence it for all tokens and compute the layer's output
-# again. What happens to the tokens that used it? Your rule is **{{stand_in}}**:
+# Masking the best asks about ranks. To ask about *one* expert, silence it for all tokens and compute the layer's
+# output again. Who replaces it? Your rule is **{{replacement}}**:
 #
-# - `nobody`: the tokens keep their experts and all their gates, those of the intact layer. A silenced expert adds nothing.
+# - `nobody`: the tokens keep their experts and all their gates, those of the intact layer. A silenced expert adds
+#   nothing.
 # - `next`: each token uses the $K$ best of the experts that are *not* silenced. Their gates follow your gate rule,
-#   **{{gate_rule}}**.
+#   **{{gate_norm}}**.
 #
 # The two ask different things. `nobody` asks what the expert contributed; `next` asks whether others can do its work.
 #
@@ -175,12 +178,12 @@ def check(silenced_output):
         "the scores and outputs you were given must stay as they were"
     )
     assert found[0, 0] == 0, "expert 0 is silenced and must add nothing"
-    assert (found[0, 2] > 0) == (stand_in == "next"), (
+    assert (found[0, 2] > 0) == (replacement == "next"), (
         "does expert 2 take the place of expert 0? Read your rule again"
     )
 
 
-check_exercise(silenced_output, check)
+verdict = check_exercise(silenced_output, check)
 
 
 # %% tags=["solution"] question="silenced"
@@ -189,11 +192,11 @@ def silenced_output(scores, outputs, silenced, top_k):
     off[:, silenced] = True
     best = scores.topk(top_k, dim=1)
     remaining = scores.masked_fill(off, -math.inf)
-    ids = best.indices if stand_in == "nobody" else remaining.topk(top_k).indices
+    ids = best.indices if replacement == "nobody" else remaining.topk(top_k).indices
     weights = scores.gather(1, ids)
-    if gate_rule == "divided":
+    if gate_norm == "divided":
         weights = weights / weights.sum(dim=1, keepdim=True)
-    if gate_rule == "fixed":
+    if gate_norm == "fixed":
         weights = weights / best.values.sum(dim=1, keepdim=True)
     gates = torch.zeros_like(scores).scatter(1, ids, weights).masked_fill(off, 0.0)
     return torch.einsum("te,ted->td", gates, outputs)
@@ -216,20 +219,20 @@ def check(answer, reference, random):
 # ## 3. Is a busy expert a needed one? (2 points)
 #
 # Silence each expert in turn, and record the loss of the model at each token. The **worth** of an expert is the mean
-# *rise* of the loss without it. Yours is the mean over **{{mean_over}}**: with `all`, over all $T$ tokens; with `users`,
-# over the tokens that used the expert when the model was intact. (The loss may change at other tokens, too: they look
-# back at those that used it.)
+# *rise* of the loss without it. Yours is the mean over **{{mean_over}}**: with `all`, over all $T$ tokens; with
+# `users`, over the tokens that used the expert when the model was intact. (The loss may change at other tokens, too:
+# they look back at those that used it.)
 #
-# The **load** of an expert is the number of tokens that use it. Do worth and load order the experts alike? *Kendall's
-# tau* counts pairs. Of all pairs of different experts, let $a$ be the number of those in which the busier expert is
-# worth more, and $b$ the number of all others. Then
+# The **load** of an expert is the number of tokens that use it, here not divided by the mean. Do worth and load order
+# the experts alike? *Kendall's tau* counts pairs. Of all pairs of different experts, let $a$ be the number of those in
+# which the expert with the higher load is worth more, and $b$ the number of all others. Then
 #
 # $$\tau = \frac{a - b}{a + b}.$$
 #
 # Write `worth_and_load(intact, without, topk_ids)`. It gets the losses of the intact model (T,), those without each
 # expert (E, T), one row per expert, and the ids of the experts that each token of the intact model used (T, K). It
-# returns a pair: a list of $E$ worths, and $\tau$. Each expert has at least one token, and no two experts have the same
-# load or the same worth.
+# returns a pair: a list of $E$ worths, and $\tau$. Each expert has at least one token, and no two experts have the
+# same load or the same worth.
 
 
 # %% tags=["answer"] question="worth"
@@ -254,7 +257,7 @@ def check(worth_and_load):
         )
 
 
-check_exercise(worth_and_load, check)
+verdict = check_exercise(worth_and_load, check)
 
 
 # %% tags=["solution"] question="worth"
@@ -295,28 +298,27 @@ def check(answer, reference, random):
 # %% [markdown] question="control"
 # ## 4. The control (3 points)
 #
-# You silence some experts and the output changes a lot. Were these experts special, or would any others have done the
-# same? The control silences other sets of the same size. There are few enough to try **all** of them, so nothing has to
-# be drawn at random.
+# You silence some experts, and the output of the layer changes a lot. Were these experts special, or would any others
+# have done the same? A control silences other sets of the same size. There are few enough to try **all** of them, so
+# nothing has to be drawn at random.
 #
-# Let $\mathbf{c}_{t,i}$ be what expert $i$ contributes to the output of token $t$: its gate times its output, and zero
-# if the token does not use it. Silence a set $A$ of experts, and nobody takes their place. The output of token $t$ then
+# Let $\mathbf{c}_{t,i}$ be what expert $i$ contributes to the output of token $t$: its gate times its output, and
+# zero if the token does not use it. Silence a set $A$ of experts, with no replacements. The output of token $t$ then
 # loses the sum of their contributions. The **damage** is the squared length of this sum, mean over the tokens:
 #
 # $$\text{damage}(A) = \frac1T \sum_{t=1}^{T} \Bigl\lVert \sum_{i \in A} \mathbf{c}_{t,i} \Bigr\rVert^2 .$$
 #
-# The squared length of a vector is the sum of its squared numbers. Damages of single experts do not add up:
-# contributions may cancel each other.
+# (The squared length of a vector is the sum of its squared numbers.) The damage of a set is not the sum of the
+# damages of its experts: contributions may cancel.
 #
-# Let $R$ be the set of the $n$ experts that you removed. Your control silences every set of $n$ experts among
-# **{{control_sets}}**:
+# Let $R$ be the set of the $n$ experts that you removed. The sets of your control are **{{controls}}**:
 #
-# - `any`: among all $E$ experts, so that $R$ is one of the sets;
-# - `others`: among the $E - n$ experts that are not in $R$.
+# - `any`: every set of $n$ of the $E$ experts, $R$ among them;
+# - `others`: every set of $n$ of the $E - n$ experts that are not in $R$.
 #
-# Write `control(contributions, removed)`: contributions (T, E, D) and the list of the $n$ experts of $R$, to a pair: the
-# mean damage of all control sets, and the share of control sets with a damage *at least* as large as that of $R$, from
-# 0 to 1. A small share says that $R$ was special. (`itertools.combinations` lists sets.)
+# Write `control(contributions, removed)`: contributions (T, E, D) and the list of the $n$ experts of $R$, to a pair:
+# the mean damage of all control sets, and the share of control sets, from 0 to 1, with a damage *at least* as large
+# as that of $R$. If the share is small, $R$ was special. (`itertools.combinations` lists sets.)
 
 
 # %% tags=["answer"] question="control"
@@ -348,9 +350,13 @@ def check(control):
     assert abs(float(share) - 1) < 1e-6, (
         "experts 2 and 5 cancel each other: no set can do less damage than these two"
     )
+    expected, share = control(opposed, [0, 1])
+    assert float(share) < 1, (
+        "experts 0 and 1 add up, and some sets cancel: not all do as much damage"
+    )
 
 
-check_exercise(control, check)
+verdict = check_exercise(control, check)
 
 # %% tags=["solution"] question="control"
 from itertools import combinations
@@ -361,7 +367,7 @@ def control(contributions, removed):
         lost = contributions[:, list(experts)].double().sum(dim=1)  # (T, D)
         return float(lost.square().sum(dim=1).mean())
 
-    E, taken = contributions.shape[1], removed if control_sets == "others" else []
+    E, taken = contributions.shape[1], removed if controls == "others" else []
     pool = [i for i in range(E) if i not in taken]
     damages = [damage(experts) for experts in combinations(pool, len(removed))]
     as_bad = sum(one >= damage(removed) for one in damages)
@@ -398,14 +404,16 @@ def check(answer, reference, random):
 # %% [markdown]
 # ## See it at work
 #
-# Now repeat the ablation of Figure 4 on trained models: five runs of GShard (each token uses 2 of 16 experts, gates
-# divided) and five of DeepSeekMoE (1 shared expert and 7 of 63 routed ones, a quarter as wide, own gates times 4). The
-# models and their made-up text are those of chapter 08. Each token loses the best sixteenth of its routed experts, then
-# the best two, three and four sixteenths; the next best step in. GShard is measured twice: with `divided` gates, as
-# trained, and with `fixed` ones. The control masks as many experts, drawn at random for each token.
+# Now mask the best experts of the trained models of chapter 08, as Figure 4 of the paper does: five runs of GShard
+# (each token uses 2 of 16 experts) and five of DeepSeekMoE (1 shared expert and 7 of 63 routed ones, each a quarter
+# as wide). Each token loses the best sixteenth of the routed experts, one in GShard and four in DeepSeekMoE; then
+# two, three and four sixteenths. The next best replace them. GShard is measured twice: with `divided` gates, as
+# trained, and with `fixed` ones. DeepSeekMoE has `own` gates, times 4. The control masks as many experts, drawn at
+# random for each token.
 #
-# Intact, all ten have a loss near 0.87. Before you run the cell, write down three guesses. What is the loss of
-# DeepSeekMoE without its best sixteenth? What is it without a random sixteenth? Which of GShard's two curves is higher?
+# Intact, all ten have a loss between 0.84 and 0.91. Before you run the cell, write down three guesses. What is the
+# loss of DeepSeekMoE without the best sixteenth of each token's experts? What is it without a random sixteenth? And
+# which of GShard's two curves is higher?
 
 # %%
 from copy import deepcopy
@@ -425,7 +433,7 @@ from dsmoe_lite.viz import identity
 
 n_runs, n_batches = {"smoke": (1, 1), "cpu": (5, 2)}[profile]
 SHARES = [1 / 16, 2 / 16, 3 / 16, 4 / 16]
-BEST, RANDOM = "each token's best", "random experts"
+BEST, RANDOM = "best experts", "random experts"
 folder = DATA / "models"
 facts = read_metadata(folder / "paper-gshard-seed0.safetensors")
 tokenizer = read_tokenizer(facts["tokenizer"])
@@ -476,9 +484,9 @@ frame = pd.DataFrame(rows)
 
 NAMES = ["GShard, divided", "GShard, fixed", "DeepSeekMoE"]
 base = alt.Chart(frame).encode(
-    x=alt.X("share", title="share of the routed experts masked").axis(
-        values=[0, *SHARES], labelExpr="datum.value * 16 + '/16'"
-    ),
+    x=alt.X(
+        "share", title="share of routed experts masked: best (solid) or random (dashed)"
+    ).axis(values=[0, *SHARES], labelExpr="datum.value * 16 + '/16'"),
     y=alt.Y("mean(loss)", title="held-out loss (nats per token)"),
     color=alt.Color("model", legend=None).scale(
         domain=NAMES, range=identity.colors(NAMES)
@@ -503,4 +511,17 @@ means = frame.groupby(["model", "masked", "share"], sort=False)["loss"].mean()
 means.unstack("share").rename(columns=lambda share: f"{16 * share:.0f}/16").round(2)
 
 # %% [markdown]
-# Each thin line is one run; each thick line is the mean of the runs.
+# A thin line is one run, a thick line the mean of the runs; the table shows the means. The thin lines show how much
+# another seed would change. They do not show what another text or another size would change: all ten models are
+# small, and all read the same made-up text.
+#
+# **Discuss in your group.**
+#
+# - A random sixteenth is as many experts as the best sixteenth. Why does losing it hurt so little? How many of the
+#   experts that a token uses does it contain on average?
+# - GShard's two solid curves have the same experts and the same weights. What is different, and which of the two
+#   would you compare with DeepSeekMoE?
+# - The paper compares DeepSeekMoE with a GShard that has the same loss when intact. There DeepSeekMoE's loss rises
+#   faster, and the authors conclude that its experts are less redundant. Do your curves show that order? And which
+#   measurement would tell an expert that matters from an expert that is hard to replace? (Remember `nobody` and
+#   `next`; chapter 07 makes this comparison.)

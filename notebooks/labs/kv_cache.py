@@ -3,15 +3,16 @@
 #
 # A model that writes looks back at all earlier tokens. Their keys and values do not change, so a server computes them
 # once and keeps them: this is the *KV cache*. It saves time and costs memory. With ordinary attention, DeepSeek-V2
-# would need 515 GB to remember one text of 128K tokens at 16 bits per number. With latent attention (MLA) it needs 9 GB.
+# would need 515 GB to remember one text of 128K tokens at 16 bits per number. With multi-head latent attention (MLA),
+# it needs 9 GB.
 #
 # **What does a token cost to remember, and how can it cost less?** You will count the bytes of a cache, find out how
-# many requests a server can take, follow a cache that forgets, and decode a token from latents without making a single
-# key. Then you will time a small model with and without a cache.
+# many requests a server can take, follow a cache that forgets, and decode a token from latents without making a
+# single key. Then you will time a small model with and without a cache.
 #
-# Chapter 09 of the course is the background. Other students have other numbers and other rules, so read yours; they are
-# in **bold**. Run every cell as you go. Each answer is graded alone: **everything that an answer needs must be in its
-# cell**, apart from the given code and the parameters.
+# Chapter 09 of the course is the background. Other students have other numbers and other rules, so read yours; they
+# are in **bold**. Run every cell as you go. Each answer is graded alone: **everything that an answer needs must be in
+# its cell**, apart from the given code and the parameters.
 
 # %% tags=["parameters"]
 global_layers: str = "odd"  # layers that keep all tokens: odd | sixth | ends
@@ -52,12 +53,14 @@ from dsmoe_lite.labs import check_exercise
 #
 # In every layer, a token leaves some numbers in the cache:
 #
-# - With grouped-query attention, it leaves a key and a value of $d_h$ channels for each of $H_{kv}$ key-value heads. If
-#   $H_{kv} = H$, the number of all heads, this is ordinary multi-head attention.
-# - With MLA, it leaves one latent vector of $d_c$ channels and one rotated key of $d_h^R$ channels. All heads share both.
+# - With grouped-query attention, it leaves a key and a value of $d_h$ channels for each of $H_{kv}$ key-value heads.
+#   If $H_{kv} = H$, the number of all heads, this is ordinary multi-head attention.
+# - With MLA, it leaves one latent vector of $d_c$ channels and one rotated key of $d_h^R$ channels. All heads share
+#   both.
 #
-# Many models save memory in some layers. A *global* layer keeps all tokens of a sequence. A *local* layer keeps at most
-# the last $W$ tokens of each sequence. Layers are numbered from 0, and your global layers are **{{global_layers}}**:
+# Many models save memory in some layers. A *global* layer keeps all tokens of a sequence. A *local* layer keeps at
+# most the last $W$ tokens of each sequence. Layers are numbered from 0, and your global layers are
+# **{{global_layers}}**:
 #
 # - `odd`: layers 1, 3, 5, and so on
 # - `sixth`: every sixth layer, that is 5, 11, 17, and so on
@@ -100,7 +103,7 @@ def check(cache_bytes):
     )
 
 
-check_exercise(cache_bytes, check)
+verdict = check_exercise(cache_bytes, check)
 
 
 # %% tags=["solution"] question="bytes"
@@ -144,9 +147,9 @@ def check(answer, reference, random):
 # %% [markdown] question="fits"
 # ## 2. How many requests fit? (2 points)
 #
-# A server has `memory` bytes. The weights of the model take `weights` of them, and the cache may use the rest. Requests
-# wait in a queue. The server admits them **in this order** and stops at the first request that does not fit, even if a
-# shorter one waits behind it. Otherwise a long request might wait for ever.
+# A server has `memory` bytes. The weights of the model take `weights` of them, and the cache may use the rest.
+# Requests wait in a queue. The server admits them **in this order** and stops at the first request that does not fit,
+# even if a shorter one waits behind it: otherwise a long request might wait forever.
 #
 # All admitted requests are decoded together. The server hands out memory in *pages* with room for **{{page}} tokens**
 # each. Two sequences never share a page, so the last page of a sequence may be partly empty. Your server is
@@ -157,8 +160,8 @@ def check(answer, reference, random):
 #
 # In this question all layers are global, and a token takes `per_token` bytes.
 #
-# Write `admitted(lengths, memory, weights, per_token)`. `lengths` is the queue: how many tokens each request will have
-# when it is finished. Return how many requests the server admits.
+# Write `admitted(lengths, memory, weights, per_token)`. `lengths` is the queue: how many tokens each request will
+# have when it is finished. Return how many requests the server admits.
 
 
 # %% tags=["answer"] question="fits"
@@ -181,7 +184,7 @@ def check(admitted):
     assert short < 9, "a sequence of one token takes a whole page"
 
 
-check_exercise(admitted, check)
+verdict = check_exercise(admitted, check)
 
 
 # %% tags=["solution"] question="fits"
@@ -203,7 +206,8 @@ def check(answer, reference, random):
         lengths = [random.randint(1, 6 * page) for _ in range(12)]
         lengths[random.randint(3, 6)] = 9 * page + 1  # one long request in the middle
         per_token, weights = random.randint(2, 900), random.randint(0, 10**6)
-        for pages in (random.randint(1, 9), random.randint(10, 40), 41, 57):
+        first = [-(-S // page) for S in lengths[: random.randint(1, 9)]]
+        for pages in (sum(first), len(first) * max(first), random.randint(1, 60)):
             for spare in (-1, 0, page * per_token - 1):
                 memory = weights + pages * page * per_token + spare
                 values = lengths, memory, weights, per_token
@@ -213,24 +217,25 @@ def check(answer, reference, random):
 # %% [markdown] question="held"
 # ## 3. A cache that forgets (3 points)
 #
-# Now look inside a local layer. Its cache has $W$ = **{{slots}}** slots, numbered from 0, and each slot holds one token.
-# The tokens of a text have the positions $t = 0, 1, 2, \dots$ When all slots are in use, something must go. Your rule
-# is **{{keep}}**:
+# Now look inside a local layer. Its cache has $W$ = **{{slots}}** slots, numbered from 0, and each slot holds one
+# token. The tokens of a text have the positions $t = 0, 1, 2, \dots$ When all slots are in use, something must go.
+# Your rule is **{{keep}}**:
 #
 # - `window`: position $t$ takes slot $t \bmod W$. The cache holds the last $W$ tokens.
-# - `sinks`: the first $A$ = {{n_sinks}} positions keep the slots 0 to $A - 1$ for ever. (Models often attend strongly to
-#   the first tokens of a text, which are then called attention sinks.) Later positions take the other $W - A$ slots in
-#   turn: position $A$ takes slot $A$, position $W - 1$ takes slot $W - 1$, position $W$ takes slot $A$ again.
-# - `chunks`: the text is cut into chunks of $W$ tokens. When the first token of a chunk arrives, all slots are emptied.
-#   Position $t$ takes slot $t \bmod W$.
+# - `sinks`: the first $A$ = {{n_sinks}} positions keep the slots 0 to $A - 1$ forever. (Models often attend strongly
+#   to the first tokens of a text, which are then called attention sinks.) Later positions take the other $W - A$
+#   slots in turn: position $A$ takes slot $A$, position $W - 1$ takes slot $W - 1$, position $W$ takes slot $A$
+#   again.
+# - `chunks`: the text is cut into chunks of $W$ tokens. When the first token of a chunk arrives, all slots are
+#   emptied. Position $t$ takes slot $t \bmod W$.
 #
 # Sometimes a server takes tokens back. In *speculative decoding*, it appends several guessed tokens at once and drops
 # the last of them if they were wrong. The slot of a dropped token becomes empty, and the next token gets the position
 # that has become free. **What a dropped token has overwritten does not come back**, nor does an emptied chunk.
 #
-# Write `held(steps)`. `steps` is a list of whole numbers: 5 appends five tokens, $-2$ drops the last two. The cache is
-# empty at the start. Return a list with the position that each of the {{slots}} slots holds at the end, $-1$ if the slot
-# is empty. For example, `held([3, -1])` starts with 0, 1, -1.
+# Write `held(steps)`. `steps` is a list of whole numbers: 5 appends five tokens, $-2$ drops the last two. The cache
+# is empty at the start. Return a list with the position that each of the {{slots}} slots holds at the end, $-1$ if
+# the slot is empty. For example, `held([3, -1])` starts with 0, 1, -1.
 
 
 # %% tags=["answer"] question="held"
@@ -258,7 +263,7 @@ def check(held):
     assert max(late) == 5 * slots + 2, "positions start at 0"
 
 
-check_exercise(held, check)
+verdict = check_exercise(held, check)
 
 
 # %% tags=["solution"] question="held"
@@ -305,29 +310,30 @@ def check(answer, reference, random):
 # %% [markdown] question="decode"
 # ## 4. Decode without a key (3 points)
 #
-# Of each earlier token $j$, MLA caches the latent $\mathbf{c}_j$ ($d_c$ channels) and the rotated key $\mathbf{k}^R_j$
-# ($d_h^R$ channels). Head $i$ has two matrices: $W^{UK}_i$ ($d_h \times d_c$) makes a key of a latent, and $W^{UV}_i$
-# ($d_v \times d_c$) makes a value of $d_v$ channels. The new token is at position $t$. Its query in head $i$ has two
-# parts, $\mathbf{q}_i$ ($d_h$ channels) and the rotated $\mathbf{q}^R_i$ ($d_h^R$ channels). The output of the head is
+# Of each earlier token $j$, MLA caches the latent $\mathbf{c}_j$ ($d_c$ channels) and the rotated key
+# $\mathbf{k}^R_j$ ($d_h^R$ channels). Head $i$ has two matrices: $W^{UK}_i$ ($d_h \times d_c$) makes a key of a
+# latent, and $W^{UV}_i$ ($d_v \times d_c$) makes a value of $d_v$ channels. The new token is at position $t$. Its
+# query in head $i$ has two parts, $\mathbf{q}_i$ ($d_h$ channels) and the rotated $\mathbf{q}^R_i$ ($d_h^R$
+# channels). The output of the head is
 #
 # $$\mathbf{o}_i = \sum_{j} a_{ij}\, W^{UV}_i \mathbf{c}_j, \qquad
 # a_{ij} = \operatorname{Softmax}_j\!\left(\frac{\mathbf{q}_i^\top W^{UK}_i \mathbf{c}_j
 # + \mathbf{q}_i^{R\top} \mathbf{k}^R_j}{\sqrt{d_h + d_h^R}}\right),$$
 #
-# where $j$ runs over the tokens that token $t$ sees. Token $t$ never sees a later one. It sees itself and those earlier
-# tokens that your rule **{{keep}}** allows:
+# where $j$ runs over the tokens that token $t$ sees. Token $t$ never sees a later one. It sees itself and those
+# earlier tokens that your rule **{{keep}}** allows:
 #
 # - `window`: $t - j < W$
 # - `sinks`: $j < A$, or $t - j < W - A$, with $A$ = {{n_sinks}}
 # - `chunks`: $j$ and $t$ are in the same chunk, $\lfloor j / W \rfloor = \lfloor t / W \rfloor$
 #
-# Computed as written, this makes a key and a value for every cached token and every head. The *absorbed* form makes none:
-# multiply the query by $W^{UK}_i$ first, compare the result with the latents, average the latents, and apply $W^{UV}_i$
-# to the average. **Use the absorbed form.** The check counts your multiplications, and when your answer is graded the
-# cache is so long that the keys of one head do not fit into memory.
+# Computed as written, this makes a key and a value for every cached token and every head. The *absorbed* form makes
+# none: multiply the query by $W^{UK}_i$ first, compare the result with the latents, average the latents, and apply
+# $W^{UV}_i$ to the average. **Use the absorbed form.** The check counts your multiplications, and when your answer is
+# graded the cache is so long that the keys of one head do not fit into memory.
 #
-# Write `decode(q, q_rope, cache, positions, t, window, W_UK, W_UV)`, which returns the outputs of all heads
-# $(H, d_v)$. Here $W$ is the argument `window`, and the cache has $N$ slots, which may be more than $W$:
+# Write `decode(q, q_rope, cache, positions, t, window, W_UK, W_UV)`. It returns $(H, d_v)$, the outputs of all heads.
+# Here $W$ is the argument `window`, and the cache has $N$ slots, which may be more than $W$:
 #
 # | argument | is | shape |
 # |---|---|---|
@@ -337,8 +343,8 @@ def check(answer, reference, random):
 # | `t`, `window` | $t$ and $W$, whole numbers | |
 # | `W_UK`, `W_UV` | $W^{UK}_i$ and $W^{UV}_i$ of all heads | $(H, d_h, d_c)$ and $(H, d_v, d_c)$ |
 #
-# The cache already has token $t$ itself. An empty slot contains arbitrary numbers. A slot may also hold a token with a
-# position above $t$, left by a draft that was dropped.
+# The cache already has token $t$ itself. An empty slot contains arbitrary numbers. A slot may also hold a token with
+# a position above $t$, left by a draft that was dropped.
 
 
 # %% tags=["answer"] question="decode"
@@ -388,7 +394,7 @@ def check(decode):
     )
 
 
-check_exercise(decode, check)
+verdict = check_exercise(decode, check)
 
 
 # %% tags=["solution"] question="decode"
@@ -401,8 +407,8 @@ def decode(q, q_rope, cache, positions, t, window, W_UK, W_UV):
     cache = cache[visible & (positions >= 0) & (positions <= t)]
     d_h, d_c = W_UK.shape[1:]
     latents, k_rope = cache[:, :d_c], cache[:, d_c:]
-    looking = torch.einsum("hd,hdc->hc", q, W_UK)
-    scores = (looking @ latents.T + q_rope @ k_rope.T) / math.sqrt(
+    absorbed = torch.einsum("hd,hdc->hc", q, W_UK)
+    scores = (absorbed @ latents.T + q_rope @ k_rope.T) / math.sqrt(
         d_h + k_rope.shape[1]
     )
     return torch.einsum("hc,hvc->hv", scores.softmax(dim=-1) @ latents, W_UV)
@@ -413,7 +419,8 @@ def check(answer, reference, random):
     cases = [(3, 4, 2, 5, 6), (2, 6, 4, 12, 3), (4, 3, 2, 8, 3), (2, 2500, 2, 6, 2500)]
     for H, d_h, d_rope, d_c, d_v in cases:
         drawn = torch.Generator().manual_seed(random.getrandbits(31))
-        N, window, t = 60, random.randint(6, 14), random.randint(40, 55)
+        N, window = 80, random.randint(6, 14)
+        t = (0 if H == 4 else 4 * window) + random.randint(3, window - 2)
         if d_h > 1000:  # 1 GB for the keys of one head, in float32
             N = window = 100_000
             t = N - 1
@@ -434,9 +441,9 @@ def check(answer, reference, random):
 # %% [markdown]
 # ## See it at work
 #
-# Now time a small model. Without a cache, it reads the whole text again for every new token. With a cache, it reads one
-# token. Before you run the cell, write down two guesses for a text of 2,048 tokens. How many times as long as with a
-# cache does the next token take without one? And with a cache, how many times as long as after 16 tokens?
+# Now time a small model. Without a cache, it reads the whole text again for every new token. With a cache, it reads
+# one token. The unit of time is one token with a cache, after a text of 16 tokens. Before you run the cell, write
+# down two guesses: how many units does a token take after 2,048 tokens, with a cache and without?
 
 # %%
 from statistics import median
@@ -464,13 +471,13 @@ model = Transformer(
 
 @torch.no_grad()
 def seconds(n_tokens, cached):
-    """Of the next token after a text of n_tokens. Reading the text itself first does not count."""
+    """Time of one token after n_tokens; with a cache, these have been read before."""
     text = torch.randint(1024, (1, n_tokens))
     new, cache, clock = text, None, []
     if cached:
         new, cache = text[:, -1:], Cache(model.config, 1, reserve=n_tokens + 8)
         model(text, cache)
-    for _ in range(5 if cached else 2):
+    for _ in range(3):
         start = perf_counter()
         model(new, cache)
         clock.append(perf_counter() - start)
@@ -480,9 +487,7 @@ def seconds(n_tokens, cached):
 lengths = {"smoke": [16, 128], "cpu": [16, 32, 64, 128, 256, 512, 1024, 2048]}[profile]
 WAYS = {"without a cache": False, "with a cache": True}
 times = {(name, S): [] for name in WAYS for S in lengths}
-for _ in range(
-    {"smoke": 2, "cpu": 7}[profile]
-):  # all in turn, so that none has bad luck
+for _ in range({"smoke": 2, "cpu": 7}[profile]):  # in turn: other programs slow all
     for name, S in times:
         times[name, S].append(seconds(S, WAYS[name]))
 times = {where: median(found) for where, found in times.items()}
@@ -492,9 +497,9 @@ frame = pd.DataFrame(
 )
 base = alt.Chart(frame).encode(
     x=alt.X("tokens", title="tokens of the text").scale(type="log", base=2),
-    y=alt.Y("time", title="time of the next token (1: with a cache, 16 tokens)").scale(
-        type="log"
-    ),
+    y=alt.Y("time", title="time of the next token (1: with a cache, 16 tokens)")
+    .scale(type="log", domainMin=0.8, nice=False)
+    .axis(values=[1, 3, 10, 30, 100, 300]),
     color=alt.Color("way", legend=None),
 )
 ends = base.transform_filter(alt.datum.tokens == lengths[-1])
@@ -505,9 +510,9 @@ ends = base.transform_filter(alt.datum.tokens == lengths[-1])
 ).properties(width=440, height=260)
 
 # %% [markdown]
-# A cache pays for time with memory. How much memory depends on the model. Here are published models, with 16 bits per
-# number. The last column counts cached tokens, in all sequences of a batch together: how many millions of them take as
-# much memory as the weights?
+# The cache saves time and takes memory. How much memory depends on the model. These are published models, with 16
+# bits per number. The last column answers: how many million cached tokens, in all sequences of a batch together, take
+# as much memory as the weights?
 
 # %%
 rows = []

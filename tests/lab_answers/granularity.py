@@ -75,10 +75,27 @@ def cut_layer(router, gate_up, down, m):
     },
 }
 
+NOTHING_HAS_GROWN = """
+def width_left(n_experts, top_k, width, m):
+    return width // m // multiple * multiple
+"""
+
+TWO_MATRICES = """
+def width_left(n_experts, top_k, width, m):
+    counted = top_k if budget == "active" else n_experts
+    left = n_experts + 2 * counted * width - m * n_experts
+    return max(0, left // (2 * m * counted) // multiple * multiple)
+"""
+
 CHOOSE_DEVICES_FIRST = """
 def choice_bits(n_experts, top_k, m, n_devices, limit):
     near = m * n_experts // n_devices * limit
     return math.log2(math.comb(n_devices, limit) * math.comb(near, m * top_k))
+"""
+
+NO_LIMIT = """
+def choice_bits(n_experts, top_k, m, n_devices, limit):
+    return math.log2(math.comb(m * n_experts, m * top_k))
 """
 
 VISIBLE_CASES = """
@@ -102,11 +119,11 @@ WRONG = {
         "shared ones not routed, but chosen": ("m * top_k - taken", "m * top_k", True),
     },
     "router": {
-        "as if nothing had grown": (None, "def width_left(E, K, F, m):\n    return F // m // multiple * multiple", True),
+        "as if nothing had grown": (None, NOTHING_HAS_GROWN, True),
         "the other budget": ('budget == "active"', 'budget != "active"', False),
         "two matrices": ("(3 * m * counted)", "(2 * m * counted)", True),
-        "two matrices, twice": (None, "TWO_MATRICES", False),
-        "below zero": ("max(0, left // (3 * m * counted) // multiple * multiple)", "left // (3 * m * counted) // multiple * multiple", False),
+        "two matrices on both sides": (None, TWO_MATRICES, False),
+        "below zero": ("return max(0, left", "return (left", False),
         "rounded up": ("left // (3 * m * counted) // multiple", "-(-left // (3 * m * counted) // multiple)", True),
         "without a multiple": (" // multiple * multiple", "", True),
         "the whole router again": ("before - m * n_experts", "before - (m + 1) * n_experts", True),
@@ -114,7 +131,7 @@ WRONG = {
     "choices": {
         "devices first, then experts": (None, CHOOSE_DEVICES_FIRST, True),
         "the other rule": ('reach == "at most"', 'reach != "at most"', True),
-        "without a limit": (None, "def choice_bits(E, K, m, G, M):\n    return math.log2(math.comb(m * E, m * K))", True),
+        "without a limit": (None, NO_LIMIT, True),
         "nats": ("math.log2(", "math.log(", True),
         "K experts, not m K": ("m * top_k", "top_k", True),
         "what the check asks": (None, VISIBLE_CASES, False),

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsmoe_lite.book import architecture, scoreboard, text_results
+from dsmoe_lite.book import architecture, scoreboard, text_results, train_settings
 from dsmoe_lite.common.errors import require
 from dsmoe_lite.common.files import write_text
 from dsmoe_lite.common.paths import IS_CLONE, REPOSITORY
@@ -24,6 +24,7 @@ def stale() -> dict[Path, str]:
         architecture.PICTURE: architecture.picture(),
         scoreboard.PICTURE: scoreboard.picture(ledger.load()),
         text_results.PAGE: text_results.page(),
+        train_settings.PAGE: train_settings.page(),
     }
     return {path: text for path, text in wanted.items() if not _holds(path, text)}
 

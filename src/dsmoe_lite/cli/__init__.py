@@ -13,7 +13,7 @@ from dsmoe_lite.common.paths import IS_CLONE, install_command
 COMMANDS = {  # name -> one line of help; module dsmoe_lite.cli.<name> defines `command`
     "lab": "Open JupyterLab at your copy of a chapter.",
     "run": "Run one chapter with the parameters you give.",
-    "labs": "Run a notebook over many parameters and sum up the results.",
+    "labs": "For instructors: labs with variants and grades, and sweeps.",
     "course": "Run every chapter and print how long each takes.",
     "corpus": "Make a corpus of real text from packages of Debian.",
     "train": "Train the model that a config file describes.",

@@ -1,1 +1,1 @@
-"""For instructors: sweeps of a notebook over parameters, and tables of their results."""
+"""For instructors: labs that are handed out, collected and graded, and sweeps of a notebook over parameters."""

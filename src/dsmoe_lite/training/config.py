@@ -12,17 +12,17 @@ from dsmoe_lite.training.objective import BALANCE_LOSSES, DEVICE_LOSSES, GLOBAL_
 class TrainConfig:
     """How to train. A step trains on batch_size * grad_accum sequences of seq_len tokens."""
 
-    steps: int
-    batch_size: int = 16
-    seq_len: int = 64
-    grad_accum: int = 1
-    lr: float = 3e-3
-    warmup_steps: int = 50
+    steps: int  # updates of the weights
+    batch_size: int = 16  # sequences per micro-batch
+    seq_len: int = 64  # tokens per sequence
+    grad_accum: int = 1  # micro-batches per step
+    lr: float = 3e-3  # the highest learning rate
+    warmup_steps: int = 50  # in which the learning rate rises from 0
     final_lr_share: float = 0.1  # of lr, at the end of the cosine decay
     weight_decay: float = 0.1  # on matrices, but not on norms or routers
-    beta1: float = 0.9
-    beta2: float = 0.95
-    grad_clip: float = 1.0
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient
     balance: dict[str, float] = field(default_factory=lambda: {"switch": 0.01})  # name -> alpha, for every MoE layer
     global_batch: bool = False  # expert and device losses count the choices of all micro-batches of a step so far
     bias_speed: float = 0.0  # gamma of loss-free balancing: how far expert_bias moves per step
@@ -34,7 +34,7 @@ class TrainConfig:
     fp8_block: int = 128  # channels of a token, and side of a square of a weight, that share a scale
     checkpoint_every: int = 0  # steps; 0: only if the run ends or is interrupted
     routing_every: int = 20  # steps between two records of balance figures
-    seed: int = 0
+    seed: int = 0  # of the weights, and of what is drawn in training
 
     def __post_init__(self) -> None:
         make_plain(self)

@@ -52,11 +52,11 @@ CORPORA = ("world", "inflected", "stdlib", "debian", "folder", "hub")
 class CorpusConfig:
     """The corpus: `world` or `inflected` with settings, `stdlib`, `debian`, `folder` with a path, `hub` with a name."""
 
-    kind: str = "world"
+    kind: str = "world"  # world, inflected, stdlib (Python's library), debian, folder or hub
     world: WorldConfig = field(default_factory=WorldConfig)
     inflected: InflectedConfig = field(default_factory=InflectedConfig)
-    path: str = ""
-    name: str = ""
+    path: str = ""  # of kind folder: a folder of text files
+    name: str = ""  # of kind hub: a data set of the Hugging Face Hub
     sha256: str = ""  # which the corpus's fingerprint must have; empty: any
 
     def __post_init__(self) -> None:
@@ -83,14 +83,14 @@ class Job:
     model: ModelConfig
     train: TrainConfig
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    vocab_size: int = 1024
+    vocab_size: int = 1024  # tokens of the tokenizer that is trained on the corpus
     first_document: int = 0  # the document of the corpus at which training starts
-    n_heldout_batches: int = 16
+    n_heldout_batches: int = 16  # of 64 sequences, for the held-out loss
     masked: tuple[float, ...] = ()  # also evaluate with each of these shares of every token's top experts masked
     silenced: tuple[int, ...] = ()  # and with each token's best n routed experts silent, and none in their place
     active: tuple[int, ...] = ()  # and with each of these numbers of routed experts per token
     by_domain: bool = False  # also record which domains each expert gets, before and after training
-    device: str = "auto"
+    device: str = "auto"  # auto: a GPU if there is one; cpu or cuda
     expert_parallel: int = 0  # under torchrun, the processes that share one set of experts; 0: all of them
 
     def __post_init__(self) -> None:
