@@ -651,16 +651,12 @@ def layers_are_kept_apart(mended_loss):
         return Routing.of_scores(scores, 2)
 
     even = torch.full((64, 4), 0.25) + 1e-6 * F.one_hot(torch.arange(64) % 4, 4)
+    balanced = Routing.of_scores(even, 2)
+    on_0, on_1 = collapse_on(0), collapse_on(1)
     cases = [
-        (
-            "two layers, collapsed on different experts",
-            [collapse_on(0), collapse_on(1)],
-        ),
-        ("three layers, collapsed on the same expert", [collapse_on(0)] * 3),
-        (
-            "a collapsed and a balanced layer",
-            [collapse_on(2), Routing.of_scores(even, 2)],
-        ),
+        ("two layers, collapsed on different experts", [on_0, on_1]),
+        ("three layers, collapsed on the same expert", [on_0] * 3),
+        ("a collapsed and a balanced layer", [on_1, balanced]),
     ]
     draw = torch.Generator().manual_seed(0)
     for n in (1, 2, 3, 5) * 8:
@@ -725,15 +721,14 @@ def follows_algorithm_1(second_sent):
         free = (place_in_expert(chosen, 8)[:, 1] < slots).tolist()
         wanted = (2 * gate > chance).tolist()
         for t in range(len(chosen)):
-            where = (
-                f"{slots} slots, chosen {chosen[: t + 1].tolist()}: the last token's"
-            )
+            where = f"{slots} slots, token {t} of {chosen.tolist()}: its second choice"
             if sent[t]:
-                assert free[t], f"{where} second choice is sent, but finds no slot"
-                assert wanted[t], f"{where} second choice is sent, but 2 g2 <= draw"
+                assert free[t], f"{where} is sent, but its expert has no slot left"
+                assert wanted[t], f"{where} is sent, but 2 g2 is not above the draw"
             else:
-                kept_back = free[t] and wanted[t]
-                assert not kept_back, f"{where} second choice should be sent"
+                assert not (free[t] and wanted[t]), (
+                    f"{where} is not sent, but 2 g2 > draw and its expert has a slot"
+                )
 
 
 verdict = check_exercise(second_sent, follows_algorithm_1)

@@ -487,20 +487,19 @@ def padding_does_not_count(mended_load):
     padding = torch.tensor([False, False, False, True, True])
     cases = [(ids, padding, 5), (ids, torch.zeros(5, dtype=torch.bool), 4)]
     draw = torch.Generator().manual_seed(0)
-    for T in range(5, 30):
+    for T in range(5, 20):
         ids = torch.rand(T, 9, generator=draw).topk(1 + T % 4).indices
-        cases.append((ids, torch.arange(T) >= T * 2 // 3, 9))
-        cases.append((ids, torch.rand(T, generator=draw) * T >= T - T // 2, 9))
+        cases.append((ids, torch.randperm(T, generator=draw) >= T * 2 // 3, 9))
     for ids, padding, E in cases:
-        got = mended_load(ids, padding, E)
+        got = mended_load(ids.clone(), padding.clone(), E)
         assert len(got) == E, f"a share for each of {E} experts, not {len(got)}"
         got = torch.as_tensor(got).float()
         real = ids[~padding].flatten().tolist()
         right = torch.tensor([real.count(e) / len(real) for e in range(E)])
-        worst = int((got - right).abs().argmax())
+        e = int((got - right).abs().argmax())
         assert torch.allclose(got, right), (
-            f"{int((~padding).sum())} real tokens and {int(padding.sum())} of padding:"
-            f" expert {worst} has too {'much' if got[worst] > right[worst] else 'little'}"
+            f"{len(ids)} tokens, of them {int(padding.sum())} padding: the share of"
+            f" expert {e} is too {'high' if got[e] > right[e] else 'low'}"
         )
 
 

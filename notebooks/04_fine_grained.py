@@ -514,7 +514,6 @@ few = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
 print("affinities 0.4, 0.3, 0.2, 0.1; the library's gates for two of them:", end=" ")
 print(", ".join(f"{gate:.3f}" for gate in gates_of_the_library(few, 2)[0]))
 
-
 # %% tags=["hide-input"]
 from itertools import product
 
@@ -531,12 +530,12 @@ def are_those_of_the_paper(mended_gates):
         )
         for row, gates in zip(logits.tolist(), got.tolist(), strict=True):
             whole = sum(math.exp(one) for one in row)
-            affinities = [math.exp(one) / whole for one in row]
-            best = sorted(affinities, reverse=True)[:k]
-            off = max(abs(one - other) for one, other in zip(gates, best, strict=True))
-            assert off < 1e-5, (
-                f"{k} chosen, affinities {[round(one, 3) for one in affinities]}:"
-                f" {[round(one, 3) for one in gates]} are not the highest, best first"
+            best = sorted((math.exp(one) / whole for one in row), reverse=True)[:k]
+            pairs = zip(gates, best, strict=True)
+            assert all(abs(one - other) < 1e-5 for one, other in pairs), (
+                f"logits {[round(one, 2) for one in row]}, {k} chosen: gates"
+                f" {[round(one, 3) for one in gates]} are not the highest affinities"
+                " of the token, best first"
             )
 
 
@@ -592,11 +591,10 @@ def agrees_with_accounting(finest):
             return weights.router.active <= share * weights.routed_experts.active
 
         m = finest(n_experts, top_k, width, share)
-        where = (
-            f"{top_k} of {n_experts} experts of width {width}, at most {share:.3g}: "
-        )
-        assert m >= 1 and width % m == 0, f"{where}m = {m} does not divide the width"
-        assert fits(int(m)), f"{where}with m = {m} the router does more than that"
+        where = f"{top_k} of {n_experts} experts of width {width}, share {share:.3g}: "
+        divides = m >= 1 and m == int(m) and width % m == 0
+        assert divides, f"{where}m = {m} does not divide the width"
+        assert fits(int(m)), f"{where}with m = {m} the router does more"
         assert not any(
             fits(n) for n in range(int(m) + 1, width + 1) if width % n == 0
         ), f"{where}m = {m} is not the largest possible"

@@ -882,7 +882,8 @@ def is_noisy_load(noisy_load):
         got = float(noisy_load(*(one.detach() for one in given), K))
         right = float(balance.load_loss(made))
         assert abs(got - right) < 1e-4, (
-            f"batch {seed}, K = {K}: {got:.5f} is too {'high' if got > right else 'low'}"
+            f"batch {seed}, K = {K}: {got:.5f} is too"
+            f" {'high' if got > right else 'low'}"
         )
 
 

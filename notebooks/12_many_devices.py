@@ -734,13 +734,14 @@ def mended(sums, sharing):
 
 def is_the_batch_mean(mended):
     draw = torch.Generator().manual_seed(1)
-    for copies, sharing in ((1, 4), (2, 2), (4, 1), (3, 8)):
+    for copies, sharing in ((1, 4), (2, 2), (4, 1), (3, 8), (2, 5), (6, 2)):
         of_each = torch.randn(copies, sharing, 5, generator=draw)  # a process's tokens
         wanted = of_each.flatten(0, 1).mean(dim=0)
         found = mended(of_each.sum(dim=1), sharing)
-        size = "large" if found.norm() > wanted.norm() else "small"
+        size = "larger" if found.norm() > wanted.norm() else "smaller"
         assert torch.allclose(found, wanted, atol=1e-6), (
-            f"{copies} copies, each shared by {sharing}: the gradient is too {size}"
+            f"{copies} copies, each shared by {sharing}: not the mean over all"
+            f" processes, but {size}"
         )
 
 

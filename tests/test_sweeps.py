@@ -295,11 +295,11 @@ def test_an_interrupt_ends_all_runs_and_leaves_no_half_result(folder: Path, send
 
 def test_the_page_on_teaching_has_a_sweep_that_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (paths.NOTEBOOKS / "pages" / "teaching.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    text = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)[0]
     (tmp_path / "scores.yml").write_text(text)
     sweep = read_sweep(tmp_path / "scores.yml")
     assert plan(sweep, tmp_path / "out").seconds is not None  # by the page of run times
-    commands = re.findall(r"^\.venv/bin/python -m dsmoe_lite (labs .+)$", page, re.MULTILINE)
+    commands = re.findall(r"^\.venv/bin/python -m dsmoe_lite (labs (?:run|report) .*scores.*)$", page, re.MULTILINE)
     assert len(commands) >= 3
     monkeypatch.chdir(tmp_path)
     main_exit([*commands[0].split(), "--json"], 0)

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from needs import needs_bwrap
 
 from dsmoe_lite.common.paths import NOTEBOOKS
 from dsmoe_lite.teaching.lab import labs, read_lab
+from dsmoe_lite.training.job import read_job
 
 PAGE = (NOTEBOOKS / "pages" / "teaching.md").read_text(encoding="utf-8")
 
@@ -55,14 +55,8 @@ def test_the_page_lists_the_labs_as_they_are() -> None:
         assert any(name in lab for lab in weeks), name
 
 
-def test_its_sweep_and_its_config_are_read(tmp_path: Path) -> None:
-    from dsmoe_lite.teaching.sweep_file import read_sweep
-    from dsmoe_lite.training.job import read_job
-
-    (sweep,) = blocks("yaml", "A sweep")
+def test_its_config_is_read(tmp_path: Path) -> None:
     (config,) = blocks("yaml", "Your own text")
-    assert yaml.safe_load(sweep)["notebook"] == "14"
-    for text, read in ((sweep, read_sweep), (config, read_job)):
-        path = tmp_path / "settings.yml"
-        path.write_text(text, encoding="utf-8")
-        assert read(path)
+    path = tmp_path / "config.yml"
+    path.write_text(config, encoding="utf-8")
+    assert read_job(path).corpus.path == "my_texts"

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # Granularity: m at equal cost
 #
-# Take a layer of experts, cut each expert into $m$ narrow ones, and let every token use $m$ times as many. The
-# experts hold the same weights and do the same work as before. But a token can now pick its own combination of
-# pieces. DeepSeekMoE (arXiv:2401.06066) calls this *fine-grained expert segmentation*.
+# Take a layer of experts, cut each expert into $m$ narrow ones, and let every token use $m$ times as many. Together
+# the narrow experts have the same weights and do the same work as before. But a token can now pick its own
+# combination of pieces. DeepSeekMoE (arXiv:2401.06066) calls this *fine-grained expert segmentation*.
 #
 # **What does a larger $m$ buy, and what does it cost?** You will write the config of a cut layer, make room for its
 # larger router, count the choices that a token gains, and cut a layer without changing its output. Then you train
@@ -21,7 +21,7 @@ width: int = 64  # hidden channels of an expert before the cut: 16..256
 shared: str = "within"  # what becomes of shared experts: within | cut | whole
 budget: str = "active"  # weights that must not grow: active | stored
 multiple: int = 8  # widths are multiples of this: 1..64
-reach: str = "at most"  # how many devices a token must reach: at most | exactly
+reach: str = "at most"  # how the device limit is meant: at most | exactly
 layout: str = "stacked"  # rows of gate and up in one matrix: stacked | interleaved
 gates: str = "softmax"  # how scores become gates: softmax | sigmoid | divided
 seed: int = 0  # of weights and tokens: 0..999999
@@ -35,13 +35,17 @@ import torch
 # %%
 from dsmoe_lite.labs import check_exercise
 
-for m in (1, 2, 4):
+
+def describe(m):
     E, K, F = m * n_experts, m * top_k, width // m
-    print(f"m = {m}: {K} of {E} experts of width {F}, {math.comb(E, K):,} choices")
+    return f"m = {m}: {K} of {E} experts of width {F}, {math.comb(E, K):,} choices"
+
+
+print(*map(describe, (1, 2, 4)), sep="\n")
 
 # %% [markdown]
-# In each line a token uses equally many hidden channels, and the layer holds equally many. Only the last number
-# grows, and how it grows!
+# In every line a token uses the same number of hidden channels, and the layer has the same number. Only the choices
+# grow, and they grow fast.
 
 # %% [markdown] question="config"
 # ## 1. What stays equal? (2 points)
@@ -57,7 +61,8 @@ for m in (1, 2, 4):
 #   among the $mK$ experts that a token uses.
 # - `cut`: before the cut there are $K_s$ shared experts of width $F$ beside the $E$ routed ones. They are cut like
 #   all others.
-# - `whole`: before the cut, the same as in `cut`. But only the routed experts are cut.
+# - `whole`: before the cut there are the same $K_s$ shared experts as under `cut`. But they stay as they are, and
+#   only the routed experts are cut.
 #
 # Under each rule, a token uses as many channels after the cut as before, and the layer holds as many.
 #
@@ -83,7 +88,7 @@ def check(fine_grained):
         always = found["n_shared"] * found["shared_width"]
         used = found["top_k"] * found["width"] + always
         assert used == (K + before) * F, (
-            "a token must use as many channels as before the cut, shared experts included"
+            "a token must use as many channels as before, shared experts included"
         )
         held = found["n_routed"] * found["width"] + always
         assert held == (E + before) * F, (
@@ -91,7 +96,7 @@ def check(fine_grained):
         )
 
 
-check_exercise(fine_grained, check)
+verdict = check_exercise(fine_grained, check)
 
 
 # %% tags=["solution"] question="config"
@@ -151,14 +156,14 @@ def check(width_left):
         assert found >= 0, "no width is negative"
         assert found % multiple == 0, "the width must be a multiple of yours"
         assert found * m < F, (
-            "the router has grown, so that the m pieces together must be narrower than F"
+            "the router has grown, so the m pieces together must be narrower than F"
         )
         assert width_left(3 * E, 3 * K, F, m) == found, (
             "three times E and K multiply everything by three: the width stays"
         )
 
 
-check_exercise(width_left, check)
+verdict = check_exercise(width_left, check)
 
 
 # %% tags=["solution"] question="router"
@@ -187,19 +192,19 @@ def check(answer, reference, random):
 # is so large, count in **bits**, its logarithm to base 2: each further bit doubles the choices.
 #
 # In a large model the experts are spread over $G$ devices, $mE/G$ on each. A set *reaches* a device if one or more of
-# its experts are there, and each device reached costs a message over the network. So the router gets a limit $M$, and
-# finer experts must obey it, too. Your rule is **{{reach}}**:
+# its experts are there. Each device that a token reaches costs a message over the network, so the router gets a limit
+# $M$. Your rule is **{{reach}}**:
 #
 # - `at most`: a token's set reaches at most $M$ devices.
-# - `exactly`: it reaches $M$ devices, no fewer and no more.
+# - `exactly`: it reaches $M$ devices, no fewer and no more, so that every token sends the same number of messages.
 #
 # *Example.* Four experts on $G = 2$ devices, $\{0, 1\}$ and $\{2, 3\}$; a token uses two. Of the six pairs, two reach
 # one device ($\{0, 1\}$ and $\{2, 3\}$), and four reach both.
 #
 # Write `choice_bits(n_experts, top_k, m, n_devices, limit)`. It gets $E$, $K$, $m$, $G$ (which divides $mE$) and $M$,
-# and returns the logarithm to base 2 of the number of sets that your rule allows. You may assume that there is one.
-# Do not list the sets: for 8 of 64 there are more than four billion. `math.comb` and `math.log2` work with whole
-# numbers of any size.
+# and returns the logarithm to base 2 of the number of sets that your rule allows. You may assume that at least one
+# set is allowed. Do not list the sets: for 8 of 64 there are more than four billion. `math.comb` and `math.log2` work
+# with whole numbers of any size.
 
 
 # %% tags=["answer"] question="choices"
@@ -223,7 +228,7 @@ def check(choice_bits):
     )
 
 
-check_exercise(choice_bits, check)
+verdict = check_exercise(choice_bits, check)
 
 
 # %% tags=["solution"] question="choices"
@@ -262,24 +267,28 @@ def check(answer, reference, random):
 # \operatorname{silu}(\mathbf{g}_c^\top \mathbf{u})\, (\mathbf{p}_c^\top \mathbf{u}),
 # $$
 #
-# where channel $c$ owns three vectors: its gate row $\mathbf{g}_c$, its up row $\mathbf{p}_c$ and its down column
-# $\mathbf{d}_c$. Any division of the channels into $m$ groups cuts the expert into $m$ narrow ones whose outputs add
-# up to its own. The channels must stay complete, and that is where cuts go wrong: many implementations store the gate
-# rows and the up rows in *one* matrix, so that one product computes both. Yours is **{{layout}}**, and so must be
-# that of the narrow experts:
+# with $\operatorname{silu}(x) = x\,\sigma(x)$ and $\sigma(x) = 1/(1 + \exp(-x))$. A channel has three vectors: its
+# gate row $\mathbf{g}_c$, its up row $\mathbf{p}_c$ and its down column $\mathbf{d}_c$. Divide the channels into $m$
+# groups in any way you like: the groups are $m$ narrow experts, and their outputs add up to the output of the whole
+# one.
+#
+# **The first trap is the layout.** A channel must keep its three vectors. But many implementations store gate rows
+# and up rows in *one* matrix, so that one product computes both. Your layout, before and after the cut, is
+# **{{layout}}**:
 #
 # - `stacked`: all $F$ gate rows, then all $F$ up rows.
 # - `interleaved`: gate row of channel 1, up row of channel 1, gate row of channel 2, and so on.
 #
-# The second trap is size. The router computes a logit $z_i = \mathbf{e}_i^\top \mathbf{u}$ for each expert $i$ and
-# chooses the experts with the largest. If each piece gets a copy of its expert's row $\mathbf{e}_i$, the pieces of
-# the chosen experts are chosen. But the **gates**, which weigh the outputs, may change. Yours are **{{gates}}**:
+# **The second trap is the size of the output.** The router has a row $\mathbf{e}_i$ for each expert $i$, computes the
+# logits $z_i = \mathbf{e}_i^\top \mathbf{u}$ and chooses the experts with the largest. If each piece gets a copy of
+# its expert's row, the router chooses the pieces of the same experts as before. But each expert's output is
+# multiplied by a gate, and the gates may change. Your gate of a chosen expert $i$ is **{{gates}}**:
 #
 # - `softmax`: $\exp z_i$, divided by the sum of $\exp z_j$ over all experts $j$ of the layer.
-# - `sigmoid`: $\sigma(z_i) = 1/(1 + \exp(-z_i))$.
+# - `sigmoid`: $\sigma(z_i)$.
 # - `divided`: $\sigma(z_i)$, divided by the sum of $\sigma(z_j)$ over the experts $j$ that this token uses.
 #
-# In the end every gate is multiplied by a constant, the **scale**. It was 1 before the cut.
+# At the end the layer multiplies the sum of the outputs by a constant, the **scale**. Before the cut the scale is 1.
 #
 # The given code holds such a layer as three tensors: `router` (E, D), `gate_up` (E, 2F, D) and `down` (E, D, F).
 
@@ -305,7 +314,7 @@ def expert_outputs(u, gate_up, down):
 
 
 def run_layer(u, router, gate_up, down, top_k, scale=1):
-    """The output of the layer (T, D): the chosen experts' outputs, times their gates."""
+    """The output of the layer (T, D): the sum of the chosen experts, times gates."""
     logits = u @ router.T
     scores = logits.softmax(dim=1) if gates == "softmax" else logits.sigmoid()
     weights, ids = scores.topk(top_k, dim=1)
@@ -345,7 +354,7 @@ def check(cut_layer):
         assert off < 1e-3, "the m pieces of an expert must add up to that expert"
 
 
-check_exercise(cut_layer, check)
+verdict = check_exercise(cut_layer, check)
 
 
 # %% tags=["solution"] question="surgery"
@@ -386,9 +395,9 @@ def check(answer, reference, random):
 # %% [markdown]
 # ## See it at work
 #
-# Does all this choice help a model? Train your layer, uncut and cut, in a small language model: $m$ = 1, 2 and 4 with
-# the same data, and three seeds for each, because one seed proves nothing. The experts' weights and FLOPs are the
-# same for every $m$; the router's are not. The gates are a softmax times $m$.
+# Does all this choice help a model? Train a small language model with your layer, uncut and cut: $m$ = 1, 2 and 4 on
+# the same data, with three seeds each, because one seed proves nothing. The weights and the FLOPs of the experts are
+# the same for every $m$; those of the router are not. The gates are a softmax, and the scale is $m$.
 #
 # Before you run the cell, write down two guesses. Which $m$ has the lowest loss? And how many *different* sets of
 # experts do 4,096 tokens use at $m = 4$?
@@ -445,37 +454,51 @@ for number in (1, 2, 3):
 frame = pd.DataFrame(rows)
 alt.Chart(
     frame,
-    title="Do finer experts lower the loss?",
+    title=alt.Title(
+        "Do finer experts lower the loss?",
+        subtitle="Each line is one seed: the same data, other random weights.",
+        anchor="start",
+    ),
     description="Held-out loss of models with m = 1, 2 and 4, one line per seed.",
-    width=400,
-    height=260,
-).mark_line(point=alt.OverlayMarkDef(size=70)).encode(
+    width=360,
+    height=240,
+).mark_line(
+    color="#B8BFC9",
+    point=alt.OverlayMarkDef(size=70, color="#44546F"),
+).encode(
     x=alt.X("m:O", title="m, pieces of an expert", axis=alt.Axis(labelAngle=0)),
-    y=alt.Y("loss", title="held-out loss (nats)", scale=alt.Scale(zero=False)),
-    color=alt.Color("run", title=None),
-    strokeDash=alt.StrokeDash("run", title=None),
+    y=alt.Y(
+        "loss", title="held-out loss (nats per token)", scale=alt.Scale(zero=False)
+    ),
+    detail="run",
 )
 
 # %%
 table = frame.groupby("m")[["loss", "sets"]].mean()
+table["seconds"] = frame.groupby("m")["seconds"].median()
 table["possible sets"] = [math.comb(m * n_experts, m * top_k) for m in table.index]
 experts = 3 * top_k * width  # active weights over D, for every m
 table["router, % of active"] = [
     100 * m * n_experts / (m * n_experts + experts) for m in table.index
 ]
-table["seconds"] = frame.groupby("m")["seconds"].median()
-table.round({"loss": 3, "sets": 0, "router, % of active": 1, "seconds": 1})
+table.round({"loss": 3, "sets": 0, "seconds": 1, "router, % of active": 1})
 
 # %% [markdown]
-# Each line of the chart is one seed: the same data and the same settings, other random weights. In the table, *sets*
-# is the number of different sets of experts that the first layer used for 4,096 tokens of held-out text; *possible
-# sets* is how many there are. All of *loss*, *sets* and *seconds* are means over the three seeds.
+# *loss*, *sets* and *seconds* (of training) are averages over the three seeds. *sets* counts the different sets of
+# experts that the first layer uses for 4,096 tokens of held-out text; *possible sets* counts all that exist. The last
+# column is the router's share of the weights that a token meets in one layer: the bill of question 2, which this
+# experiment does not pay.
 #
-# **Be careful with the loss.** If the lines cross, the seeds differ more than the values of $m$ do, and three of them
-# cannot tell which $m$ is best. With five seeds and longer training, chapter 04 could not tell either. (`dsmoe labs
-# run` repeats this notebook for many seeds.)
+# **Be careful with the loss.** If one line rises where another falls, the seeds disagree, and three of them cannot
+# tell which $m$ is best. If all three lines fall, remember that three coins all show heads once in eight throws. Even
+# if the fall is large, 150 steps are only the start of training: finer experts may just learn faster at first, and
+# their router has more weights. In chapter 04, after longer training, five seeds could not tell $m = 4$ from $m = 1$.
+# (`dsmoe labs run` repeats this notebook for many seeds.)
 #
-# **Discuss in your group.** Is the number of sets in use closer to the number of tokens or to the number of possible
-# sets, and what would you conclude from that? The FLOPs of the experts are equal; why are the seconds not? Compare
-# question 2 with a neighbour who has the other budget: why is the router expensive for one of you and nearly free for
-# the other?
+# **Discuss in your group.**
+#
+# - Uncut, most of the possible sets are in use. What keeps the sets in use so far below the possible ones at $m = 4$:
+#   the number of tokens, or something else?
+# - The experts' FLOPs are equal. Are the seconds? What besides FLOPs takes time when experts get smaller?
+# - Compare question 2 with a neighbour who has the other budget. Why is the router expensive for one of you and
+#   nearly free for the other?

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dsmoe_lite.data.world import WorldConfig
 from dsmoe_lite.training.config import TrainConfig
 from dsmoe_lite.training.job import CorpusConfig, Job
 
+WIDTH = 74  # columns of code that the book shows without scrolling
 PAGE = NOTEBOOKS / "pages" / "train_settings.md"
 PARTS: list[tuple[str, type, str]] = [  # path in the file, its dataclass, what it is
     ("", Job, "The keys of the file itself."),
@@ -61,7 +63,11 @@ def _line(field: Any, comment: str) -> str:
         value, comment = "{}", comment or "below"
     else:
         value = json.dumps(default)
-    return f"{field.name}: {value}".rstrip() + (f"  # {' '.join(comment.split())}" if comment else "")
+    key = f"{field.name}: {value}".rstrip()
+    line = f"{key}  # {' '.join(comment.split())}" if comment else key
+    if len(line) <= WIDTH:
+        return line
+    return "\n".join([*textwrap.wrap(comment, WIDTH, initial_indent="# ", subsequent_indent="# "), key])
 
 
 def _comments(cls: type) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from dsmoe_lite import __version__
 from dsmoe_lite.common.paths import REPOSITORY
 
-SERVER = ("jupyterlab", "jupytext", "ipykernel", "papermill", "nbclient")  # of extra `course`; Colab has its own
+# Of extra `course`; Colab has its own.
+SERVER = ("jupyterlab", "jupytext", "ipykernel", "papermill", "nbclient", "nbconvert", "psutil")
 
 
 def header_cell(constraints: Path = REPOSITORY / "constraints.txt") -> str:
