@@ -13,6 +13,7 @@ from pathlib import Path
 import altair as alt
 import chart_samples
 import numpy as np
+import pandas as pd
 import pytest
 import vl_convert
 from PIL import Image
@@ -526,3 +527,12 @@ SCALED = {"model": "a", "devices": 8, "value": 0.5, **SETTING}
 def test_bad_input_is_named(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def test_a_layer_with_a_filter_is_drawn() -> None:
+    """Vega derives tables called data_0, data_1 from one that is filtered in a layer: ours has another name."""
+    base = alt.Chart(pd.DataFrame({"x": [1, 2, 3], "y": [2, 4, 8]})).encode(x="x", y="y")
+    chart = base.mark_line() + base.transform_filter("datum.x == 3").mark_text(dx=9).encode(text="y")
+    bundle, _ = renderer.bundle(chart.properties(description="A line that has its last value at its end.").to_dict())
+    assert list(bundle[renderer.MIME]["datasets"]) == ["rows_1"]
+    assert bundle["image/png"]

@@ -295,7 +295,10 @@ from dsmoe_lite import MoEConfig, TrainConfig, Transformer, preset, train
 from dsmoe_lite.data.batches import Batches
 from dsmoe_lite.data.tokenizer import load_tokenizer
 from dsmoe_lite.data.world import World
+from dsmoe_lite.viz import renderer
 
+renderer.enable()
+torch.set_num_threads(1)  # the models are small: more threads only wait for each other
 world = World()
 tokenizer = load_tokenizer(world, 1024)
 steps = {"smoke": 10, "cpu": 200}[profile]
@@ -329,7 +332,13 @@ for name, settings in REMEDIES.items():
         for at in run.routing
     ]
 frame = pd.DataFrame(rows)
-alt.Chart(frame, width=500, height=260).mark_line().encode(
+alt.Chart(
+    frame,
+    title="Which remedy keeps the busiest expert near its fair share?",
+    description="Load of the busiest expert over training, one line per remedy.",
+    width=400,
+    height=260,
+).mark_line().encode(
     x=alt.X("step", title="training step"),
     y=alt.Y("busiest", title="load of the busiest expert (1 is fair)"),
     color=alt.Color("remedy", sort=list(REMEDIES)),

@@ -454,6 +454,9 @@ import pandas as pd
 
 from dsmoe_lite import AttentionConfig, ModelConfig, Transformer, accounting, preset
 from dsmoe_lite.layers.cache import Cache
+from dsmoe_lite.viz import renderer
+
+renderer.enable()
 
 torch.manual_seed(seed)
 torch.set_num_threads(1)  # so that other programs disturb the clock less
@@ -507,7 +510,12 @@ ends = base.transform_filter(alt.datum.tokens == lengths[-1])
     base.mark_line(point=True)
     + ends.mark_text(align="right", dx=-12, dy=-8).encode(text="way")
     + ends.mark_text(align="left", dx=8).encode(text=alt.Text("time", format=".1f"))
-).properties(width=440, height=260)
+).properties(
+    title="What does a token take, with a cache and without?",
+    description="Time of the next token by length of the text, with and without a cache.",
+    width=440,
+    height=260,
+)
 
 # %% [markdown]
 # The cache saves time and takes memory. How much memory depends on the model. These are published models, with 16

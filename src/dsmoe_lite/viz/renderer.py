@@ -49,7 +49,8 @@ def stable(spec: dict[str, Any]) -> dict[str, Any]:
     names: dict[str, str] = {}
     _collect_names(spec, names)
     for name in spec.get("datasets", {}):
-        names[name] = f"data_{1 + sum(new.startswith('data_') for new in names.values())}"
+        # not "data_1": Vega gives such names to the tables that it derives
+        names[name] = f"rows_{1 + sum(new.startswith('rows_') for new in names.values())}"
     text = json.dumps({**_rounded(spec), "$schema": SCHEMA}, ensure_ascii=False)
     if names:
         pattern = re.compile(r"\b(" + "|".join(map(re.escape, sorted(names, key=len, reverse=True))) + r")(?![0-9a-z])")
