@@ -150,7 +150,7 @@ def test_a_seeded_bug_loses_exactly_its_points(tmp_path: Path, monkeypatch: pyte
     bugs = {name: [source for source, _ in wrong_answers(lab, lab.questions[name]).values()] for name in names}
     handed_in, expected = {}, {}
     for number in range(8):
-        broken = {names[number % 4], names[(number + 1) % 4]}
+        broken = [names[number % 4], names[(number + 1) % 4]]
         answers = {name: next(iter(STYLES[name].values())) for name in names}
         for name in broken:
             answers[name] = (
@@ -210,3 +210,16 @@ def test_a_stopped_grading_continues(lab: Lab, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert len(list((tmp_path / "out" / "records").glob("s*.json"))) == 8
     assert all(path.read_bytes() == before for path, before in kept.items())
+
+
+@needs_bwrap
+def test_the_lab_on_the_cache_refuses_keys_of_all_tokens_by_its_memory() -> None:
+    """The naive form of latent attention gives the same numbers; the question asks for the other one."""
+    lab = read_lab(find_lab("kv_cache"))
+    key = lab.questions["decode"].cells["solution"]
+    naive = "torch.stack([(latents @ W_UK[i].T) @ q[i] for i in range(len(q))])"
+    assert key.count("absorbed @ latents.T") == 1
+    answers = {"decode": key.replace("absorbed @ latents.T", naive)}
+    of = variant(lab, "ann", SECRET)
+    assert grade_one(lab, submission(lab, answers), of, SECRET).questions["decode"].verdict == "memory"
+    assert grade_one(lab, submission(lab, {"decode": key}), of, SECRET).questions["decode"].verdict == "right"

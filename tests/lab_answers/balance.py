@@ -79,7 +79,7 @@ WRONG = {
     },
     "bias": {
         "the wrong way": ("bias + gamma", "bias - gamma", True),
-        "in place": ("return bias + gamma * step", "bias += gamma * step\n    return bias", True),
+        "the step alone": ("return bias + gamma * step", "return gamma * step", False),
         "the other rule": ('rule == "sign"', 'rule != "sign"', False),
         "unbounded": (".clamp(-1, 1)", "", False),
     },
