@@ -234,7 +234,7 @@ def test_edited_checks_and_other_cells_do_not_count(lab: Lab) -> None:
 def test_another_secret_or_lab_in_the_label_is_refused(lab: Lab, tmp_path: Path) -> None:
     made = notebook(lab, variant(lab, "ann", b"another secret altogether"), RIGHT)
     nbformat.write(made, tmp_path / "toy-ann.ipynb")
-    with pytest.raises(InputError, match="is of another course secret; give the one of the handouts"):
+    with pytest.raises(InputError, match="values are of another secret or of an edited lab"):
         grade_all(lab, read_submissions(tmp_path, lab), SECRET, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     made.metadata["dsmoe_lab"]["lab"] = "other"

@@ -91,7 +91,7 @@ def test_points_by_hand_have_a_reason_and_reach_both_formats(tmp_path: Path) -> 
         ("bob,scale,9,x", "line 2: points = '9': must be a number from 0 to 2"),
         ("bob,scale,much,x", "line 2: points = 'much'"),
         ("bob,scale,1,", "line 2: reason = '': is missing"),
-        ("bob,scale,1", "line 2: line = 'bob,scale,1': must have 4 entries"),
+        ("bob,scale,1", "must have 4 entries; put quotes around a reason with a comma"),
         ("bob,scale,1,x\nbob,scale,2,y", "line 3: override = 'bob, scale': is given twice"),
     ],
 )
@@ -200,7 +200,7 @@ def test_the_commands_from_handout_to_export(
     assert len(read_all_graded(Path("graded/toy"))) == 3
     Path("students.csv").write_text("id\nann\nbobby\n")
     message = refused("grade", toy_path, "in", "--students", "students.csv")
-    assert message == "dsmoe: toy-bob.ipynb: bob is not in students.csv: did you mean bobby?"
+    assert message == "dsmoe: toy-bob.ipynb: bob is not in students.csv: add the student, or move it away"
 
 
 @needs_bwrap

@@ -11,10 +11,12 @@ from pathlib import Path
 import nbformat
 import pytest
 from needs import needs_bwrap
-from toy_lab import RIGHT, SCRIPT, SECRET, notebook, submission, toy, write_lab
+from toy_lab import YAML, RIGHT, SCRIPT, SECRET, notebook, submission, toy, write_lab
 
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.teaching import sandbox as sandbox_module
+from dsmoe_lite.teaching.explain import explain
+from dsmoe_lite.teaching.feedback import write_feedback
 from dsmoe_lite.teaching.grade import grade_all, grade_one, read_graded, record_path
 from dsmoe_lite.teaching.lab import Lab, find_lab, read_lab
 from dsmoe_lite.teaching.release import METADATA, release
@@ -62,7 +64,7 @@ def test_answers_are_found_without_their_metadata_and_with_magics(lab: Lab) -> N
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a/toy-ann.ipynb": "same", "b/toy-ann.ipynb": "same"}, "are both of ann; move one away"),
+        ({"a/toy-ann.ipynb": "same", "b/toy-ann.ipynb": "same"}, "are both of ann: move one away"),
         ({"homework.ipynb": "{}"}, "homework.ipynb: names no student; rename it to toy-STUDENT.ipynb"),
         ({"notes.txt": "x"}, "holds no notebooks"),
     ],
@@ -223,3 +225,85 @@ def test_the_lab_on_the_cache_refuses_keys_of_all_tokens_by_its_memory() -> None
     of = variant(lab, "ann", SECRET)
     assert grade_one(lab, submission(lab, answers), of, SECRET).questions["decode"].verdict == "memory"
     assert grade_one(lab, submission(lab, {"decode": key}), of, SECRET).questions["decode"].verdict == "right"
+
+
+@needs_bwrap
+def test_a_lab_edited_after_the_release_refuses_its_handouts(lab: Lab, tmp_path: Path) -> None:
+    handed_in = {"ann": submission(lab, RIGHT)}
+    other = YAML.replace("[3, 4, 5]", "[6, 7]")
+    edited = read_lab(write_lab(tmp_path / "edited", settings=other))
+    with pytest.raises(InputError, match="its values are of another secret or of an edited lab"):
+        grade_all(edited, handed_in, SECRET, tmp_path / "out")
+    hint = read_lab(write_lab(tmp_path / "hint", settings=YAML.replace("Multiply by n.", "Times n.")))
+    assert grade_all(hint, handed_in, SECRET, tmp_path / "out")[0].points == 5
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "    return n * x",
+            "    return factr * x",
+            "key or hidden check fails .NameError: name 'factr'",
+        ),
+        ("    return n * x", "    return (n + 1) ** x", "question scale: the key does not pass the hidden check"),
+        ("range(3)", "rang(3)", "key or hidden check fails .NameError"),
+    ],
+)
+def test_a_lab_whose_key_fails_is_refused_before_anybody_is_graded(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    script = SCRIPT.replace(old, new)
+    if "not pass" in message:
+        script = script.replace("assert answer(x) == reference(x)", "assert answer(x) == n * x")
+    lab = read_lab(write_lab(tmp_path / "lab", script))
+    with pytest.raises(InputError, match=message):
+        grade_all(lab, {"ann": submission(lab, RIGHT)}, SECRET, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@needs_bwrap
+def test_a_key_that_fails_later_is_an_error_of_the_lab(tmp_path: Path) -> None:
+    lab = read_lab(write_lab(tmp_path, SCRIPT.replace("    return n * x", "    return n * x / 0")))
+    with pytest.raises(RunError, match=r"the key of question scale fails \(ZeroDivisionError"):
+        grade_one(lab, submission(lab, RIGHT), variant(lab, "ann", SECRET), SECRET)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("def f(x):\n    return helper(x)", "It uses helper, which its cell does not define"),
+        ("def f(x):\n    return (x", "Line 2 is not Python: '(' was never closed."),
+        ("from dsmoe_lite.layers import balance", "It imports dsmoe_lite.layers.balance, which this question"),
+        ("import dsmoe_lite.layers.balance as b", "It imports dsmoe_lite.layers.balance, which this question"),
+        ("def f(x, *rest, k=1):\n    y = [i for i in rest]\n    return given(math.pi, n, y, k, f)", ""),
+        (
+            "try:\n    import numpy as np\nexcept ImportError as e:\n    print(e)\nnp.zeros(1); a, (b, c) = 1, (2, 3)",
+            "",
+        ),
+    ],
+)
+def test_an_error_is_explained_by_the_source_alone(source: str, reason: str) -> None:
+    given = ["import math\ndef given(*a):\n    pass"]
+    found = explain(source, given, ["n"], ["dsmoe_lite.layers.balance"])
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
+
+
+@needs_bwrap
+def test_the_reason_of_an_error_reaches_the_student_without_the_hint(lab: Lab, tmp_path: Path) -> None:
+    one = submission(lab, {"scale": "def scale(x):\n    return factor(x)", "order": RIGHT["order"]})
+    graded = grade_one(lab, one, variant(lab, "ann", SECRET), SECRET)
+    page = write_feedback(lab, graded, one, tmp_path).read_text()
+    assert "It uses factor, which its cell does not define" in page
+    assert "Multiply by n." not in page
+
+
+def test_all_problems_of_what_is_handed_in_are_listed_at_once(lab: Lab, tmp_path: Path) -> None:
+    for name in ("one.ipynb", "two.ipynb", "sub/toy-ann.ipynb", "toy-ann.ipynb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError) as found:
+        read_submissions(tmp_path, lab)
+    assert all(part in str(found.value) for part in ("one.ipynb", "two.ipynb", "both of ann: move one away"))

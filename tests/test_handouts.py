@@ -11,6 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from toy_lab import SCRIPT, SECRET, YAML, toy, write_lab
 
+from dsmoe_lite.cli import main
 from dsmoe_lite.common.errors import InputError
 from dsmoe_lite.teaching.lab import Lab, find_lab, labs, read_lab
 from dsmoe_lite.teaching.release import release, write_release
@@ -34,8 +35,13 @@ def lab(tmp_path: Path) -> Lab:
         ("yml", "minutes: 60", "minuts: 60", "toy.yml: minuts = 60: no such field; did you mean minutes?"),
         ("yml", "  scale:\n    function: scale", "  scale:\n    function: scales", "answer of question scale"),
         ("yml", "[3, 4, 5]", "[3, 40]", "n = 40: must be a whole number, 1..10"),
-        ("yml", "  n: [3", "  m: [3", "unknown parameter m: "),
-        ("yml", "points: 2", "points: 0", "points = 0: must be a finite number above 0"),
+        ("yml", "  n: [3", "  m: [3", "parameter = 'm': the script's parameters are n, rule, seed"),
+        ("yml", "points: 2", "points: 0", "question scale: points = 0: must be a finite number above 0"),
+        ("yml", "forbid: [dsmoe_lite.layers.balance]", "forbid: dsmoe_lite.layers", "question order: forbid"),
+        ("yml", "[dsmoe_lite.layers.balance]", "[dsmoe_lite.nothing]", "forbid = 'dsmoe_lite.nothing': must be a list"),
+        ("yml", "hint: Multiply", "hints: Multiply", "question scale: hints = 'Multiply by n.': no such field"),
+        ("yml", "  order:\n", "  oder:\n", "question = 'oder': no cell of the script has it; did you mean order?"),
+        ("py", "    return n * x", "    return n * * x", "solution of question scale, line 2: invalid syntax"),
         ("yml", "0..999999", "9..", "seed = '9..': must be a list of values, or low..high"),
         ("py", 'tags=["hidden"] question="scale"', 'tags=["hid"] question="scale"', "scale = ['hidden']: no cell"),
         ("py", 'tags=["answer"] question="order"', 'tags=["answer"]', 'needs question="NAME"'),
@@ -161,11 +167,13 @@ def test_the_secret_is_made_once_and_is_private(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("id;name\nann;x\n", "separate the columns with commas"),
+        ("ID\nann\n", "columns are in small letters: did you mean id?"),
         ("id,nam\nann,x\n", "column = 'nam': did you mean name?"),
         ("name\nann\n", "has no column id"),
         ("id\nann\nann\n", "line 3: student = 'ann': is listed twice"),
         ("id\n../x\n", "line 2: student = '../x': must be 1..64 letters"),
-        ("id\nann,x\n", "line 2: line = 'ann': has more entries"),
+        ("id\nann,x\n", "put quotes around a name with a comma"),
         ("", "must have a first line"),
     ],
 )
@@ -175,3 +183,20 @@ def test_a_list_of_students_that_does_not_fit_names_the_line(tmp_path: Path, tex
     with pytest.raises(InputError) as found:
         read_roster(path)
     assert message in str(found.value)
+
+
+def test_a_new_secret_is_not_made_beside_handouts_of_another(
+    lab: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expected, secret in ((0, "course.secret"), (2, "other.secret")):
+        with pytest.raises(SystemExit) as ended:
+            main(["labs", "release", str(lab.path), "--student", "ann", "--secret", secret])
+        assert ended.value.code == expected
+    assert "missing, but handouts/toy-ann.ipynb exists; give the file that made it" in capsys.readouterr().err
+    assert not Path("other.secret").exists()
+
+
+def test_a_handout_says_what_must_not_be_imported(lab: Lab) -> None:
+    text = release(lab, variant(lab, "ann", SECRET))
+    assert text.count("must not import `dsmoe_lite.layers.balance`") == 1

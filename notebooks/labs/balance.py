@@ -17,7 +17,7 @@ n_experts: int = 8  # experts of your router: 4..64
 counted: str = "all"  # choices that your loss counts: all | first
 rule: str = "sign"  # step of your bias: sign | proportional
 gamma: float = 0.01  # bias speed: 0.0001..0.1
-seed: int = 0  # of your tokens: 0..999999
+seed: int = 0  # seed of your tokens: 0..999999
 profile: str = "cpu"  # size of the experiment at the end: smoke | cpu
 
 # %% tags=["given"]
@@ -34,7 +34,7 @@ def router_scores(seed, n_tokens=400, n_experts=n_experts):
 
 
 # %%
-from dsmoe_lite.labs import check_exercise
+from dsmoe_lite.labs import check_exercise, report
 
 scores = router_scores(seed)
 topk_ids = scores.topk(2, dim=1).indices  # (T, 2), the best expert first
@@ -46,7 +46,8 @@ torch.bincount(topk_ids.flatten(), minlength=n_experts).tolist()
 # %% [markdown] question="loads"
 # ## 1. Measure it (2 points)
 #
-# Let $n_i$ be the number of choices of expert $i$, and $E$ the number of experts. The **load** of expert $i$ is
+# Each of $T$ tokens chooses $K$ of $E$ experts. Let $n_i$ be the number of tokens that choose expert $i$. The **load** of
+# expert $i$ is
 #
 # $$\text{load}_i = \frac{n_i}{\frac1E\sum_{j=1}^{E} n_j},$$
 #
@@ -106,7 +107,7 @@ def check(answer, reference, random):
 # A count is a whole number and has no gradient. The gradient flows through $P$, and raises the loss where many tokens
 # already go.
 #
-# Write `loss_and_gradient(scores, topk_ids)`: scores (T, E) and ids (T, K), best first, to a pair: the loss, and its
+# Write `loss_and_gradient(scores, topk_ids)`: scores (T, E) and ids (T, K), best first, none dropped, to a pair: the loss, and its
 # gradient with respect to the scores (T, E). Autograd or pen and paper, as you like.
 
 
@@ -164,7 +165,7 @@ def check(answer, reference, random):
 #
 # DeepSeek-V3 adds a bias $b_i$ to the score of expert $i$ **only when experts are ranked**. After each step the bias
 # of an expert with too few tokens rises, and that of an expert with too many falls. Let $\bar n$ be the mean count.
-# Your rule is **{{rule}}**, with $\gamma$ = {{gamma}}:
+# Your rule is **{{rule}}**, and the largest step, the *bias speed*, is $\gamma$ = {{gamma}}:
 #
 # - `sign`: $b_i \leftarrow b_i + \gamma\,\mathrm{sign}(\bar n - n_i)$
 # - `proportional`: $b_i \leftarrow b_i + \gamma\,(\bar n - n_i)/\bar n$, but no step is larger than $\gamma$ either way
@@ -223,7 +224,7 @@ def check(answer, reference, random):
 # ## 4. How many updates? (3 points)
 #
 # Freeze the scores and let the bias work on them. Each round ranks the experts by score plus bias, takes the best
-# `top_k` of each token, counts, and updates the bias by your rule, starting at zero. The **MaxVio** of a round is the
+# `top_k` of each token, counts, and updates the bias by your rule. The bias starts at zero. The **MaxVio** of a round is the
 # largest load minus 1.
 #
 # Write `updates_needed(scores, top_k, limit)`: the number of updates after which MaxVio is at most `limit` for the
@@ -282,7 +283,8 @@ def check(answer, reference, random):
 # %% [markdown]
 # ## See it at work
 #
-# Now train four small models on made-up text: without a remedy, with a weak and a strong loss, and with the bias. Before
+# Now train four small models on made-up text: without a remedy, with a weak and a strong loss, and with the bias. The
+# balance loss is multiplied by a small number, *alpha*, before it is added to the loss of the text. Before
 # you run the cell, write down a guess for each: how many times its fair share will the busiest expert have at the end?
 
 # %%
@@ -345,10 +347,12 @@ alt.Chart(
 )
 
 # %%
-frame.groupby("remedy", sort=False)["loss"].first().round(3)
+table = frame.groupby("remedy", sort=False)[["busiest", "loss"]].last()
+report(**table.round(4).to_dict())
+table.round(3)
 
 # %% [markdown]
-# The table is the mean loss of the last 20 steps. One run per remedy cannot tell small differences from chance: change
+# The table has the load of the busiest expert at the end, and the mean loss of the last 20 steps. One run per remedy cannot tell small differences from chance: change
 # `seed` in the parameters cell and run the notebook again before you trust one. (`dsmoe labs run` does that for many
 # seeds.)
 #

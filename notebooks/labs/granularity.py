@@ -33,7 +33,7 @@ import math
 import torch
 
 # %%
-from dsmoe_lite.labs import check_exercise
+from dsmoe_lite.labs import check_exercise, report
 
 
 def describe(m):
@@ -481,6 +481,10 @@ experts = 3 * top_k * width  # active weights over D, for every m
 table["router, % of active"] = [
     100 * m * n_experts / (m * n_experts + experts) for m in table.index
 ]
+report(
+    loss={f"m = {m}": round(loss, 3) for m, loss in table["loss"].items()},
+    sets={f"m = {m}": round(sets) for m, sets in table["sets"].items()},
+)
 table.round({"loss": 3, "sets": 0, "seconds": 1, "router, % of active": 1})
 
 # %% [markdown]

@@ -488,11 +488,11 @@ def seconds(n_tokens, cached):
 
 
 lengths = {"smoke": [16, 128], "cpu": [16, 32, 64, 128, 256, 512, 1024, 2048]}[profile]
-WAYS = {"without a cache": False, "with a cache": True}
-times = {(name, S): [] for name in WAYS for S in lengths}
+CACHED = {"without a cache": False, "with a cache": True}
+times = {(name, S): [] for name in CACHED for S in lengths}
 for _ in range({"smoke": 2, "cpu": 7}[profile]):  # in turn: other programs slow all
     for name, S in times:
-        times[name, S].append(seconds(S, WAYS[name]))
+        times[name, S].append(seconds(S, CACHED[name]))
 times = {where: median(found) for where, found in times.items()}
 unit = times["with a cache", lengths[0]]
 frame = pd.DataFrame(

@@ -53,7 +53,7 @@ def read_overrides(path: Path, graded: Sequence[Graded]) -> dict[tuple[str, str]
 
 def _override(row: Sequence[str], students: Mapping[str, Graded]) -> tuple[str, str, Override]:
     require(
-        len(row) == len(OVERRIDE), "line", ",".join(row), f"must have {len(OVERRIDE)} entries: {', '.join(OVERRIDE)}"
+        len(row) == len(OVERRIDE), "line", ",".join(row), "must have 4 entries; put quotes around a reason with a comma"
     )
     student, question, text, reason = (entry.strip() for entry in row)
     require(student in students, "student", student, find_name(student, students))

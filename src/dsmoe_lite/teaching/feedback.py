@@ -13,18 +13,18 @@ from dsmoe_lite.teaching.submissions import Submission
 
 FEEDBACK = "feedback"  # folder of the pages, below that of the results
 MEANING = {
-    "right": "right",
-    "wrong": "not right: a value differs from what the question asks for",
-    "time": "stopped: it took too long",
-    "memory": "stopped: it took too much memory",
-    "error": "stopped with an error, or it returned something that is not plain data",
-    "missing": "not answered",
+    "right": "Right.",
+    "wrong": "Not right: a value differs from what the question asks for.",
+    "time": "Stopped: it took too long.",
+    "memory": "Stopped: it took too much memory.",
+    "error": "Stopped with an error, or it returned something that is not plain data.",
+    "missing": "Not answered.",
 }
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 2rem auto; padding: 0 1rem; }
 pre { overflow-x: auto; padding: .75rem; border: 1px solid #8886; border-radius: 6px; font-size: 14px; }
-.prompt { display: none; }
+.prompt, .anchor-link { display: none; }
 .k, .kn, .ow { font-weight: 600; } .c1 { opacity: .7; }
 """
 
@@ -42,11 +42,11 @@ def write_feedback(lab: Lab, graded: Graded, submission: Submission | None, out:
 
 
 def feedback_row(lab: Lab, graded: Graded, question: str) -> dict[str, Any]:
-    """One question: verdict, points, and the hint if the answer is not right."""
+    """One question: verdict, points, and what may help: the reason of an error, or the hint of a wrong answer."""
     grade = graded.questions[question]
-    hint = "" if grade.verdict in ("right", "missing") else lab.questions[question].settings.hint
+    hint = lab.questions[question].settings.hint if grade.verdict == "wrong" else ""
     row = {"question": question, "verdict": grade.verdict, "points": grade.points, "of": grade.of}
-    return row | ({"hint": hint} if hint else {})
+    return row | ({"reason": grade.reason} if grade.reason else {}) | ({"hint": hint} if hint else {})
 
 
 def _page(lab: Lab, graded: Graded, rows: list[dict[str, Any]], answers: dict[str, str]) -> str:
@@ -55,8 +55,9 @@ def _page(lab: Lab, graded: Graded, rows: list[dict[str, Any]], answers: dict[st
 
     cells = [nbformat.v4.new_markdown_cell(_head(lab, graded))]
     for row in rows:
-        hint = f"\n\nHint: {row['hint']}" if "hint" in row else ""
-        text = f"## {row['question']}: {row['points']:g} of {row['of']:g} points\n\n{MEANING[row['verdict']]}.{hint}"
+        hint = f" {row['reason']}" if "reason" in row else ""
+        hint += f"\n\nHint: {row['hint']}" if "hint" in row else ""
+        text = f"## {row['question']}: {row['points']:g} of {row['of']:g} points\n\n**{MEANING[row['verdict']]}**{hint}"
         cells.append(nbformat.v4.new_markdown_cell(text))
         if row["question"] in answers:
             cells.append(nbformat.v4.new_code_cell(answers[row["question"]]))

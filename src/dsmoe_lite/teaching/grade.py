@@ -10,6 +10,7 @@ from dsmoe_lite import __version__
 from dsmoe_lite.common.errors import InputError, RunError, require, require_int
 from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.schema import require_schema
+from dsmoe_lite.teaching.explain import explain
 from dsmoe_lite.teaching.lab import Lab, Question, hidden_check, reference
 from dsmoe_lite.teaching.sandbox import Limits, Sandbox, require_isolation
 from dsmoe_lite.teaching.submissions import Submission
@@ -22,13 +23,17 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Grade:
-    """One question: its verdict, one of VERDICTS, and points. seconds and peak_mb are of the student's process."""
+    """One question: its verdict, one of VERDICTS, and points. seconds and peak_mb are of the student's process.
+
+    reason: of an error, as far as the answer's source tells it.
+    """
 
     verdict: str
     points: float
     of: float
     seconds: float
     peak_mb: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Graded:
     def of(self) -> float:
         """The points that can be had."""
         return sum(grade.of for grade in self.questions.values())
+
+
+class _LabError(BaseException):
+    """The key of a lab failed; passes the `except Exception` of a check."""
 
 
 class _StopError(BaseException):
@@ -81,9 +90,12 @@ def grade_all(
     if isolated:
         require_isolation()
     variants = {student: variant(lab, student, secret) for student in submissions}
+    for of_student in list(variants.values())[:1]:
+        require_sound(lab, of_student, secret)
     for student, one in submissions.items():
         same = one.mark in ("", variants[student].mark)
-        require(same, f"{one.file}, variant", one.mark, "is of another course secret; give the one of the handouts")
+        remedy = "its values are of another secret or of an edited lab; use the secret and the files of the release"
+        require(same, f"{one.file}, label", one.mark, remedy)
 
     def work(student: str) -> Graded:
         path = record_path(out, student)
@@ -105,6 +117,19 @@ def grade_all(
             raise
 
 
+def require_sound(lab: Lab, of_student: Variant, secret: bytes) -> None:
+    """Raise InputError if a key of the lab does not pass its own hidden check."""
+    for name, question in lab.questions.items():
+        what = f"{lab.path}: question {name}"
+        try:
+            exact, check = reference(lab, question, of_student.values), hidden_check(lab, question, of_student.values)
+            check(exact, exact, grading_random(lab, of_student.student, name, secret))
+        except AssertionError:
+            raise InputError(f"{what}: the key does not pass the hidden check; mend one of them") from None
+        except Exception as error:
+            raise InputError(f"{what}: key or hidden check fails ({type(error).__name__}: {error})") from None
+
+
 def grade_one(lab: Lab, submission: Submission, of_student: Variant, secret: bytes, *, isolated: bool = True) -> Graded:
     """Grade one submission; writes nothing. Raises RunError if the lab itself fails, never for what an answer does."""
     grades = {}
@@ -115,15 +140,14 @@ def grade_one(lab: Lab, submission: Submission, of_student: Variant, secret: byt
             grades[name] = Grade("missing", 0.0, question.settings.points, 0.0, 0)
         else:
             grades[name] = _grade(lab, question, source, of_student, random, isolated)
-    note = submission.problem
-    if not submission.mark and not note:
-        note = "the notebook has lost its label"
+    lost = "" if submission.mark or submission.problem else "the notebook has lost its label"
+    note = "; ".join(part for part in (submission.problem, lost, submission.remark) if part)
     return Graded(lab.name, of_student.student, submission.file, of_student.mark, grades, isolated, note)
 
 
 def _grade(lab: Lab, question: Question, source: str, of_student: Variant, random: Any, isolated: bool) -> Grade:
     settings, values = question.settings, of_student.values
-    exact, check = reference(lab, question, values), hidden_check(lab, question, values)
+    exact, check = _guarded(lab, question, values), hidden_check(lab, question, values)
     limits = Limits(seconds=settings.seconds, memory_mb=settings.memory_mb)
     setup = ["\n".join(f"{name} = {value!r}" for name, value in values.items()), *lab.given]
     calls: list[Any] = []
@@ -138,11 +162,30 @@ def _grade(lab: Lab, question: Question, source: str, of_student: Variant, rando
                 raise _StopError("missing")
             return reply.value
 
-        verdict = _verdict(lambda: check(answer, exact, random), question)
+        try:
+            verdict = _verdict(lambda: check(answer, exact, random))
+        except _LabError as error:
+            raise RunError(str(error)) from None
     require_called(bool(calls), lab, question)
     points = settings.points if verdict == "right" else 0.0
     peak = max((reply.peak_mb for reply in calls), default=0.0)
-    return Grade(verdict, points, settings.points, round(sum(reply.seconds for reply in calls), 2), round(peak))
+    reason = explain(source, lab.given, values, settings.forbid) if verdict == "error" else ""
+    seconds = round(sum(reply.seconds for reply in calls), 2)
+    return Grade(verdict, points, settings.points, seconds, round(peak), reason)
+
+
+def _guarded(lab: Lab, question: Question, values: Mapping[str, Any]) -> Callable[..., Any]:
+    """The reference; what it raises is the lab's fault, not the student's."""
+    exact = reference(lab, question, values)
+
+    def called(*arguments: Any) -> Any:
+        try:
+            return exact(*arguments)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise _LabError(f"{lab.path}: the key of question {question.name} fails ({reason})") from None
+
+    return called
 
 
 def require_called(called: bool, lab: Lab, question: Question) -> None:
@@ -151,7 +194,7 @@ def require_called(called: bool, lab: Lab, question: Question) -> None:
         raise RunError(f"{lab.path}: the hidden check of question {question.name} never called the answer")
 
 
-def _verdict(check: Callable[[], None], question: Question) -> str:
+def _verdict(check: Callable[[], None]) -> str:
     try:
         check()
     except _StopError as stopped:

@@ -15,7 +15,7 @@ entry in the YAML file.
 import ast
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from dsmoe_lite.config.parse import from_dict
 from dsmoe_lite.labs.parameters import Parameter, check_value, find_parameter, read_schema
 
 LABS = paths.NOTEBOOKS / "labs"
+PACKAGE = Path(__file__).resolve().parents[1]
+NO_MODULE = "must be a list of modules of the package, such as [dsmoe_lite.layers.balance]"
 ROLES = ("answer", "check", "solution", "hidden")
 NEEDED = ("answer", "solution", "hidden")
 
@@ -49,6 +51,8 @@ class QuestionSettings:
         require_number("points", self.points, 0.0, open_low=True)
         require_number("seconds", self.seconds, 0.0, 600.0, open_low=True)
         require_int("memory_mb", self.memory_mb, 500)
+        for module in self.forbid:
+            require(isinstance(module, str) and module_file(module) is not None, "forbid", module, NO_MODULE)
         require(self.function.isidentifier(), "function", self.function, "must be the name of a function")
 
 
@@ -59,7 +63,7 @@ class LabSettings:
     title: str
     minutes: int
     parameters: dict[str, Any] = field(default_factory=dict)
-    questions: dict[str, QuestionSettings] = field(default_factory=dict)
+    questions: dict[str, Any] = field(default_factory=dict)  # name -> QuestionSettings, as plain data
 
     def __post_init__(self) -> None:
         require_int("minutes", self.minutes, 1)
@@ -127,7 +131,13 @@ def find_lab(name: str) -> Path:
         require(path.is_file(), "lab", name, "no such file")
         return path.resolve()
     known = {lab.stem: lab for lab in labs()}
-    require(name in known, "lab", name, f"{find_name(name, known)}; or give the path of a .py file")
+    script = path.with_suffix(".py")
+    remedy = (
+        f"give the script, {script}"
+        if script.is_file()
+        else f"{find_name(name, known)}; or give the path of a .py file"
+    )
+    require(name in known, "lab", name, remedy)
     return known[name]
 
 
@@ -136,9 +146,11 @@ def read_lab(path: Path) -> Lab:
     import jupytext
 
     settings_path = path.with_suffix(".yml")
+    require(settings_path.is_file(), "lab", str(path), f"needs {settings_path.name} beside it")
     values = read_yaml(settings_path)
     try:
         settings = from_dict(LabSettings, values)
+        asked = {str(name): _settings(str(name), one) for name, one in settings.questions.items()}
     except InputError as error:
         raise InputError(f"{settings_path}: {error}") from None
     try:
@@ -149,25 +161,45 @@ def read_lab(path: Path) -> Lab:
     except ValueError as error:
         raise InputError(f"{path}: is no percent script ({str(error).splitlines()[0]})") from None
     try:
-        return _lab(path, settings, notebook.cells, script + settings_path.read_bytes())
+        return _lab(path, settings, asked, notebook.cells, script + settings_path.read_bytes())
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
 
 
-def _lab(path: Path, settings: LabSettings, found: list[Any], contents: bytes) -> Lab:
+def _settings(name: str, values: Any) -> QuestionSettings:
+    try:
+        settings = from_dict(QuestionSettings, values)
+    except InputError as error:
+        raise InputError(f"question {name}: {error}") from None
+    return replace(settings, points=float(settings.points))
+
+
+def _lab(
+    path: Path, settings: LabSettings, asked: Mapping[str, QuestionSettings], found: list[Any], contents: bytes
+) -> Lab:
     cells: list[Cell] = []
     for one in found:
         tags, question = tuple(one.metadata.get("tags", ())), one.metadata.get("question", "")
         role = next((tag for tag in tags if tag in ROLES), "")
         require(not role or bool(question), f"cell tagged {role}", one.source[:40], 'needs question="NAME"')
-        if not question or question in settings.questions:
+        if not question or question in asked:
             cells.append(Cell(one.cell_type, one.source, tags, question, role))
     parameters = next((cell.source for cell in cells if "parameters" in cell.tags), "")
     schema = read_schema(parameters)
+    for name in settings.parameters:
+        in_script = ", ".join(schema) or "none: tag a cell `parameters`"
+        require(name in schema, f"{path.stem}.yml, parameter", name, f"the script's parameters are {in_script}")
     varied = {name: _values(find_parameter(schema, name), values) for name, values in settings.parameters.items()}
-    questions = {name: _question(name, one, cells) for name, one in settings.questions.items()}
+    known = {cell.question for cell in cells if cell.question}
+    for name in asked:
+        require(name in known, "question", name, f"no cell of the script has it; {find_name(name, _named(found))}")
+    questions = {name: _question(name, one, cells) for name, one in asked.items()}
     digest = hashlib.sha256(contents).hexdigest()[:16]
     return Lab(path, settings.title, settings.minutes, schema, varied, questions, cells, digest)
+
+
+def _named(found: list[Any]) -> list[str]:
+    return sorted({one.metadata["question"] for one in found if one.metadata.get("question")}) or ["none"]
 
 
 def _values(parameter: Parameter, values: Any) -> range | tuple[Any, ...]:
@@ -192,9 +224,24 @@ def _question(name: str, settings: QuestionSettings, cells: list[Cell]) -> Quest
     missing = [role for role in NEEDED if role not in by_role]
     require(not missing, f"question {name}", missing, "no cell has this role")
     for role, function in (("answer", settings.function), ("solution", settings.function), ("hidden", "check")):
+        _require_python(by_role[role], f"{role} of question {name}")
         defined = functions_in(by_role[role])
         require(function in defined, f"{role} of question {name}", defined, f"must define the function {function}")
     return Question(name, settings, by_role)
+
+
+def _require_python(source: str, what: str) -> None:
+    try:
+        ast.parse(source)
+    except SyntaxError as error:
+        raise InputError(f"{what}, line {error.lineno}: {error.msg}") from None
+
+
+def module_file(module: str) -> Path | None:
+    """The file or folder of a module of this package; None if there is none."""
+    path = PACKAGE.parent.joinpath(*module.split("."))
+    found = path if path.is_dir() else path.with_suffix(".py")
+    return found if module.startswith(f"{PACKAGE.name}.") and found.exists() else None
 
 
 def functions_in(source: str) -> list[str]:

@@ -58,13 +58,24 @@ def _source(cell: Cell, lab: Lab, variant: Variant) -> str:
         return _with_values(cell.source, variant.values)
     if cell.kind != "markdown":
         return cell.source
+    if cell.question and not cell.role and cell == next(one for one in lab.cells if one.question == cell.question):
+        source = f"{cell.source}{_forbidden(lab, cell.question)}"
+    else:
+        source = cell.source
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in variant.values:
             raise InputError(f"{lab.path}: {found[0]}: no such parameter; there are {', '.join(variant.values)}")
         return str(variant.values[found[1]])
 
-    return PLACEHOLDER.sub(value, cell.source)
+    return PLACEHOLDER.sub(value, source)
+
+
+def _forbidden(lab: Lab, question: str) -> str:
+    """A sentence on what the answer must not import."""
+    forbid = lab.questions[question].settings.forbid
+    modules = ", ".join(f"`{module}`" for module in forbid)
+    return f"\n\n*Your answer must not import {modules}.*" if forbid else ""
 
 
 def _with_values(source: str, values: dict[str, Any]) -> str:

@@ -27,11 +27,13 @@ def read_roster(path: Path) -> dict[str, Student]:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is no CSV file in UTF-8 ({error})") from None
+        raise InputError(f"{path}: is no CSV file in UTF-8; save it as CSV UTF-8 ({type(error).__name__})") from None
     require(bool(rows), "students", str(path), f"must have a first line {','.join(COLUMNS)}, and a line per student")
     names = [name for name in rows[0] if name is not None]
+    require(";" not in "".join(names), f"{path}, first line", ";".join(names), "separate the columns with commas")
     for name in names:
-        require(name in COLUMNS, f"{path}, column", name, f"{find_name(name, COLUMNS)}; there are {', '.join(COLUMNS)}")
+        hint = "columns are in small letters: " if name.lower() in COLUMNS else ""
+        require(name in COLUMNS, f"{path}, column", name, f"{hint}{find_name(name.lower(), COLUMNS)}")
     require("id" in names, "students", str(path), "has no column id")
     found: dict[str, Student] = {}
     for line, row in enumerate(rows, start=2):
@@ -39,7 +41,12 @@ def read_roster(path: Path) -> dict[str, Student]:
         if not any(values.values()):
             continue
         try:
-            require(None not in row, "line", row.get("id"), "has more entries than the first line")
+            require(
+                None not in row,
+                "line",
+                row.get("id"),
+                "has more entries than the first line; put quotes around a name with a comma",
+            )
             require_student(values["id"])
             require(values["id"] not in found, "student", values["id"], "is listed twice")
         except InputError as error:

@@ -19,6 +19,7 @@ from dsmoe_lite.teaching.variant import STUDENT
 
 MOST_BYTES = 50 * 2**20  # of one notebook
 MOST_FILES = 10_000
+MOST_PROBLEMS = 10  # that one message lists
 MOODLE = "_assignsubmission_"  # in a folder of Moodle: "Full Name_123456_assignsubmission_file"
 
 
@@ -35,6 +36,7 @@ class Submission:
     mark: str = ""
     name: str = ""
     problem: str = ""
+    remark: str = ""  # for the instructor
 
     @property
     def digest(self) -> str:
@@ -45,12 +47,19 @@ class Submission:
 def read_submissions(source: Path, lab: Lab) -> dict[str, Submission]:
     """The submissions by student. Raises InputError if two are of one student, or a file belongs to nobody."""
     found: dict[str, Submission] = {}
+    problems = []
     for name, contents in _notebooks(source.expanduser()):
-        one = read_submission(name, contents, lab)
-        other = found.get(one.student)
-        if other is not None:
-            raise InputError(f"{source}: {other.file} and {name} are both of {one.student}; move one away")
-        found[one.student] = one
+        try:
+            one = read_submission(name, contents, lab)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        other = found.setdefault(one.student, one)
+        if other is not one:
+            problems.append(f"{other.file} and {name} are both of {one.student}: move one away")
+    if problems:
+        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
+        raise InputError(f"{source}: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
     require(bool(found), "submissions", str(source), "holds no notebooks (.ipynb)")
     return found
 

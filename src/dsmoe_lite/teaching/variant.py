@@ -4,6 +4,7 @@ Every draw is an HMAC: the same student gets the same values again, and without 
 """
 
 import hmac
+import json
 import os
 import random
 import re
@@ -21,7 +22,7 @@ LEAST_SECRET = 16  # bytes
 
 @dataclass(frozen=True)
 class Variant:
-    """One student's values of all parameters of a lab. mark: shows whether two have the same secret."""
+    """One student's values of all parameters of a lab. mark: differs if secret or values do."""
 
     student: str
     values: dict[str, Any]
@@ -33,8 +34,9 @@ def read_secret(path: Path) -> bytes:
     try:
         secret = path.expanduser().read_bytes().strip()
     except OSError as error:
-        remedy = "`dsmoe labs release` makes the file; grade with the one that made the handouts"
-        raise InputError(f"secret {path}: {error.strerror}; {remedy}") from None
+        raise InputError(
+            f"secret {path}: {error.strerror}; give the file that made the handouts with --secret"
+        ) from None
     require(len(secret) >= LEAST_SECRET, "secret", f"{path}, {len(secret)} bytes", f"needs {LEAST_SECRET} or more")
     return secret
 
@@ -64,7 +66,8 @@ def variant(lab: Lab, student: str, secret: bytes) -> Variant:
     values = {name: parameter.default for name, parameter in lab.schema.items()}
     for name, allowed in lab.varied.items():
         values[name] = allowed[_number(secret, lab.name, student, name) % len(allowed)]
-    return Variant(student, values, f"{_number(secret, lab.name, student, '') % 2**64:016x}")
+    mark = _number(secret, lab.name, student, "", json.dumps(values, sort_keys=True))
+    return Variant(student, values, f"{mark % 2**64:016x}")
 
 
 def grading_random(lab: Lab, student: str, question: str, secret: bytes) -> random.Random:

@@ -1,13 +1,14 @@
 """`dsmoe labs grade` and `export`."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from dsmoe_lite.cli.labs.options import FILE, FOLDER, lab_argument, secret_option, students_option
 from dsmoe_lite.cli.tables import json_option, print_rows
-from dsmoe_lite.common.errors import InputError, find_name, require
+from dsmoe_lite.common.errors import InputError, require
 
 
 @click.command(
@@ -56,9 +57,12 @@ def grade(
     found = read_submissions(submissions, one)
     roster = None if students is None else read_roster(students)
     if roster is not None:
-        for student, submission in found.items():
+        for student, submission in list(found.items()):
             if student not in roster:
-                raise InputError(f"{submission.file}: {student} is not in {students}: {find_name(student, roster)}")
+                raise InputError(f"{submission.file}: {student} is not in {students}: add the student, or move it away")
+            if submission.name and roster[student].name and submission.name != roster[student].name:
+                remark = f"handed in by {submission.name}, made for {roster[student].name}"
+                found[student] = replace(submission, remark=remark)
     folder = out or Path("graded") / one.name
     with progress(total=len(found), desc="grading", unit="student") as bar:
 

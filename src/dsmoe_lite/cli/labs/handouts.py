@@ -92,6 +92,9 @@ def release(lab: str, students: Path | None, single: tuple[str, ...], secret: Pa
         raise InputError("students: give --students FILE, or --student ID")
     for name in names:
         require_student(name)
+    earlier = next(out.glob(f"{one.name}-*.ipynb"), None)
+    if earlier is not None and not secret.expanduser().exists():
+        raise InputError(f"secret {secret}: missing, but {earlier} exists; give the file that made it with --secret")
     if make_secret(secret):
         click.echo(f"{secret}: the course's new secret; keep it, grading needs it", err=True)
     key = read_secret(secret)
