@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from needs import needs_bwrap
-from toy_lab import YAML, RIGHT, SCRIPT, SECRET, notebook, submission, toy, write_lab
+from toy_lab import RIGHT, SCRIPT, SECRET, YAML, notebook, submission, toy, write_lab
 
 from dsmoe_lite.common.errors import InputError, RunError
 from dsmoe_lite.teaching import sandbox as sandbox_module

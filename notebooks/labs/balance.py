@@ -51,7 +51,7 @@ torch.bincount(topk_ids.flatten(), minlength=n_experts).tolist()
 #
 # $$\text{load}_i = \frac{n_i}{\frac1E\sum_{j=1}^{E} n_j},$$
 #
-# so that 1 is the fair share. Where a choice was dropped, for example because the expert was full, its id is $-1$.
+# so that 1 is the fair share. If a choice was dropped, for example because the expert was full, its id is $-1$.
 #
 # Write `loads(topk_ids)`. It gets the ids (T, K), int64, and returns a list of {{n_experts}} numbers.
 
