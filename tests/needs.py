@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from dsmoe_lite.common.machine import find_nvcc
-from dsmoe_lite.teaching.sandbox import why_not
+from dsmoe_lite.teaching.walls import why_not
 
 
 def _needs(part: str, found: bool, remedy: str) -> pytest.MarkDecorator:

@@ -23,6 +23,7 @@ from dsmoe_lite.teaching.lab import Lab
 from dsmoe_lite.teaching.sandbox import Limits, Sandbox
 from dsmoe_lite.teaching.submissions import read_submissions
 from dsmoe_lite.teaching.variant import variant
+from dsmoe_lite.teaching.walls import require_hidden
 
 pytestmark = needs_bwrap
 
@@ -81,6 +82,25 @@ ATTACKS = {
         "time",
         "import time\n    calls.append(1)\n    if len(calls) > 1: time.sleep(1e6)\n    return n * x",
     ),
+    "a reply of half a tensor": (
+        "error",
+        "import os\n    for fd in range(3, 30):"
+        "\n        try: os.write(fd, b'{\"memory\": {\"\\\\u0000\": \"tensor\", \"dtype\": \"int8\"}}\\n')"
+        "\n        except OSError: pass\n    return -1",
+    ),
+    "a shape of a thousand huge numbers": (
+        "error wrong",
+        "import os\n    line = b'{\"value\": {\"\\\\u0000\": \"tensor\", \"dtype\": \"int8\", '"
+        "\n    line += b'\"data\": \"AAAA\", \"shape\": ['"
+        "\n    line += b','.join([b'9' * 4000] * 900) + b']}}\\n'\n    for fd in range(3, 30):"
+        "\n        try: os.write(fd, line)\n        except OSError: pass\n    return -1",
+    ),
+    "many empty mappings": ("error time memory", "return [{}] * 10**7"),
+    "threads": (
+        "error",
+        "from threading import Thread as T\n    import time\n    for _ in range(400):"
+        "\n        T(target=time.sleep, args=(60,), daemon=True).start()\n    time.sleep(60)",
+    ),
     "frames of the caller": (
         "wrong",
         "import sys\n    f, seen = sys._getframe(), []\n    while f: seen += list(f.f_locals); f = f.f_back\n"
@@ -97,9 +117,7 @@ def test_an_attack_earns_nothing_and_harms_no_other_question(lab: Lab, name: str
     assert (found.questions["scale"].points, found.questions["order"].verdict, found.points) == (0.0, "right", 3)
 
 
-@pytest.mark.parametrize(
-    "body", ["while True: pass", "import os; os._exit(1)", "raise ValueError", "this is no python"]
-)
+@pytest.mark.parametrize("body", ["while True: pass", "import os; os._exit(1)", "this is no python"])
 def test_a_cell_that_attacks_before_any_call_earns_nothing(lab: Lab, body: str) -> None:
     found = graded(lab, {"scale": f"{body}\ndef scale(x):\n    return n * x"})
     assert found.points == 0
@@ -151,8 +169,10 @@ def f():
 
 
 def test_a_full_disk_is_the_answers_own(lab: Lab) -> None:
-    reply = ask("def f():\n    open('/tmp/big', 'wb').write(bytes(10**9))\n    return 1")
-    assert (reply.verdict, "No space left" in reply.message) == ("error", True)
+    one = ask("def f():\n    open('/tmp/big', 'wb').write(bytes(10**8))\n    return 1")
+    assert (one.verdict, "File too large" in one.message) == ("error", True)
+    many = ask("def f():\n    for i in range(9): open(f'/tmp/{i}', 'wb').write(bytes(10**7))\n    return 1")
+    assert (many.verdict, "No space left" in many.message) == ("error", True)
 
 
 def test_no_network(lab: Lab) -> None:
@@ -214,6 +234,79 @@ def test_a_forbidden_module_is_absent(name: str) -> None:
     source = f"def f():\n    {FORBIDDEN[name]}\n    return 1"
     assert ask(source).verdict == "ok"
     assert ask(source, forbidden=["dsmoe_lite.layers.balance"]).verdict == "error"
+
+
+RIGHTS = {
+    "show a hidden file again": "libc.umount2(path.encode(), 2)",
+    "make the package writable": "libc.mount(None, folder.encode(), None, 32 | 4096, None)",
+    "make a file system": "libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)",
+    "make a namespace": "libc.unshare(0x10000000)",
+}
+
+
+@pytest.mark.parametrize("name", RIGHTS)
+def test_root_has_no_rights_inside(name: str) -> None:
+    source = f"""
+import ctypes, dsmoe_lite
+libc = ctypes.CDLL(None, use_errno=True)
+folder = dsmoe_lite.__path__[0]
+path = folder + '/layers/balance.py'
+def f():
+    return [{RIGHTS[name]}, ctypes.get_errno() != 0]
+"""
+    assert ask(source, forbidden=["dsmoe_lite.layers.balance"]).value == [-1, True]
+
+
+def test_the_kernels_settings_cannot_be_written() -> None:
+    reply = ask("def f():\n    open('/proc/sys/kernel/core_pattern', 'w')\n    return 1")
+    assert reply.verdict == "error"
+    assert reply.message.startswith(("PermissionError", "OSError"))
+
+
+def test_nothing_can_be_kept_beside_a_hidden_module() -> None:
+    source = (
+        "import dsmoe_lite\ndef f():\n    open(dsmoe_lite.__path__[0] + '/layers/__pycache__/x', 'w')\n    return 1"
+    )
+    reply = ask(source, forbidden=["dsmoe_lite.layers.balance"])
+    assert (reply.verdict, "Read-only file system" in reply.message) == ("error", True)
+
+
+def test_memory_outside_the_process_is_counted_or_bounded() -> None:
+    """Files in memory that are never mapped: each is bounded, and so is their number."""
+    source = """
+import os
+def f():
+    held = 0
+    for _ in range(1000):
+        try:
+            held += os.write(os.memfd_create('x'), bytes(10**6))
+        except OSError:
+            break
+    return held
+"""
+    assert ask(source).value < 200 * 10**6
+
+
+def test_an_argument_that_nobody_reads_costs_the_seconds_of_the_question_only() -> None:
+    source = """
+import os, time
+for fd in range(3, 9):
+    try: os.write(fd, b'{"value": null}\\n')
+    except OSError: pass
+def f(x):
+    return 1
+time.sleep(1e6)
+"""
+    with Sandbox([], source, Limits(seconds=2)) as sandbox:
+        start = time.monotonic()
+        assert sandbox.call("f", "x" * 10**6).verdict == "time"
+    assert time.monotonic() - start < 15
+
+
+def test_what_answers_could_read_is_refused(tmp_path: Path) -> None:
+    require_hidden([tmp_path / "course.secret"])
+    with pytest.raises(InputError, match=r"course.secret: is below .*, which answers can read; move it elsewhere"):
+        require_hidden([Path(sys.prefix) / "course.secret"])
 
 
 # What is handed in

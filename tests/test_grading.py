@@ -7,22 +7,25 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 from needs import needs_bwrap
 from toy_lab import RIGHT, SCRIPT, SECRET, YAML, notebook, submission, toy, write_lab
 
+from dsmoe_lite.cli import main
 from dsmoe_lite.common.errors import InputError, RunError
-from dsmoe_lite.teaching import sandbox as sandbox_module
+from dsmoe_lite.teaching import walls as walls_module
 from dsmoe_lite.teaching.explain import explain
 from dsmoe_lite.teaching.feedback import write_feedback
 from dsmoe_lite.teaching.grade import grade_all, grade_one, read_graded, record_path
 from dsmoe_lite.teaching.lab import Lab, find_lab, read_lab
 from dsmoe_lite.teaching.release import METADATA, release
-from dsmoe_lite.teaching.sandbox import why_not
-from dsmoe_lite.teaching.submissions import plain_python, read_submission, read_submissions
+from dsmoe_lite.teaching.sandbox import Sandbox
+from dsmoe_lite.teaching.submissions import Submission, plain_python, read_submission, read_submissions
 from dsmoe_lite.teaching.variant import variant
+from dsmoe_lite.teaching.walls import why_not
 
 STUDENTS = "id,name,email\nann,Ann Example,ann@example.org\nbob,=Bob,bob@example.org\ncid,,\n"
 
@@ -88,7 +91,7 @@ def test_what_nobody_can_assign_is_one_line(lab: Lab, tmp_path: Path, files: dic
 def test_without_isolation_grading_is_refused_with_the_remedy(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(walls_module.shutil, "which", lambda name: None)
     with pytest.raises(InputError, match="no isolation: bubblewrap is not installed: apt install bubblewrap; --unsafe"):
         grade_all(lab, {"ann": submission(lab, RIGHT)}, SECRET, tmp_path)
     assert not list(tmp_path.glob("records"))
@@ -98,7 +101,7 @@ def test_without_isolation_grading_is_refused_with_the_remedy(
     program = tmp_path / "bwrap"
     program.write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2\nexit 1\n")
     program.chmod(0o755)
-    monkeypatch.setattr(sandbox_module.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(walls_module.shutil, "which", lambda name: str(program))
     assert "Ubuntu 24.04" in (why_not() or "")
     assert "AppArmor profile" in (why_not() or "")
 
@@ -307,3 +310,97 @@ def test_all_problems_of_what_is_handed_in_are_listed_at_once(lab: Lab, tmp_path
     with pytest.raises(InputError) as found:
         read_submissions(tmp_path, lab)
     assert all(part in str(found.value) for part in ("one.ipynb", "two.ipynb", "both of ann: move one away"))
+
+
+def read(lab: Lab, *cells: dict[str, Any], name: str = "toy-ann.ipynb", encoding: str = "utf-8") -> Submission:
+    """A notebook of these code cells, as a browser or an editor may have saved it."""
+    code = [{"cell_type": "code", "metadata": {}, "outputs": [], "execution_count": None, **cell} for cell in cells]
+    return read_submission(name, json.dumps({"cells": code, "metadata": {}, "nbformat": 4}).encode(encoding), lab)
+
+
+LABELLED = {"metadata": {"tags": ["answer"], "question": "scale"}}
+STUB = "def scale(x):\n    return None\n"
+
+
+def test_careless_notebooks_keep_their_answers(lab: Lab) -> None:
+    mine = RIGHT["scale"]
+    for encoding in ("utf-8-sig", "utf-16"):
+        assert read(lab, {"source": mine}, encoding=encoding).answers == {"scale": mine}
+    assert read(lab, {"source": STUB, **LABELLED}, {"source": mine}).answers == {"scale": mine}
+    split = read(lab, {"source": "k = n", **LABELLED}, {"source": mine, **LABELLED})
+    assert split.answers == {"scale": f"k = n\n\n{mine}"}
+    assert read(lab, {"source": STUB, **LABELLED}).answers["scale"].split() == STUB.split()
+    assert read(lab, {"source": f"# a\x0cb\u2028c\n{mine}"}).answers == {"scale": f"# a\x0cb\u2028c\n{mine}"}
+    assert plain_python("if x:\n    %timeit y\nr = %timeit -o 1\nscale?\ny = x % 2") == (
+        "if x:\n    pass\npass\npass\ny = x % 2"
+    )
+    halves = read(lab, {"source": "# \ud83d\n" + mine})
+    assert halves.answers["scale"].encode("utf-8")
+    long = read(lab, {"source": "1\n" * 20_000}, {"source": mine})
+    assert (long.answers, long.problem) == ({"scale": mine}, "a cell of more than 20,000 characters was left out")
+
+
+def test_names_from_outside_are_text(lab: Lab) -> None:
+    one = read(lab, {"source": ""}, name="<img src=x onerror=alert(1)>\x1b_1_assignsubmission_file_/toy-ann.ipynb")
+    assert one.name == "?img src?x onerror?alert(1)??"
+    assert one.file == "?img src?x onerror?alert(1)??_1_assignsubmission_file_/toy-ann.ipynb"
+
+
+def test_a_damaged_archive_is_one_line(lab: Lab, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "in.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("toy-ann.ipynb", release(lab, variant(lab, "ann", SECRET)))
+    damaged = bytearray((tmp_path / "in.zip").read_bytes())
+    damaged[60:90] = b"x" * 30
+    (tmp_path / "in.zip").write_bytes(damaged)
+    with pytest.raises(InputError, match="is no zip file that can be read"):
+        read_submissions(tmp_path / "in.zip", lab)
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "source",
+    [
+        RIGHT["scale"] + "\nprint(scale(undefined))",
+        RIGHT["scale"] + "\nassert scale(1) == 100",
+        "raise ValueError\n" + RIGHT["scale"],
+        "from __future__ import annotations\nimport numpy\ndef scale(x):\n    return numpy.int64(n * x)",
+    ],
+)
+def test_a_right_function_beside_a_failing_line_is_right(lab: Lab, source: str) -> None:
+    graded = grade_one(lab, submission(lab, {"scale": source}), variant(lab, "ann", SECRET), SECRET)
+    assert graded.questions["scale"].verdict == "right"
+
+
+@needs_bwrap
+def test_arrays_and_ranges_are_plain_data() -> None:
+    source = "import numpy\ndef f():\n    return [numpy.arange(3.0), range(3), {'a': 1}.values(), numpy.float32(2)]"
+    with Sandbox([], source) as sandbox:
+        array, *others = sandbox.call("f").value
+    assert (array.tolist(), others) == ([0.0, 1.0, 2.0], [[0, 1, 2], [1], 2.0])
+
+
+@needs_bwrap
+def test_a_check_that_passes_anything_is_refused(tmp_path: Path) -> None:
+    script = SCRIPT.replace("        assert answer(x) == reference(x)", "        answer(x)")
+    lab = read_lab(write_lab(tmp_path / "lab", script))
+    with pytest.raises(InputError, match="question scale: the hidden check passes any answer"):
+        grade_all(lab, {"ann": submission(lab, RIGHT)}, SECRET, tmp_path / "out")
+
+
+@needs_bwrap
+def test_a_second_batch_leaves_the_first_as_it_is(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    Path("students.csv").write_text(STUDENTS)
+    Path("course.secret").write_bytes(SECRET)
+    for name in ("ann", "bob"):
+        Path(name).mkdir()
+        nbformat.write(notebook(lab, variant(lab, name, SECRET), RIGHT), f"{name}/toy-{name}.ipynb")
+        with pytest.raises(SystemExit) as ended:
+            main(["labs", "grade", str(lab.path), name, "--students", "students.csv", "--out", "out", "--json"])
+        assert ended.value.code == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out.split("\n]\n")[1] + "\n]")[0]["students"]
+    assert {row["student"]: row["points"] for row in found} == {"ann": 5, "bob": 5, "cid": 0}
+    assert (tmp_path / "out" / "feedback" / "ann.html").is_file()

@@ -330,7 +330,7 @@ def check(answer, reference, random):
 # Computed as written, this makes a key and a value for every cached token and every head. The *absorbed* form makes
 # none: multiply the query by $W^{UK}_i$ first, compare the result with the latents, average the latents, and apply
 # $W^{UV}_i$ to the average. **Use the absorbed form.** The check counts your multiplications, and when your answer is
-# graded the cache is so long that the keys of one head do not fit into memory.
+# graded the cache is so long that the keys of one head do not fit into memory at once.
 #
 # Write `decode(q, q_rope, cache, positions, t, window, W_UK, W_UV)`. It returns $(H, d_v)$, the outputs of all heads.
 # Here $W$ is the argument `window`, and the cache has $N$ slots, which may be more than $W$:

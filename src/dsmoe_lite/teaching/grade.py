@@ -12,9 +12,10 @@ from dsmoe_lite.common.files import read_json, write_json
 from dsmoe_lite.common.schema import require_schema
 from dsmoe_lite.teaching.explain import explain
 from dsmoe_lite.teaching.lab import Lab, Question, hidden_check, reference
-from dsmoe_lite.teaching.sandbox import Limits, Sandbox, require_isolation
+from dsmoe_lite.teaching.sandbox import Limits, Sandbox
 from dsmoe_lite.teaching.submissions import Submission
 from dsmoe_lite.teaching.variant import Variant, grading_random, variant
+from dsmoe_lite.teaching.walls import require_hidden, require_isolation
 
 VERDICTS = ("right", "wrong", "time", "memory", "error", "missing")
 RECORDS = "records"  # folder of the records, below that of the results
@@ -89,6 +90,7 @@ def grade_all(
     require_int("processes", processes, 1)
     if isolated:
         require_isolation()
+        require_hidden((lab.path, out))
     variants = {student: variant(lab, student, secret) for student in submissions}
     for of_student in list(variants.values())[:1]:
         require_sound(lab, of_student, secret)
@@ -100,7 +102,7 @@ def grade_all(
     def work(student: str) -> Graded:
         path = record_path(out, student)
         digests = {"lab_digest": lab.digest, "answers_digest": submissions[student].digest}
-        kept = _kept(path, digests, isolated)
+        kept = _kept(path, digests, isolated, variants[student].mark)
         graded = kept or grade_one(lab, submissions[student], variants[student], secret, isolated=isolated)
         if kept is None:
             write_record(lab, graded, out, submissions[student].digest)
@@ -128,6 +130,11 @@ def require_sound(lab: Lab, of_student: Variant, secret: bytes) -> None:
             raise InputError(f"{what}: the key does not pass the hidden check; mend one of them") from None
         except Exception as error:
             raise InputError(f"{what}: key or hidden check fails ({type(error).__name__}: {error})") from None
+        try:
+            check(lambda *_: object(), exact, grading_random(lab, of_student.student, name, secret))
+        except Exception:
+            continue
+        raise InputError(f"{what}: the hidden check passes any answer; it must call it and compare")
 
 
 def grade_one(lab: Lab, submission: Submission, of_student: Variant, secret: bytes, *, isolated: bool = True) -> Graded:
@@ -199,6 +206,8 @@ def _verdict(check: Callable[[], None]) -> str:
         check()
     except _StopError as stopped:
         return stopped.verdict if stopped.verdict in VERDICTS else "error"
+    except (RunError, OSError):  # of the lab or of this machine, such as no memory for another process
+        raise
     except Exception:  # an assertion, or a value of another type than the check expects
         return "wrong"
     return "right"
@@ -237,8 +246,8 @@ def read_all_graded(out: Path) -> list[Graded]:
     return found
 
 
-def _kept(path: Path, digests: Mapping[str, str], isolated: bool) -> Graded | None:
-    """An earlier record, if nothing that decides it has changed."""
+def _kept(path: Path, digests: Mapping[str, str], isolated: bool, mark: str) -> Graded | None:
+    """An earlier record, if nothing that decides it has changed, and no verdict was that of a busy machine."""
     if not path.is_file():
         return None
     try:
@@ -249,7 +258,8 @@ def _kept(path: Path, digests: Mapping[str, str], isolated: bool) -> Graded | No
     same = (
         all(values.get(name) == digest for name, digest in digests.items()) and values.get("dsmoe_lite") == __version__
     )
-    return graded if same and graded.isolated == isolated else None
+    busy = any(grade.verdict in ("time", "memory") for grade in graded.questions.values())
+    return graded if same and (graded.isolated, graded.variant, busy) == (isolated, mark, False) else None
 
 
 def not_submitted(lab: Lab, students: Iterable[str], secret: bytes) -> list[Graded]:

@@ -7,7 +7,10 @@ Nothing in it is run here, and of the notebook only the answers are used.
 import hashlib
 import io
 import json
+import lzma
+import re
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +22,8 @@ from dsmoe_lite.teaching.variant import STUDENT
 
 MOST_BYTES = 50 * 2**20  # of one notebook
 MOST_FILES = 10_000
+MOST_CHARACTERS = 20_000  # of a cell
+MAGIC = re.compile(r"^(\s*)(?:\w+\s*=\s*)?(?:[%!?].*|[\w.]+\?{1,2}\s*)$")
 MOST_PROBLEMS = 10  # that one message lists
 MOODLE = "_assignsubmission_"  # in a folder of Moodle: "Full Name_123456_assignsubmission_file"
 
@@ -67,14 +72,20 @@ def read_submissions(source: Path, lab: Lab) -> dict[str, Submission]:
 def read_submission(name: str, contents: bytes, lab: Lab) -> Submission:
     """One notebook. Raises InputError if neither its label nor its name says whose it is."""
     label, cells, problem = _read(contents)
-    folders = PurePosixPath(name).parts[:-1]
-    full_name = next((f.split("_")[0] for f in folders if MOODLE in f), "")
+    folders, shown = PurePosixPath(name).parts[:-1], _readable(name)
+    full_name = _readable(next((f.split("_")[0] for f in folders if MOODLE in f), ""))
     if label and label.get("lab") != lab.name:
-        raise InputError(f"{name}: is of the lab {label.get('lab')!r}, not {lab.name!r}; move it away")
+        other = _readable(str(label.get("lab")))
+        raise InputError(f"{shown}: is of the lab {other!r}, not {lab.name!r}; move it away")
     student = str(label.get("student", "")) if label else _student_of(name, lab)
     if STUDENT.fullmatch(student) is None:
-        raise InputError(f"{name}: names no student; rename it to {lab.name}-STUDENT.ipynb, or move it away")
-    return Submission(student, name, _answers(cells, lab), str(label.get("variant", "")), full_name, problem)
+        raise InputError(f"{shown}: names no student; rename it to {lab.name}-STUDENT.ipynb, or move it away")
+    return Submission(student, shown, _answers(cells, lab), str(label.get("variant", "")), full_name, problem)
+
+
+def _readable(name: str) -> str:
+    """A name from outside, without what a terminal or a page would take for more than text."""
+    return "".join(char if char.isalnum() or char in " ._-+@(),'/" else "?" for char in name)
 
 
 def _student_of(name: str, lab: Lab) -> str:
@@ -103,7 +114,7 @@ def _notebooks(source: Path) -> Iterator[tuple[str, bytes]]:
                 if entry.filename.endswith(".ipynb") and not hidden:
                     _require_size(entry.filename, entry.file_size)
                     yield entry.filename, _unpacked(archive, entry)
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, NotImplementedError) as error:
         raise InputError(f"{source}: is no zip file that can be read ({error})") from None
 
 
@@ -121,29 +132,41 @@ def _require_size(name: str, size: int) -> None:
 
 
 def _read(contents: bytes) -> tuple[dict[str, object], list[dict[str, object]], str]:
-    """The label, the code cells, and why they cannot be read."""
+    """The label, the code cells that are not too long, and what is wrong with the notebook."""
     try:
-        notebook = json.loads(contents.decode("utf-8"))
+        notebook = json.loads(contents)  # in any of the encodings of JSON
         cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
         for cell in cells:
-            cell["source"] = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+            source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
+            cell["source"] = source.encode("utf-8", "replace").decode("utf-8")  # without halves of characters
         label = notebook.get("metadata", {}).get(METADATA, {})
-        return (label if isinstance(label, dict) else {}), cells, ""
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}, [], "the notebook is damaged"
+    short = [cell for cell in cells if len(cell["source"]) <= MOST_CHARACTERS]
+    problem = "" if len(short) == len(cells) else f"a cell of more than {MOST_CHARACTERS:,} characters was left out"
+    return (label if isinstance(label, dict) else {}), short, problem
 
 
 def _answers(cells: list[dict[str, object]], lab: Lab) -> dict[str, str]:
-    """The answer of each question: its cell by metadata, or the last cell that defines its function."""
+    """The answer of each question: its cells by metadata, or the last cell that defines its function.
+
+    A stub that was left as it was does not count if another cell defines the function.
+    """
     sources = [(cell, plain_python(str(cell["source"]))) for cell in cells]
+    defined = [functions_in(source) for _, source in sources]
     answers = {}
     for name, question in lab.questions.items():
+        function, stub = question.settings.function, question.cells["answer"].split()
         labelled = [source for cell, source in sources if _is_answer(cell, name)]
-        defining = [source for _, source in sources if question.settings.function in functions_in(source)]
-        candidates = [source for source in labelled if source in defining] or defining or labelled
-        if candidates:
-            answers[name] = candidates[-1]
-    return answers
+        written = [source for source in labelled if source.split() != stub]
+        others = [source for (_, source), names in zip(sources, defined, strict=True)
+                  if function in names and source.split() != stub]  # fmt: skip
+        joined = "\n\n".join(written)
+        if function in functions_in(joined) or not others:
+            answers[name] = joined or next(iter(labelled), "")
+        else:
+            answers[name] = others[-1]
+    return {name: source for name, source in answers.items() if source}
 
 
 def _is_answer(cell: dict[str, object], question: str) -> bool:
@@ -155,5 +178,5 @@ def _is_answer(cell: dict[str, object], question: str) -> bool:
 
 
 def plain_python(source: str) -> str:
-    """Without the lines that only IPython understands: magics and shell commands."""
-    return "\n".join("pass" if line.startswith(("%", "!")) else line for line in source.splitlines())
+    """Without what only IPython understands: magics, shell commands and questions become `pass`."""
+    return "\n".join(MAGIC.sub(r"\1pass", line) for line in re.split(r"\r\n|\r|\n", source))

@@ -44,16 +44,19 @@ def grade(
     from dsmoe_lite.common.progress import progress
     from dsmoe_lite.teaching.class_report import by_student
     from dsmoe_lite.teaching.feedback import write_feedback
-    from dsmoe_lite.teaching.grade import Graded, grade_all, not_submitted, write_record
+    from dsmoe_lite.teaching.grade import Graded, grade_all, not_submitted, read_graded, record_path, write_record
     from dsmoe_lite.teaching.lab import find_lab, read_lab
     from dsmoe_lite.teaching.roster import read_roster
     from dsmoe_lite.teaching.similarity import require_copydetect, similar_pairs
     from dsmoe_lite.teaching.submissions import read_submissions
     from dsmoe_lite.teaching.variant import read_secret
+    from dsmoe_lite.teaching.walls import require_hidden
 
     one, key = read_lab(find_lab(lab)), read_secret(secret)
     if similar:
         require_copydetect()
+    if not unsafe:
+        require_hidden((secret, submissions))
     found = read_submissions(submissions, one)
     roster = None if students is None else read_roster(students)
     if roster is not None:
@@ -75,10 +78,15 @@ def grade(
         )  # fmt: skip
     absent = [] if roster is None else [student for student in roster if student not in found]
     for missing in not_submitted(one, absent, key):
+        earlier = record_path(folder, missing.student)
+        if earlier.is_file() and read_graded(earlier).file:  # of another batch
+            graded.append(read_graded(earlier))
+            continue
         write_record(one, missing, folder)
         graded.append(missing)
     for record in graded:
-        write_feedback(one, record, found.get(record.student), folder)
+        if record.student in found or not record.file:  # else of another batch
+            write_feedback(one, record, found.get(record.student), folder)
     rows_of_students = by_student(graded)
     pairs = [vars(pair) for pair in similar_pairs(one, found)] if similar else []
     if as_json:
