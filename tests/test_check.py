@@ -184,10 +184,10 @@ def test_lab_refuses_bad_input_in_one_line(course, capfd, arguments: list[str], 
     assert words in line
 
 
-def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_browser_without_a_display(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("CI", "container", "DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(jupyter_server, "CONTAINER_MARKER", Path("/nonexistent"))
+    monkeypatch.setattr(jupyter_server, "CONTAINER_MARKER", tmp_path / "none")
     monkeypatch.setattr(sys, "platform", "linux")
     assert not jupyter_server.has_display()
     monkeypatch.setenv("DISPLAY", ":0")
