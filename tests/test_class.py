@@ -5,9 +5,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import pytest
@@ -116,7 +114,13 @@ def order(values):
     return result
 """
     renamed = long.replace("result", "out").replace("place", "k").replace("value", "v")
-    other = "def order(values):\n    import heapq\n    heapq.heapify(values)\n    up = [heapq.heappop(values) for _ in range(len(values))]\n    return up if rule == 'up' else up[::-1]"  # noqa: E501
+    other = """
+def order(values):
+    import heapq
+    heapq.heapify(values)
+    up = [heapq.heappop(values) for _ in range(len(values))]
+    return up if rule == "up" else up[::-1]
+"""
     handed_in = {
         name: submission(lab, {"order": source}, name)
         for name, source in (("ann", long), ("bob", renamed), ("cid", other))
@@ -218,7 +222,10 @@ def test_random_numbers_of_a_check_differ_by_student_and_question() -> None:
     from dsmoe_lite.teaching.variant import grading_random
 
     lab = read_lab(find_lab("balance"))
-    draws: Callable[..., Any] = lambda student, question: grading_random(lab, student, question, SECRET).random()  # noqa: E731
+
+    def draws(student: str, question: str) -> float:
+        return grading_random(lab, student, question, SECRET).random()
+
     assert draws("ann", "loads") == draws("ann", "loads")
     assert len({draws(s, q) for s in ("ann", "bob") for q in lab.questions}) == 2 * len(lab.questions)
     assert isinstance(grading_random(lab, "ann", "loads", SECRET), random.Random)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsmoe_lite.common.errors import InputError, find_name, require
+from dsmoe_lite.teaching.csv_files import read_csv
 from dsmoe_lite.teaching.grade import Graded
 from dsmoe_lite.teaching.roster import Student
 
@@ -27,21 +28,12 @@ class Override:
 
 def read_overrides(path: Path, graded: Sequence[Graded]) -> dict[tuple[str, str], Override]:
     """By student and question. Raises InputError naming the line that is wrong."""
-    try:
-        with path.expanduser().open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.reader(file, skipinitialspace=True))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is no CSV file in UTF-8 ({error})") from None
-    require(
-        bool(rows) and tuple(rows[0]) == OVERRIDE, "first line", rows[:1], f"{path} must begin {','.join(OVERRIDE)}"
-    )
+    rows = read_csv(path)
+    first = tuple(rows[0][1]) if rows else ()
+    require(first == OVERRIDE, "first line", ",".join(first), f"{path} must begin {','.join(OVERRIDE)}")
     found: dict[tuple[str, str], Override] = {}
     students = {one.student: one for one in graded}
-    for line, row in enumerate(rows[1:], start=2):
-        if not any(row):
-            continue
+    for line, row in rows[1:]:
         try:
             student, question, override = _override(row, students)
             require((student, question) not in found, "override", f"{student}, {question}", "is given twice")
@@ -55,7 +47,7 @@ def _override(row: Sequence[str], students: Mapping[str, Graded]) -> tuple[str, 
     require(
         len(row) == len(OVERRIDE), "line", ",".join(row), "must have 4 entries; put quotes around a reason with a comma"
     )
-    student, question, text, reason = (entry.strip() for entry in row)
+    student, question, text, reason = row
     require(student in students, "student", student, find_name(student, students))
     questions = students[student].questions
     require(question in questions, "question", question, find_name(question, questions))

@@ -102,9 +102,9 @@ def grade_all(
     def work(student: str) -> Graded:
         path = record_path(out, student)
         digests = {"lab_digest": lab.digest, "answers_digest": submissions[student].digest}
-        kept = _kept(path, digests, isolated, variants[student].mark)
-        graded = kept or grade_one(lab, submissions[student], variants[student], secret, isolated=isolated)
-        if kept is None:
+        earlier = _earlier_record(path, digests, isolated, variants[student].mark)
+        graded = earlier or grade_one(lab, submissions[student], variants[student], secret, isolated=isolated)
+        if earlier is None:
             write_record(lab, graded, out, submissions[student].digest)
         if after is not None:
             after(graded)
@@ -246,7 +246,7 @@ def read_all_graded(out: Path) -> list[Graded]:
     return found
 
 
-def _kept(path: Path, digests: Mapping[str, str], isolated: bool, mark: str) -> Graded | None:
+def _earlier_record(path: Path, digests: Mapping[str, str], isolated: bool, mark: str) -> Graded | None:
     """An earlier record, if nothing that decides it has changed, and no verdict was that of a busy machine."""
     if not path.is_file():
         return None

@@ -24,9 +24,9 @@ from dsmoe_lite.common.errors import InputError, find_name, require, require_int
 from dsmoe_lite.common.yaml_files import read_yaml
 from dsmoe_lite.config.parse import from_dict
 from dsmoe_lite.labs.parameters import Parameter, check_value, find_parameter, read_schema
+from dsmoe_lite.teaching.walls import PACKAGE
 
 LABS = paths.NOTEBOOKS / "labs"
-PACKAGE = Path(__file__).resolve().parents[1]
 NO_MODULE = "must be a list of modules of the package, such as [dsmoe_lite.layers.balance]"
 ROLES = ("answer", "check", "solution", "hidden")
 NEEDED = ("answer", "solution", "hidden")

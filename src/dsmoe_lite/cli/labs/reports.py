@@ -8,8 +8,6 @@ from dsmoe_lite.cli.labs.options import FOLDER
 from dsmoe_lite.cli.tables import json_option, print_rows
 from dsmoe_lite.common.errors import require
 
-HARDEST = "hardest: {question}, {right}% of {n} submissions are right"
-
 
 @click.command(
     epilog="""\b
@@ -68,7 +66,8 @@ def _class(folder: Path, table: Path | None, anonymous: bool, as_json: bool) -> 
     print_rows(questions, as_json=False, title=graded[0].lab)
     worst = hardest(questions)
     if worst is not None:
-        click.echo(HARDEST.format(question=worst["question"], right=worst["right %"], n=worst["submissions"]) + "\n")
+        share = f"{worst['right %']}% of {worst['submissions']} submissions are right"
+        click.echo(f"hardest: {worst['question']}, {share}\n")
     print_rows(students, as_json=False)
 
 
